@@ -1,0 +1,1 @@
+"""Lowest floor: images, preprocessing and activation ranges. Never imports torch."""

@@ -1,0 +1,80 @@
+"""Load and save ONNX graphs, with external data above protobuf's 2 GiB limit."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import onnx_ir as ir
+
+EXTERNAL_DATA_THRESHOLD = 2**31 - 2**27
+"""Weights above this many bytes go beside the graph: protobuf stops at 2 GiB, nodes need some room too."""
+
+MODULE_KEY = "module"
+"""Node metadata key that carries the PyTorch module path (`layer1.0.conv1`)."""
+
+
+def sha256_of(path: Path) -> str:
+    """Hex SHA-256 of a file, read in blocks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def load(path: Path) -> ir.Model:
+    """Read a graph; its weights stay memory-mapped where they are external."""
+    return ir.load(path)
+
+
+def save(model: ir.Model, path: Path, *, external_threshold: int = EXTERNAL_DATA_THRESHOLD) -> list[Path]:
+    """Write a graph and return the files written: the graph, and its weights when they are external.
+
+    The weights' file is named by its own hash, so that the graph's reference to it stays right when both are
+    copied into a bundle.
+    """
+    weights = [v.const_value for v in model.graph.initializers.values() if v.const_value is not None]
+    if sum(w.nbytes for w in weights) < external_threshold:
+        ir.save(model, path)
+        return [path]
+    temporary = path.with_name(path.name + ".weights")
+    ir.save(model, path, external_data=temporary.name, size_threshold_bytes=1024)
+    data = path.with_name(f"weights-{sha256_of(temporary)[:32]}.bin")
+    temporary.replace(data)
+    proto_model = ir.load(path)
+    for value in proto_model.graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor):
+            value.const_value = ir.ExternalTensor(
+                location=data.name,
+                offset=tensor.offset,
+                length=tensor.length,
+                dtype=tensor.dtype,
+                shape=tensor.shape,
+                name=value.name or "",
+                base_dir=path.parent,
+            )
+    ir.save(proto_model, path)
+    return [path, data]
+
+
+def external_files(path: Path) -> list[Path]:
+    """The external data files that a graph refers to, in order of name."""
+    names = {
+        value.const_value.location
+        for value in load(path).graph.initializers.values()
+        if isinstance(value.const_value, ir.ExternalTensor)
+    }
+    return [path.parent / name for name in sorted(str(n) for n in names)]
+
+
+def module_of(node: ir.Node | None) -> str:
+    """Module path recorded on a node, or an empty string."""
+    return node.metadata_props.get(MODULE_KEY, "") if node is not None else ""
+
+
+def describe(node: ir.Node) -> str:
+    """`Conv 'node_Conv_293' (module layer1.0.conv1)`, for messages."""
+    module = module_of(node)
+    return f"{node.op_type} {node.name!r}" + (f" (module {module})" if module else "")

@@ -1,0 +1,261 @@
+"""Image folders: scan, split into disjoint sets, decode in a stream that overlaps with inference."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from calibration.errors import BadInputError
+from calibration.preprocess import (
+    Preprocess,
+    UInt8Array,
+    UnreadableImageError,
+    check_header,
+    decode,
+    resize_and_crop,
+)
+
+Progress = Callable[[int], None]
+"""Called with the number of items done since the last call."""
+
+IMAGE_SUFFIXES = frozenset(
+    [".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".avif", ".tga"]
+)
+
+MAX_UNREADABLE_SHARE = 0.10
+"""Above this share of unreadable files a folder is refused: it is probably the wrong one, or damaged."""
+
+DECODE_THREADS = 2
+
+Splits = dict[str, tuple["ImageFile", ...]]
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """One image on disk. `name` is the path below the folder, `sha256` that of the file's bytes."""
+
+    path: Path
+    name: str
+    sha256: str
+    folder: str | None
+    """First directory below the root, the class in an ImageFolder layout; None directly under the root."""
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """What a scan found: unique images sorted by name, and everything that was left out, named."""
+
+    root: Path
+    images: tuple[ImageFile, ...]
+    unreadable: tuple[Unreadable, ...]
+    duplicates: tuple[str, ...]
+    ignored: tuple[str, ...]
+    """Files without an image suffix (labels, .DS_Store, ...)."""
+
+
+def _describe(unreadable: Sequence[Unreadable]) -> str:
+    shown = "; ".join(f"{u.name} ({u.reason})" for u in unreadable[:5])
+    return shown + (f"; and {len(unreadable) - 5} more" if len(unreadable) > 5 else "")
+
+
+def refuse_if_too_many_unreadable(root: Path, unreadable: Sequence[Unreadable], total: int) -> None:
+    """Raise BadInputError when more than MAX_UNREADABLE_SHARE of `total` files cannot be read."""
+    if unreadable and len(unreadable) > MAX_UNREADABLE_SHARE * total:
+        raise BadInputError(
+            f"{root}: {len(unreadable)} of {total} image files cannot be read: {_describe(unreadable)}",
+            hint=f"repair or remove them; up to {MAX_UNREADABLE_SHARE:.0%} unreadable files are tolerated",
+        )
+
+
+def scan(root: Path, *, option: str, progress: Progress = lambda _: None) -> ImageFolder:
+    """List a folder's images, nested or not, with the hash of each file's bytes.
+
+    Files with the same bytes are kept once (they must not fall into two splits). `option` is the name of
+    the command line option to blame in messages.
+
+    Raises:
+        BadInputError: no such folder, not a folder, no image in it, or too many unreadable files.
+    """
+    if not root.exists():
+        raise BadInputError(f"{option} {root}: no such folder", hint="pass a folder of JPEG or PNG images")
+    if not root.is_dir():
+        raise BadInputError(f"{option} {root}: not a folder", hint="pass the folder that holds the images")
+    files = sorted(
+        p
+        for p in root.rglob("*")
+        if p.is_file() and not any(part.startswith(".") for part in p.relative_to(root).parts)
+    )
+    candidates = [p for p in files if p.suffix.lower() in IMAGE_SUFFIXES]
+    ignored = tuple(p.relative_to(root).as_posix() for p in files if p.suffix.lower() not in IMAGE_SUFFIXES)
+    if not candidates:
+        found = f"{len(ignored)} other files" if ignored else "nothing"
+        raise BadInputError(
+            f"{option} {root}: no images (found {found})",
+            hint="images are recognised by suffix: " + " ".join(sorted(IMAGE_SUFFIXES)),
+        )
+
+    def inspect(path: Path) -> tuple[str, str | None]:
+        try:
+            data = path.read_bytes()
+            check_header(data)
+        except UnreadableImageError as error:
+            return "", str(error)
+        except OSError as error:
+            return "", f"{type(error).__name__}: {error.strerror}"
+        return hashlib.sha256(data).hexdigest(), None
+
+    images: dict[str, ImageFile] = {}
+    unreadable: list[Unreadable] = []
+    duplicates: list[str] = []
+    with ThreadPoolExecutor(DECODE_THREADS) as pool:
+        for path, (sha256, reason) in zip(candidates, pool.map(inspect, candidates), strict=True):
+            relative = path.relative_to(root)
+            name = relative.as_posix()
+            if reason is not None:
+                unreadable.append(Unreadable(name, reason))
+            elif sha256 in images:
+                duplicates.append(name)
+            else:
+                images[sha256] = ImageFile(
+                    path, name, sha256, relative.parts[0] if len(relative.parts) > 1 else None
+                )
+            progress(1)
+    refuse_if_too_many_unreadable(root, unreadable, len(candidates))
+    return ImageFolder(root, tuple(images.values()), tuple(unreadable), tuple(duplicates), ignored)
+
+
+def shuffled(images: Sequence[ImageFile], seed: int) -> list[ImageFile]:
+    """Order images by a hash of content and seed: the same bytes give the same order wherever they lie."""
+    return sorted(images, key=lambda i: hashlib.sha256(f"{seed}:{i.sha256}".encode()).hexdigest())
+
+
+MIN_CALIBRATE, MIN_SELECT, MIN_VERIFY = 16, 8, 32
+"""Fewest images a split may have: calibration needs a range, and the gate something to compare."""
+
+MAX_SELECT = 256
+
+
+def split(folder: ImageFolder, *, calibrate: int, verify: int, seed: int, with_verify: bool = True) -> Splits:
+    """Divide a folder into disjoint `calibrate`, `select` and `verify` sets, by content hash and seed.
+
+    A quarter goes to *verify* (32 to `verify` images), an eighth to *select* (8 to 256), the rest, up to
+    `calibrate` images, to *calibrate*. With `with_verify=False` (a folder of its own is given for it) the
+    verify set is empty.
+
+    Raises:
+        BadInputError: too few images for every set to have its minimum.
+    """
+    images = shuffled(folder.images, seed)
+    minimum_verify = MIN_VERIFY if with_verify else 0
+    needed = MIN_CALIBRATE + MIN_SELECT + minimum_verify
+    if len(images) < needed:
+        raise BadInputError(
+            f"{folder.root}: {len(images)} different images, at least {needed} are needed ({MIN_CALIBRATE} "
+            f"to calibrate, {MIN_SELECT} to select, {minimum_verify} to verify)",
+            hint="add images (300 to 1,000 are usual)" + (", or give --verify DIR" if with_verify else ""),
+        )
+    n_verify = min(max(len(images) // 4, MIN_VERIFY), verify) if with_verify else 0
+    n_select = min(max(len(images) // 8, MIN_SELECT), MAX_SELECT)
+    held = n_verify + n_select
+    return {
+        "verify": tuple(images[:n_verify]),
+        "select": tuple(images[n_verify:held]),
+        "calibrate": tuple(images[held : held + calibrate]),
+    }
+
+
+def overlap(first: Sequence[ImageFile], second: Sequence[ImageFile]) -> list[tuple[str, str]]:
+    """Pairs of names with the same bytes in both sequences."""
+    by_hash = {image.sha256: image.name for image in first}
+    return [(by_hash[i.sha256], i.name) for i in second if i.sha256 in by_hash]
+
+
+@dataclass
+class ImageStream:
+    """Batches of decoded images, prefetched by threads while the caller computes.
+
+    Iterating yields uint8 [n, crop_height, crop_width, 3] with n <= batch_size, and fills `images` (those
+    that were yielded, in order) and `unreadable`. At most three batches are in memory.
+
+    Raises (while iterating):
+        BadInputError: too many of the files cannot be decoded, or none can.
+    """
+
+    files: Sequence[ImageFile]
+    preprocess: Preprocess
+    batch_size: int
+    root: Path
+    images: list[ImageFile] = field(default_factory=list, init=False)
+    unreadable: list[Unreadable] = field(default_factory=list, init=False)
+
+    def _load(self, file: ImageFile) -> UInt8Array | Unreadable:
+        try:
+            return resize_and_crop(decode(file.path.read_bytes()), self.preprocess)
+        except UnreadableImageError as error:
+            return Unreadable(file.name, str(error))
+        except OSError as error:
+            return Unreadable(file.name, f"{type(error).__name__}: {error.strerror}")
+
+    def __iter__(self) -> Iterator[UInt8Array]:
+        self.images.clear()
+        self.unreadable.clear()
+        batch: list[UInt8Array] = []
+        waiting: deque[tuple[ImageFile, Future[UInt8Array | Unreadable]]] = deque()
+        todo = iter(self.files)
+        with ThreadPoolExecutor(DECODE_THREADS) as pool:
+            try:
+                while True:
+                    while len(waiting) < 2 * self.batch_size and (file := next(todo, None)) is not None:
+                        waiting.append((file, pool.submit(self._load, file)))
+                    if not waiting:
+                        break
+                    file, future = waiting.popleft()
+                    loaded = future.result()
+                    if isinstance(loaded, Unreadable):
+                        self.unreadable.append(loaded)
+                        refuse_if_too_many_unreadable(self.root, self.unreadable, len(self.files))
+                        continue
+                    self.images.append(file)
+                    batch.append(loaded)
+                    if len(batch) == self.batch_size:
+                        yield np.stack(batch)
+                        batch = []
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+        if batch:
+            yield np.stack(batch)
+
+
+def synthetic_images(count: int, height: int, width: int, seed: int) -> UInt8Array:
+    """Seeded images with the 1/f spectrum of photographs; uint8 [count, height, width, 3].
+
+    White noise hardly moves a network's logits; the amplitude spectrum of natural images falls as 1/f
+    (Field 1987, J. Opt. Soc. Am. A 4:2379), and contrast and colour differ from image to image.
+    """
+    rng = np.random.default_rng(seed)
+    fy = np.fft.fftfreq(height)[:, None]
+    fx = np.fft.rfftfreq(width)[None, :]
+    frequency = np.maximum(np.hypot(fy, fx), 1.0 / max(height, width))
+    images = np.empty((count, height, width, 3), dtype=np.uint8)
+    for index in range(count):
+        slope = rng.uniform(0.8, 1.6)
+        mixing = rng.normal(size=(3, 3)) * 0.4 + np.eye(3)
+        phase = rng.normal(size=(3, *frequency.shape)) + 1j * rng.normal(size=(3, *frequency.shape))
+        planes = np.fft.irfft2(phase / frequency**slope, s=(height, width))
+        planes /= planes.std(axis=(1, 2), keepdims=True) + 1e-12
+        mixed = np.einsum("ij,jhw->hwi", mixing, planes)
+        brightness, contrast = rng.uniform(60, 190, size=3), rng.uniform(15, 70)
+        images[index] = np.clip(np.rint(brightness + contrast * mixed), 0, 255).astype(np.uint8)
+    return images

@@ -1,0 +1,69 @@
+"""What machine and which libraries a result comes from: provenance, and keys of the stage cache."""
+
+from __future__ import annotations
+
+import os
+import platform
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+_DISTRIBUTIONS = {"onnxruntime": ("onnxruntime-gpu", "onnxruntime")}
+
+
+@cache
+def _cpu_info() -> dict[str, str]:
+    fields: dict[str, str] = {}
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            key, _, value = line.partition(":")
+            fields.setdefault(key.strip(), value.strip())
+    except OSError:
+        pass
+    return fields
+
+
+def instruction_set() -> str:
+    """The widest integer instruction set that ONNX Runtime's kernels choose by, `avx512-vnni` say.
+
+    uint8 x int8 products saturate in 16 bits on `avx2` and `avx512` (no VNNI), so INT8 logits are only
+    comparable on the same one.
+    """
+    machine = platform.machine().lower()
+    if machine not in ("x86_64", "amd64"):
+        return machine
+    flags = set(_cpu_info().get("flags", "").split())
+    for name, needed in (
+        ("amx-int8", {"amx_int8"}),
+        ("avx512-vnni", {"avx512_vnni"}),
+        ("avx-vnni", {"avx_vnni"}),
+        ("avx512", {"avx512bw"}),
+        ("avx2", {"avx2"}),
+    ):
+        if needed <= flags:
+            return name
+    return machine
+
+
+def saturates(instructions: str) -> bool:
+    """True where uint8 x int8 products are summed in saturating 16 bits (`vpmaddubsw`)."""
+    return instructions in ("avx2", "avx512")
+
+
+def cpu_model() -> str:
+    """`model name` of /proc/cpuinfo, and the number of usable cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{_cpu_info().get('model name', platform.processor() or platform.machine())}, {cores} cores"
+
+
+def library_versions(*names: str) -> dict[str, str]:
+    """Installed versions by name, without importing anything; `absent` for what is not installed."""
+    versions = {}
+    for name in names:
+        for distribution in _DISTRIBUTIONS.get(name, (name,)):
+            try:
+                versions[name] = metadata.version(distribution)
+                break
+            except metadata.PackageNotFoundError:
+                versions[name] = "absent"
+    return versions

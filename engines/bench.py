@@ -1,0 +1,63 @@
+"""Latency of engines side by side, as medians of runs taken in turn."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field
+
+from engines.onnxruntime_engine import OnnxRuntimeEngine
+
+ROUNDS_MIN, ROUNDS_MAX = 5, 50
+SECONDS = 2.0
+
+
+class Latency(BaseModel):
+    """Latency of one engine, measured in turn with the FP32 engine of the same run."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    batch: int
+    median_ms: float = Field(description="Median milliseconds of one run of the whole batch.")
+    fp32_median_ms: float
+    speedup: float = Field(description="Median of the rounds' ratios FP32 / this engine; over 1 is faster.")
+    rounds: int
+    machine: str
+
+
+def measure(
+    engines: Mapping[str, OnnxRuntimeEngine], batch: npt.NDArray[np.float32], *, baseline: str, machine: str
+) -> dict[str, Latency]:
+    """Time engines in turn (A B C A B C ...) on one batch, float32 [N, 3, H, W].
+
+    Ratios are taken round by round, so that a drift of the machine's speed cancels. About two seconds per
+    engine, at least five rounds.
+    """
+    times: dict[str, list[float]] = {name: [] for name in engines}
+    for engine in engines.values():
+        engine.run(batch)  # warm-up: allocation, thread pools
+    begin = time.perf_counter()
+    while True:
+        for name, engine in engines.items():
+            start = time.perf_counter()
+            engine.run(batch)
+            times[name].append(time.perf_counter() - start)
+        rounds = len(times[baseline])
+        late = time.perf_counter() - begin > SECONDS * len(engines)
+        if rounds >= ROUNDS_MAX or (late and rounds >= ROUNDS_MIN):
+            break
+    base = np.asarray(times[baseline])
+    return {
+        name: Latency(
+            batch=batch.shape[0],
+            median_ms=float(np.median(seconds)) * 1e3,
+            fp32_median_ms=float(np.median(base)) * 1e3,
+            speedup=float(np.median(base / np.asarray(seconds))),
+            rounds=len(seconds),
+            machine=machine,
+        )
+        for name, seconds in times.items()
+    }

@@ -1,0 +1,109 @@
+"""The parity gate: run an engine on the verify set at several batch sizes and judge its logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from calibration.errors import ParityError
+from calibration.images import Progress
+from calibration.preprocess import Preprocess, UInt8Array, normalize
+from engines.manifest import Batch, Gate
+from engines.parity import Metrics, batches_to_check, check_reference, compare, failures
+
+Float32Array = npt.NDArray[np.float32]
+
+SUBSET = 32
+"""Images compared at the batch sizes other than `opt`, which gets all of them."""
+
+MIN_LABELLED = 100
+"""Fewer labelled images do not resolve an accuracy of one point: the default accuracy limit is left out."""
+
+
+class Runnable(Protocol):
+    def run(self, batch: Float32Array) -> Float32Array: ...
+
+
+def run_in_batches(
+    engine: Runnable,
+    pixels: UInt8Array,
+    preprocess: Preprocess,
+    batch: int,
+    progress: Progress = lambda _: None,
+) -> Float32Array:
+    """Logits of all images, run in full batches of exactly `batch` (the last is filled up by cycling)."""
+    outputs = []
+    for start in range(0, len(pixels), batch):
+        index = np.arange(start, start + batch) % len(pixels)
+        wanted = min(batch, len(pixels) - start)
+        outputs.append(engine.run(normalize(pixels[index], preprocess))[:wanted])
+        progress(wanted)
+    return np.concatenate(outputs)
+
+
+def images_compared(count: int, batch: Batch) -> int:
+    """How many images `judge` runs in all, for a progress bar."""
+    sizes = batches_to_check(batch.min, batch.opt, batch.max)
+    return count + sum(min(count, max(SUBSET, size)) for size in sizes if size != batch.opt)
+
+
+def judge(
+    engine: Runnable,
+    *,
+    pixels: UInt8Array,
+    eager: Float32Array,
+    labels: Sequence[int] | None,
+    preprocess: Preprocess,
+    batch: Batch,
+    tolerances: Mapping[str, float],
+    unfused: Callable[[], Float32Array] | None = None,
+    progress: Progress = lambda _: None,
+) -> Gate:
+    """Compare an engine's logits with the reference at batches min, opt, max and an odd one.
+
+    Args:
+        pixels: uint8 [N, H, W, 3], images that were not calibrated on.
+        eager: float32 [N, classes], eager PyTorch's logits of the same images.
+        labels: class index per image, or None.
+        tolerances: limits by metric, see `engines.parity`.
+        unfused: for random weights: makes the logits of the unfused precision graph, the reference to gate
+            against; figures against eager are reported all the same.
+
+    Raises:
+        ParityError: there is nothing to compare or to judge by.
+    """
+    if len(pixels) == 0 or len(pixels) != len(eager):
+        raise ParityError(
+            f"nothing to compare: {len(pixels)} inputs, {len(eager)} reference logits",
+            hint="give images to verify on (--calib or --verify)",
+        )
+    check_reference(eager)
+    reference = eager if unfused is None else unfused()
+    sizes = batches_to_check(batch.min, batch.opt, batch.max)
+    found: list[str] = []
+    whole: Metrics | None = None
+    eager_metrics: Metrics | None = None
+    for size in sizes:
+        full = size == batch.opt
+        count = len(pixels) if full else min(len(pixels), max(SUBSET, size))
+        logits = run_in_batches(engine, pixels[:count], preprocess, size, progress)
+        known = labels if full else None
+        metrics = compare(reference[:count], logits, known)
+        limits = tolerances if full else {m: v for m, v in tolerances.items() if "accuracy" not in m}
+        if limits:
+            found += [f"batch {size}: {text}" for text in failures(metrics, limits)]
+        if full:
+            whole = metrics
+            eager_metrics = metrics if unfused is None else compare(eager, logits, known)
+    assert whole is not None and eager_metrics is not None
+    return Gate(
+        reference="eager" if unfused is None else "unfused precision graph",
+        tolerances=dict(tolerances),
+        batches=sizes,
+        metrics=whole.as_dict(),
+        eager_metrics=eager_metrics.as_dict(),
+        failures=found,
+    )

@@ -1,0 +1,184 @@
+"""manifest.json: what a bundle holds. The JSON Schema in docs/manifest.schema.json is made from these models.
+
+`recipe` is the same for the same inputs, instruction set and library versions; `artifacts` holds what
+differs from run to run (times, engines that are not reproducible).
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from calibration.preprocess import Preprocess
+from engines.bench import Latency
+
+SCHEMA_VERSION = 1
+State = Literal["built", "graph verified", "verified"]
+STATES: tuple[State, ...] = ("built", "graph verified", "verified")
+"""Weakest first. *built*: not run. *graph verified*: the precision graph was run and compared. *verified*: the
+engine itself was run and compared."""
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class File(_Model):
+    """A file of the bundle; its name holds the beginning of its hash."""
+
+    path: str = Field(description="Relative to the bundle, with forward slashes.")
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    size_bytes: int = Field(ge=0)
+
+
+class Weights(_Model):
+    kind: Literal["torchvision", "file", "random"]
+    name: str = Field(description="`ResNet50_Weights.IMAGENET1K_V2`, a file's name, or `random`.")
+    sha256: str = Field(description="Of the weights file; empty for random weights.")
+    random: bool = Field(description="No trained weights at all: figures say nothing about accuracy.")
+    initialized: list[str] = Field(description="Parameters that were initialized at random (another head).")
+    seed: int = Field(description="Seed of everything random.")
+
+
+class Source(_Model):
+    """The network, as it was built."""
+
+    zoo: Literal["torchvision"]
+    name: str
+    num_classes: int
+    transform_input: bool | None = Field(description="googlenet and inception_v3 only; else null.")
+    weights: Weights
+
+
+class Port(_Model):
+    """An input or output of the graph."""
+
+    name: str
+    dtype: Literal["float32"]
+    shape: list[int | str] = Field(description="`batch` is the dynamic dimension.")
+    layout: str
+
+
+class Batch(_Model):
+    min: int = Field(ge=1)
+    opt: int = Field(ge=1)
+    max: int = Field(ge=1)
+
+
+class Calibration(_Model):
+    """Where the INT8 ranges come from."""
+
+    method: str
+    images: int
+    unreadable: list[str]
+    ranges: File
+
+
+class Recipe(_Model):
+    """Identical for identical inputs, instruction set and versions."""
+
+    source: Source
+    input: Port
+    output: Port
+    batch: Batch
+    preprocess: Preprocess
+    labels: list[str] = Field(description="Class names by index; empty where they are not known.")
+    graph: File = Field(description="The simplified FP32 graph.")
+    external_data: list[File] = Field(description="Weights files that the graphs refer to (over 2 GiB).")
+    simplified: str = Field(description="What simplifying did, or why it was skipped.")
+    calibration: Calibration | None
+    reduce_range: bool
+    instruction_set: str
+    versions: dict[str, str]
+
+
+class Gate(_Model):
+    """What an engine was compared with, and the figures."""
+
+    reference: Literal["eager", "unfused precision graph"]
+    tolerances: dict[str, float]
+    batches: list[int] = Field(description="Batch sizes that were run and compared.")
+    metrics: dict[str, float | int | None] = Field(
+        description="All images at batch opt, against the reference."
+    )
+    eager_metrics: dict[str, float | int | None] = Field(description="The same, against eager PyTorch.")
+    failures: list[str]
+
+
+class Engine(_Model):
+    name: str = Field(description="`<target>-<precision>`.")
+    target: str
+    precision: Literal["fp32", "fp16", "int8"]
+    file: File
+    state: State
+    built_by: dict[str, str] = Field(description="Library versions that built it.")
+    instruction_set: str = Field(description="Of the machine that it was verified on.")
+    gate: Gate
+    latency: Latency | None
+
+
+class HeldOut(_Model):
+    """Inputs and eager logits that were never calibrated on: the reference on machines without PyTorch."""
+
+    inputs: File = Field(description="NumPy .npy, uint8 [N, H, W, 3], RGB after resize and crop.")
+    logits: File = Field(description="NumPy .npy, float32 [N, classes], eager PyTorch FP32.")
+    count: int
+    synthetic: bool = Field(description="Seeded synthetic images, because no folder was given.")
+    labels: list[int] | None
+    image_sha256: list[str] = Field(description="Hashes of the image files, in order; empty if synthetic.")
+
+
+class Artifacts(_Model):
+    created: str = Field(description="UTC, ISO 8601.")
+    engines: list[Engine]
+    held_out: HeldOut
+
+
+class Manifest(_Model):
+    schema_version: Literal[1]
+    tool: str = Field(description="`export-zoo <version>`.")
+    status: Literal["ok", "failed"] = Field(description="`failed`: a parity gate did not hold; do not serve.")
+    warnings: list[str]
+    recipe: Recipe
+    artifacts: Artifacts
+
+    def files(self) -> list[File]:
+        """Every file of the bundle, each once."""
+        recipe, artifacts = self.recipe, self.artifacts
+        files = [recipe.graph, *recipe.external_data, *(e.file for e in artifacts.engines)]
+        files += [artifacts.held_out.inputs, artifacts.held_out.logits]
+        if recipe.calibration is not None:
+            files.append(recipe.calibration.ranges)
+        return list({file.path: file for file in files}.values())
+
+
+class Attestation(_Model):
+    """What `verify` found on some machine; written beside the manifest, in attestations/."""
+
+    schema_version: Literal[1]
+    manifest_sha256: str
+    created: str
+    machine: str
+    instruction_set: str
+    versions: dict[str, str]
+    status: Literal["ok", "failed"]
+    warnings: list[str]
+    engines: dict[str, Gate]
+    states: dict[str, State]
+
+
+def json_schema() -> dict[str, Any]:
+    """The manifest's JSON Schema (draft 2020-12)."""
+    schema = Manifest.model_json_schema(mode="serialization")
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def main() -> None:
+    """Print the schema: `python -m engines.manifest > docs/manifest.schema.json`."""
+    print(json.dumps(json_schema(), indent=2))
+
+
+if __name__ == "__main__":
+    main()

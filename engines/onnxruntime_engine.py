@@ -1,0 +1,66 @@
+"""The embedded engine: a precision graph in ONNX Runtime on the CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+
+from calibration.errors import BadInputError
+
+Float32Array = npt.NDArray[np.float32]
+
+
+class OnnxRuntimeEngine:
+    """An ONNX graph loaded on the CPU. Thread-safe: ONNX Runtime allows concurrent `run` calls.
+
+    Args:
+        graph: the ONNX file.
+        threads: intra-op threads, 0 for all cores.
+        fused: with False, no graph optimization: Q/DQ pairs are computed one by one, in float.
+        half: the graph computes in FP16; its layout optimizer crashes on FP16 transformers and is left out.
+
+    Raises:
+        BadInputError: ONNX Runtime does not load the file.
+    """
+
+    def __init__(self, graph: Path, *, threads: int = 0, fused: bool = True, half: bool = False) -> None:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        if not fused:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        # ONNX Runtime 1.31 segfaults in this pass on FP16 ViTs.
+        disabled = ["NchwcTransformer"] if half else []
+        try:
+            self._session = ort.InferenceSession(
+                graph, options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled
+            )
+        except Exception as error:  # ONNX Runtime raises a dozen types of its own
+            raise BadInputError(
+                f"{graph}: ONNX Runtime {ort.__version__} cannot load it: {error}",
+                hint="the file is damaged, or was made for another version",
+            ) from error
+        (feed,) = self._session.get_inputs()
+        self.input_name: str = feed.name
+        self.input_shape: tuple[int | str, ...] = tuple(feed.shape)
+
+    def run(self, batch: Float32Array) -> Float32Array:
+        """Logits float32 [N, classes] of a preprocessed batch float32 [N, 3, H, W].
+
+        Raises:
+            BadInputError: wrong dtype or shape.
+        """
+        expected = self.input_shape
+        fits = batch.ndim == len(expected) and all(
+            isinstance(want, str) or want == have for want, have in zip(expected, batch.shape, strict=True)
+        )
+        if batch.dtype != np.float32 or not fits or batch.shape[0] < 1:
+            raise BadInputError(
+                f"input {batch.dtype} {list(batch.shape)}, expected float32 {list(expected)}",
+                hint="use the bundle's preprocess() to make the input",
+            )
+        (logits,) = self._session.run(None, {self.input_name: batch})
+        return np.asarray(logits, dtype=np.float32)

@@ -1,0 +1,230 @@
+"""Compare an engine's logits with a reference, and judge the figures by tolerances.
+
+A comparison that compared nothing fails. See docs/parity.md for each metric and default, and its reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from calibration.errors import ParityError
+
+Logits = npt.NDArray[np.float32]
+
+MIN_RELATIVE_SPREAD = 1e-4
+"""A reference whose logits vary between images by less than this share of their size compares nothing."""
+
+MIN_SPREAD = 1e-6
+MISPLACED_FACTOR = 4.0
+_CLASS_BLOCK = 512
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Figures of one comparison; all are over `images` x `classes` logits.
+
+    Reference logits r and engine logits e; c is r minus its mean over the images, per class, so that a
+    constant vector scores nothing.
+    """
+
+    images: int
+    classes: int
+    max_abs: float
+    """max |e - r|, in logits."""
+    max_rel: float
+    """max_abs over the spread of the reference: the standard deviation of c."""
+    sqnr: float
+    """10 log10(sum c^2 / sum (e - r)^2), in dB; capped at 200."""
+    cosine: float
+    """Cosine of c and e minus the reference's means."""
+    top1: float
+    """Share of images whose best class is the same."""
+    top5: float
+    """Mean share of the reference's five best classes (fewer where there are fewer) among the engine's."""
+    misplaced: int
+    """Classes whose logits lie far closer to another class's reference than to their own: permuted labels."""
+    accuracy: float | None = None
+    """Top-1 accuracy of the engine, where labels are known."""
+    reference_accuracy: float | None = None
+    accuracy_drop: float | None = None
+    """reference_accuracy - accuracy, as a share (0.01 is one point)."""
+
+    def as_dict(self) -> dict[str, float | int | None]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Limit:
+    """One tolerance: `metric` must be at least (or at most) `value`."""
+
+    metric: str
+    value: float
+
+    @property
+    def at_least(self) -> bool:
+        return self.metric in AT_LEAST
+
+    def holds(self, metrics: Metrics) -> bool | None:
+        """None where the metric was not measured (accuracy without labels). NaN never holds."""
+        measured = getattr(metrics, self.metric)
+        if measured is None:
+            return None
+        return bool(measured >= self.value if self.at_least else measured <= self.value)
+
+    def __str__(self) -> str:
+        return f"{self.metric} {'>=' if self.at_least else '<='} {self.value:g}"
+
+
+AT_LEAST = frozenset({"sqnr", "cosine", "top1", "top5", "accuracy"})
+AT_MOST = frozenset({"max_abs", "max_rel", "misplaced", "accuracy_drop"})
+METRICS = AT_LEAST | AT_MOST
+
+DEFAULT_TOLERANCES: Mapping[str, Mapping[str, float]] = {
+    # FP32 differs from eager by the order of summation only: 100 dB and more on well-scaled networks.
+    "fp32": {"sqnr": 60.0, "top1": 0.99, "misplaced": 0},
+    # Half has 11 significant bits (66 dB a rounding); tens of layers leave 40 dB and more.
+    "fp16": {"sqnr": 35.0, "top1": 0.97, "misplaced": 0},
+    # 8 bits on every tensor: trained networks keep 15 to 30 dB; under 10 dB predictions start to move.
+    "int8": {"sqnr": 10.0, "top1": 0.90, "accuracy_drop": 0.02, "misplaced": 0},
+}
+
+UNFUSED_TOLERANCES: Mapping[str, float] = {"sqnr": 20.0, "top1": 0.90, "misplaced": 0}
+"""For random weights: the engine against its own precision graph, run without fusing. They differ by rounding
+ties only, but a network of random weights amplifies a flipped tie."""
+
+
+def limits_of(tolerances: Mapping[str, float]) -> list[Limit]:
+    return [Limit(metric, value) for metric, value in sorted(tolerances.items())]
+
+
+def check_reference(reference: Logits) -> None:
+    """Refuse a reference that nothing can be compared with.
+
+    Raises:
+        ParityError: no images, a logit that is not finite, or logits that hardly vary between images.
+    """
+    if reference.ndim != 2 or reference.shape[0] < 2 or reference.shape[1] < 2:
+        raise ParityError(
+            f"nothing to compare: reference logits of shape {list(reference.shape)}",
+            hint="give more images to verify on (--calib or --verify)",
+        )
+    if not np.isfinite(reference).all():
+        raise ParityError(
+            "nothing to compare: the eager model's own logits are not finite",
+            hint="check the weights and the preprocessing",
+        )
+    spread = float((reference - reference.mean(axis=0)).std())
+    size = float(np.abs(reference).max())
+    if spread < max(MIN_SPREAD, MIN_RELATIVE_SPREAD * size):
+        raise ParityError(
+            f"nothing to compare: the eager logits hardly vary between images (spread {spread:.2e}, largest "
+            f"logit {size:.2e})",
+            hint="random or collapsed weights do this; use trained weights (--weights DEFAULT or a file)",
+        )
+
+
+def _top(logits: Logits, count: int) -> npt.NDArray[np.intp]:
+    return np.argsort(-logits, axis=1, kind="stable")[:, :count]
+
+
+def _misplaced(reference: Logits, engine: Logits) -> int:
+    """Classes i with |e_i - r_i|^2 > 4 |e_i - r_j|^2 for some j: swapped rows or labels.
+
+    Needed because the swap of two classes out of a thousand moves SQNR and top-1 hardly at all.
+    """
+    r, e = reference.astype(np.float64), engine.astype(np.float64)
+    r2 = (r * r).sum(axis=0)
+    scale = r2.mean() + 1e-30
+    count = 0
+    for start in range(0, r.shape[1], _CLASS_BLOCK):
+        block = e[:, start : start + _CLASS_BLOCK]
+        distance = np.maximum((block * block).sum(axis=0)[:, None] + r2[None, :] - 2.0 * block.T @ r, 0.0)
+        own = np.einsum(
+            "ij,ij->j", block - r[:, start : start + _CLASS_BLOCK], block - r[:, start : start + _CLASS_BLOCK]
+        )
+        nearest = distance.min(axis=1) + 1e-9 * scale  # rounding of the expanded square
+        count += int((own > MISPLACED_FACTOR * nearest).sum())
+    return count
+
+
+def compare(reference: Logits, engine: Logits, labels: Sequence[int] | None = None) -> Metrics:
+    """Figures of engine logits against reference logits, both float32 [images, classes].
+
+    Raises:
+        ParityError: shapes differ, or the reference is none (`check_reference`).
+    """
+    if reference.shape != engine.shape:
+        raise ParityError(
+            f"nothing to compare: reference {list(reference.shape)}, engine {list(engine.shape)}",
+            hint="the engine's output is not the model's logits",
+        )
+    check_reference(reference)
+    images, classes = reference.shape
+    if not np.isfinite(engine).all():
+        return Metrics(images, classes, float("inf"), float("inf"), -200.0, 0.0, 0.0, 0.0, classes)
+    r, e = reference.astype(np.float64), engine.astype(np.float64)
+    mean = r.mean(axis=0)
+    centred, other = r - mean, e - mean
+    signal, noise = float((centred**2).sum()), float(((e - r) ** 2).sum())
+    norms = float(np.linalg.norm(centred) * np.linalg.norm(other))
+    max_abs = float(np.abs(e - r).max())
+    best = _top(reference, 1)[:, 0], _top(engine, 1)[:, 0]
+    five = min(5, classes)
+    top_r, top_e = _top(reference, five), _top(engine, five)
+    shared = [len(set(a) & set(b)) / five for a, b in zip(top_r.tolist(), top_e.tolist(), strict=True)]
+    accuracy = reference_accuracy = drop = None
+    if labels is not None:
+        truth = np.asarray(labels)
+        reference_accuracy, accuracy = float((best[0] == truth).mean()), float((best[1] == truth).mean())
+        drop = reference_accuracy - accuracy
+    return Metrics(
+        images=images,
+        classes=classes,
+        max_abs=max_abs,
+        max_rel=max_abs / float(centred.std()),
+        sqnr=200.0 if noise == 0 else min(200.0, 10.0 * float(np.log10(signal / noise))),
+        cosine=0.0 if norms == 0 else float((centred * other).sum()) / norms,
+        top1=float((best[0] == best[1]).mean()),
+        top5=float(np.mean(shared)),
+        misplaced=_misplaced(reference, engine),
+        accuracy=accuracy,
+        reference_accuracy=reference_accuracy,
+        accuracy_drop=drop,
+    )
+
+
+def failures(metrics: Metrics, tolerances: Mapping[str, float]) -> list[str]:
+    """The tolerances that do not hold, for people; empty where the gate passes.
+
+    Raises:
+        ParityError: no tolerance could be applied (the gate would have passed without looking).
+    """
+    judged = [(limit, limit.holds(metrics)) for limit in limits_of(tolerances)]
+    if all(holds is None for _, holds in judged):
+        raise ParityError(
+            "the parity gate has nothing to judge by: " + (", ".join(tolerances) or "no tolerance given"),
+            hint="give a tolerance on a metric that is measured; accuracy needs labels",
+        )
+    return [
+        f"{limit.metric} is {getattr(metrics, limit.metric):.6g}, must be {limit}"
+        for limit, holds in judged
+        if holds is False
+    ]
+
+
+def odd_batch(minimum: int, maximum: int, beside: Sequence[int]) -> int | None:
+    """An odd batch size in [minimum, maximum] that is not in `beside`, near the middle; None if there is none."""
+    middle = (minimum + maximum) / 2
+    odd = [n for n in range(minimum, maximum + 1) if n % 2 and n not in beside]
+    return min(odd, key=lambda n: abs(n - middle), default=None)
+
+
+def batches_to_check(minimum: int, optimum: int, maximum: int) -> list[int]:
+    """Batch sizes of the gate: min, opt, max and an odd one in the range; sorted, each once."""
+    sizes = {minimum, optimum, maximum}
+    odd = odd_batch(minimum, maximum, sorted(sizes))
+    return sorted(sizes | ({odd} if odd is not None else set()))

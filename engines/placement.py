@@ -1,0 +1,192 @@
+"""Where Q/DQ pairs go: one policy a target. A policy decides, `engines.precision` carries out.
+
+Policies read a graph and name tensors; they change nothing. See docs/placement.md for the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+
+ACTIVATIONS = frozenset({"Relu", "Clip"})
+LAYOUT = frozenset({"Flatten", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Identity"})
+SAME_SCALE = LAYOUT | {"MaxPool"}
+"""Operators that only move or select values: quantized in and out with one scale, at no cost."""
+AVERAGES = frozenset({"AveragePool", "GlobalAveragePool"})
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A constant operand to store as int8: its input index, its output-channel axis, and the bias beside it."""
+
+    index: int
+    axis: int
+    bias_index: int | None
+
+
+@dataclass
+class Placement:
+    """The decisions of a policy for one graph."""
+
+    activations: dict[str, str] = field(default_factory=dict)
+    """Tensor name -> scale group; tensors of one group share scale and zero point."""
+    weights: dict[str, QuantizedWeight] = field(default_factory=dict)
+    """Node name -> its quantized weight."""
+
+    def groups(self) -> dict[str, list[str]]:
+        """Scale group -> its tensors."""
+        members: dict[str, list[str]] = {}
+        for tensor, group in self.activations.items():
+            members.setdefault(group, []).append(tensor)
+        return members
+
+
+def constant(value: ir.Value | None) -> bool:
+    return value is not None and value.const_value is not None
+
+
+def readers(value: ir.Value) -> list[ir.Node]:
+    return [use.node for use in value.uses()]
+
+
+def activated(value: ir.Value) -> ir.Value:
+    """The tensor after the Relu or Clip that alone reads `value`, else `value` itself."""
+    nodes = readers(value)
+    if len(nodes) == 1 and nodes[0].op_type in ACTIVATIONS and not value.is_graph_output():
+        return nodes[0].outputs[0]
+    return value
+
+
+def ends_in_output(value: ir.Value) -> bool:
+    """True where only layout operators stand between `value` and the graph's output (the logits)."""
+    return value.is_graph_output() or any(
+        node.op_type in LAYOUT and ends_in_output(node.outputs[0]) for node in readers(value)
+    )
+
+
+def weight_of(node: ir.Node) -> QuantizedWeight | None:
+    """The int8 weight a node can have; None where the operand is computed or the layout is not supported."""
+    if len(node.inputs) < 2 or not constant(node.inputs[1]) or constant(node.inputs[0]):
+        return None
+    weight = node.inputs[1]
+    assert weight is not None
+    rank = len(weight.shape) if weight.shape is not None else 0
+    has_bias = len(node.inputs) > 2 and node.inputs[2] is not None
+    if has_bias and not constant(node.inputs[2]):
+        return None
+    bias_index = 2 if has_bias else None
+    match node.op_type:
+        case "Conv" if rank == 4:
+            return QuantizedWeight(1, 0, bias_index)
+        case "Gemm" if rank == 2 and _plain_gemm(node):
+            return QuantizedWeight(1, 0 if node.attributes.get_int("transB", 0) else 1, bias_index)
+        case "MatMul" if rank == 2:
+            return QuantizedWeight(1, 1, None)
+    return None
+
+
+def _plain_gemm(node: ir.Node) -> bool:
+    attributes = node.attributes
+    scaled = attributes.get_float("alpha", 1.0) != 1.0 or attributes.get_float("beta", 1.0) != 1.0
+    return not scaled and not attributes.get_int("transA", 0)
+
+
+class _Groups:
+    """Union-find over tensor names."""
+
+    def __init__(self) -> None:
+        self._parent: dict[str, str] = {}
+
+    def find(self, name: str) -> str:
+        while (parent := self._parent.get(name, name)) != name:
+            name = parent
+        return name
+
+    def join(self, first: str, second: str) -> None:
+        self._parent[self.find(second)] = self.find(first)
+
+
+def place_onnxruntime(graph: ir.Graph) -> Placement:
+    """The `onnxruntime` (CPU) column: what its kernels fuse into QLinearConv, QLinearAdd and their kin.
+
+    | operator         | rule                                                                             |
+    |------------------|----------------------------------------------------------------------------------|
+    | Conv             | input; weight; output after Relu/Clip, else directly                             |
+    | Gemm, MatMul     | input; weight; the output only where a quantized reader asks for it              |
+    | Add              | all inputs and the output (after Relu), where every input is quantized           |
+    | MaxPool, layout  | in and out share one scale, where the input is quantized and a reader wants it   |
+    | average pooling  | input and output, where the input is quantized                                   |
+    | Concat           | inputs and output share one scale, unless a BatchNormalization reads it (DenseNet)|
+    | all else         | FP32, as is everything between which and the logits there is only layout         |
+    """
+    placement = Placement()
+    groups = _Groups()
+    wanted: set[str] = set()
+
+    def want(value: ir.Value) -> bool:
+        """Quantize a tensor, for all its readers; the logits and what they are a view of stay float."""
+        if constant(value) or value.name is None or ends_in_output(value):
+            return False
+        wanted.add(value.name)
+        return True
+
+    for node in graph:
+        weight = weight_of(node)
+        if weight is None:
+            continue
+        placement.weights[_name(node)] = weight
+        want(_input(node, 0))
+        if node.op_type == "Conv":
+            want(activated(node.outputs[0]))
+
+    def quantized(values: Iterator[ir.Value]) -> bool:
+        return all(value.name in wanted for value in values)
+
+    # Operators without weights follow their neighbours; in graph order one pass settles each chain.
+    for node in graph:
+        inputs = [value for value in node.inputs if value is not None and not constant(value)]
+        output = node.outputs[0]
+        if not inputs or not quantized(iter(inputs)):
+            continue
+        if node.op_type == "Add" and len(inputs) == 2:
+            want(activated(output))
+        elif node.op_type in AVERAGES:
+            want(output)
+        elif node.op_type in SAME_SCALE:
+            if node.op_type == "MaxPool" or _asked_for(output, wanted):
+                _share(groups, [*inputs, output], want(output))
+        elif node.op_type == "Concat" and len(inputs) == len(node.inputs):
+            pre_activation = any(reader.op_type == "BatchNormalization" for reader in readers(output))
+            if not pre_activation:
+                _share(groups, [*inputs, output], want(output))
+    placement.activations = {name: groups.find(name) for name in sorted(wanted)}
+    return placement
+
+
+def _share(groups: _Groups, values: list[ir.Value], quantized: bool) -> None:
+    if quantized:
+        for value in values[1:]:
+            groups.join(str(values[0].name), str(value.name))
+
+
+def _asked_for(value: ir.Value, wanted: set[str]) -> bool:
+    """A reader behind any chain of layout operators wants `value` quantized."""
+    return value.name in wanted or any(
+        node.op_type in SAME_SCALE and _asked_for(node.outputs[0], wanted) for node in readers(value)
+    )
+
+
+def _name(node: ir.Node) -> str:
+    assert node.name is not None
+    return node.name
+
+
+def _input(node: ir.Node, index: int) -> ir.Value:
+    value = node.inputs[index]
+    assert value is not None
+    return value
+
+
+POLICIES = {"onnxruntime": place_onnxruntime}

@@ -1,0 +1,222 @@
+"""Write precision into a graph: FP32 graph + ranges + placement -> Q/DQ graph. Precision lives in the graph."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from calibration import graph_io
+from calibration.errors import BadInputError
+from calibration.ranges import Ranges
+from engines.placement import POLICIES, Placement, QuantizedWeight
+from engines.rewrites import remove_unused_initializers
+
+_MAX_BIAS = 2.0**30
+"""Bound of abs(int32 bias): half of int32's range is left for the accumulator."""
+
+_TINY = np.float64(np.finfo(np.float32).tiny) * 2**24
+"""Least scale. Products of two scales must stay normal in float32."""
+
+
+@dataclass(frozen=True)
+class ActivationScale:
+    """uint8 asymmetric: real = scale * (q - zero_point)."""
+
+    scale: np.float32
+    zero_point: np.uint8
+
+
+def activation_scale(low: float, high: float) -> ActivationScale:
+    """Scale and zero point of a uint8 tensor whose range is [low, high], extended to contain 0.
+
+    Zero must be exact, because padding and Relu produce it (Jacob et al. 2018, arXiv 1712.05877, section 2.1).
+    """
+    low, high = min(low, 0.0), max(high, 0.0)
+    scale = np.float32((high - low) / 255.0)
+    if not scale > _TINY:
+        return ActivationScale(np.float32(1.0), np.uint8(0))
+    zero_point = int(np.clip(np.rint(-low / np.float64(scale)), 0, 255))
+    return ActivationScale(scale, np.uint8(zero_point))
+
+
+def quantize_weight(
+    weight: npt.NDArray[np.float32],
+    axis: int,
+    bias: npt.NDArray[np.float32] | None,
+    input_scale: np.float32,
+    *,
+    reduce_range: bool = False,
+) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32], npt.NDArray[np.int32] | None]:
+    """Symmetric int8 weight per output channel, its scales, and the int32 bias in units of s_x * s_w.
+
+    A channel's scale is raised until its bias fits in 2^30: ONNX Runtime quantizes a float bias by itself and
+    lets it overflow, silently, where the weights of a channel are (nearly) zero.
+
+    Args:
+        weight: any shape; `axis` is the output channel.
+        bias: float32 [channels] or None.
+        input_scale: scale s_x of the quantized input.
+        reduce_range: use 7 bits, so that sums of two uint8 x int8 products fit 16 bits (AVX2 without VNNI).
+    """
+    levels = 63 if reduce_range else 127
+    rest = tuple(i for i in range(weight.ndim) if i != axis)
+    scale = np.abs(weight).max(axis=rest).astype(np.float64) / levels
+    if bias is not None:
+        scale = np.maximum(scale, np.abs(bias.astype(np.float64)) / (np.float64(input_scale) * _MAX_BIAS))
+    scale32 = np.maximum(scale, _TINY / min(np.float64(input_scale), 1.0)).astype(np.float32)
+    shape = [1] * weight.ndim
+    shape[axis] = -1
+    scaled = weight.astype(np.float64) / scale32.astype(np.float64).reshape(shape)
+    quantized = np.clip(np.rint(scaled), -levels, levels).astype(np.int8)
+    if bias is None:
+        return quantized, scale32, None
+    unit = (input_scale * scale32).astype(np.float64)
+    return quantized, scale32, np.rint(bias.astype(np.float64) / unit).astype(np.int32)
+
+
+def _initializer(graph: ir.Graph, name: str, array: npt.NDArray[np.generic]) -> ir.Value:
+    tensor = ir.tensor(array, name=name)
+    value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+    graph.register_initializer(value)
+    return value
+
+
+def _dequantize(
+    inputs: list[ir.Value], name: str, like: ir.Value, module: str, axis: int | None = None
+) -> ir.Node:
+    node = ir.node(
+        "DequantizeLinear",
+        inputs,
+        {} if axis is None else {"axis": axis},
+        name=name,
+        metadata_props={graph_io.MODULE_KEY: module} if module else {},
+    )
+    node.outputs[0].name = f"{name}_output"
+    node.outputs[0].dtype = ir.DataType.FLOAT
+    node.outputs[0].shape = like.shape
+    return node
+
+
+class _Quantizer:
+    """Carries one placement out on one graph."""
+
+    def __init__(self, graph: ir.Graph, placement: Placement, ranges: Ranges, reduce_range: bool) -> None:
+        self.graph = graph
+        self.placement = placement
+        self.reduce_range = reduce_range
+        self.scales = self._scales(ranges)
+
+    def _scales(self, ranges: Ranges) -> dict[str, ActivationScale]:
+        scales: dict[str, ActivationScale] = {}
+        for members in self.placement.groups().values():
+            missing = [name for name in members if name not in ranges.tensors]
+            if missing:
+                raise BadInputError(
+                    f"the ranges file has no range for tensor {missing[0]!r}",
+                    hint="it was made for another graph: calibrate again",
+                )
+            found = [ranges.tensors[name] for name in members]
+            shared = activation_scale(min(r.min for r in found), max(r.max for r in found))
+            scales.update(dict.fromkeys(members, shared))
+        return scales
+
+    def run(self) -> None:
+        values = {v.name: v for v in self.graph.inputs}
+        for node in self.graph:
+            values.update((v.name, v) for v in node.outputs)
+        # Weights first: they ask which tensor feeds a node, and activations put a DQ between the two.
+        for node in list(self.graph):
+            if node.name in self.placement.weights:
+                self._weight(node, self.placement.weights[str(node.name)])
+        for name in self.placement.activations:
+            self._activation(values[name])
+
+    def _activation(self, value: ir.Value) -> None:
+        name = str(value.name)
+        uses = list(value.uses())
+        scale = self.scales[name]
+        producer = value.producer()
+        module = graph_io.module_of(producer)
+        scale_value = _initializer(self.graph, f"{name}_scale", np.asarray(scale.scale))
+        zero = _initializer(self.graph, f"{name}_zero_point", np.asarray(scale.zero_point))
+        quantize = ir.node(
+            "QuantizeLinear",
+            [value, scale_value, zero],
+            name=f"{name}_QuantizeLinear",
+            metadata_props={graph_io.MODULE_KEY: module} if module else {},
+        )
+        quantize.outputs[0].name = f"{name}_quantized"
+        quantize.outputs[0].dtype = ir.DataType.UINT8
+        quantize.outputs[0].shape = value.shape
+        dequantize = _dequantize(
+            [quantize.outputs[0], scale_value, zero], f"{name}_DequantizeLinear", value, module
+        )
+        if producer is None:
+            self.graph.insert_before(self.graph[0], [quantize, dequantize])
+        else:
+            self.graph.insert_after(producer, [quantize, dequantize])
+        for use in uses:
+            use.node.replace_input_with(use.idx, dequantize.outputs[0])
+
+    def _weight(self, node: ir.Node, rule: QuantizedWeight) -> None:
+        source, weight = node.inputs[0], node.inputs[rule.index]
+        assert source is not None and weight is not None and weight.const_value is not None
+        bias = node.inputs[rule.bias_index] if rule.bias_index is not None else None
+        bias_array = None
+        if bias is not None and bias.const_value is not None:
+            bias_array = bias.const_value.numpy().astype(np.float32)
+        input_scale = self.scales[str(source.name)].scale
+        array = weight.const_value.numpy().astype(np.float32)
+        quantized, scales, int_bias = quantize_weight(
+            array, rule.axis, bias_array, input_scale, reduce_range=self.reduce_range
+        )
+        prefix, module = f"{node.name}_weight", graph_io.module_of(node)
+        scale_value = _initializer(self.graph, f"{prefix}_scale", scales)
+        zeros = _initializer(self.graph, f"{prefix}_zero_point", np.zeros(scales.shape, dtype=np.int8))
+        dequantize = _dequantize(
+            [_initializer(self.graph, f"{prefix}_quantized", quantized), scale_value, zeros],
+            f"{prefix}_DequantizeLinear",
+            weight,
+            module,
+            axis=rule.axis,
+        )
+        self.graph.insert_before(node, dequantize)
+        node.replace_input_with(rule.index, dequantize.outputs[0])
+        if int_bias is not None and bias is not None and rule.bias_index is not None:
+            prefix = f"{node.name}_bias"
+            unit = _initializer(self.graph, f"{prefix}_scale", (input_scale * scales).astype(np.float32))
+            zero = _initializer(self.graph, f"{prefix}_zero_point", np.zeros(scales.shape, dtype=np.int32))
+            dequantize = _dequantize(
+                [_initializer(self.graph, f"{prefix}_quantized", int_bias), unit, zero],
+                f"{prefix}_DequantizeLinear",
+                bias,
+                module,
+                axis=0,
+            )
+            self.graph.insert_before(node, dequantize)
+            node.replace_input_with(rule.bias_index, dequantize.outputs[0])
+
+
+def quantize(
+    graph: Path, ranges: Ranges, out: Path, *, target: str = "onnxruntime", reduce_range: bool = False
+) -> list[Path]:
+    """Write the INT8 precision graph of an FP32 graph and return the files written.
+
+    Raises:
+        BadInputError: the ranges are not those of this graph, or nothing in the graph can be quantized.
+    """
+    if ranges.graph_sha256 != graph_io.sha256_of(graph):
+        raise BadInputError(
+            "the ranges file belongs to another graph (its hash differs)", hint="calibrate again"
+        )
+    model = graph_io.load(graph)
+    placement = POLICIES[target](model.graph)
+    if not placement.weights:
+        raise BadInputError("INT8: no Conv, Gemm or MatMul with constant weights in the graph")
+    _Quantizer(model.graph, placement, ranges, reduce_range).run()
+    remove_unused_initializers(model.graph)
+    return graph_io.save(model, out)

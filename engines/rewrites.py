@@ -1,0 +1,56 @@
+"""Graph rewrites that keep the function and give engines operators they have kernels for."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from engines.placement import constant
+
+
+def average_pool_instead_of_mean(graph: ir.Graph) -> int:
+    """Rewrite ReduceMean over height and width as GlobalAveragePool (+ Flatten), which has an int8 kernel.
+
+    Returns the number of rewritten nodes.
+    """
+    count = 0
+    for node in list(graph):
+        if node.op_type != "ReduceMean" or len(node.inputs) < 2 or not constant(node.inputs[1]):
+            continue
+        source, axes = node.inputs[0], node.inputs[1]
+        if source is None or source.shape is None or len(source.shape) != 4:
+            continue
+        assert axes is not None and axes.const_value is not None
+        if sorted(int(a) % 4 for a in axes.const_value.numpy().reshape(-1)) != [2, 3]:
+            continue
+        old = node.outputs[0]
+        pool = ir.node(
+            "GlobalAveragePool", [source], name=str(node.name), metadata_props=dict(node.metadata_props)
+        )
+        made = [pool]
+        if not node.attributes.get_int("keepdims", 1):
+            pool.outputs[0].name = f"{old.name}_pooled"
+            made.append(
+                ir.node(
+                    "Flatten",
+                    [pool.outputs[0]],
+                    {"axis": 1},
+                    name=f"{node.name}_flatten",
+                    metadata_props=dict(node.metadata_props),
+                )
+            )
+            pool.outputs[0].dtype = old.dtype
+            pool.outputs[0].shape = ir.Shape([source.shape[0], source.shape[1], 1, 1])
+        new = made[-1].outputs[0]
+        new.dtype, new.shape = old.dtype, old.shape
+        graph.insert_before(node, made)
+        ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+        name = old.name
+        graph.remove(node, safe=True)
+        new.name = name
+        count += 1
+    return count
+
+
+def remove_unused_initializers(graph: ir.Graph) -> None:
+    for name in [n for n, v in graph.initializers.items() if not v.uses() and not v.is_graph_output()]:
+        del graph.initializers[name]

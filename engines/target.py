@@ -1,0 +1,64 @@
+"""The targets: what each builds, where it runs, and whether it is available here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from calibration.errors import TargetUnavailableError, UsageError
+from calibration.machine import library_versions
+
+PRECISIONS = ("fp32", "fp16", "int8")
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A backend that engines are built for."""
+
+    name: str
+    precisions: tuple[str, ...]
+    summary: str
+    unavailable: str = ""
+    """Why it cannot be built here; empty where it can."""
+
+
+def targets() -> dict[str, Target]:
+    """All targets by name, as they stand on this machine."""
+    absent = library_versions("onnxruntime")["onnxruntime"] == "absent"
+    later = "this version of export-zoo cannot build it yet; only onnxruntime is supported"
+    return {
+        "onnxruntime": Target(
+            "onnxruntime",
+            ("fp32", "fp16", "int8"),
+            "the embedded engine, on the CPU",
+            "install onnxruntime or onnxruntime-gpu" if absent else "",
+        ),
+        "tensorrt": Target("tensorrt", (), "TensorRT on NVIDIA GPUs", later),
+        "tensorrt-rtx": Target("tensorrt-rtx", (), "TensorRT-RTX on NVIDIA GPUs", later),
+    }
+
+
+def choose(names: Sequence[str]) -> list[Target]:
+    """The targets asked for, each once; `auto` is every one that is available here.
+
+    Raises:
+        UsageError: unknown name, or `auto` beside others.
+        TargetUnavailableError: one that was named is not available here.
+    """
+    known = targets()
+    for name in names:
+        if name not in known and name != AUTO:
+            raise UsageError(f"--target {name}: unknown", hint=f"choose from {', '.join([*known, AUTO])}")
+    if AUTO in names:
+        if set(names) != {AUTO}:
+            raise UsageError("--target auto cannot be combined with other targets", hint="name them all")
+        return [target for target in known.values() if not target.unavailable]
+    chosen = [known[name] for name in dict.fromkeys(names)]
+    for target in chosen:
+        if target.unavailable:
+            raise TargetUnavailableError(
+                f"--target {target.name} is not available here: {target.unavailable}",
+                hint="use --target onnxruntime, or --target auto for what this machine can build",
+            )
+    return chosen

@@ -1,0 +1,525 @@
+"""The command line. Imports PyTorch and ONNX Runtime only inside the commands that need them."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from calibration.errors import INTERRUPTED, EnvironmentFailureError, ExportZooError, UsageError
+from exporter import __version__, options
+from exporter.report import ConsoleReporter
+
+JSON_SCHEMA_VERSION = 1
+
+EXIT_CODES = """\b
+Exit codes:
+    0  ok
+    1  unexpected error: a defect, please report it
+    2  usage: wrong or conflicting options
+    3  parity gate failed; everything is kept under OUT.failed/
+    4  a requested target is not available here
+    5  bad input: model, weights, images or bundle
+    6  an engine did not reach the state that --require asks for
+    7  network or disk
+  130  interrupted
+"""
+
+
+class _Group(click.Group):
+    """`export-zoo MODEL ...` is `export-zoo export MODEL ...`; mistyped commands are answered with a guess."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        group_options = {"--help", "-h", "--version"}
+        if args and args[0] not in self.commands and args[0] not in group_options:
+            _refuse_mistyped(args[0], list(self.commands))
+            args = ["export", *args]
+        return super().parse_args(ctx, args)
+
+
+def _refuse_mistyped(word: str, commands: Sequence[str]) -> None:
+    """A word near to a command and not near to the name of a model is a mistyped command."""
+    near = difflib.get_close_matches(word, commands, n=1, cutoff=0.6)
+    if word.startswith("-") or not near:
+        return
+    from exporter.zoo import model_names
+
+    if word not in model_names():
+        raise UsageError(f"no command or model {word!r}", hint=f"did you mean `export-zoo {near[0]}`?")
+
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+
+
+@click.group(cls=_Group, context_settings=CONTEXT, epilog=EXIT_CODES, no_args_is_help=True)
+@click.version_option(__version__, prog_name="export-zoo")
+def app() -> None:
+    """Export zoo models to engines whose logits were compared with eager PyTorch.
+
+    \b
+    export-zoo resnet50 --precision int8 --calib ./imgs
+
+    `export-zoo MODEL` is short for `export-zoo export MODEL`.
+    """
+
+
+_json_option = click.option(
+    "--json",
+    "json_path",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write the result as JSON here, on every exit code.",
+)
+_quiet_option = click.option("-q", "--quiet", is_flag=True, help="Only warnings and errors.")
+_verbose_option = click.option("-v", "--verbose", is_flag=True, help="Tracebacks of unexpected errors.")
+
+
+@app.command(epilog=EXIT_CODES)
+@click.argument("model")
+@click.option(
+    "--precision", "precisions", multiple=True, metavar="fp32|fp16|int8", help="Repeatable. Default: fp32."
+)
+@click.option(
+    "--calib",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Images to calibrate on (INT8); divided into calibrate, select and verify sets.",
+)
+@click.option(
+    "--calib-images",
+    type=int,
+    default=options.DEFAULT_CALIB_IMAGES,
+    show_default=True,
+    metavar="N",
+    help="At most so many images calibrate.",
+)
+@click.option(
+    "--verify",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Images to verify on. Default: a part of --calib.",
+)
+@click.option(
+    "--verify-images",
+    type=int,
+    default=options.DEFAULT_VERIFY_IMAGES,
+    show_default=True,
+    metavar="N",
+    help="At most so many images verify.",
+)
+@click.option(
+    "--weights",
+    default="DEFAULT",
+    show_default=True,
+    metavar="W",
+    help="DEFAULT, a name (IMAGENET1K_V1), a .pth or .safetensors file, or none (random).",
+)
+@click.option(
+    "--transforms",
+    metavar="NAME",
+    help="Preprocess as these torchvision weights do, for a file that does not tell.",
+)
+@click.option(
+    "--num-classes", type=int, metavar="N", help="Classes of the head. Default: that of the zoo's weights."
+)
+@click.option(
+    "--init-missing",
+    multiple=True,
+    metavar="PATTERN",
+    help="Parameters that the file may lack, as a glob; initialized at random. Repeatable.",
+)
+@click.option(
+    "--transform-input/--no-transform-input",
+    default=None,
+    help="googlenet, inception_v3: as trained. Default: on, off with --weights none.",
+)
+@click.option("--input-size", metavar="N|HxW", help="Input in pixels. Default: the weights' own.")
+@click.option(
+    "--resize-size",
+    type=int,
+    metavar="N",
+    help="Shorter side before the crop. Default: the weights' own, in proportion to --input-size.",
+)
+@click.option(
+    "--batch",
+    default=options.DEFAULT_BATCH,
+    show_default=True,
+    metavar="MIN:OPT:MAX",
+    help="Batch sizes to accept; OPT is tuned and timed.",
+)
+@click.option(
+    "--target",
+    "targets",
+    multiple=True,
+    metavar="NAME",
+    help="onnxruntime, tensorrt, tensorrt-rtx or auto. Repeatable. Default: auto, all that is available here.",
+)
+@click.option(
+    "--tolerance",
+    "tolerances",
+    multiple=True,
+    metavar="[TARGET:]METRIC=VALUE",
+    help="Limit of the parity gate. Repeatable. Defaults by precision: docs/parity.md.",
+)
+@click.option(
+    "--require",
+    default="graph",
+    show_default=True,
+    metavar="graph|verified",
+    help="State that every engine must reach.",
+)
+@click.option(
+    "--method", default="minmax", show_default=True, metavar="minmax", help="How INT8 ranges are chosen."
+)
+@click.option(
+    "--reduce-range", is_flag=True, help="7-bit weights, for CPUs without VNNI, where 8 bits can saturate."
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), metavar="DIR", help="The bundle. Default: ./MODEL.bundle."
+)
+@click.option(
+    "--seed",
+    type=int,
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="Of the splits, synthetic images and random weights.",
+)
+@click.option("--no-cache", is_flag=True, help="Make everything anew, and keep nothing.")
+@_json_option
+@_quiet_option
+@_verbose_option
+def export(model: str, json_path: Path | None, quiet: bool, verbose: bool, **given: Any) -> None:
+    """Export MODEL, build its engines, and check their logits against eager PyTorch."""
+    del verbose
+    chosen = options.ExportOptions(
+        model=model,
+        precisions=tuple(given["precisions"]) or ("fp32",),
+        targets=tuple(given["targets"]) or ("auto",),
+        calib=given["calib"],
+        calib_images=given["calib_images"],
+        verify=given["verify"],
+        verify_images=given["verify_images"],
+        weights=given["weights"],
+        transforms=given["transforms"],
+        num_classes=given["num_classes"],
+        init_missing=tuple(given["init_missing"]),
+        transform_input=given["transform_input"],
+        input_size=options.parse_size(given["input_size"]) if given["input_size"] else None,
+        resize_size=given["resize_size"],
+        batch=options.BatchRange.parse(given["batch"]),
+        tolerances=tuple(options.Tolerance.parse(text) for text in given["tolerances"]),
+        require=given["require"],
+        method=given["method"],
+        reduce_range=given["reduce_range"],
+        out=given["out"],
+        cache=not given["no_cache"],
+        seed=given["seed"],
+    )
+    outcome = _outcome()
+    outcome.reporter = ConsoleReporter(quiet=quiet)
+    from engines import target
+
+    target.choose(chosen.targets)  # before PyTorch is loaded
+    from exporter.pipeline import GateFailedError, export_zoo
+    from exporter.report import print_table
+
+    try:
+        result = export_zoo(chosen, reporter=outcome.reporter)
+    except GateFailedError as error:
+        outcome.document |= _described(error.result.bundle, error.result.manifest)
+        print_table(error.result.engines, random=error.result.manifest.recipe.source.weights.random)
+        raise
+    outcome.document |= _described(result.bundle, result.manifest)
+    if not quiet:
+        print_table(result.engines, random=result.manifest.recipe.source.weights.random)
+    del json_path
+
+
+def _described(bundle: Path, manifest: Any) -> dict[str, Any]:
+    document = manifest.model_dump(mode="json")
+    return {"bundle": str(bundle), "engines": document["artifacts"]["engines"], "recipe": document["recipe"]}
+
+
+@app.command("list")
+@click.argument("pattern", default="")
+@_json_option
+@_quiet_option
+@_verbose_option
+def list_models(pattern: str, json_path: Path | None, quiet: bool, verbose: bool) -> None:
+    """List the zoo's models whose name matches PATTERN (a glob, or a part of the name)."""
+    del json_path, quiet, verbose
+    import fnmatch
+
+    from torchvision.models import get_model_weights
+
+    from calibration.errors import BadInputError
+    from exporter.zoo import model_names, preprocess_of
+
+    names = [n for n in model_names() if pattern in n or fnmatch.fnmatchcase(n, pattern)]
+    if not names:
+        raise BadInputError(f"no model matches {pattern!r}", hint="`export-zoo list` shows all")
+    rows = []
+    for name in names:
+        for weights in get_model_weights(name):
+            p = preprocess_of(weights)
+            accuracy = weights.meta["_metrics"]["ImageNet-1K"]["acc@1"]
+            rows.append(
+                (
+                    name,
+                    weights.name,
+                    p.crop_height,
+                    p.resize_size,
+                    p.interpolation,
+                    weights.meta["num_params"],
+                    accuracy,
+                )
+            )
+    _outcome().document["models"] = [
+        dict(
+            zip(
+                ("model", "weights", "input_size", "resize_size", "interpolation", "params", "top1"),
+                row,
+                strict=True,
+            )
+        )
+        for row in rows
+    ]
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    for column in ("model", "weights", "input", "resize", "interpolation", "params", "ImageNet top-1"):
+        table.add_column(
+            column, justify="left" if column in ("model", "weights", "interpolation") else "right"
+        )
+    for name, weights_name, crop, resize, interpolation, params, accuracy in rows:
+        table.add_row(
+            name,
+            weights_name,
+            str(crop),
+            str(resize),
+            interpolation,
+            f"{params / 1e6:.1f} M",
+            f"{accuracy:.1f}",
+        )
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, 120)
+    console.print(table)
+
+
+@app.command(epilog=EXIT_CODES)
+@click.argument("bundle", type=click.Path(path_type=Path))
+@_json_option
+@_quiet_option
+@_verbose_option
+def verify(bundle: Path, json_path: Path | None, quiet: bool, verbose: bool) -> None:
+    """Check a bundle's hashes and its engines' logits on this machine; write an attestation. Needs no PyTorch."""
+    del json_path, verbose
+    from calibration.errors import ParityError
+    from engines import bundle as room
+    from engines.gate import images_compared
+
+    outcome = _outcome()
+    outcome.reporter = reporter = ConsoleReporter(quiet=quiet)
+    manifest = room.read_manifest(bundle)
+    per_engine = images_compared(manifest.artifacts.held_out.count, manifest.recipe.batch)
+    with reporter.stage("verify") as stage:
+        with reporter.bar("verify", per_engine * len(manifest.artifacts.engines)) as progress:
+            attestation, path = room.verify(bundle, progress=progress)
+        stage.detail = (
+            f"{bundle}: hashes and logits of {len(attestation.engines)} engine(s), on {attestation.machine}"
+        )
+    for warning in attestation.warnings:
+        reporter.warn(warning)
+    outcome.document |= {
+        "bundle": str(bundle),
+        "attestation": str(path),
+        "engines": attestation.model_dump(mode="json")["engines"],
+    }
+    for name, gate in attestation.engines.items():
+        sqnr, top1 = gate.eager_metrics["sqnr"] or 0.0, gate.eager_metrics["top1"] or 0.0
+        state = "FAILED" if gate.failures else attestation.states[name]
+        if not quiet:
+            click.echo(
+                f"{name}: {state}, SQNR {sqnr:.1f} dB, top-1 agreement {100 * top1:.1f} % of {gate.metrics['images']} images"
+            )
+    if not quiet:
+        click.echo(f"attestation: {path}")
+    failures = [f"{name}: {text}" for name, gate in attestation.engines.items() for text in gate.failures]
+    if failures:
+        raise ParityError(
+            f"{bundle}: logits are outside the tolerance on this machine: {'; '.join(failures)}",
+            hint=f"see {path}; INT8 differs between instruction sets: export on this kind of machine",
+        )
+    if manifest.status != "ok":
+        raise ParityError(f"{bundle}: failed its parity gate when it was exported", hint="export again")
+
+
+@app.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@_json_option
+@_quiet_option
+@_verbose_option
+def inspect(bundle: Path, json_path: Path | None, quiet: bool, verbose: bool) -> None:
+    """Show what a bundle holds, from its manifest. Runs nothing."""
+    del json_path, quiet, verbose
+    from engines import bundle as room
+    from exporter.report import print_table
+
+    manifest = room.read_manifest(bundle)
+    _outcome().document |= {"bundle": str(bundle), "manifest": manifest.model_dump(mode="json")}
+    recipe, p = manifest.recipe, manifest.recipe.preprocess
+    trained = recipe.source.weights
+    lines = {
+        "bundle": f"{bundle} ({manifest.status}, by {manifest.tool}, {manifest.artifacts.created})",
+        "model": f"{recipe.source.name}, {recipe.source.num_classes} classes",
+        "weights": trained.name + (f" (SHA-256 {trained.sha256[:16]}...)" if trained.sha256 else ""),
+        "input": f"{recipe.input.name}: float32 {recipe.input.shape} {recipe.input.layout}",
+        "output": f"{recipe.output.name}: float32 {recipe.output.shape}",
+        "batch": f"{recipe.batch.min} to {recipe.batch.max}, best at {recipe.batch.opt}",
+        "preprocess": f"RGB, resize {p.resize_size} {p.interpolation} antialiased, crop {p.crop_height}x{p.crop_width}, "
+        f"/255, mean {list(p.mean)}, std {list(p.std)} ({p.source})",
+        "labels": f"{len(recipe.labels)} names" if recipe.labels else "not known",
+        "calibration": f"{recipe.calibration.method}, {recipe.calibration.images} images"
+        if recipe.calibration
+        else "none",
+        "held out": f"{manifest.artifacts.held_out.count} {'synthetic ' if manifest.artifacts.held_out.synthetic else ''}images with eager logits",
+        "machine": recipe.instruction_set,
+    }
+    for name, text in lines.items():
+        click.echo(f"{name:<12} {text}")
+    for warning in manifest.warnings:
+        click.echo(f"{'warning':<12} {warning}")
+    print_table(manifest.artifacts.engines, random=trained.random)
+
+
+class _Outcome:
+    """What ends up in the JSON document."""
+
+    def __init__(self) -> None:
+        self.document: dict[str, Any] = {}
+        self.reporter: ConsoleReporter | None = None
+
+
+_current = _Outcome()
+
+
+def _outcome() -> _Outcome:
+    return _current
+
+
+def _json_path(arguments: Sequence[str]) -> Path | None:
+    """--json as given, found even where the command line does not parse."""
+    for index, argument in enumerate(arguments):
+        if argument.startswith("--json="):
+            return Path(argument.removeprefix("--json="))
+        if argument == "--json" and index + 1 < len(arguments):
+            return Path(arguments[index + 1])
+    return None
+
+
+def _write_json(path: Path, code: int, error: dict[str, str] | None) -> int:
+    """Write the document atomically; returns the exit code, another one where writing fails."""
+    reporter = (
+        _current.reporter.as_dict() if _current.reporter is not None else {"stages": [], "warnings": []}
+    )
+    document = {
+        "schema_version": JSON_SCHEMA_VERSION,
+        "tool": f"export-zoo {__version__}",
+        "exit_code": code,
+        "error": error,
+        **reporter,
+        **_current.document,
+    }
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    except OSError as failure:
+        _complain(
+            f"--json {path}: cannot be written: {failure.strerror}", "give a path in a writable directory"
+        )
+        return code or EnvironmentFailureError.exit_code
+    return code
+
+
+def _complain(message: str, hint: str) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console.print(Text("error: ", style="bold red").append(message, style="default"))
+    if hint:
+        console.print(Text("  next: ", style="bold").append(hint, style="default"))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code: the one place where errors become exit codes."""
+    global _current
+    _current = _Outcome()
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    code, error = 0, None
+    try:
+        result = app.main(given, prog_name="export-zoo", standalone_mode=False)
+        code = result if isinstance(result, int) else 0
+    except ExportZooError as failure:
+        code = failure.exit_code
+        error = {"kind": failure.kind, "message": failure.message, "hint": failure.hint}
+    except click.exceptions.NoArgsIsHelpError as failure:
+        click.echo(failure.ctx.get_help() if failure.ctx else "")
+        return UsageError.exit_code
+    except click.ClickException as failure:
+        code = UsageError.exit_code
+        hint = (
+            f"`{failure.ctx.command_path} --help`"
+            if isinstance(failure, click.UsageError) and failure.ctx
+            else ""
+        )
+        error = {"kind": UsageError.kind, "message": failure.format_message(), "hint": hint}
+    except (KeyboardInterrupt, click.Abort):
+        code = INTERRUPTED
+        error = {
+            "kind": "interrupted",
+            "message": "interrupted",
+            "hint": "finished stages are cached: run it again",
+        }
+    except OSError as failure:
+        code = EnvironmentFailureError.exit_code
+        where = f"{failure.filename}: " if failure.filename else ""
+        error = {
+            "kind": EnvironmentFailureError.kind,
+            "message": f"{where}{failure.strerror or failure}",
+            "hint": "check free space and permissions; EXPORT_ZOO_CACHE moves the cache",
+        }
+    except Exception as failure:
+        code = 1
+        if "-v" in given or "--verbose" in given:
+            import traceback
+
+            traceback.print_exc()
+        error = {
+            "kind": "unexpected",
+            "message": f"{type(failure).__name__}: {failure}",
+            "hint": "this is a defect: please report it, with the output of -v",
+        }
+    if error is not None:
+        _complain(error["message"], error["hint"])
+    if (path := _json_path(given)) is not None:
+        code = _write_json(path, code, error)
+    return code
+
+
+def run() -> None:
+    """Entry point of the `export-zoo` console script."""
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    run()

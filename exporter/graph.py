@@ -1,0 +1,204 @@
+"""From an eager PyTorch module to an ONNX graph with a dynamic batch, checked against eager at other batches."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import torch
+from torch import nn
+
+from calibration import graph_io
+from calibration.errors import BadInputError, ExportDefectError
+from calibration.graph_io import MODULE_KEY
+from engines.onnxruntime_engine import OnnxRuntimeEngine
+
+INPUT, OUTPUT, BATCH = "input", "logits", "batch"
+OPSET = 20
+
+_SAMPLE_BATCH = 7
+"""Traced with, never run. A prime that is no usual channel count, so that a baked batch can be told by it; with
+a sample batch of 1 the exporter specializes silently."""
+
+CHECK_BATCHES = (1, 3)
+"""Batches that the exported graph is run at, beside eager; neither is the sample batch."""
+
+MAX_RELATIVE_ERROR = 1e-3
+_REPORT = "this is a defect of the export, not of your input; please report it with the model's name"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter prints and logs a good deal that means nothing to a user."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def export(
+    model: nn.Module,
+    height: int,
+    width: int,
+    out: Path,
+    *,
+    external_threshold: int = graph_io.EXTERNAL_DATA_THRESHOLD,
+) -> list[Path]:
+    """Export an eval-mode classifier of float32 [N, 3, height, width]; returns the files written.
+
+    The graph's input is `input`, its output `logits`, both with a symbolic first dimension `batch`; nodes
+    carry the module path as metadata and nothing else.
+
+    Raises:
+        ExportDefectError: the exporter refused, or baked the batch in.
+        BadInputError: the model does not take this input size.
+    """
+    with torch.inference_mode():
+        try:
+            model(torch.zeros(1, 3, height, width))
+        except Exception as error:
+            raise BadInputError(
+                f"the model does not run at input {height}x{width}: {error}",
+                hint="choose another --input-size",
+            ) from error
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                model,
+                (torch.zeros(_SAMPLE_BATCH, 3, height, width),),
+                dynamo=True,
+                optimize=True,
+                opset_version=OPSET,
+                input_names=[INPUT],
+                output_names=[OUTPUT],
+                dynamic_shapes=({0: torch.export.Dim(BATCH, min=1)},),
+            )
+        assert program is not None
+    except Exception as error:
+        text = str(error).strip().splitlines()
+        raise ExportDefectError(
+            f"torch.onnx.export failed: {text[0] if text else type(error).__name__}", hint=_REPORT
+        ) from error
+    graph = program.model
+    _strip_metadata(graph)
+    check_dynamic_batch(graph)
+    return graph_io.save(graph, out, external_threshold=external_threshold)
+
+
+def _strip_metadata(model: ir.Model) -> None:
+    """Keep the module path of each node; drop stack traces, absolute paths and the rest."""
+    for node in model.graph:
+        module = _module_path(node)
+        node.metadata_props.clear()
+        if module:
+            node.metadata_props[MODULE_KEY] = module
+        node.doc_string = None
+        for output in node.outputs:
+            output.metadata_props.clear()
+    for value in [*model.graph.inputs, *model.graph.initializers.values()]:
+        value.metadata_props.clear()
+        value.doc_string = None
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.doc_string = model.graph.doc_string = None
+    model.graph.name = "main"
+
+
+def _module_path(node: ir.Node) -> str:
+    """By weight name where there is one (after folding, a Conv's scope reads `...bn1`), else by scope."""
+    for value in node.inputs:
+        if value is not None and value.is_initializer() and (value.name or "").endswith(".weight"):
+            return str(value.name).removesuffix(".weight")
+    try:
+        scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
+    except (ValueError, SyntaxError):
+        return ""
+    return str(scopes[-2]) if len(scopes) > 1 else ""
+
+
+def _is_dynamic(value: ir.Value) -> bool:
+    return value.shape is not None and len(value.shape) > 0 and isinstance(value.shape[0], ir.SymbolicDim)
+
+
+def check_dynamic_batch(model: ir.Model) -> None:
+    """The input's and the output's first dimension must be symbolic.
+
+    Raises:
+        ExportDefectError: names the first node that has a constant batch.
+    """
+    ends = [model.graph.inputs[0], model.graph.outputs[0]]
+    if all(_is_dynamic(value) for value in ends):
+        return
+    culprit = next(
+        (
+            node
+            for node in model.graph
+            if any(v.shape is not None and len(v.shape) and v.shape[0] == _SAMPLE_BATCH for v in node.outputs)
+        ),
+        None,
+    )
+    where = graph_io.describe(culprit) if culprit is not None else "the input itself"
+    raise ExportDefectError(
+        f"the exporter baked the batch size into the graph, first at {where}", hint=_REPORT
+    )
+
+
+def check_batches(
+    graph: Path, model: nn.Module, inputs: npt.NDArray[np.float32], batches: tuple[int, ...] = CHECK_BATCHES
+) -> float:
+    """Run the graph at other batches than it was traced with, and compare with eager.
+
+    Args:
+        inputs: float32 [N, 3, H, W], N at least the largest batch.
+
+    Returns the largest error, relative to the largest logit.
+
+    Raises:
+        ExportDefectError: the graph fails at a batch, or gives other logits than eager.
+    """
+    try:
+        engine = OnnxRuntimeEngine(graph, fused=False)
+    except BadInputError as error:
+        raise ExportDefectError(f"the exported graph does not load: {error}", hint=_REPORT) from error
+    worst = 0.0
+    for batch in batches:
+        with torch.inference_mode():
+            eager = model(torch.from_numpy(inputs[:batch])).numpy()
+        try:
+            logits = engine.run(inputs[:batch])
+        except Exception as error:
+            raise ExportDefectError(
+                f"the exported graph fails at batch {batch}: {error}: a batch is baked in", hint=_REPORT
+            ) from error
+        if logits.shape != eager.shape:
+            raise ExportDefectError(
+                f"the exported graph gives {list(logits.shape)} at batch {batch}, eager gives "
+                f"{list(eager.shape)}: a batch is baked in",
+                hint=_REPORT,
+            )
+        error_size = float(np.abs(logits - eager).max() / (np.abs(eager).max() + 1e-12))
+        if not error_size <= MAX_RELATIVE_ERROR:
+            raise ExportDefectError(
+                f"the exported graph's logits differ from eager's at batch {batch}: {error_size:.2e} of the "
+                "largest logit",
+                hint=_REPORT,
+            )
+        worst = max(worst, error_size)
+    return worst

@@ -1,0 +1,183 @@
+"""Options of an export: one typed model for the command line and the Python API. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from calibration.errors import UsageError
+
+PRECISIONS = ("fp32", "fp16", "int8")
+METHODS = ("minmax",)
+REQUIREMENTS = ("graph", "verified")
+
+DEFAULT_CALIB_IMAGES = 512
+DEFAULT_VERIFY_IMAGES = 128
+DEFAULT_BATCH = "1:8:32"
+
+TOLERANCE_METRICS = (
+    "sqnr",
+    "cosine",
+    "top1",
+    "top5",
+    "accuracy",
+    "max_abs",
+    "max_rel",
+    "misplaced",
+    "accuracy_drop",
+)
+
+
+@dataclass(frozen=True)
+class BatchRange:
+    """Batch sizes an engine must accept: `min` <= `opt` <= `max`, `opt` being the one tuned for."""
+
+    min: int = 1
+    opt: int = 8
+    max: int = 32
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min <= self.opt <= self.max:
+            raise UsageError(
+                f"--batch {self.min}:{self.opt}:{self.max}: must be 1 <= MIN <= OPT <= MAX",
+                hint="for example --batch 1:8:32",
+            )
+
+    @classmethod
+    def parse(cls, text: str) -> BatchRange:
+        """`MIN:OPT:MAX`, or one number for a fixed batch."""
+        match = re.fullmatch(r"(\d+)(?::(\d+):(\d+))?", text)
+        if match is None:
+            raise UsageError(f"--batch {text!r}: not MIN:OPT:MAX", hint="for example --batch 1:8:32")
+        low = int(match[1])
+        return cls(low, int(match[2] or low), int(match[3] or low))
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """A limit from the command line; `selector` is a target, a precision, an engine's name, or all engines."""
+
+    metric: str
+    value: float
+    selector: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Tolerance:
+        """`[TARGET:]METRIC=VALUE`."""
+        match = re.fullmatch(r"(?:([\w-]+):)?(\w+)=([^=]+)", text)
+        if match is None:
+            raise UsageError(
+                f"--tolerance {text!r}: not [TARGET:]METRIC=VALUE",
+                hint="for example --tolerance sqnr=20 or --tolerance onnxruntime-int8:top1=0.95",
+            )
+        selector, metric, number = match.groups()
+        if metric not in TOLERANCE_METRICS:
+            raise UsageError(
+                f"--tolerance {text!r}: unknown metric {metric!r}",
+                hint=f"choose from {', '.join(TOLERANCE_METRICS)}",
+            )
+        try:
+            value = float(number)
+        except ValueError:
+            value = float("nan")
+        if value != value:
+            raise UsageError(f"--tolerance {text!r}: {number!r} is not a number", hint="for example sqnr=20")
+        return cls(metric, value, selector)
+
+    def applies_to(self, target: str, precision: str) -> bool:
+        return self.selector in (None, target, precision, f"{target}-{precision}")
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """`N` or `HxW` in pixels -> (height, width)."""
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    if match is None or int(match[1]) < 1 or int(match[2] or 1) < 1:
+        raise UsageError(
+            f"--input-size {text!r}: not N or HxW",
+            hint="for example --input-size 224 or --input-size 224x320",
+        )
+    return int(match[1]), int(match[2] or match[1])
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What to export, to what, and how strictly to check it. Defaults and reasons: docs/usage.md.
+
+    Sizes are in pixels, counts in images. `input_size` is (height, width).
+
+    Raises:
+        UsageError: a value is out of range, or options exclude each other.
+    """
+
+    model: str
+    precisions: tuple[str, ...] = ("fp32",)
+    targets: tuple[str, ...] = ("auto",)
+    calib: Path | None = None
+    calib_images: int = DEFAULT_CALIB_IMAGES
+    verify: Path | None = None
+    verify_images: int = DEFAULT_VERIFY_IMAGES
+    weights: str = "DEFAULT"
+    transforms: str | None = None
+    num_classes: int | None = None
+    init_missing: tuple[str, ...] = ()
+    transform_input: bool | None = None
+    input_size: tuple[int, int] | None = None
+    resize_size: int | None = None
+    batch: BatchRange = field(default_factory=BatchRange)
+    tolerances: tuple[Tolerance, ...] = ()
+    require: Literal["graph", "verified"] = "graph"
+    method: str = "minmax"
+    reduce_range: bool = False
+    out: Path | None = None
+    cache: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.precisions:
+            raise UsageError("--precision: none given", hint=f"choose from {', '.join(PRECISIONS)}")
+        for precision in self.precisions:
+            if precision not in PRECISIONS:
+                raise UsageError(
+                    f"--precision {precision}: unknown", hint=f"choose from {', '.join(PRECISIONS)}"
+                )
+        if self.method not in METHODS:
+            raise UsageError(f"--method {self.method}: unknown", hint=f"choose from {', '.join(METHODS)}")
+        if self.require not in REQUIREMENTS:
+            raise UsageError(
+                f"--require {self.require}: unknown", hint=f"choose from {', '.join(REQUIREMENTS)}"
+            )
+        if "int8" in self.precisions and self.calib is None:
+            raise UsageError(
+                "--precision int8 needs --calib DIR",
+                hint="pass a folder of 300 to 1,000 images like those the network will see",
+            )
+        for option, value in (
+            ("--calib-images", self.calib_images),
+            ("--verify-images", self.verify_images),
+            ("--num-classes", self.num_classes),
+            ("--resize-size", self.resize_size),
+        ):
+            if value is not None and value < 1:
+                raise UsageError(f"{option} {value}: must be at least 1", hint="leave it out for the default")
+        if self.num_classes is not None and self.num_classes < 2:
+            raise UsageError("--num-classes 1: nothing to classify", hint="give 2 or more")
+        if self.verify_images < 32:
+            raise UsageError(
+                f"--verify-images {self.verify_images}: at least 32 are needed for a comparison",
+                hint="leave it out for the default",
+            )
+        if self.calib_images < 16:
+            raise UsageError(
+                f"--calib-images {self.calib_images}: at least 16 are needed for a range",
+                hint="300 to 1,000 are usual",
+            )
+
+    @property
+    def out_dir(self) -> Path:
+        """Where the bundle goes: `out`, or `<model>.bundle` in the current directory."""
+        return self.out if self.out is not None else Path(f"{self.model}.bundle")
+
+    def unique_precisions(self) -> tuple[str, ...]:
+        return tuple(p for p in PRECISIONS if p in self.precisions)

@@ -1,0 +1,130 @@
+"""Put a bundle in place: a kill at any moment leaves the old one or the new one.
+
+Files are named by their hash and written first, manifest.json is replaced last, files that no manifest refers
+to are removed after that. A first bundle is made beside its place and renamed as a whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from calibration.errors import UsageError
+from calibration.graph_io import sha256_of
+from engines.bundle import MANIFEST
+from engines.manifest import File, Manifest
+
+FILES = "files"
+_STAGING = ".export-zoo-staging-"
+
+
+def describe(path: Path, stem: str) -> File:
+    """The bundle entry of a file: `files/<stem>.<hash><suffix>`. External weights keep their (hashed) name."""
+    sha256 = sha256_of(path)
+    name = path.name if stem == "" else f"{stem}.{sha256[:16]}{path.suffix}"
+    return File(path=f"{FILES}/{name}", sha256=sha256, size_bytes=path.stat().st_size)
+
+
+def check_destination(out: Path) -> None:
+    """Refuse to write where something else lies; called before any work.
+
+    Raises:
+        UsageError: `out` is a file, or a directory that is not a bundle.
+    """
+    if out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).is_file():
+        raise UsageError(
+            f"--out {out}: is not empty and not a bundle", hint="give a new directory, or remove that one"
+        )
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"--out {out}: is a file", hint="give a directory")
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """One publisher at a time in a directory; the lock goes with the process."""
+    try:
+        import fcntl
+    except ImportError:  # not on Windows: last one wins
+        yield
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _copy(source: Path, target: Path) -> None:
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    shutil.copyfile(source, temporary)
+    _sync(temporary)
+    temporary.replace(target)
+
+
+def _write_into(directory: Path, manifest: Manifest, sources: dict[str, Path]) -> None:
+    (directory / FILES).mkdir(parents=True, exist_ok=True)
+    for file in manifest.files():
+        target = directory / file.path
+        if not target.is_file() or sha256_of(target) != file.sha256:
+            _copy(sources[file.path], target)
+    _sync(directory / FILES)
+    temporary = directory / f".{MANIFEST}.{uuid.uuid4().hex}"
+    temporary.write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    _sync(temporary)
+    temporary.replace(directory / MANIFEST)
+    _sync(directory)
+
+
+def _collect_garbage(directory: Path, manifest: Manifest) -> None:
+    """Remove what only an earlier manifest, or a killed run, needed; never a file that is not ours."""
+    kept = {Path(file.path).name for file in manifest.files()}
+    ours = re.compile(r"^(\..*\.[0-9a-f]{32}|.*\.[0-9a-f]{16}(\.\w+)?|weights-[0-9a-f]{32}\.bin)$")
+    for path in (directory / FILES).iterdir():
+        if path.name not in kept and ours.match(path.name):
+            path.unlink(missing_ok=True)
+    for path in directory.glob(f".{MANIFEST}.*"):
+        path.unlink(missing_ok=True)
+
+
+def publish(out: Path, manifest: Manifest, sources: dict[str, Path]) -> None:
+    """Write or replace the bundle at `out`.
+
+    Args:
+        sources: where the bytes of each of the manifest's files lie now, by bundle path.
+
+    Raises:
+        OSError: the disk is full or not writable; the old bundle stays as it was.
+    """
+    out = out.absolute()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(out.parent):
+        for abandoned in out.parent.glob(f"{_STAGING}*"):
+            shutil.rmtree(abandoned, ignore_errors=True)
+        if (out / MANIFEST).is_file():
+            _write_into(out, manifest, sources)
+            _collect_garbage(out, manifest)
+            shutil.rmtree(out / "attestations", ignore_errors=True)  # they attest the old manifest
+            return
+        staging = out.parent / f"{_STAGING}{uuid.uuid4().hex}"
+        try:
+            _write_into(staging, manifest, sources)
+            if out.is_dir():
+                out.rmdir()  # empty, or check_destination would have refused
+            staging.rename(out)
+            _sync(out.parent)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)

@@ -1,0 +1,132 @@
+"""What a run tells people: a line per stage, bars, warnings, and the table at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from engines.manifest import Engine
+
+
+@dataclass
+class Stage:
+    """One finished or running stage."""
+
+    name: str
+    detail: str = ""
+    seconds: float = 0.0
+    cached: bool = False
+
+
+@dataclass
+class Reporter:
+    """Records stages and warnings, and shows nothing: the Python API's default."""
+
+    stages: list[Stage] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[Stage]:
+        """Time a stage; the caller fills in `detail` and `cached`. Shown when it ends well."""
+        stage = Stage(name)
+        begin = time.perf_counter()
+        yield stage
+        stage.seconds = time.perf_counter() - begin
+        self.stages.append(stage)
+        self.show_stage(stage)
+
+    def warn(self, text: str) -> None:
+        """A warning, once."""
+        if text not in self.warnings:
+            self.warnings.append(text)
+            self.show_warning(text)
+
+    @contextlib.contextmanager
+    def bar(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
+        """A progress bar of `total` items; yields the callable that advances it."""
+        del label, total
+        yield lambda _: None
+
+    def show_stage(self, stage: Stage) -> None: ...
+
+    def show_warning(self, text: str) -> None: ...
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"stages": [asdict(stage) for stage in self.stages], "warnings": self.warnings}
+
+
+class ConsoleReporter(Reporter):
+    """Shows progress on stderr. Colours and bars only on a terminal, and never with NO_COLOR."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        super().__init__()
+        from rich.console import Console
+
+        self.quiet = quiet
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+    def show_stage(self, stage: Stage) -> None:
+        if self.quiet:
+            return
+        from rich.text import Text
+
+        line = Text(f"{stage.name:<10}", style="bold")
+        line.append(f" {'cached' if stage.cached else f'{stage.seconds:.1f} s':>8}", style="dim")
+        line.append(f"  {stage.detail}", style="default")
+        self.console.print(line)
+
+    def show_warning(self, text: str) -> None:
+        from rich.text import Text
+
+        self.console.print(Text("warning: ", style="yellow").append(text, style="default"))
+
+    @contextlib.contextmanager
+    def bar(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
+        if self.quiet or not self.console.is_terminal:
+            yield lambda _: None
+            return
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn(f"{label:<10}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=self.console, transient=True) as progress:
+            task = progress.add_task(label, total=total)
+            yield lambda done: progress.advance(task, done)
+
+
+def _number(value: float | int | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def print_table(engines: Sequence[Engine], *, random: bool) -> None:
+    """The engines of a bundle, on stdout."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    table = Table(
+        title="random weights: accuracy figures mean nothing" if random else None, title_style="yellow"
+    )
+    for column in ("engine", "size", "state", "SQNR dB", "top-1 agr.", "accuracy", "batch", "ms", "vs FP32"):
+        table.add_column(column, justify="left" if column in ("engine", "state") else "right")
+    for engine in engines:
+        metrics, latency = engine.gate.eager_metrics, engine.latency
+        accuracy = "-"
+        if metrics["accuracy"] is not None:
+            accuracy = f"{100 * metrics['accuracy']:.1f} % ({-100 * (metrics['accuracy_drop'] or 0.0):+.1f})"
+        table.add_row(
+            engine.name,
+            f"{engine.file.size_bytes / 1e6:.1f} MB",
+            engine.state if not engine.gate.failures else "FAILED",
+            _number(metrics["sqnr"], ".1f"),
+            f"{100 * (metrics['top1'] or 0.0):.1f} %",
+            accuracy,
+            str(latency.batch) if latency else "-",
+            f"{latency.median_ms:.1f}" if latency else "-",
+            f"{latency.speedup:.2f}x" if latency else "-",
+        )
+    if not console.is_terminal:
+        console.width = max(console.width, 120)  # a pipe has no width: do not cut columns
+    console.print(table)

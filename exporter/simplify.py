@@ -1,0 +1,124 @@
+"""Simplify a graph with onnxsim, then prove that nothing changed. Left alone where it gains or proves nothing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import onnx_ir.passes.common as passes
+
+from calibration import graph_io
+from calibration.graph_io import MODULE_KEY
+from engines.onnxruntime_engine import OnnxRuntimeEngine
+from engines.rewrites import average_pool_instead_of_mean, remove_unused_initializers
+
+TIMEOUT_SECONDS = 900
+MAX_RELATIVE_ERROR = 1e-4
+_CANDIDATE = "onnxsim.onnx"
+
+
+def operator_counts(graph: ir.Graph) -> Counter[str]:
+    """How often each operator occurs."""
+    return Counter(node.op_type for node in graph)
+
+
+@dataclass(frozen=True)
+class Simplified:
+    """The files of the simplified graph, the graph first, and what happened, for people."""
+
+    files: list[Path]
+    summary: str
+    warning: str = ""
+
+
+def _run_onnxsim(source: Path, out: Path) -> str:
+    """Run onnxsim in a process of its own: it may crash. Returns the reason where it failed."""
+    command = [sys.executable, "-m", "onnxsim", str(source), str(out)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return f"onnxsim took more than {TIMEOUT_SECONDS} s"
+    if done.returncode < 0:
+        return f"onnxsim was killed by signal {-done.returncode}"
+    if done.returncode > 0 or not out.is_file():
+        lines = (done.stderr or done.stdout).strip().splitlines()
+        return f"onnxsim failed: {lines[-1] if lines else f'exit code {done.returncode}'}"
+    return ""
+
+
+def _restore_modules(model: ir.Model, source: ir.Model) -> None:
+    """onnxsim erases node metadata: find each node's module by its output's name, else by its weight's."""
+    by_output = {v.name: graph_io.module_of(node) for node in source.graph for v in node.outputs}
+    by_input: dict[str | None, str] = {}
+    for node in source.graph:
+        for value in node.inputs:
+            if value is not None and value.is_initializer():
+                by_input[value.name] = graph_io.module_of(node)
+    for index, node in enumerate(model.graph):
+        node.name = node.name or f"node_{node.op_type}_{index}"
+        node.metadata_props.clear()
+        candidates = [by_output.get(v.name, "") for v in node.outputs]
+        candidates += [by_input.get(v.name, "") for v in node.inputs if v is not None]
+        if module := next(filter(None, candidates), ""):
+            node.metadata_props[MODULE_KEY] = module
+
+
+def _difference(first: Path, second: Path, inputs: npt.NDArray[np.float32]) -> float:
+    """Largest difference of the two graphs' logits over two batches, relative to the largest logit."""
+    worst = 0.0
+    engines = [OnnxRuntimeEngine(path, fused=False) for path in (first, second)]
+    for batch in (1, len(inputs)):
+        a, b = (engine.run(inputs[:batch]) for engine in engines)
+        if a.shape != b.shape:
+            return float("inf")
+        worst = max(worst, float(np.abs(a - b).max() / (np.abs(a).max() + 1e-12)))
+    return worst
+
+
+def simplify(source: Path, directory: Path, inputs: npt.NDArray[np.float32]) -> Simplified:
+    """Simplify `source` into `directory`/graph.onnx.
+
+    Two steps, each kept only where the logits prove it harmless: onnxsim, and mean -> average pooling.
+
+    Args:
+        inputs: float32 [N, 3, H, W], N >= 2, to compare the logits on.
+    """
+    out = directory / "graph.onnx"
+    original = graph_io.load(source)
+    before = operator_counts(original.graph)
+    warning = ""
+    base, summary = original, ""
+    if len(graph_io.external_files(source)) > 0:
+        summary = "onnxsim skipped: weights over 2 GiB"
+    else:
+        candidate = directory / _CANDIDATE
+        failure = _run_onnxsim(source, candidate)
+        if failure:
+            summary = warning = f"onnxsim skipped: {failure}"
+        elif operator_counts((simplified := graph_io.load(candidate)).graph) == before:
+            summary = "onnxsim skipped: it changes nothing"
+        elif not (change := _difference(source, candidate, inputs)) <= MAX_RELATIVE_ERROR:
+            summary = warning = f"onnxsim skipped: it changes the logits by {change:.1e} of the largest"
+        else:
+            _restore_modules(simplified, original)
+            base = simplified
+            after = operator_counts(simplified.graph)
+            summary = f"onnxsim: {sum(before.values())} -> {sum(after.values())} nodes"
+    passes.ShapeInferencePass()(base)
+    pooled = average_pool_instead_of_mean(base.graph)
+    remove_unused_initializers(base.graph)
+    files = graph_io.save(base, out)
+    (directory / _CANDIDATE).unlink(missing_ok=True)
+    change = _difference(source, out, inputs)
+    if not change <= MAX_RELATIVE_ERROR:
+        warning = f"simplifying skipped: rewriting changes the logits by {change:.1e} of the largest"
+        return Simplified(graph_io.save(graph_io.load(source), out), warning, warning)
+    if pooled:
+        summary += f"; {pooled} mean -> average pooling"
+    return Simplified(files, f"{summary}; logits equal within {change:.0e}", warning)

@@ -1,0 +1,155 @@
+"""Cache of stage results, each under the hash of everything that went into it.
+
+Results are made in a directory of their own and renamed into place, so a killed run leaves nothing half
+done and runs side by side do not meet. On a hit the files are hard-linked into the run's work directory, so
+that pruning by another run cannot take them away.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from calibration.graph_io import sha256_of
+
+CACHE_VARIABLE = "EXPORT_ZOO_CACHE"
+LIMIT_VARIABLE = "EXPORT_ZOO_CACHE_GB"
+DEFAULT_LIMIT_GB = 20.0
+_ABANDONED_SECONDS = 24 * 3600
+_ENTRY = "entry.json"
+
+
+def default_root() -> Path:
+    """$EXPORT_ZOO_CACHE, else $XDG_CACHE_HOME/export-zoo, else ~/.cache/export-zoo."""
+    if directory := os.environ.get(CACHE_VARIABLE):
+        return Path(directory)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "export-zoo"
+
+
+def digest(key: Mapping[str, Any]) -> str:
+    """Hex SHA-256 of a key, as canonical JSON."""
+    return hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """A finished stage: its files lie in `directory`, `data` is what it returned."""
+
+    directory: Path
+    data: Any
+    cached: bool
+    key: str
+
+
+class StageCache:
+    """Runs stages through the cache. A context manager: it owns the run's work directory.
+
+    Args:
+        root: the cache directory, or None for no cache (everything is made anew, in a temporary directory).
+    """
+
+    def __init__(self, root: Path | None) -> None:
+        self._root = root
+        self._work = Path()
+
+    def __enter__(self) -> StageCache:
+        if self._root is None:
+            self._work = Path(tempfile.mkdtemp(prefix="export-zoo-"))
+        else:
+            works = self._root / "work"
+            works.mkdir(parents=True, exist_ok=True)
+            for old in works.iterdir():
+                if time.time() - old.stat().st_mtime > _ABANDONED_SECONDS:
+                    shutil.rmtree(old, ignore_errors=True)
+            self._work = works / uuid.uuid4().hex
+            self._work.mkdir()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        shutil.rmtree(self._work, ignore_errors=True)
+        if self._root is not None and kind is None:
+            self._prune(self._root)
+
+    def run(self, stage: str, key: Mapping[str, Any], make: Callable[[Path], Any]) -> StageResult:
+        """The result of a stage: from the cache, or made by `make(directory)` and kept.
+
+        `make` writes its files flat into the directory it is given and returns something that JSON can hold.
+        """
+        name = digest({"stage": stage, **key})
+        if self._root is not None and (hit := self._hit(stage, name)) is not None:
+            return hit
+        directory = self._work / f"{stage}-{name[:16]}-{uuid.uuid4().hex[:8]}"
+        directory.mkdir()
+        data = make(directory)
+        if self._root is not None:
+            self._keep(stage, name, key, directory, data)
+        return StageResult(directory, data, cached=False, key=name)
+
+    def _hit(self, stage: str, name: str) -> StageResult | None:
+        assert self._root is not None
+        entry = self._root / stage / name
+        directory = self._work / f"{stage}-{name[:16]}-{uuid.uuid4().hex[:8]}"
+        try:
+            described = json.loads((entry / _ENTRY).read_text(encoding="utf-8"))
+            directory.mkdir()
+            for file, sha256 in described["files"].items():
+                os.link(entry / file, directory / file)
+                if sha256_of(directory / file) != sha256:
+                    raise ValueError(f"{file} was altered")
+            os.utime(entry)
+        except FileNotFoundError:
+            shutil.rmtree(directory, ignore_errors=True)
+            return None
+        except (ValueError, KeyError, OSError):
+            # A damaged entry is worth nothing: make it again.
+            shutil.rmtree(directory, ignore_errors=True)
+            shutil.rmtree(entry, ignore_errors=True)
+            return None
+        return StageResult(directory, described["data"], cached=True, key=name)
+
+    def _keep(self, stage: str, name: str, key: Mapping[str, Any], directory: Path, data: Any) -> None:
+        assert self._root is not None
+        staging = self._work / f"keep-{uuid.uuid4().hex}"
+        staging.mkdir()
+        files = {}
+        for file in sorted(directory.iterdir()):
+            os.link(file, staging / file.name)
+            files[file.name] = sha256_of(file)
+        document = {"stage": stage, "key": key, "files": files, "data": data}
+        (staging / _ENTRY).write_text(json.dumps(document, indent=1, default=str), encoding="utf-8")
+        (self._root / stage).mkdir(exist_ok=True)
+        try:
+            staging.rename(self._root / stage / name)
+        except OSError:
+            # Another run was first; both results are right.
+            shutil.rmtree(staging, ignore_errors=True)
+
+    def _prune(self, root: Path) -> None:
+        """Remove the least recently used entries above the size limit."""
+        limit = float(os.environ.get(LIMIT_VARIABLE, DEFAULT_LIMIT_GB)) * 1e9
+        entries = []
+        for entry in root.glob("*/*"):
+            try:
+                if entry.parent.name != "work":
+                    size = sum(file.stat().st_size for file in entry.iterdir())
+                    entries.append((entry.stat().st_mtime, size, entry))
+            except OSError:
+                continue  # another run prunes, too
+        total = sum(size for _, size, _ in entries)
+        for _, size, entry in sorted(entries):
+            if total <= limit:
+                break
+            shutil.rmtree(entry, ignore_errors=True)
+            total -= size

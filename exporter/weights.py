@@ -1,0 +1,225 @@
+"""Weights: find the file, tell which torchvision weights it is, load it into a model, strictly."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.error import URLError
+from urllib.parse import urlparse
+
+import torch
+from torch import nn
+from torchvision.models import WeightsEnum, get_model_weights
+
+from calibration.errors import BadInputError, EnvironmentFailureError, UsageError
+from calibration.graph_io import sha256_of
+
+WEIGHT_SUFFIXES = (".pth", ".pt", ".safetensors")
+_NESTED_KEYS = ("state_dict", "model_state_dict", "model")
+_PREFIXES = ("module.", "_orig_mod.")
+_DENSENET = re.compile(
+    r"^(.*denselayer\d+\.(?:norm|relu|conv))\.((?:[12])\.(?:weight|bias|running_mean|running_var))$"
+)
+
+
+@dataclass(frozen=True)
+class WeightsFile:
+    """A state dict on disk. `known` is the torchvision weights that it is, by hash."""
+
+    path: Path
+    sha256: str
+    known: WeightsEnum | None
+
+
+def _hash_in_name(name: str) -> str | None:
+    match = re.search(r"-([0-9a-f]{8,})\.", name)
+    return match[1] if match else None
+
+
+def names_of(model: str) -> list[str]:
+    """Names of a model's torchvision weights, `IMAGENET1K_V1` say."""
+    return [w.name for w in get_model_weights(model)]
+
+
+def by_name(model: str, name: str, *, option: str) -> WeightsEnum:
+    """A model's weights by name: `DEFAULT`, `IMAGENET1K_V2` or `ResNet50_Weights.IMAGENET1K_V2`.
+
+    Raises:
+        BadInputError: no such weights.
+    """
+    enum = get_model_weights(model)
+    prefix, _, short = name.rpartition(".")
+    if (not prefix or prefix == enum.__name__) and short in enum.__members__:
+        return enum[short]
+    raise BadInputError(
+        f"{option} {name}: {model} has no such weights, and no such file exists",
+        hint=f"choose from {', '.join(names_of(model))}, a .pth or .safetensors file, or none",
+    )
+
+
+def looks_like_file(weights: str) -> bool:
+    return weights.endswith(WEIGHT_SUFFIXES) or "/" in weights or Path(weights).exists()
+
+
+def local_file(model: str, path: Path) -> WeightsFile:
+    """A state dict file; its hash tells whether it is one of the model's torchvision weights.
+
+    Raises:
+        BadInputError: missing or empty, or named by a hash that its content does not have.
+    """
+    if not path.is_file():
+        raise BadInputError(f"--weights {path}: no such file", hint="pass a .pth or .safetensors state dict")
+    if path.suffix not in WEIGHT_SUFFIXES:
+        raise BadInputError(
+            f"--weights {path}: not a weights file by its suffix", hint=f"use {', '.join(WEIGHT_SUFFIXES)}"
+        )
+    sha256 = sha256_of(path)
+    for weights in get_model_weights(model):
+        prefix = _hash_in_name(weights.url)
+        if prefix and sha256.startswith(prefix):
+            return WeightsFile(path, sha256, weights)
+        if prefix and _hash_in_name(path.name) == prefix:
+            raise BadInputError(
+                f"--weights {path}: the name says {weights} (SHA-256 {prefix}...), the content is "
+                f"{sha256[:8]}...: a damaged download, or other weights under that name",
+                hint="download it again, or rename it if it was changed on purpose",
+            )
+    return WeightsFile(path, sha256, None)
+
+
+def downloaded(weights: WeightsEnum) -> WeightsFile:
+    """The file of torchvision weights, from PyTorch's hub directory or from the network.
+
+    Raises:
+        EnvironmentFailureError: the download failed, or the disk is full.
+    """
+    name = Path(urlparse(weights.url).path).name
+    path = Path(torch.hub.get_dir()) / "checkpoints" / name
+    if not path.is_file():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(weights.url, str(path), _hash_in_name(name), progress=False)
+        except (URLError, OSError, RuntimeError) as error:
+            reason = getattr(error, "reason", None) or error
+            raise EnvironmentFailureError(
+                f"--weights {weights}: download of {weights.url} failed: {reason}",
+                hint=f"get that file where there is a network, then pass --weights ./{name} "
+                f"(or put it into {path.parent}); --weights none runs without trained weights",
+            ) from error
+    sha256 = sha256_of(path)
+    prefix = _hash_in_name(name)
+    if prefix and not sha256.startswith(prefix):
+        raise BadInputError(
+            f"{path}: damaged (its SHA-256 is not {prefix}...)", hint="delete it and run again"
+        )
+    return WeightsFile(path, sha256, weights)
+
+
+def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
+    """Read a state dict; nested ones are unwrapped, `module.` and `_orig_mod.` prefixes removed.
+
+    Pickles are only ever read with `weights_only=True`.
+
+    Raises:
+        BadInputError: not a state dict, damaged, or a pickle that holds more than tensors.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            loaded: object = load_file(path)
+        else:
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise BadInputError(
+            f"--weights {path}: cannot be read as a state dict: {text}",
+            hint="save it with torch.save(model.state_dict(), path) or safetensors.torch.save_file",
+        ) from error
+    for key in _NESTED_KEYS:
+        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
+            loaded = loaded[key]
+    if (
+        not isinstance(loaded, Mapping)
+        or not loaded
+        or not all(isinstance(v, torch.Tensor) for v in loaded.values())
+    ):
+        raise BadInputError(
+            f"--weights {path}: holds a {type(loaded).__name__}, not a mapping of names to tensors",
+            hint="save model.state_dict(), not the model or the whole checkpoint",
+        )
+    state = {str(name): tensor for name, tensor in loaded.items()}
+    stripped = True
+    while stripped:
+        stripped = False
+        for prefix in _PREFIXES:
+            if all(name.startswith(prefix) for name in state):
+                state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+                stripped = True
+    return state
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+
+
+def load_into(
+    model: nn.Module, state: dict[str, torch.Tensor], *, origin: str, init_missing: Sequence[str]
+) -> list[str]:
+    """Load a state dict strictly; returns the parameters left at their (seeded) random initialization.
+
+    Args:
+        init_missing: glob patterns of parameters that may be missing or of another shape: a new head.
+
+    Raises:
+        BadInputError: keys are missing, unexpected or mis-shaped; the message lists them.
+    """
+    # Old DenseNet checkpoints have names from before modules could hold dots. A plain dict has no version
+    # metadata: modules then apply their own renaming of old checkpoints (ViT's MLP, BatchNorm's counter).
+    state = {(f"{m[1]}{m[2]}" if (m := _DENSENET.match(name)) else name): t for name, t in state.items()}
+    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    misshaped = [name for name in wanted if name in state and state[name].shape != wanted[name]]
+    try:
+        result = model.load_state_dict({n: t for n, t in state.items() if n not in misshaped}, strict=False)
+    except RuntimeError as error:
+        raise BadInputError(f"--weights {origin}: {error}", hint=_ARCHITECTURE) from error
+    absent = [name for name in result.missing_keys if name not in misshaped]
+
+    def allowed(name: str) -> bool:
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in init_missing)
+
+    problems = []
+    if missing := [name for name in absent if not allowed(name)]:
+        problems.append(f"missing: {_shown(missing)}")
+    if result.unexpected_keys:
+        problems.append(f"unexpected: {_shown(result.unexpected_keys)}")
+    if wrong := [name for name in misshaped if not allowed(name)]:
+        shapes = [f"{n} is {list(state[n].shape)}, expected {list(wanted[n])}" for n in wrong]
+        problems.append(f"other shape: {_shown(shapes)}")
+    if problems:
+        raise BadInputError(f"--weights {origin}: {'; '.join(problems)}", hint=_advice(state, wanted, wrong))
+    initialized = sorted(name for name in [*absent, *misshaped] if allowed(name))
+    for pattern in init_missing:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in initialized):
+            raise UsageError(
+                f"--init-missing {pattern}: matches no missing or mis-shaped parameter",
+                hint="leave it out, or check the pattern",
+            )
+    return initialized
+
+
+_ARCHITECTURE = "is it the state dict of this architecture? --init-missing PATTERN accepts a new head"
+
+
+def _advice(state: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Size], wrong: Sequence[str]) -> str:
+    """What would fit: another head or input size is the usual reason."""
+    head = [name for name in wanted if name.endswith("weight")][-1].rpartition(".")[0]
+    if wrong and all(name.rpartition(".")[0] == head for name in wrong):
+        classes = state[f"{head}.weight"].shape[0]
+        return f"the file has {classes} classes: pass --num-classes {classes}, or --init-missing '{head}.*'"
+    if any("pos_embedding" in name for name in wrong):
+        return "position embeddings depend on the input size: pass the --input-size it was trained at"
+    return _ARCHITECTURE
