@@ -37,7 +37,7 @@ class Preprocess(BaseModel):
     crop_height: int = Field(ge=1, description="Height of the centre crop and of the input, in pixels.")
     crop_width: int = Field(ge=1, description="Width of the centre crop and of the input, in pixels.")
     interpolation: Literal["bilinear", "bicubic"]
-    antialias: Literal[True] = Field(True, description="Pillow's resize always antialiases.")
+    antialias: Literal[True] = Field(default=True, description="Pillow's resize always antialiases.")
     mean: tuple[float, float, float] = Field(description="Per channel RGB, on the 0..1 scale.")
     std: tuple[float, float, float] = Field(description="Per channel RGB, on the 0..1 scale.")
     source: str = Field(description="Where the parameters come from, for people.")

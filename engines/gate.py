@@ -12,7 +12,7 @@ from calibration.errors import ParityError
 from calibration.images import Progress
 from calibration.preprocess import Preprocess, UInt8Array, normalize
 from engines.manifest import Batch, Gate
-from engines.parity import Metrics, batches_to_check, check_reference, compare, failures
+from engines.parity import Metrics, batches_to_check, check_reference, compare, failures, unfused_tolerances
 
 Float32Array = npt.NDArray[np.float32]
 
@@ -70,7 +70,7 @@ def judge(
         labels: class index per image, or None.
         tolerances: limits by metric, see `engines.parity`.
         unfused: for random weights: makes the logits of the unfused precision graph, the reference to gate
-            against; figures against eager are reported all the same.
+            against by `unfused_tolerances` unless overridden; figures against eager are reported all the same.
 
     Raises:
         ParityError: there is nothing to compare or to judge by.
@@ -81,7 +81,10 @@ def judge(
             hint="give images to verify on (--calib or --verify)",
         )
     check_reference(eager)
-    reference = eager if unfused is None else unfused()
+    reference, limits = eager, dict(tolerances)
+    if unfused is not None:
+        reference = unfused()
+        limits = {**unfused_tolerances(compare(eager, reference).sqnr), **limits}
     sizes = batches_to_check(batch.min, batch.opt, batch.max)
     found: list[str] = []
     whole: Metrics | None = None
@@ -92,16 +95,17 @@ def judge(
         logits = run_in_batches(engine, pixels[:count], preprocess, size, progress)
         known = labels if full else None
         metrics = compare(reference[:count], logits, known)
-        limits = tolerances if full else {m: v for m, v in tolerances.items() if "accuracy" not in m}
-        if limits:
-            found += [f"batch {size}: {text}" for text in failures(metrics, limits)]
+        here = limits if full else {m: v for m, v in limits.items() if "accuracy" not in m}
+        if here:
+            found += [f"batch {size}: {text}" for text in failures(metrics, here)]
         if full:
             whole = metrics
             eager_metrics = metrics if unfused is None else compare(eager, logits, known)
-    assert whole is not None and eager_metrics is not None
+    assert whole is not None
+    assert eager_metrics is not None
     return Gate(
         reference="eager" if unfused is None else "unfused precision graph",
-        tolerances=dict(tolerances),
+        tolerances=limits,
         batches=sizes,
         metrics=whole.as_dict(),
         eager_metrics=eager_metrics.as_dict(),

@@ -80,7 +80,9 @@ def quantize_weight(
 
 def _initializer(graph: ir.Graph, name: str, array: npt.NDArray[np.generic]) -> ir.Value:
     tensor = ir.tensor(array, name=name)
-    value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+    value = ir.Value(
+        name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+    )
     graph.register_initializer(value)
     return value
 
@@ -164,7 +166,9 @@ class _Quantizer:
 
     def _weight(self, node: ir.Node, rule: QuantizedWeight) -> None:
         source, weight = node.inputs[0], node.inputs[rule.index]
-        assert source is not None and weight is not None and weight.const_value is not None
+        assert source is not None
+        assert weight is not None
+        assert weight.const_value is not None
         bias = node.inputs[rule.bias_index] if rule.bias_index is not None else None
         bias_array = None
         if bias is not None and bias.const_value is not None:

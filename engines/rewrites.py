@@ -19,7 +19,8 @@ def average_pool_instead_of_mean(graph: ir.Graph) -> int:
         source, axes = node.inputs[0], node.inputs[1]
         if source is None or source.shape is None or len(source.shape) != 4:
             continue
-        assert axes is not None and axes.const_value is not None
+        assert axes is not None
+        assert axes.const_value is not None
         if sorted(int(a) % 4 for a in axes.const_value.numpy().reshape(-1)) != [2, 3]:
             continue
         old = node.outputs[0]
@@ -38,10 +39,10 @@ def average_pool_instead_of_mean(graph: ir.Graph) -> int:
                     metadata_props=dict(node.metadata_props),
                 )
             )
-            pool.outputs[0].dtype = old.dtype
+            pool.outputs[0].dtype = ir.DataType.FLOAT
             pool.outputs[0].shape = ir.Shape([source.shape[0], source.shape[1], 1, 1])
         new = made[-1].outputs[0]
-        new.dtype, new.shape = old.dtype, old.shape
+        new.dtype, new.shape = ir.DataType.FLOAT, old.shape
         graph.insert_before(node, made)
         ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
         name = old.name

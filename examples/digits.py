@@ -30,7 +30,9 @@ def digits() -> tuple[np.ndarray, np.ndarray]:
     data = load_digits()
     small = np.rint(data.images * 255 / 16).astype(np.uint8)
     size = (INPUT_SIZE, INPUT_SIZE)
-    images = [np.asarray(Image.fromarray(s).convert("RGB").resize(size, Image.Resampling.BILINEAR)) for s in small]
+    images = [
+        np.asarray(Image.fromarray(s).convert("RGB").resize(size, Image.Resampling.BILINEAR)) for s in small
+    ]
     return np.stack(images), data.target
 
 

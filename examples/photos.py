@@ -1,6 +1,6 @@
 """Write a folder of real photographs: overlapping crops of those that scikit-image and scikit-learn carry.
 
-    python examples/photos.py --out demo/photos --count 160
+python examples/photos.py --out demo/photos --count 160
 """
 
 from __future__ import annotations
@@ -13,10 +13,7 @@ from PIL import Image
 from skimage import data
 from sklearn.datasets import load_sample_images
 
-NAMES = (
-    "astronaut camera cat chelsea coffee coins hubble_deep_field immunohistochemistry logo moon page "
-    "retina rocket text brick grass gravel colorwheel"
-).split()
+NAMES = ["astronaut", "brick", "camera", "cat", "chelsea", "coffee", "coins", "colorwheel", "grass", "gravel", "hubble_deep_field", "immunohistochemistry", "logo", "moon", "page", "retina", "rocket", "text"]
 
 
 def photographs() -> list[Image.Image]:
@@ -39,7 +36,10 @@ def write(directory: Path, count: int, seed: int = 0) -> int:
         image = images[index % len(images)]
         short = min(image.size)
         width, height = (int(rng.integers(short // 2, side + 1)) for side in image.size)
-        left, top = (int(rng.integers(0, side - crop + 1)) for side, crop in zip(image.size, (width, height)))
+        left, top = (
+            int(rng.integers(0, side - crop + 1))
+            for side, crop in zip(image.size, (width, height), strict=True)
+        )
         crop = image.crop((left, top, left + width, top + height))
         crop.save(directory / f"photo-{index:04}.jpg", quality=90)
     return count

@@ -347,9 +347,8 @@ def verify(bundle: Path, json_path: Path | None, quiet: bool, verbose: bool) -> 
         sqnr, top1 = gate.eager_metrics["sqnr"] or 0.0, gate.eager_metrics["top1"] or 0.0
         state = "FAILED" if gate.failures else attestation.states[name]
         if not quiet:
-            click.echo(
-                f"{name}: {state}, SQNR {sqnr:.1f} dB, top-1 agreement {100 * top1:.1f} % of {gate.metrics['images']} images"
-            )
+            images = f"{100 * top1:.1f} % of {gate.metrics['images']} images"
+            click.echo(f"{name}: {state}, SQNR {sqnr:.1f} dB, top-1 agreement {images}")
     if not quiet:
         click.echo(f"attestation: {path}")
     failures = [f"{name}: {text}" for name, gate in attestation.engines.items() for text in gate.failures]
@@ -376,7 +375,7 @@ def inspect(bundle: Path, json_path: Path | None, quiet: bool, verbose: bool) ->
     manifest = room.read_manifest(bundle)
     _outcome().document |= {"bundle": str(bundle), "manifest": manifest.model_dump(mode="json")}
     recipe, p = manifest.recipe, manifest.recipe.preprocess
-    trained = recipe.source.weights
+    trained, held = recipe.source.weights, manifest.artifacts.held_out
     lines = {
         "bundle": f"{bundle} ({manifest.status}, by {manifest.tool}, {manifest.artifacts.created})",
         "model": f"{recipe.source.name}, {recipe.source.num_classes} classes",
@@ -384,13 +383,13 @@ def inspect(bundle: Path, json_path: Path | None, quiet: bool, verbose: bool) ->
         "input": f"{recipe.input.name}: float32 {recipe.input.shape} {recipe.input.layout}",
         "output": f"{recipe.output.name}: float32 {recipe.output.shape}",
         "batch": f"{recipe.batch.min} to {recipe.batch.max}, best at {recipe.batch.opt}",
-        "preprocess": f"RGB, resize {p.resize_size} {p.interpolation} antialiased, crop {p.crop_height}x{p.crop_width}, "
-        f"/255, mean {list(p.mean)}, std {list(p.std)} ({p.source})",
+        "preprocess": f"RGB, resize {p.resize_size} {p.interpolation} antialiased, "
+        f"crop {p.crop_height}x{p.crop_width}, /255, mean {list(p.mean)}, std {list(p.std)} ({p.source})",
         "labels": f"{len(recipe.labels)} names" if recipe.labels else "not known",
         "calibration": f"{recipe.calibration.method}, {recipe.calibration.images} images"
         if recipe.calibration
         else "none",
-        "held out": f"{manifest.artifacts.held_out.count} {'synthetic ' if manifest.artifacts.held_out.synthetic else ''}images with eager logits",
+        "held out": f"{held.count} {'synthetic ' if held.synthetic else ''}images with eager logits",
         "machine": recipe.instruction_set,
     }
     for name, text in lines.items():

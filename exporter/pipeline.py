@@ -22,22 +22,21 @@ from calibration.ranges import Ranges
 from engines import bench, manifest, target
 from engines.bundle import HeldOut, judge_engine
 from engines.gate import MIN_LABELLED, images_compared
+from engines.half import to_half
+from engines.manifest import Engine
 from engines.onnxruntime_engine import OnnxRuntimeEngine
-from engines.parity import DEFAULT_TOLERANCES, UNFUSED_TOLERANCES, check_reference
+from engines.parity import DEFAULT_TOLERANCES, check_reference
 from engines.precision import quantize
 from exporter import __version__, publish
 from exporter.labels import folder_labels
 from exporter.options import ExportOptions
 from exporter.report import Reporter
-from exporter.stage_cache import StageCache, StageResult, default_root
+from exporter.stage_cache import StageCache, StageResult, code_digest, default_root
 
 if TYPE_CHECKING:
     from torch import nn
 
     from exporter.zoo import ModelSpec
-
-STAGE_VERSION = 1
-"""Part of every stage's key: raise it when a stage's code changes what it makes."""
 
 CALIBRATION_BATCH = 8
 MAX_HELD_OUT = 512
@@ -52,7 +51,7 @@ class ExportResult:
     manifest: manifest.Manifest
 
     @property
-    def engines(self) -> Sequence[manifest.Engine]:
+    def engines(self) -> Sequence[Engine]:
         return self.manifest.artifacts.engines
 
 
@@ -109,7 +108,7 @@ class _Run:
 
     def key(self, *libraries: str, **parts: Any) -> dict[str, Any]:
         """A stage's key: its parts, and the versions of the libraries that do the work."""
-        return {"version": STAGE_VERSION, "libraries": {n: self.versions[n] for n in libraries}, **parts}
+        return {"code": code_digest(), "libraries": {n: self.versions[n] for n in libraries}, **parts}
 
     # -- stages ---------------------------------------------------------------------------------------------
 
@@ -150,7 +149,7 @@ class _Run:
         options = self.options
         if options.calib is None and options.verify is None:
             self.reporter.warn(
-                f"no --calib or --verify folder: parity is checked on {SYNTHETIC_IMAGES} seeded synthetic images"
+                f"no --calib or --verify: parity is checked on {SYNTHETIC_IMAGES} seeded synthetic images"
             )
             return _Images({"calibrate": (), "select": (), "verify": ()}, None, True, None, spec.labels)
         calib = self.scan(options.calib, "--calib") if options.calib is not None else None
@@ -327,8 +326,11 @@ class _Run:
 
             def make(directory: Path) -> dict[str, Any]:
                 out = directory / "engine.onnx"
-                assert ranges is not None
-                quantize(graph, ranges, out, reduce_range=self.options.reduce_range)
+                if precision == "fp16":
+                    to_half(graph, out)
+                else:
+                    assert ranges is not None
+                    quantize(graph, ranges, out, reduce_range=self.options.reduce_range)
                 return {}
 
             key = self.key(
@@ -336,7 +338,7 @@ class _Run:
                 "numpy",
                 graph=sha256_of(graph),
                 precision=precision,
-                ranges=ranges.model_dump() if ranges is not None else None,
+                ranges=ranges.model_dump() if ranges is not None and precision == "int8" else None,
                 reduce_range=self.options.reduce_range,
             )
             result = self.cache.run("precision", key, make)
@@ -347,8 +349,8 @@ class _Run:
         self, target_name: str, precision: str, *, random: bool, labelled: int
     ) -> dict[str, float]:
         """Defaults, overridden by --tolerance."""
-        against_unfused = random and precision == "int8"
-        chosen = dict(UNFUSED_TOLERANCES if against_unfused else DEFAULT_TOLERANCES[precision])
+        against_unfused = random and precision != "fp32"
+        chosen = {} if against_unfused else dict(DEFAULT_TOLERANCES[precision])
         if labelled < MIN_LABELLED:
             chosen.pop("accuracy_drop", None)
         for tolerance in self.options.tolerances:
@@ -372,7 +374,7 @@ class _Run:
             name = f"onnxruntime-{precision}"
             labelled = len(held.labels) if held.labels is not None else 0
             tolerances = self.tolerances("onnxruntime", precision, random=random, labelled=labelled)
-            unfused = random and precision == "int8"
+            unfused = random and precision != "fp32"
 
             def make(
                 _: Path,

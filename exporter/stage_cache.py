@@ -16,6 +16,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -34,6 +35,17 @@ def default_root() -> Path:
     if directory := os.environ.get(CACHE_VARIABLE):
         return Path(directory)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "export-zoo"
+
+
+@cache
+def code_digest() -> str:
+    """Hash of our own source: part of every key, so that no change of a stage can be forgotten."""
+    combined = hashlib.sha256()
+    root = Path(__file__).parent.parent
+    for package in ("calibration", "engines", "exporter"):
+        for source in sorted((root / package).glob("*.py")):
+            combined.update(f"{package}/{source.name}\0".encode() + source.read_bytes() + b"\0")
+    return combined.hexdigest()
 
 
 def digest(key: Mapping[str, Any]) -> str:

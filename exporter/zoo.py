@@ -13,6 +13,8 @@ import torch
 import torchvision
 from torch import nn
 from torchvision.models import WeightsEnum, get_model, get_model_weights
+from torchvision.models.mobilenetv2 import InvertedResidual
+from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.transforms import InterpolationMode
 
 from calibration.errors import BadInputError, UsageError
@@ -24,6 +26,8 @@ from exporter.options import ExportOptions
 TRANSFORM_INPUT_MODELS = ("googlenet", "inception_v3")
 """torchvision gives these `transform_input=True` with pretrained weights: they were trained with other
 statistics than the transforms normalize to."""
+
+RESIDUAL_GAIN = 0.25
 
 _AUX_KEYS = {"googlenet": "aux1.", "inception_v3": "AuxLogits."}
 
@@ -231,11 +235,24 @@ def build(spec: ModelSpec) -> tuple[nn.Module, list[str]]:
     return model.eval(), initialized
 
 
+def _last_norm_of_branch(block: nn.Module) -> nn.BatchNorm2d | None:
+    """The BatchNorm that ends a residual branch, in ResNets and MobileNetV2."""
+    if isinstance(block, Bottleneck):
+        return block.bn3  # type: ignore[return-value]
+    if isinstance(block, BasicBlock):
+        return block.bn2  # type: ignore[return-value]
+    if isinstance(block, InvertedResidual) and block.use_res_connect:
+        return block.conv[-1]  # type: ignore[return-value]
+    return None
+
+
 def _make_usable(model: nn.Module, spec: ModelSpec) -> None:
     """Give random weights logits that vary with the input, so that parity has something to compare.
 
     ViT's head is initialized to zero and ConvNeXt's layer scale to 1e-6; BatchNorm's untrained statistics let
-    activations vanish or explode, and are estimated on a few seeded images instead.
+    activations vanish or explode, and are estimated on a few seeded images instead. Residual branches start
+    small, as in training (Goyal et al. 2017, arXiv 1706.02677, section 5.1, start at 0): at full strength a random
+    ResNet is so chaotic that one flipped rounding tie decides its answer.
     """
     for name, module in model.named_modules():
         scale = getattr(module, "layer_scale", None)
@@ -243,6 +260,8 @@ def _make_usable(model: nn.Module, spec: ModelSpec) -> None:
             nn.init.ones_(scale)
         if isinstance(module, nn.Linear) and name.startswith("heads"):
             module.reset_parameters()
+        if (last := _last_norm_of_branch(module)) is not None:
+            nn.init.constant_(last.weight, RESIDUAL_GAIN)
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     if not norms:
         return

@@ -1,0 +1,148 @@
+"""FP16 precision graphs: float32 input and output, half inside, but for what half cannot hold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from calibration import graph_io
+from engines.placement import constant
+from engines.rewrites import remove_unused_initializers
+
+KEEP_FLOAT = frozenset(
+    {
+        "GroupNormalization",
+        "InstanceNormalization",
+        "LayerNormalization",
+        "LogSoftmax",
+        "LRN",
+        "LpNormalization",
+        "ReduceL2",
+        "ReduceLogSumExp",
+        "ReduceMean",
+        "ReduceProd",
+        "ReduceSum",
+        "ReduceSumSquare",
+        "Resize",
+        "Softmax",
+    }
+)
+"""Exponentials, sums of squares and large sums leave half's range or drown in its 11 bits."""
+
+_LEAST_NORMAL, _LARGEST = float(np.finfo(np.float16).tiny), float(np.finfo(np.float16).max)
+
+
+def _fits_half(value: ir.Value) -> bool:
+    """Constants must neither overflow nor, as an epsilon would, vanish. Single tiny weights may."""
+    assert value.const_value is not None
+    array = np.abs(value.const_value.numpy())
+    if array.size == 0 or array.max() <= 0:
+        return True
+    return bool(array.max() <= _LARGEST and (array.size > 1 or array.max() >= _LEAST_NORMAL))
+
+
+def _is_float(value: ir.Value | None) -> bool:
+    return value is not None and value.dtype is ir.DataType.FLOAT
+
+
+def runs_in_half(node: ir.Node) -> bool:
+    """True for operators with float inputs that compute in half."""
+    inputs = [value for value in node.inputs if value is not None and _is_float(value)]
+    if node.op_type in KEEP_FLOAT or not inputs or node.domain not in ("", "ai.onnx"):
+        return False
+    if any(
+        attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+        for attribute in node.attributes.values()
+    ):
+        return False
+    return all(_fits_half(value) for value in inputs if constant(value))
+
+
+class _Converter:
+    def __init__(self, graph: ir.Graph) -> None:
+        self.graph = graph
+        self.casts: dict[tuple[str, ir.DataType], ir.Value] = {}
+
+    def run(self) -> None:
+        nodes = list(self.graph)
+        decisions = {id(node): runs_in_half(node) for node in nodes}
+        floats = {
+            id(v) for node in nodes for v in [*node.inputs, *node.outputs] if v is not None and _is_float(v)
+        }
+        for node in nodes:
+            dtype = ir.DataType.FLOAT16 if decisions[id(node)] else ir.DataType.FLOAT
+            for index, value in enumerate(node.inputs):
+                if (
+                    value is not None
+                    and id(value) in floats
+                    and (constant(value) or value.dtype is not dtype)
+                ):
+                    node.replace_input_with(index, self._as(value, dtype, before=node))
+            for output in node.outputs:
+                if id(output) in floats and node.op_type != "Cast":
+                    output.dtype = dtype
+            if node.op_type == "Cast" and decisions[id(node)] and id(node.outputs[0]) in floats:
+                node.outputs[0].dtype = ir.DataType.FLOAT
+        for index, output in enumerate(self.graph.outputs):
+            if output.dtype is ir.DataType.FLOAT16:
+                self._float_output(index, output)
+
+    def _as(self, value: ir.Value, dtype: ir.DataType, before: ir.Node) -> ir.Value:
+        """`value` as `dtype`: a converted constant, or a Cast that all readers share."""
+        key = (str(value.name), dtype)
+        if key in self.casts:
+            return self.casts[key]
+        if constant(value):
+            assert value.const_value is not None
+            if dtype is ir.DataType.FLOAT:
+                return value
+            array = value.const_value.numpy().astype(np.float16)
+            tensor = ir.tensor(array, name=f"{value.name}_half")
+            made = ir.Value(
+                name=f"{value.name}_half",
+                shape=value.shape,
+                type=ir.TensorType(ir.DataType.FLOAT16),
+                const_value=tensor,
+            )
+            self.graph.register_initializer(made)
+        else:
+            suffix = "half" if dtype is ir.DataType.FLOAT16 else "float"
+            cast = _cast(value, dtype, f"{value.name}_{suffix}")
+            producer = value.producer()
+            if producer is None:
+                self.graph.insert_before(before, cast)
+            else:
+                self.graph.insert_after(producer, cast)
+            made = cast.outputs[0]
+        self.casts[key] = made
+        return made
+
+    def _float_output(self, index: int, output: ir.Value) -> None:
+        name = str(output.name)
+        output.name = f"{name}_half"
+        cast = _cast(output, ir.DataType.FLOAT, name)
+        producer = output.producer()
+        assert producer is not None
+        self.graph.insert_after(producer, cast)
+        self.graph.outputs[index] = cast.outputs[0]
+
+
+def _cast(value: ir.Value, dtype: ir.DataType, name: str) -> ir.Node:
+    node = ir.node("Cast", [value], {"to": int(dtype)}, name=f"{name}_Cast")
+    module = graph_io.module_of(value.producer())
+    if module:
+        node.metadata_props[graph_io.MODULE_KEY] = module
+    node.outputs[0].name = name
+    node.outputs[0].dtype = dtype
+    node.outputs[0].shape = value.shape
+    return node
+
+
+def to_half(graph: Path, out: Path) -> list[Path]:
+    """Write the FP16 precision graph of an FP32 graph; input and logits stay float32. Returns the files written."""
+    model = graph_io.load(graph)
+    _Converter(model.graph).run()
+    remove_unused_initializers(model.graph)
+    return graph_io.save(model, out)
