@@ -12,6 +12,7 @@ import onnx_ir as ir
 from calibration import graph_io
 from calibration.errors import BadInputError
 from calibration.ranges import Ranges
+from engines.first_conv import block_first_convolution
 from engines.placement import POLICIES, Placement, QuantizedWeight
 from engines.rewrites import remove_unused_initializers
 
@@ -222,5 +223,7 @@ def quantize(
     if not placement.weights:
         raise BadInputError("INT8: no Conv, Gemm or MatMul with constant weights in the graph")
     _Quantizer(model.graph, placement, ranges, reduce_range).run()
+    if target == "onnxruntime":
+        block_first_convolution(model.graph)
     remove_unused_initializers(model.graph)
     return graph_io.save(model, out)

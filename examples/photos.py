@@ -13,7 +13,10 @@ from PIL import Image
 from skimage import data
 from sklearn.datasets import load_sample_images
 
-NAMES = ["astronaut", "brick", "camera", "cat", "chelsea", "coffee", "coins", "colorwheel", "grass", "gravel", "hubble_deep_field", "immunohistochemistry", "logo", "moon", "page", "retina", "rocket", "text"]
+NAMES = """
+astronaut brick camera cat chelsea coffee coins colorwheel grass gravel hubble_deep_field
+immunohistochemistry logo moon page retina rocket text
+""".split()
 
 
 def photographs() -> list[Image.Image]:

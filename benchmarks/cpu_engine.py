@@ -1,0 +1,114 @@
+"""INT8 engines on the CPU against FP32 and against ONNX Runtime's own quantizer: ratios taken in one run.
+
+    python benchmarks/cpu_engine.py --models resnet18 resnet50 --json bench-results/cpu_engine.json
+
+For each model, thread count and batch, three sessions run in turn: the FP32 graph, our INT8 engine, and the model
+that `onnxruntime.quantization.quantize_static` (uint8 activations, int8 weights per channel, MinMax) makes of the
+same graph with the same images. Weights are random: speed does not depend on them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from peers import quantize_with_onnxruntime
+
+from calibration.collect import collect_minmax
+from calibration.images import ImageFile, ImageStream, synthetic_images
+from calibration.machine import cpu_model, instruction_set, library_versions
+from calibration.preprocess import Preprocess, normalize
+from engines.onnxruntime_engine import OnnxRuntimeEngine
+from engines.precision import quantize
+from exporter import graph, simplify, zoo
+from exporter.options import ExportOptions
+
+
+class SyntheticStream(ImageStream):
+    """Seeded images instead of a folder."""
+
+    def __iter__(self):
+        self.images = [ImageFile(Path(), str(i), str(i), None) for i in range(16)]
+        p = self.preprocess
+        yield synthetic_images(16, p.crop_height, p.crop_width, 0)
+
+
+def prepare(model: str, directory: Path) -> tuple[dict[str, Path], Preprocess]:
+    """FP32 graph, our INT8 graph and the peer's, by name."""
+    spec = zoo.resolve(ExportOptions(model=model, weights="none"))
+    p = spec.preprocess
+    module, _ = zoo.build(spec)
+    inputs = normalize(synthetic_images(3, p.crop_height, p.crop_width, 1), p)
+    graph.export(module, p.crop_height, p.crop_width, directory / "model.onnx")
+    simplify.simplify(directory / "model.onnx", directory, inputs)
+    fp32, ours, peer = directory / "graph.onnx", directory / "ours.onnx", directory / "peer.onnx"
+    stream = SyntheticStream((), p, 16, Path())
+    quantize(fp32, collect_minmax(fp32, stream), ours)
+    quantize_with_onnxruntime(
+        fp32, peer, [normalize(batch, p) for batch in SyntheticStream((), p, 16, Path())]
+    )
+    return {"fp32": fp32, "ours": ours, "quantize_static": peer}, p
+
+
+def measure(
+    paths: dict[str, Path], p: Preprocess, threads: int, batch: int, seconds: float
+) -> dict[str, float]:
+    """Median seconds per engine over rounds taken in turn, and the medians of the rounds' ratios."""
+    engines = {name: OnnxRuntimeEngine(path, threads=threads) for name, path in paths.items()}
+    x = normalize(synthetic_images(batch, p.crop_height, p.crop_width, 2), p)
+    times: dict[str, list[float]] = {name: [] for name in engines}
+    for engine in engines.values():
+        engine.run(x)
+    begin = time.perf_counter()
+    while time.perf_counter() - begin < seconds or len(times["fp32"]) < 7:
+        for name, engine in engines.items():
+            start = time.perf_counter()
+            engine.run(x)
+            times[name].append(time.perf_counter() - start)
+    t = {name: np.asarray(values) for name, values in times.items()}
+    return {
+        **{f"{name}_ms": float(np.median(values)) * 1e3 for name, values in t.items()},
+        "fp32_over_ours": float(np.median(t["fp32"] / t["ours"])),
+        "quantize_static_over_ours": float(np.median(t["quantize_static"] / t["ours"])),
+        "rounds": len(t["fp32"]),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", default=["resnet18", "resnet50"])
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--seconds", type=float, default=10.0, help="per row of the table")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    rows = []
+    print(f"{cpu_model()}, {instruction_set()}, {library_versions('onnxruntime')}")
+    print(
+        f"{'model':<14}{'threads':>8}{'batch':>6}{'fp32 ms':>10}{'ours ms':>10}{'ORT q ms':>10}{'x FP32':>8}{'x ORT':>8}"
+    )
+    for model in options.models:
+        with tempfile.TemporaryDirectory() as directory:
+            paths, p = prepare(model, Path(directory))
+            for threads in options.threads:
+                for batch in options.batches:
+                    row = measure(paths, p, threads, batch, options.seconds)
+                    rows.append({"model": model, "threads": threads, "batch": batch, **row})
+                    print(
+                        f"{model:<14}{threads:>8}{batch:>6}{row['fp32_ms']:>10.2f}{row['ours_ms']:>10.2f}"
+                        f"{row['quantize_static_ms']:>10.2f}{row['fp32_over_ours']:>8.2f}"
+                        f"{row['quantize_static_over_ours']:>8.2f}",
+                        flush=True,
+                    )
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        document = {"machine": cpu_model(), "instruction_set": instruction_set(), "rows": rows}
+        options.json.write_text(json.dumps(document, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,235 @@
+"""The main job, end to end, on networks trained on digits; and the faults that the gate must catch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import engines
+
+
+def test_fp32_fp16_and_int8_are_verified_against_eager(digits, cli, tmp_path):
+    out = tmp_path / "out"
+    precisions = ["--precision", "fp32", "--precision", "fp16", "--precision", "int8"]
+    done = cli(*digits.arguments(), *precisions, "--calib", digits.images, "--out", out)
+    assert done.code == 0, done.err
+    found = {e["name"]: e for e in done.json["engines"]}
+    assert list(found) == ["onnxruntime-fp32", "onnxruntime-fp16", "onnxruntime-int8"]
+    assert all(e["state"] == "verified" for e in found.values())
+    assert found["onnxruntime-fp32"]["gate"]["metrics"]["sqnr"] > 100
+    assert found["onnxruntime-int8"]["gate"]["metrics"]["sqnr"] > 25
+    assert found["onnxruntime-int8"]["gate"]["batches"] == [1, 8, 17, 32]
+    assert (
+        found["onnxruntime-int8"]["file"]["size_bytes"]
+        < 0.3 * found["onnxruntime-fp32"]["file"]["size_bytes"]
+    )
+
+
+def test_second_run_is_cached_and_makes_the_same_graphs(digits, cli, tmp_path):
+    arguments = [*digits.arguments(), "--precision", "int8", "--calib", digits.images]
+    first = cli(*arguments, "--out", tmp_path / "a")
+    second = cli(*arguments, "--out", tmp_path / "b")
+    fresh = cli(*arguments, "--out", tmp_path / "c", "--no-cache")
+    assert (first.code, second.code, fresh.code) == (0, 0, 0)
+    heavy = {"export", "simplify", "reference", "calibrate", "bench", "verify"}
+    assert {s["name"] for s in second.json["stages"] if s["cached"]} >= heavy
+    assert not any(s["cached"] for s in fresh.json["stages"])
+    assert first.json["recipe"] == second.json["recipe"] == fresh.json["recipe"]
+    assert first.json["engines"][0]["file"] == fresh.json["engines"][0]["file"]
+
+
+def test_python_api_runs_without_a_command_line(digits, digits_bundle, tmp_path):
+    from exporter import ExportOptions, export_zoo
+
+    options = ExportOptions(
+        model="resnet18",
+        weights=str(digits.weights["resnet18"]),
+        num_classes=10,
+        input_size=(32, 32),
+        resize_size=32,
+        verify=digits.images,
+        out=tmp_path / "api",
+    )
+    result = export_zoo(options)
+    assert result.bundle == tmp_path / "api"
+    assert result.engines[0].state == "verified"
+    engine = engines.load(result.bundle)
+    image = next(digits.images.rglob("7/*.png"))
+    assert engine.run(engine.preprocess([image])).argmax() == 7
+
+
+@pytest.fixture
+def gate_case(digits, tmp_path):
+    """A tiny pipeline up to the gate: `run(fault)` applies a fault to the INT8 graph and exports again."""
+    from exporter import pipeline
+
+    def run(cli, monkeypatch, fault):
+        real = pipeline.quantize
+
+        def faulty(graph, ranges, out, **options):
+            files = real(graph, ranges, out, **options)
+            fault(out)
+            return files
+
+        monkeypatch.setattr(pipeline, "quantize", faulty)
+        out = tmp_path / "out"
+        arguments = [*digits.arguments(), "--precision", "int8", "--calib", digits.images]
+        return cli(*arguments, "--out", out, "--no-cache"), out
+
+    return run
+
+
+def _edit(path: Path, change) -> None:
+    import onnx
+    from onnx import numpy_helper
+
+    model = onnx.load(path)
+    for index, tensor in enumerate(model.graph.initializer):
+        array = change(tensor.name, numpy_helper.to_array(tensor).copy())
+        if array is not None:
+            model.graph.initializer[index].CopyFrom(numpy_helper.from_array(array, tensor.name))
+    onnx.save(model, path)
+
+
+def _failed(done, out: Path) -> dict:
+    assert done.code == 3, done.err
+    assert done.json["error"]["kind"] == "parity"
+    assert not out.exists(), "a bundle was published although the gate failed"
+    kept = out.with_name(out.name + ".failed")
+    assert str(kept) in done.json["error"]["hint"]
+    manifest = json.loads((kept / "manifest.json").read_text())
+    assert manifest["status"] == "failed"
+    assert manifest["artifacts"]["engines"][0]["state"] == "built"
+    return manifest
+
+
+def test_gate_catches_a_corrupt_scale(gate_case, cli, monkeypatch):
+    scales = []
+
+    def corrupt(name, array):
+        if name.endswith("_scale") and array.ndim == 0:
+            scales.append(name)
+            return array / 16 if len(scales) == 5 else None
+        return None
+
+    done, out = gate_case(cli, monkeypatch, lambda path: _edit(path, corrupt))
+    _failed(done, out)
+
+
+def test_gate_catches_two_swapped_classes(gate_case, cli, monkeypatch):
+    def swap(name, array):
+        if array.shape[:1] == (10,):  # the head's weight, its scales, its bias
+            array[[3, 8]] = array[[8, 3]]
+            return array
+        return None
+
+    done, out = gate_case(cli, monkeypatch, lambda path: _edit(path, swap))
+    manifest = _failed(done, out)
+    assert any("misplaced" in text for text in manifest["artifacts"]["engines"][0]["gate"]["failures"])
+
+
+def test_gate_catches_a_baked_batch(gate_case, cli, monkeypatch):
+    import onnx
+
+    def bake(path):
+        model = onnx.load(path)
+        model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 8
+        onnx.save(model, path)
+
+    done, out = gate_case(cli, monkeypatch, bake)
+    assert done.code != 0
+    assert not out.exists()
+
+
+def test_gate_refuses_a_constant_reference(digits, cli, tmp_path, monkeypatch):
+    import numpy as np
+
+    from exporter import reference
+
+    def constant(model, pixels, preprocess, progress=None):
+        return np.tile(np.arange(10, dtype=np.float32), (len(pixels), 1))
+
+    monkeypatch.setattr(reference, "eager_logits", constant)
+    done = cli(*digits.arguments(), "--verify", digits.images, "--out", tmp_path / "out", "--no-cache")
+    assert done.code == 3, done.err
+    assert "hardly vary" in done.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_gate_refuses_overlapping_splits(digits, cli, tmp_path, monkeypatch):
+    from calibration import images
+
+    real = images.split
+
+    def overlapping(folder, **options):
+        splits = real(folder, **options)
+        splits["calibrate"] = (*splits["calibrate"], splits["verify"][0])
+        return splits
+
+    monkeypatch.setattr(images, "split", overlapping)
+    arguments = [*digits.arguments(), "--precision", "int8", "--calib", digits.images]
+    done = cli(*arguments, "--out", tmp_path / "out", "--no-cache")
+    assert done.code == 3, done.err
+    assert "calibrated on" in done.err
+
+
+def test_random_weights_are_marked_everywhere_and_gated_against_the_unfused_graph(cli, photos, tmp_path):
+    arguments = "resnet18 --weights none --input-size 64 --resize-size 72 --precision int8".split()
+    done = cli(*arguments, "--calib", photos, "--out", tmp_path / "out")
+    assert done.code == 0, done.err
+    assert done.json["recipe"]["source"]["weights"]["random"] is True
+    assert any("random weights" in warning for warning in done.json["warnings"])
+    assert "random weights" in done.out
+    gate = done.json["engines"][0]["gate"]
+    assert gate["reference"] == "unfused precision graph"
+    assert gate["metrics"]["sqnr"] > gate["eager_metrics"]["sqnr"]
+
+
+def test_gate_catches_a_fault_with_random_weights_too(cli, photos, tmp_path, monkeypatch):
+    from engines import bundle
+
+    real = bundle.OnnxRuntimeEngine
+
+    class Broken(real):
+        """A runtime whose fused kernels are wrong: the precision graph itself is right."""
+
+        def __init__(self, path, *, fused=True, **options):
+            super().__init__(path, fused=fused, **options)
+            self.wrong = fused and path.name == "engine.onnx"
+
+        def run(self, batch):
+            logits = super().run(batch)
+            return logits[:, ::-1].copy() if self.wrong else logits
+
+    monkeypatch.setattr(bundle, "OnnxRuntimeEngine", Broken)
+    arguments = "resnet18 --weights none --input-size 64 --resize-size 72 --precision int8".split()
+    done = cli(*arguments, "--calib", photos, "--out", tmp_path / "out", "--no-cache")
+    assert done.code == 3, done.err
+
+
+def test_synthetic_images_are_used_and_named_where_no_folder_is_given(digits, cli, tmp_path):
+    done = cli(*digits.arguments(), "--precision", "fp16", "--out", tmp_path / "out")
+    assert done.code == 0, done.err
+    assert "synthetic" in done.err
+    assert any("synthetic" in warning for warning in done.json["warnings"])
+
+
+def test_two_runs_side_by_side_on_one_cache_are_both_right(digits, tmp_path):
+    import os
+    import subprocess
+    import sys
+
+    environment = {**os.environ, "EXPORT_ZOO_CACHE": str(tmp_path / "cache")}
+    command = [sys.executable, "-m", "exporter.cli", *digits.arguments(), "--precision", "int8"]
+    command += ["--calib", str(digits.images)]
+    runs = [
+        subprocess.Popen([*command, "--out", str(tmp_path / name)], env=environment, stderr=subprocess.PIPE)
+        for name in "ab"
+    ]
+    errors = [run.communicate()[1].decode() for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], errors
+    manifests = [json.loads((tmp_path / name / "manifest.json").read_text()) for name in "ab"]
+    assert manifests[0]["recipe"] == manifests[1]["recipe"]
+    assert not list((tmp_path / "cache" / "work").iterdir())
