@@ -36,7 +36,7 @@ def save(model: ir.Model, path: Path, *, external_threshold: int = EXTERNAL_DATA
     """
     weights = [v.const_value for v in model.graph.initializers.values() if v.const_value is not None]
     if sum(w.nbytes for w in weights) < external_threshold:
-        ir.save(model, path)
+        ir.save(ir.external_data.load_to_model(model), path)
         return [path]
     temporary = path.with_name(path.name + ".weights")
     ir.save(model, path, external_data=temporary.name, size_threshold_bytes=1024)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,6 @@ from engines.rewrites import average_pool_instead_of_mean, remove_unused_initial
 
 TIMEOUT_SECONDS = 900
 MAX_RELATIVE_ERROR = 1e-4
-_CANDIDATE = "onnxsim.onnx"
 
 
 def operator_counts(graph: ir.Graph) -> Counter[str]:
@@ -89,7 +89,11 @@ def simplify(source: Path, directory: Path, inputs: npt.NDArray[np.float32]) -> 
     Args:
         inputs: float32 [N, 3, H, W], N >= 2, to compare the logits on.
     """
-    out = directory / "graph.onnx"
+    with tempfile.TemporaryDirectory(dir=directory) as scratch:
+        return _simplify(source, directory / "graph.onnx", Path(scratch), inputs)
+
+
+def _simplify(source: Path, out: Path, scratch: Path, inputs: npt.NDArray[np.float32]) -> Simplified:
     original = graph_io.load(source)
     before = operator_counts(original.graph)
     warning = ""
@@ -97,7 +101,7 @@ def simplify(source: Path, directory: Path, inputs: npt.NDArray[np.float32]) -> 
     if len(graph_io.external_files(source)) > 0:
         summary = "onnxsim skipped: weights over 2 GiB"
     else:
-        candidate = directory / _CANDIDATE
+        candidate = scratch / "onnxsim.onnx"
         failure = _run_onnxsim(source, candidate)
         if failure:
             summary = warning = f"onnxsim skipped: {failure}"
@@ -114,7 +118,6 @@ def simplify(source: Path, directory: Path, inputs: npt.NDArray[np.float32]) -> 
     pooled = average_pool_instead_of_mean(base.graph)
     remove_unused_initializers(base.graph)
     files = graph_io.save(base, out)
-    (directory / _CANDIDATE).unlink(missing_ok=True)
     change = _difference(source, out, inputs)
     if not change <= MAX_RELATIVE_ERROR:
         warning = f"simplifying skipped: rewriting changes the logits by {change:.1e} of the largest"

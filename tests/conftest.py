@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +42,6 @@ class Digits:
 
     images: Path
     weights: dict[str, Path]
-    accuracy: dict[str, float]
 
     def arguments(self, model: str = "resnet18") -> list[str]:
         """Command line arguments that load the network: weights, classes and sizes."""
@@ -49,19 +50,29 @@ class Digits:
 
 
 @pytest.fixture(scope="session")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Digits:
-    """resnet18, mobilenet_v2 and squeezenet1_1 trained on scikit-learn's digits: a minute in all."""
-    from digits import train, write_images
-    from safetensors.torch import save_file
+def digits(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Digits:
+    """resnet18, mobilenet_v2 and squeezenet1_1 trained on scikit-learn's digits: a minute in all.
 
-    folder = tmp_path_factory.mktemp("digits")
-    write_images(folder / "images")
-    weights, accuracy = {}, {}
-    for model in ("resnet18", "mobilenet_v2", "squeezenet1_1"):
-        network, accuracy[model] = train(model)
-        weights[model] = folder / f"{model}.safetensors"
-        save_file(network.state_dict(), weights[model])
-    return Digits(folder / "images", weights, accuracy)
+    Kept in pytest's cache directory for the next run, under the hash of what trains them.
+    """
+    import digits as recipe
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    source = (ROOT / "examples" / "digits.py").read_bytes() + torch.__version__.encode()
+    kept = pytestconfig.cache.mkdir(f"digits-{hashlib.sha256(source).hexdigest()[:16]}")
+    images = tmp_path_factory.mktemp("digits") / "images"
+    recipe.write_images(images)
+    weights = {
+        model: kept / f"{model}.safetensors" for model in ("resnet18", "mobilenet_v2", "squeezenet1_1")
+    }
+    for model, path in weights.items():
+        if not path.exists():
+            network, _ = recipe.train(model)
+            save_file(network.state_dict(), path.with_suffix(f".{os.getpid()}"))
+            path.with_suffix(f".{os.getpid()}").replace(path)
+    assert all(load_file(path) for path in weights.values())
+    return Digits(images, weights)
 
 
 @dataclass(frozen=True)

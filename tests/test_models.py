@@ -1,0 +1,65 @@
+"""The zoo: ten architectures to a verified bundle, FP32 and INT8; INT8's quality on trained networks."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+# The least input size that each architecture is defined for keeps this affordable; what is exported is the same.
+SIZES = {
+    "alexnet": 64,
+    "densenet121": 64,
+    "googlenet": 64,
+    "inception_v3": 96,
+    "mobilenet_v2": 64,
+    "resnet18": 64,
+    "resnet50": 64,
+    "squeezenet1_1": 64,
+    "vgg11_bn": 64,
+    "vit_b_32": 64,
+}
+
+
+@pytest.mark.parametrize("model", sorted(SIZES))
+def test_model_reaches_a_verified_bundle(model, cli, photos, tmp_path):
+    arguments = [model, "--weights", "none", "--input-size", str(SIZES[model]), "--batch", "1:4:8"]
+    precisions = ["--precision", "fp32", "--precision", "int8"]
+    done = cli(*arguments, *precisions, "--calib", photos, "--out", tmp_path / "out", "--no-cache")
+    assert done.code == 0, done.err
+    assert {e["name"]: e["state"] for e in done.json["engines"]} == {
+        "onnxruntime-fp32": "verified",
+        "onnxruntime-int8": "verified",
+    }
+    checked = cli("verify", tmp_path / "out")
+    assert checked.code == 0, checked.err
+
+
+@pytest.mark.parametrize("model", ["resnet18", "mobilenet_v2", "squeezenet1_1"])
+def test_int8_is_no_worse_than_onnxruntimes_quantizer(model, digits, cli, tmp_path):
+    """Top-1 within 0.5 points of eager, SQNR no worse than quantize_static's, on the same images and graph."""
+    from peers import quantize_with_onnxruntime
+
+    from calibration import images
+    from calibration.preprocess import normalize
+    from engines import bundle
+    from engines.gate import run_in_batches
+    from engines.onnxruntime_engine import OnnxRuntimeEngine
+    from engines.parity import compare
+
+    out = tmp_path / "out"
+    arguments = [*digits.arguments(model), "--precision", "int8", "--calib", digits.images]
+    done = cli(*arguments, "--verify-images", "224", "--out", out)
+    assert done.code == 0, done.err
+    ours = done.json["engines"][0]["gate"]["metrics"]
+    assert ours["images"] >= 200
+    assert ours["accuracy_drop"] <= 0.005
+
+    manifest = bundle.read_manifest(out)
+    p, held = manifest.recipe.preprocess, bundle.held_out(out, manifest)
+    splits = images.split(images.scan(digits.images, option="--calib"), calibrate=512, verify=224, seed=0)
+    stream = images.ImageStream(splits["calibrate"], p, 8, digits.images)
+    peer = tmp_path / "peer.onnx"
+    quantize_with_onnxruntime(out / manifest.recipe.graph.path, peer, (normalize(b, p) for b in stream))
+    logits = run_in_batches(OnnxRuntimeEngine(peer), held.pixels, p, 8)
+    theirs = compare(np.asarray(held.logits), logits)
+    assert ours["sqnr"] >= theirs.sqnr, f"ours {ours['sqnr']:.2f} dB, quantize_static {theirs.sqnr:.2f} dB"
