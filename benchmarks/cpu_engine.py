@@ -88,9 +88,16 @@ def main() -> None:
     options = parser.parse_args()
     rows = []
     print(f"{cpu_model()}, {instruction_set()}, {library_versions('onnxruntime')}")
-    print(
-        f"{'model':<14}{'threads':>8}{'batch':>6}{'fp32 ms':>10}{'ours ms':>10}{'ORT q ms':>10}{'x FP32':>8}{'x ORT':>8}"
-    )
+    columns = {
+        "threads": 8,
+        "batch": 6,
+        "fp32 ms": 10,
+        "ours ms": 10,
+        "ORT q ms": 10,
+        "x FP32": 8,
+        "x ORT": 8,
+    }
+    print(f"{'model':<14}" + "".join(f"{name:>{width}}" for name, width in columns.items()))
     for model in options.models:
         with tempfile.TemporaryDirectory() as directory:
             paths, p = prepare(model, Path(directory))

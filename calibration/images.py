@@ -255,6 +255,17 @@ class ImageStream:
         if batch:
             yield np.stack(batch)
 
+    def all(self) -> UInt8Array:
+        """All images at once, uint8 [N, crop_height, crop_width, 3].
+
+        Raises:
+            BadInputError: none can be decoded, or too many cannot.
+        """
+        batches = list(self)
+        if not batches:
+            raise BadInputError(f"{self.root}: no image could be decoded", hint="check the folder")
+        return np.concatenate(batches)
+
 
 def synthetic_images(count: int, height: int, width: int, seed: int) -> UInt8Array:
     """Seeded images with the 1/f spectrum of photographs; uint8 [count, height, width, 3].

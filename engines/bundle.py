@@ -97,7 +97,7 @@ class LoadedEngine:
     """One engine of a bundle, ready to run. Safe to share between threads."""
 
     def __init__(self, bundle: Path, manifest: m.Manifest, engine: m.Engine, why: str, threads: int) -> None:
-        for external in manifest.recipe.external_data:
+        for external in engine.external_data:
             checked(bundle, external)
         path = checked(bundle, engine.file)
         self.manifest = manifest
@@ -162,7 +162,7 @@ def load(
     manifest = read_manifest(root)
     if manifest.status != "ok" and not allow_failed:
         raise ParityError(
-            f"{root}: this bundle failed its parity gate",
+            f"{root}: this bundle failed its parity gate, or an engine did not reach the state asked for",
             hint="export again; allow_failed=True loads it to look into it",
         )
     engines = {e.name: e for e in manifest.artifacts.engines}

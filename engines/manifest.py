@@ -14,7 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from calibration.preprocess import Preprocess
 from engines.bench import Latency
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Literal[1] = 1
+WeightsKind = Literal["torchvision", "file", "random"]
+Precision = Literal["fp32", "fp16", "int8"]
 State = Literal["built", "graph verified", "verified"]
 STATES: tuple[State, ...] = ("built", "graph verified", "verified")
 """Weakest first. *built*: not run. *graph verified*: the precision graph was run and compared. *verified*: the
@@ -34,7 +36,7 @@ class File(_Model):
 
 
 class Weights(_Model):
-    kind: Literal["torchvision", "file", "random"]
+    kind: WeightsKind
     name: str = Field(description="`ResNet50_Weights.IMAGENET1K_V2`, a file's name, or `random`.")
     sha256: str = Field(description="Of the weights file; empty for random weights.")
     random: bool = Field(description="No trained weights at all: figures say nothing about accuracy.")
@@ -86,7 +88,7 @@ class Recipe(_Model):
     preprocess: Preprocess
     labels: list[str] = Field(description="Class names by index; empty where they are not known.")
     graph: File = Field(description="The simplified FP32 graph.")
-    external_data: list[File] = Field(description="Weights files that the graphs refer to (over 2 GiB).")
+    external_data: list[File] = Field(description="Weights files that the graph refers to (over 2 GiB).")
     simplified: str = Field(description="What simplifying did, or why it was skipped.")
     calibration: Calibration | None
     reduce_range: bool
@@ -110,8 +112,9 @@ class Gate(_Model):
 class Engine(_Model):
     name: str = Field(description="`<target>-<precision>`.")
     target: str
-    precision: Literal["fp32", "fp16", "int8"]
+    precision: Precision
     file: File
+    external_data: list[File] = Field(description="Weights files that the engine refers to (over 2 GiB).")
     state: State
     built_by: dict[str, str] = Field(description="Library versions that built it.")
     instruction_set: str = Field(description="Of the machine that it was verified on.")
@@ -139,7 +142,9 @@ class Artifacts(_Model):
 class Manifest(_Model):
     schema_version: Literal[1]
     tool: str = Field(description="`export-zoo <version>`.")
-    status: Literal["ok", "failed"] = Field(description="`failed`: a parity gate did not hold; do not serve.")
+    status: Literal["ok", "failed"] = Field(
+        description="`failed`: a gate did not hold, or a state was not reached; do not serve."
+    )
     warnings: list[str]
     recipe: Recipe
     artifacts: Artifacts
@@ -147,7 +152,8 @@ class Manifest(_Model):
     def files(self) -> list[File]:
         """Every file of the bundle, each once."""
         recipe, artifacts = self.recipe, self.artifacts
-        files = [recipe.graph, *recipe.external_data, *(e.file for e in artifacts.engines)]
+        files = [recipe.graph, *recipe.external_data]
+        files += [file for engine in artifacts.engines for file in (engine.file, *engine.external_data)]
         files += [artifacts.held_out.inputs, artifacts.held_out.logits]
         if recipe.calibration is not None:
             files.append(recipe.calibration.ranges)

@@ -9,7 +9,8 @@ from typing import Literal
 
 from calibration.errors import UsageError
 
-PRECISIONS = ("fp32", "fp16", "int8")
+Precision = Literal["fp32", "fp16", "int8"]
+PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
 METHODS = ("minmax",)
 REQUIREMENTS = ("graph", "verified")
 
@@ -179,5 +180,5 @@ class ExportOptions:
         """Where the bundle goes: `out`, or `<model>.bundle` in the current directory."""
         return self.out if self.out is not None else Path(f"{self.model}.bundle")
 
-    def unique_precisions(self) -> tuple[str, ...]:
+    def unique_precisions(self) -> tuple[Precision, ...]:
         return tuple(p for p in PRECISIONS if p in self.precisions)

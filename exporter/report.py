@@ -45,8 +45,8 @@ class Reporter:
             self.show_warning(text)
 
     @contextlib.contextmanager
-    def bar(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
-        """A progress bar of `total` items; yields the callable that advances it."""
+    def bar(self, label: str, total: int | None) -> Iterator[Callable[[int], None]]:
+        """A progress bar of `total` items (None: not known); yields the callable that advances it."""
         del label, total
         yield lambda _: None
 
@@ -84,7 +84,7 @@ class ConsoleReporter(Reporter):
         self.console.print(Text("warning: ", style="yellow").append(text, style="default"))
 
     @contextlib.contextmanager
-    def bar(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
+    def bar(self, label: str, total: int | None) -> Iterator[Callable[[int], None]]:
         if self.quiet or not self.console.is_terminal:
             yield lambda _: None
             return

@@ -20,6 +20,7 @@ from torchvision.transforms import InterpolationMode
 from calibration.errors import BadInputError, UsageError
 from calibration.images import synthetic_images
 from calibration.preprocess import Preprocess, normalize
+from engines.manifest import WeightsKind
 from exporter import weights as weights_room
 from exporter.options import ExportOptions
 
@@ -38,8 +39,7 @@ class ModelSpec:
 
     name: str
     num_classes: int
-    weights_kind: str
-    """`torchvision`, `file` or `random`."""
+    weights_kind: WeightsKind
     weights_name: str
     weights_sha256: str
     weights_path: Path | None
@@ -157,7 +157,8 @@ def resolve(options: ExportOptions) -> ModelSpec:
     path: Path | None = None
     sha256 = ""
     if options.weights == "none":
-        kind, weights_name = "random", "random"
+        kind: WeightsKind = "random"
+        weights_name = "random"
         preprocess = _choose_transforms(options, get_model_weights(name)["DEFAULT"])
         if options.init_missing:
             raise UsageError("--init-missing: --weights none has nothing to miss", hint="leave one out")

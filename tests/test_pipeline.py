@@ -63,17 +63,17 @@ def test_python_api_runs_without_a_command_line(digits, digits_bundle, tmp_path)
 @pytest.fixture
 def gate_case(digits, tmp_path):
     """A tiny pipeline up to the gate: `run(fault)` applies a fault to the INT8 graph and exports again."""
-    from exporter import pipeline
+    from exporter import stages
 
     def run(cli, monkeypatch, fault):
-        real = pipeline.quantize
+        real = stages.quantize
 
         def faulty(graph, ranges, out, **options):
             files = real(graph, ranges, out, **options)
             fault(out)
             return files
 
-        monkeypatch.setattr(pipeline, "quantize", faulty)
+        monkeypatch.setattr(stages, "quantize", faulty)
         out = tmp_path / "out"
         arguments = [*digits.arguments(), "--precision", "int8", "--calib", digits.images]
         return cli(*arguments, "--out", out, "--no-cache"), out

@@ -1,0 +1,220 @@
+"""The stages from a model to engine files, each through the cache."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from calibration import images
+from calibration.collect import collect_minmax
+from calibration.graph_io import sha256_of
+from calibration.images import ImageStream
+from calibration.machine import instruction_set
+from calibration.preprocess import normalize
+from calibration.ranges import Ranges
+from engines.bundle import HeldOut
+from engines.half import to_half
+from engines.parity import check_reference
+from engines.precision import quantize
+from exporter.context import IMAGE_BATCH, Context
+from exporter.image_stage import SYNTHETIC_IMAGES, ChosenImages
+from exporter.stage_cache import StageResult
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from exporter.zoo import ModelSpec
+
+
+class EagerModel:
+    """The eager model of a spec, built once and only when a stage is not cached."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self._spec = spec
+
+    @cached_property
+    def built(self) -> tuple[nn.Module, list[str]]:
+        """The module, and its randomly initialized parameters."""
+        from exporter import zoo
+
+        return zoo.build(self._spec)
+
+
+def resolve_model(context: Context) -> ModelSpec:
+    """Find the model and its weights (downloads them); see `exporter.zoo.resolve` for what it raises."""
+    with context.reporter.stage("weights") as stage:
+        from exporter import zoo
+
+        spec = zoo.resolve(context.options)
+        p = spec.preprocess
+        stage.detail = (
+            f"{spec.name}, {spec.weights_name}, input {p.crop_height}x{p.crop_width}, "
+            f"resize {p.resize_size} {p.interpolation}, {spec.num_classes} classes"
+        )
+        if spec.transform_input is not None:
+            stage.detail += f", transform_input={spec.transform_input}"
+    if spec.weights_kind == "random":
+        context.reporter.warn(
+            "random weights (--weights none): engines are compared, but nothing is said about accuracy"
+        )
+    return spec
+
+
+def export_graph(context: Context, spec: ModelSpec, model: EagerModel) -> StageResult:
+    """Eager model -> `model.onnx`, checked against eager at two batches."""
+
+    def make(directory: Path) -> dict[str, Any]:
+        from exporter import graph
+
+        module, initialized = model.built
+        p = spec.preprocess
+        path = directory / "model.onnx"
+        graph.export(module, p.crop_height, p.crop_width, path)
+        pixels = images.synthetic_images(max(graph.CHECK_BATCHES), p.crop_height, p.crop_width, spec.seed)
+        error = graph.check_batches(path, module, normalize(pixels, p))
+        return {"initialized": initialized, "error": error, "opset": graph.OPSET}
+
+    with context.reporter.stage("export") as stage:
+        libraries = ("torch", "torchvision", "onnx", "onnxscript", "onnx_ir")
+        result = context.cache.run("export", context.key(*libraries, spec=spec.key()), make)
+        stage.cached = result.cached
+        stage.detail = (
+            f"ONNX opset {result.data['opset']}, dynamic batch; eager's logits within "
+            f"{result.data['error']:.0e} at batches 1 and 3"
+        )
+    if names := result.data["initialized"]:
+        context.reporter.warn(f"initialized at random: {', '.join(names)}: accuracy figures mean nothing")
+    return result
+
+
+def simplify_graph(context: Context, spec: ModelSpec, exported: StageResult) -> StageResult:
+    """`model.onnx` -> `graph.onnx`, with proof that the logits did not change."""
+
+    def make(directory: Path) -> dict[str, str]:
+        from exporter import simplify
+
+        p = spec.preprocess
+        pixels = images.synthetic_images(3, p.crop_height, p.crop_width, spec.seed + 1)
+        done = simplify.simplify(exported.directory / "model.onnx", directory, normalize(pixels, p))
+        return {"summary": done.summary, "warning": done.warning}
+
+    with context.reporter.stage("simplify") as stage:
+        key = context.key("onnx", "onnx_ir", "onnxsim", "onnxruntime", graph=exported.key)
+        result = context.cache.run("simplify", key, make)
+        stage.cached, stage.detail = result.cached, result.data["summary"]
+    if result.data["warning"]:
+        context.reporter.warn(result.data["warning"])
+    return result
+
+
+def run_reference(
+    context: Context, spec: ModelSpec, model: EagerModel, chosen: ChosenImages
+) -> tuple[StageResult, HeldOut]:
+    """Decode the verify set and run eager PyTorch on it: `inputs.npy` and `logits.npy`.
+
+    Raises:
+        BadInputError: too many images cannot be decoded, or too few are left.
+        ParityError: the logits are nothing to compare with.
+    """
+    p = spec.preprocess
+    files = chosen.splits["verify"]
+    identity = ["synthetic", SYNTHETIC_IMAGES] if chosen.synthetic else [i.sha256 for i in files]
+
+    def make(directory: Path) -> dict[str, Any]:
+        from exporter.reference import eager_logits
+
+        stream = None
+        if chosen.synthetic:
+            # Another seed than that which random weights are made usable with.
+            pixels = images.synthetic_images(SYNTHETIC_IMAGES, p.crop_height, p.crop_width, spec.seed + 2)
+        else:
+            assert chosen.verify_root is not None
+            stream = ImageStream(files, p, IMAGE_BATCH, chosen.verify_root)
+            pixels = stream.all()
+        with context.reporter.bar("reference", len(pixels)) as progress:
+            logits = eager_logits(model.built[0], pixels, p, progress)
+        check_reference(logits)
+        np.save(directory / "inputs.npy", pixels)
+        np.save(directory / "logits.npy", logits)
+        return {
+            "sha256": [i.sha256 for i in stream.images] if stream else [],
+            "unreadable": [(u.name, u.reason) for u in stream.unreadable] if stream else [],
+        }
+
+    with context.reporter.stage("reference") as stage:
+        libraries = ("torch", "torchvision", "numpy", "pillow")
+        key = context.key(*libraries, spec=spec.key(), images=identity, isa=instruction_set())
+        result = context.cache.run("reference", key, make)
+        pixels = np.load(result.directory / "inputs.npy")
+        logits = np.load(result.directory / "logits.npy")
+        kind = "synthetic images" if chosen.synthetic else "images"
+        stage.cached, stage.detail = result.cached, f"eager PyTorch FP32 on {len(pixels)} {kind}"
+    context.warn_unreadable(chosen.verify_root, result.data["unreadable"])
+    labels = None
+    if chosen.labels is not None:
+        by_hash = dict(zip((i.sha256 for i in files), chosen.labels, strict=True))
+        labels = [by_hash[sha256] for sha256 in result.data["sha256"]]
+    return result, HeldOut(pixels, logits, labels)
+
+
+def calibrate(
+    context: Context, spec: ModelSpec, graph: Path, chosen: ChosenImages
+) -> tuple[StageResult, Ranges]:
+    """Stream the calibrate set through the graph: `ranges.json`."""
+    files, root = chosen.splits["calibrate"], context.options.calib
+    assert root is not None
+
+    def make(directory: Path) -> dict[str, Any]:
+        stream = ImageStream(files, spec.preprocess, IMAGE_BATCH, root)
+        with context.reporter.bar("calibrate", len(files)) as progress:
+            ranges = collect_minmax(graph, stream, progress=progress)
+        ranges.write(directory / "ranges.json")
+        return {"unreadable": [(u.name, u.reason) for u in stream.unreadable]}
+
+    with context.reporter.stage("calibrate") as stage:
+        key = context.key(
+            "onnxruntime",
+            "numpy",
+            "pillow",
+            graph=sha256_of(graph),
+            preprocess=spec.preprocess.model_dump(),
+            images=sorted(i.sha256 for i in files),
+            method=context.options.method,
+            isa=instruction_set(),
+        )
+        result = context.cache.run("calibrate", key, make)
+        ranges = Ranges.read(result.directory / "ranges.json")
+        stage.cached = result.cached
+        stage.detail = (
+            f"{context.options.method}: {len(ranges.tensors)} tensors over {len(ranges.image_sha256)} images"
+        )
+    context.warn_unreadable(root, result.data["unreadable"])
+    return result, ranges
+
+
+def build_engine(context: Context, graph: Path, precision: str, ranges: Ranges | None) -> Path:
+    """The engine file of one precision: for ONNX Runtime the precision graph is the engine."""
+    name = f"onnxruntime-{precision}"
+    options = context.options
+    with context.reporter.stage("build") as stage:
+        if precision == "fp32":
+            stage.detail = f"{name}: the simplified graph itself"
+            return graph
+
+        def make(directory: Path) -> None:
+            out = directory / "engine.onnx"
+            if precision == "fp16":
+                to_half(graph, out)
+            else:
+                assert ranges is not None
+                quantize(graph, ranges, out, reduce_range=options.reduce_range)
+
+        used = ranges.model_dump() if ranges is not None and precision == "int8" else None
+        parts = {"precision": precision, "ranges": used, "reduce_range": options.reduce_range}
+        key = context.key("onnx_ir", "numpy", graph=sha256_of(graph), **parts)
+        result = context.cache.run("precision", key, make)
+        stage.cached, stage.detail = result.cached, name
+        return result.directory / "engine.onnx"
