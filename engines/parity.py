@@ -54,7 +54,8 @@ class Metrics:
     """reference_accuracy - accuracy, as a share (0.01 is one point)."""
 
     def as_dict(self) -> dict[str, float | int | None]:
-        return asdict(self)
+        """As JSON holds it: figures that are not finite become None."""
+        return {k: v if v is None or np.isfinite(v) else None for k, v in asdict(self).items()}
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,11 +10,9 @@ from typing import Any
 
 import click
 
-from calibration.errors import INTERRUPTED, EnvironmentFailureError, ExportZooError, UsageError
-from exporter import __version__, options
+from calibration.errors import UsageError
+from exporter import __version__, options, outcome
 from exporter.report import ConsoleReporter
-
-JSON_SCHEMA_VERSION = 1
 
 EXIT_CODES = """\b
 Exit codes:
@@ -221,8 +217,8 @@ def export(model: str, json_path: Path | None, quiet: bool, verbose: bool, **giv
         cache=not given["no_cache"],
         seed=given["seed"],
     )
-    outcome = _outcome()
-    outcome.reporter = ConsoleReporter(quiet=quiet)
+    now = outcome.current()
+    now.reporter = ConsoleReporter(quiet=quiet)
     from engines import target
 
     target.choose(chosen.targets)  # before PyTorch is loaded
@@ -230,12 +226,12 @@ def export(model: str, json_path: Path | None, quiet: bool, verbose: bool, **giv
     from exporter.report import print_table
 
     try:
-        result = export_zoo(chosen, reporter=outcome.reporter)
+        result = export_zoo(chosen, reporter=now.reporter)
     except GateFailedError as error:
-        outcome.document |= _described(error.result.bundle, error.result.manifest)
+        now.document |= _described(error.result.bundle, error.result.manifest)
         print_table(error.result.engines, random=error.result.manifest.recipe.source.weights.random)
         raise
-    outcome.document |= _described(result.bundle, result.manifest)
+    now.document |= _described(result.bundle, result.manifest)
     if not quiet:
         print_table(result.engines, random=result.manifest.recipe.source.weights.random)
     del json_path
@@ -280,7 +276,7 @@ def list_models(pattern: str, json_path: Path | None, quiet: bool, verbose: bool
                     accuracy,
                 )
             )
-    _outcome().document["models"] = [
+    outcome.current().document["models"] = [
         dict(
             zip(
                 ("model", "weights", "input_size", "resize_size", "interpolation", "params", "top1"),
@@ -326,8 +322,8 @@ def verify(bundle: Path, json_path: Path | None, quiet: bool, verbose: bool) -> 
     from engines import bundle as room
     from engines.gate import images_compared
 
-    outcome = _outcome()
-    outcome.reporter = reporter = ConsoleReporter(quiet=quiet)
+    now = outcome.current()
+    now.reporter = reporter = ConsoleReporter(quiet=quiet)
     manifest = room.read_manifest(bundle)
     per_engine = images_compared(manifest.artifacts.held_out.count, manifest.recipe.batch)
     with reporter.stage("verify") as stage:
@@ -338,7 +334,7 @@ def verify(bundle: Path, json_path: Path | None, quiet: bool, verbose: bool) -> 
         )
     for warning in attestation.warnings:
         reporter.warn(warning)
-    outcome.document |= {
+    now.document |= {
         "bundle": str(bundle),
         "attestation": str(path),
         "engines": attestation.model_dump(mode="json")["engines"],
@@ -373,7 +369,7 @@ def inspect(bundle: Path, json_path: Path | None, quiet: bool, verbose: bool) ->
     from exporter.report import print_table
 
     manifest = room.read_manifest(bundle)
-    _outcome().document |= {"bundle": str(bundle), "manifest": manifest.model_dump(mode="json")}
+    outcome.current().document |= {"bundle": str(bundle), "manifest": manifest.model_dump(mode="json")}
     recipe, p = manifest.recipe, manifest.recipe.preprocess
     trained, held = recipe.source.weights, manifest.artifacts.held_out
     lines = {
@@ -399,120 +395,9 @@ def inspect(bundle: Path, json_path: Path | None, quiet: bool, verbose: bool) ->
     print_table(manifest.artifacts.engines, random=trained.random)
 
 
-class _Outcome:
-    """What ends up in the JSON document."""
-
-    def __init__(self) -> None:
-        self.document: dict[str, Any] = {}
-        self.reporter: ConsoleReporter | None = None
-
-
-_current = _Outcome()
-
-
-def _outcome() -> _Outcome:
-    return _current
-
-
-def _json_path(arguments: Sequence[str]) -> Path | None:
-    """--json as given, found even where the command line does not parse."""
-    for index, argument in enumerate(arguments):
-        if argument.startswith("--json="):
-            return Path(argument.removeprefix("--json="))
-        if argument == "--json" and index + 1 < len(arguments):
-            return Path(arguments[index + 1])
-    return None
-
-
-def _write_json(path: Path, code: int, error: dict[str, str] | None) -> int:
-    """Write the document atomically; returns the exit code, another one where writing fails."""
-    reporter = (
-        _current.reporter.as_dict() if _current.reporter is not None else {"stages": [], "warnings": []}
-    )
-    document = {
-        "schema_version": JSON_SCHEMA_VERSION,
-        "tool": f"export-zoo {__version__}",
-        "exit_code": code,
-        "error": error,
-        **reporter,
-        **_current.document,
-    }
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        temporary.replace(path)
-    except OSError as failure:
-        _complain(
-            f"--json {path}: cannot be written: {failure.strerror}", "give a path in a writable directory"
-        )
-        return code or EnvironmentFailureError.exit_code
-    return code
-
-
-def _complain(message: str, hint: str) -> None:
-    from rich.console import Console
-    from rich.text import Text
-
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
-    console.print(Text("error: ", style="bold red").append(message, style="default"))
-    if hint:
-        console.print(Text("  next: ", style="bold").append(hint, style="default"))
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: the one place where errors become exit codes."""
-    global _current
-    _current = _Outcome()
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    code, error = 0, None
-    try:
-        result = app.main(given, prog_name="export-zoo", standalone_mode=False)
-        code = result if isinstance(result, int) else 0
-    except ExportZooError as failure:
-        code = failure.exit_code
-        error = {"kind": failure.kind, "message": failure.message, "hint": failure.hint}
-    except click.exceptions.NoArgsIsHelpError as failure:
-        click.echo(failure.ctx.get_help() if failure.ctx else "")
-        return UsageError.exit_code
-    except click.ClickException as failure:
-        code = UsageError.exit_code
-        hint = (
-            f"`{failure.ctx.command_path} --help`"
-            if isinstance(failure, click.UsageError) and failure.ctx
-            else ""
-        )
-        error = {"kind": UsageError.kind, "message": failure.format_message(), "hint": hint}
-    except (KeyboardInterrupt, click.Abort):
-        code = INTERRUPTED
-        error = {
-            "kind": "interrupted",
-            "message": "interrupted",
-            "hint": "finished stages are cached: run it again",
-        }
-    except OSError as failure:
-        code = EnvironmentFailureError.exit_code
-        where = f"{failure.filename}: " if failure.filename else ""
-        error = {
-            "kind": EnvironmentFailureError.kind,
-            "message": f"{where}{failure.strerror or failure}",
-            "hint": "check free space and permissions; EXPORT_ZOO_CACHE moves the cache",
-        }
-    except Exception as failure:
-        code = 1
-        if "-v" in given or "--verbose" in given:
-            import traceback
-
-            traceback.print_exc()
-        error = {
-            "kind": "unexpected",
-            "message": f"{type(failure).__name__}: {failure}",
-            "hint": "this is a defect: please report it, with the output of -v",
-        }
-    if error is not None:
-        _complain(error["message"], error["hint"])
-    if (path := _json_path(given)) is not None:
-        code = _write_json(path, code, error)
-    return code
+    """Run the command line and return its exit code."""
+    return outcome.execute(app, sys.argv[1:] if arguments is None else arguments)
 
 
 def run() -> None:

@@ -1,0 +1,132 @@
+"""How a command ends: the one place where errors become exit codes, messages and the JSON document."""
+
+from __future__ import annotations
+
+import json
+import os
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from calibration.errors import INTERRUPTED, EnvironmentFailureError, ExportZooError, UsageError
+from exporter import __version__
+from exporter.report import ConsoleReporter
+
+JSON_SCHEMA_VERSION = 1
+
+
+class Outcome:
+    """What ends up in the JSON document."""
+
+    def __init__(self) -> None:
+        self.document: dict[str, Any] = {}
+        self.reporter: ConsoleReporter | None = None
+
+
+_current = Outcome()
+
+
+def current() -> Outcome:
+    """The outcome of the command that runs now."""
+    return _current
+
+
+def _json_path(arguments: Sequence[str]) -> Path | None:
+    """--json as given, found even where the command line does not parse."""
+    for index, argument in enumerate(arguments):
+        if argument.startswith("--json="):
+            return Path(argument.removeprefix("--json="))
+        if argument == "--json" and index + 1 < len(arguments):
+            return Path(arguments[index + 1])
+    return None
+
+
+def _write_json(path: Path, code: int, error: dict[str, str] | None) -> int:
+    """Write the document atomically; returns the exit code, another one where writing fails."""
+    reporter = (
+        _current.reporter.as_dict() if _current.reporter is not None else {"stages": [], "warnings": []}
+    )
+    document = {
+        "schema_version": JSON_SCHEMA_VERSION,
+        "tool": f"export-zoo {__version__}",
+        "exit_code": code,
+        "error": error,
+        **reporter,
+        **_current.document,
+    }
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    except OSError as failure:
+        _complain(
+            f"--json {path}: cannot be written: {failure.strerror}", "give a path in a writable directory"
+        )
+        return code or EnvironmentFailureError.exit_code
+    return code
+
+
+def _complain(message: str, hint: str) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console.print(Text("error: ", style="bold red").append(message, style="default"))
+    if hint:
+        console.print(Text("  next: ", style="bold").append(hint, style="default"))
+
+
+def execute(app: click.Command, given: Sequence[str]) -> int:
+    """Run a command line and return its exit code."""
+    global _current
+    _current = Outcome()
+    code, error = 0, None
+    try:
+        result = app.main(list(given), prog_name="export-zoo", standalone_mode=False)
+        code = result if isinstance(result, int) else 0
+    except ExportZooError as failure:
+        code = failure.exit_code
+        error = {"kind": failure.kind, "message": failure.message, "hint": failure.hint}
+    except click.exceptions.NoArgsIsHelpError as failure:
+        click.echo(failure.ctx.get_help() if failure.ctx else "")
+        return UsageError.exit_code
+    except click.ClickException as failure:
+        code = UsageError.exit_code
+        hint = (
+            f"`{failure.ctx.command_path} --help`"
+            if isinstance(failure, click.UsageError) and failure.ctx
+            else ""
+        )
+        error = {"kind": UsageError.kind, "message": failure.format_message(), "hint": hint}
+    except (KeyboardInterrupt, click.Abort):
+        code = INTERRUPTED
+        error = {
+            "kind": "interrupted",
+            "message": "interrupted",
+            "hint": "finished stages are cached: run it again",
+        }
+    except OSError as failure:
+        code = EnvironmentFailureError.exit_code
+        where = f"{failure.filename}: " if failure.filename else ""
+        error = {
+            "kind": EnvironmentFailureError.kind,
+            "message": f"{where}{failure.strerror or failure}",
+            "hint": "check free space and permissions; EXPORT_ZOO_CACHE moves the cache",
+        }
+    except Exception as failure:
+        code = 1
+        if "-v" in given or "--verbose" in given:
+            traceback.print_exc()
+        error = {
+            "kind": "unexpected",
+            "message": f"{type(failure).__name__}: {failure}",
+            "hint": "this is a defect: please report it, with the output of -v",
+        }
+    if error is not None:
+        _complain(error["message"], error["hint"])
+    if (path := _json_path(given)) is not None:
+        code = _write_json(path, code, error)
+    return code
