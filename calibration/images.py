@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -97,6 +98,25 @@ def refuse_if_too_many_unreadable(root: Path, unreadable: Sequence[Unreadable], 
         )
 
 
+def _visible_files(root: Path, option: str) -> Iterator[Path]:
+    """All files below a folder but hidden ones; linked folders are followed, each once."""
+
+    def refuse(error: OSError) -> None:
+        raise BadInputError(
+            f"{option} {error.filename}: cannot be listed: {error.strerror}", hint="check its permissions"
+        ) from error
+
+    seen = set()
+    for folder, folders, names in os.walk(root, followlinks=True, onerror=refuse):
+        real = os.path.realpath(folder)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (Path(folder, name) for name in names if not name.startswith("."))
+
+
 def scan(root: Path, *, option: str, progress: Progress = lambda _: None) -> ImageFolder:
     """List a folder's images, nested or not, with the hash of each file's bytes.
 
@@ -110,11 +130,7 @@ def scan(root: Path, *, option: str, progress: Progress = lambda _: None) -> Ima
         raise BadInputError(f"{option} {root}: no such folder", hint="pass a folder of JPEG or PNG images")
     if not root.is_dir():
         raise BadInputError(f"{option} {root}: not a folder", hint="pass the folder that holds the images")
-    files = sorted(
-        p
-        for p in root.rglob("*")
-        if p.is_file() and not any(part.startswith(".") for part in p.relative_to(root).parts)
-    )
+    files = sorted(_visible_files(root, option))
     candidates = [p for p in files if p.suffix.lower() in IMAGE_SUFFIXES]
     ignored = tuple(p.relative_to(root).as_posix() for p in files if p.suffix.lower() not in IMAGE_SUFFIXES)
     if not candidates:

@@ -115,7 +115,9 @@ def print_table(engines: Sequence[Engine], *, random: bool) -> None:
         metrics, latency = engine.gate.eager_metrics, engine.latency
         accuracy = "-"
         if metrics["accuracy"] is not None:
-            accuracy = f"{100 * metrics['accuracy']:.1f} % ({-100 * (metrics['accuracy_drop'] or 0.0):+.1f})"
+            accuracy = (
+                f"{100 * metrics['accuracy']:.1f} % ({0.0 - 100 * (metrics['accuracy_drop'] or 0.0):+.1f})"
+            )
         table.add_row(
             engine.name,
             f"{engine.file.size_bytes / 1e6:.1f} MB",

@@ -60,8 +60,11 @@ def _restore_modules(model: ir.Model, source: ir.Model) -> None:
         for value in node.inputs:
             if value is not None and value.is_initializer():
                 by_input[value.name] = graph_io.module_of(node)
+    taken = {node.name for node in model.graph}
     for index, node in enumerate(model.graph):
-        node.name = node.name or f"node_{node.op_type}_{index}"
+        if not node.name:
+            node.name = f"simplified_{node.op_type}_{index}"
+            assert node.name not in taken
         node.metadata_props.clear()
         candidates = [by_output.get(v.name, "") for v in node.outputs]
         candidates += [by_input.get(v.name, "") for v in node.inputs if v is not None]
