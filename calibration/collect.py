@@ -48,14 +48,18 @@ def activation_tensors(model: ir.Model) -> list[str]:
     return names
 
 
+_STATISTICS = ("ReduceMin", "ReduceMax", "ReduceSum")
+"""ONNX Runtime's minimum and maximum skip NaN; the sum does not, and is there for that only."""
+
+
 def _with_range_outputs(graph: Path, tensors: Sequence[str], directory: Path) -> Path:
-    """The graph, with ReduceMin and ReduceMax of each tensor as further outputs (a scalar each)."""
+    """The graph, with _STATISTICS of each tensor as further outputs (a scalar each)."""
     model = graph_io.load(graph)
     values = {v.name: v for v in model.graph.inputs}
     for node in list(model.graph):
         values.update((v.name, v) for v in node.outputs)
     for index, name in enumerate(tensors):
-        for op_type in ("ReduceMin", "ReduceMax"):
+        for op_type in _STATISTICS:
             reduce = ir.node(op_type, [values[name]], {"keepdims": 0}, name=f"export_zoo_{op_type}_{index}")
             output = reduce.outputs[0]
             output.name = f"export_zoo_{op_type}_{index}_out"
@@ -96,19 +100,20 @@ def collect_minmax(
         session = ort.InferenceSession(observed, options, providers=["CPUExecutionProvider"])
         feed = session.get_inputs()[0].name
         names = [o.name for o in session.get_outputs()]
-        first = len(names) - 2 * len(tensors)
+        first = len(names) - len(_STATISTICS) * len(tensors)
         for batch in images:
             outputs = session.run(names[first:], {feed: normalize(batch, images.preprocess)})
-            flat = np.array([float(np.asarray(o).item()) for o in outputs], dtype=np.float32)
-            if not np.isfinite(flat).all():
-                bad = tensors[int(np.flatnonzero(~np.isfinite(flat))[0]) // 2]
+            low, high, total = np.array(outputs, dtype=np.float32).reshape(-1, len(_STATISTICS)).T
+            finite = np.isfinite(low) & np.isfinite(high) & ~np.isnan(total)
+            if not finite.all():
+                bad = tensors[int(np.flatnonzero(~finite)[0])]
                 raise BadInputError(
                     f"calibration: tensor {bad!r} (module {modules[bad] or 'unknown'}) is not finite on the "
                     "calibration images",
                     hint="check the weights and the preprocessing: FP32 itself overflows or makes NaN there",
                 )
-            np.minimum(lows, flat[0::2], out=lows)
-            np.maximum(highs, flat[1::2], out=highs)
+            np.minimum(lows, low, out=lows)
+            np.maximum(highs, high, out=highs)
             progress(len(batch))
     if not images.images:
         raise BadInputError(f"{images.root}: no image could be used for calibration", hint="check the folder")

@@ -89,11 +89,11 @@ def _describe(unreadable: Sequence[Unreadable]) -> str:
     return shown + (f"; and {len(unreadable) - 5} more" if len(unreadable) > 5 else "")
 
 
-def refuse_if_too_many_unreadable(root: Path, unreadable: Sequence[Unreadable], total: int) -> None:
+def refuse_if_too_many_unreadable(where: str, unreadable: Sequence[Unreadable], total: int) -> None:
     """Raise BadInputError when more than MAX_UNREADABLE_SHARE of `total` files cannot be read."""
     if unreadable and len(unreadable) > MAX_UNREADABLE_SHARE * total:
         raise BadInputError(
-            f"{root}: {len(unreadable)} of {total} image files cannot be read: {_describe(unreadable)}",
+            f"{where}: {len(unreadable)} of {total} image files cannot be read: {_describe(unreadable)}",
             hint=f"repair or remove them; up to {MAX_UNREADABLE_SHARE:.0%} unreadable files are tolerated",
         )
 
@@ -114,7 +114,8 @@ def _visible_files(root: Path, option: str) -> Iterator[Path]:
             continue
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (Path(folder, name) for name in names if not name.startswith("."))
+        paths = (Path(folder, name) for name in names if not name.startswith("."))
+        yield from (path for path in paths if not path.exists() or path.is_file())  # no pipes, no devices
 
 
 def scan(root: Path, *, option: str, progress: Progress = lambda _: None) -> ImageFolder:
@@ -166,7 +167,7 @@ def scan(root: Path, *, option: str, progress: Progress = lambda _: None) -> Ima
                     path, name, sha256, relative.parts[0] if len(relative.parts) > 1 else None
                 )
             progress(1)
-    refuse_if_too_many_unreadable(root, unreadable, len(candidates))
+    refuse_if_too_many_unreadable(f"{option} {root}", unreadable, len(candidates))
     return ImageFolder(root, tuple(images.values()), tuple(unreadable), tuple(duplicates), ignored)
 
 
@@ -259,13 +260,16 @@ class ImageStream:
                     loaded = future.result()
                     if isinstance(loaded, Unreadable):
                         self.unreadable.append(loaded)
-                        refuse_if_too_many_unreadable(self.root, self.unreadable, len(self.files))
+                        refuse_if_too_many_unreadable(str(self.root), self.unreadable, len(self.files))
                         continue
                     self.images.append(file)
                     batch.append(loaded)
+                    del loaded, future  # the batch's own copy is enough while the caller computes
                     if len(batch) == self.batch_size:
-                        yield np.stack(batch)
-                        batch = []
+                        stacked = np.stack(batch)
+                        batch.clear()
+                        yield stacked
+                        del stacked
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
         if batch:

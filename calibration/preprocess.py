@@ -16,6 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field
 UInt8Array = npt.NDArray[np.uint8]
 Float32Array = npt.NDArray[np.float32]
 
+_MAX_SIDE = 65_500
+"""Longest side after the resize; JPEG's own limit. A 1x30000 strip would become gigabytes."""
+
 _RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
@@ -43,6 +46,10 @@ class Preprocess(BaseModel):
     source: str = Field(description="Where the parameters come from, for people.")
 
 
+def _not_an_image(data: bytes) -> str:
+    return "not an image format that Pillow knows" if data else "empty file"
+
+
 def decode(data: bytes) -> Image.Image:
     """Decode image bytes to an upright 8-bit RGB image.
 
@@ -56,20 +63,28 @@ def decode(data: bytes) -> Image.Image:
     try:
         with Image.open(io.BytesIO(data)) as image:
             image.load()
-            if image.mode.startswith("I;16"):
-                high_byte = (np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)
-                upright = ImageOps.exif_transpose(Image.fromarray(high_byte))
-            elif image.mode in ("I", "F"):
+            gray16 = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
+            if image.mode in ("I", "F") and not gray16:
                 raise UnreadableImageError(f"pixel mode {image.mode!r} has no defined 8-bit range")
-            else:
-                upright = ImageOps.exif_transpose(image)
+            upright = _upright(image)
+            if gray16:
+                high_byte = (np.asarray(upright).astype(np.uint32) >> 8).astype(np.uint8)
+                upright = Image.fromarray(high_byte)
             return upright.convert("RGB")
     except UnreadableImageError:
         raise
     except UnidentifiedImageError:
-        raise UnreadableImageError("not an image format that Pillow knows") from None
+        raise UnreadableImageError(_not_an_image(data)) from None
     except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, ValueError, bombs, ...
         raise UnreadableImageError(f"{type(error).__name__}: {error}") from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Apply the EXIF orientation; metadata that cannot be parsed says nothing about the pixels."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:
+        return image
 
 
 def check_header(data: bytes) -> None:
@@ -82,8 +97,7 @@ def check_header(data: bytes) -> None:
         with Image.open(io.BytesIO(data)):
             pass
     except UnidentifiedImageError:
-        reason = "empty file" if not data else "not an image format that Pillow knows"
-        raise UnreadableImageError(reason) from None
+        raise UnreadableImageError(_not_an_image(data)) from None
     except Exception as error:
         raise UnreadableImageError(f"{type(error).__name__}: {error}") from error
 
@@ -93,11 +107,18 @@ def resize_and_crop(image: Image.Image, preprocess: Preprocess) -> UInt8Array:
 
     Sizes and offsets follow torchvision.transforms.functional (`_compute_resized_output_size`,
     `center_crop`), including its truncation of the long side and its rounding of offsets.
+
+    Raises:
+        UnreadableImageError: so narrow that the resize would make it longer than 65,500 pixels.
     """
     width, height = image.size
     short, long = min(width, height), max(width, height)
     new_short, new_long = preprocess.resize_size, int(preprocess.resize_size * long / short)
     new_size = (new_short, new_long) if width <= height else (new_long, new_short)
+    if new_long > _MAX_SIDE:
+        raise UnreadableImageError(
+            f"{width}x{height} is too narrow: the resize would make it {new_long} long"
+        )
     if new_size != image.size:
         image = image.resize(new_size, _RESAMPLING[preprocess.interpolation])
     pixels = np.asarray(image)

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from calibration.errors import BadInputError
 from calibration.preprocess import Preprocess
@@ -20,6 +20,12 @@ class TensorRange(BaseModel):
     min: float
     max: float
     module: str = ""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> TensorRange:
+        if self.min > self.max:
+            raise ValueError(f"min {self.min} is above max {self.max}")
+        return self
 
 
 class Ranges(BaseModel):

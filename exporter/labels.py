@@ -25,8 +25,9 @@ class FolderLabels:
 def folder_labels(images: Sequence[ImageFile], categories: Sequence[str], num_classes: int) -> FolderLabels:
     """Tell what class each first-level folder stands for.
 
-    In this order: as many folders as the network has classes, in sorted order (torchvision's ImageFolder,
-    ImageNet's wnids); folders named by class; folders named by class index. Otherwise there are no labels.
+    In this order: folders named by class; as many folders as the network has classes, in sorted order
+    (torchvision's ImageFolder, ImageNet's wnids); folders named by class index. Otherwise there are no labels.
+    Nor are there where `10` would be class 2 by sorted order and class 10 by index.
     """
     folders = sorted({image.folder for image in images if image.folder is not None})
     if not folders:
@@ -36,8 +37,11 @@ def folder_labels(images: Sequence[ImageFile], categories: Sequence[str], num_cl
     names = {name: index for index, name in enumerate(categories) if list(categories).count(name) == 1}
     if categories and all(folder in names for folder in folders):
         return FolderLabels({f: names[f] for f in folders}, f"{len(folders)} class folders, by name")
+    indices = all(folder.isdecimal() and int(folder) < num_classes for folder in folders)
+    if len(folders) == num_classes and indices and sorted(folders, key=int) != folders:
+        return FolderLabels({}, "numbered folders: sorted order and index differ, write 02 for 2")
     if len(folders) == num_classes:
         return FolderLabels({f: i for i, f in enumerate(folders)}, f"{num_classes} class folders, sorted")
-    if all(folder.isdecimal() and int(folder) < num_classes for folder in folders):
+    if indices:
         return FolderLabels({f: int(f) for f in folders}, f"{len(folders)} class folders, by index")
     return FolderLabels({}, f"{len(folders)} folders do not name the network's {num_classes} classes")

@@ -7,6 +7,7 @@ that pruning by another run cannot take them away.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -21,6 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from calibration.errors import UsageError
 from calibration.graph_io import sha256_of
 
 CACHE_VARIABLE = "EXPORT_ZOO_CACHE"
@@ -63,6 +65,27 @@ class StageResult:
     key: str
 
 
+def _limit_bytes() -> float:
+    text = os.environ.get(LIMIT_VARIABLE) or str(DEFAULT_LIMIT_GB)
+    try:
+        gigabytes = float(text)
+    except ValueError:
+        gigabytes = -1.0
+    if not gigabytes >= 0:
+        raise UsageError(f"{LIMIT_VARIABLE}={text}: not a number of gigabytes", hint="for example 20")
+    return gigabytes * 1e9
+
+
+def _link(source: Path, target: Path) -> None:
+    """Hard link, or copy where the file system has no links."""
+    try:
+        os.link(source, target)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        shutil.copyfile(source, target)
+
+
 class StageCache:
     """Runs stages through the cache. A context manager: it owns the run's work directory.
 
@@ -73,16 +96,19 @@ class StageCache:
     def __init__(self, root: Path | None) -> None:
         self._root = root
         self._work = Path()
+        self._limit = 0.0
 
     def __enter__(self) -> StageCache:
+        self._limit = _limit_bytes()
         if self._root is None:
             self._work = Path(tempfile.mkdtemp(prefix="export-zoo-"))
         else:
             works = self._root / "work"
             works.mkdir(parents=True, exist_ok=True)
             for old in works.iterdir():
-                if time.time() - old.stat().st_mtime > _ABANDONED_SECONDS:
-                    shutil.rmtree(old, ignore_errors=True)
+                with contextlib.suppress(OSError):  # another run may have removed it
+                    if time.time() - old.stat().st_mtime > _ABANDONED_SECONDS:
+                        shutil.rmtree(old, ignore_errors=True)
             self._work = works / uuid.uuid4().hex
             self._work.mkdir()
         return self
@@ -114,22 +140,22 @@ class StageCache:
         entry = self._root / stage / name
         directory = self._work / f"{stage}-{name[:16]}-{uuid.uuid4().hex[:8]}"
         try:
+            if not entry.exists():
+                return None
             described = json.loads((entry / _ENTRY).read_text(encoding="utf-8"))
+            result = StageResult(directory, described["data"], cached=True, key=name)
             directory.mkdir()
             for file, sha256 in described["files"].items():
-                os.link(entry / file, directory / file)
+                _link(entry / file, directory / file)
                 if sha256_of(directory / file) != sha256:
                     raise ValueError(f"{file} was altered")
             os.utime(entry)
-        except FileNotFoundError:
-            shutil.rmtree(directory, ignore_errors=True)
-            return None
-        except (ValueError, KeyError, OSError):
+        except (ValueError, KeyError, TypeError, AttributeError, OSError):
             # A damaged entry is worth nothing: make it again.
             shutil.rmtree(directory, ignore_errors=True)
             shutil.rmtree(entry, ignore_errors=True)
             return None
-        return StageResult(directory, described["data"], cached=True, key=name)
+        return result
 
     def _keep(self, stage: str, name: str, key: Mapping[str, Any], directory: Path, data: Any) -> None:
         assert self._root is not None
@@ -137,10 +163,10 @@ class StageCache:
         staging.mkdir()
         files = {}
         for file in sorted(directory.iterdir()):
-            os.link(file, staging / file.name)
+            _link(file, staging / file.name)
             files[file.name] = sha256_of(file)
         document = {"stage": stage, "key": key, "files": files, "data": data}
-        (staging / _ENTRY).write_text(json.dumps(document, indent=1, default=str), encoding="utf-8")
+        (staging / _ENTRY).write_text(json.dumps(document, indent=1), encoding="utf-8")
         (self._root / stage).mkdir(exist_ok=True)
         try:
             staging.rename(self._root / stage / name)
@@ -150,7 +176,6 @@ class StageCache:
 
     def _prune(self, root: Path) -> None:
         """Remove the least recently used entries above the size limit."""
-        limit = float(os.environ.get(LIMIT_VARIABLE, DEFAULT_LIMIT_GB)) * 1e9
         entries = []
         for entry in root.glob("*/*"):
             try:
@@ -161,7 +186,7 @@ class StageCache:
                 continue  # another run prunes, too
         total = sum(size for _, size, _ in entries)
         for _, size, entry in sorted(entries):
-            if total <= limit:
+            if total <= self._limit:
                 break
             shutil.rmtree(entry, ignore_errors=True)
             total -= size

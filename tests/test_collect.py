@@ -1,0 +1,522 @@
+"""Activation ranges are exact, whatever the batches and their order; graphs survive saving and copying."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from calibration import graph_io
+from calibration.collect import activation_tensors, collect_minmax
+from calibration.errors import BadInputError
+from calibration.images import ImageFile, ImageStream, scan, shuffled
+from calibration.preprocess import Preprocess, decode, normalize, resize_and_crop
+from calibration.ranges import Ranges, TensorRange
+
+PREPROCESS = Preprocess(
+    resize_size=36,
+    crop_height=28,
+    crop_width=32,
+    interpolation="bilinear",
+    mean=(0.485, 0.456, 0.406),
+    std=(0.229, 0.224, 0.225),
+    source="test",
+)
+OBSERVED = {
+    "image": "",
+    "relu1": "stem.act",
+    "conv2": "block.conv",
+    "relu2": "block.act",
+    "pooled": "pool",
+    "flat": "",
+    "logits": "head",
+}
+"""What the tiny network's ranges must cover, and the modules; `conv1` and `added` fuse with their Relu."""
+
+
+def tiny_network(path: Path, change=None) -> Path:
+    """Conv, Relu, Conv, Add, Relu, pooling and Gemm, with module paths; `change(weights)` may spoil them."""
+    rng = np.random.default_rng(0)
+    shapes = {
+        "stem.weight": (16, 3, 3, 3),
+        "stem.bias": (16,),
+        "block.weight": (16, 16, 3, 3),
+        "block.bias": (16,),
+        "head.weight": (5, 16),
+        "head.bias": (5,),
+    }
+    weights = {n: rng.normal(size=s, scale=0.3).astype(np.float32) for n, s in shapes.items()}
+    if change is not None:
+        change(weights)
+    nodes = []
+
+    def node(op_type: str, inputs: str, output: str, module: str = "", **attributes) -> None:
+        made = helper.make_node(op_type, inputs.split(), [output], name=f"node_{output}", **attributes)
+        if module:
+            made.metadata_props.add(key=graph_io.MODULE_KEY, value=module)
+        nodes.append(made)
+
+    node("Conv", "image stem.weight stem.bias", "conv1", "stem.conv", pads=[1] * 4)
+    node("Relu", "conv1", "relu1", "stem.act")
+    node("Conv", "relu1 block.weight block.bias", "conv2", "block.conv", pads=[1] * 4)
+    node("Add", "relu1 conv2", "added", "block")
+    node("Relu", "added", "relu2", "block.act")
+    node("GlobalAveragePool", "relu2", "pooled", "pool")
+    node("Flatten", "pooled", "flat")
+    node("Gemm", "flat head.weight head.bias", "logits", "head", transB=1)
+    save(path, nodes, [numpy_helper.from_array(array, name) for name, array in weights.items()])
+    return path
+
+
+def save(path: Path, nodes, initializers=(), outputs=("logits",)) -> Path:
+    """Check and write an opset 18 model whose input is `image`, with the type of every value inferred."""
+    image = helper.make_tensor_value_info("image", TensorProto.FLOAT, ["batch", 3, "height", "width"])
+    results = [helper.make_empty_tensor_value_info(name) for name in outputs]
+    graph = helper.make_graph(nodes, "tiny", [image], results, list(initializers))
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    model = onnx.shape_inference.infer_shapes(model, strict_mode=True)
+    onnx.checker.check_model(model)
+    onnx.save(model, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory) -> Path:
+    return tiny_network(tmp_path_factory.mktemp("network") / "tiny.onnx")
+
+
+@pytest.fixture(scope="module")
+def images(photos: Path) -> list[ImageFile]:
+    """25 photographs."""
+    return shuffled(scan(photos, option="--calib").images, 0)[:25]
+
+
+def collect(graph: Path, images, batch_size: int = 8, **options) -> Ranges:
+    root = images[0].path.parent
+    return collect_minmax(graph, ImageStream(images, PREPROCESS, batch_size, root), threads=1, **options)
+
+
+def session_of(model: onnx.ModelProto | Path) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    source = str(model) if isinstance(model, Path) else model.SerializeToString()
+    return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+
+
+def bits(ranges: Ranges) -> dict[str, tuple[str, str]]:
+    return {name: (t.min.hex(), t.max.hex()) for name, t in ranges.tensors.items()}
+
+
+# --- collect
+
+
+def test_ranges_are_those_of_running_the_graph_with_every_tensor_as_an_output(network, images):
+    model = onnx.load(network)
+    known = {output.name for output in model.graph.output}
+    model.graph.output.extend(value for value in model.graph.value_info if value.name not in known)
+    session = session_of(model)
+    outputs = [output.name for output in session.get_outputs()]
+    assert {"conv1", "added"} < set(outputs)
+    seen: dict[str, list[np.ndarray]] = {}
+    for image in images:
+        pixels = resize_and_crop(decode(image.path.read_bytes()), PREPROCESS)[None]
+        feed = {"image": normalize(pixels, PREPROCESS)}
+        for name, array in [*feed.items(), *zip(outputs, session.run(None, feed), strict=True)]:
+            seen.setdefault(name, []).append(array)
+    ranges = collect(network, images)
+    assert set(ranges.tensors) == set(OBSERVED)
+    for name, found in ranges.tensors.items():
+        everything = np.stack(seen[name])
+        assert (found.min, found.max) == (float(everything.min()), float(everything.max())), name
+        assert found.min < found.max
+
+
+def test_ranges_name_the_module_of_the_node_that_makes_the_tensor(network, images):
+    ranges = collect(network, images[:3])
+    assert {name: found.module for name, found in ranges.tensors.items()} == OBSERVED
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 7, 24, 64])
+def test_ranges_are_the_same_bits_for_any_batch_size(network, images, batch_size):
+    assert bits(collect(network, images, batch_size)) == bits(collect(network, images, 8))
+
+
+def test_ranges_are_the_same_bits_in_any_order_of_images(network, images):
+    first = collect(network, images, 6)
+    for order in (images[::-1], shuffled(images, 1), sorted(images, key=lambda image: image.name)):
+        other = collect(network, order, 6)
+        assert bits(other) == bits(first)
+        assert other == first
+
+
+def test_ranges_are_the_same_bits_with_more_threads(network, images):
+    stream = ImageStream(images, PREPROCESS, 8, images[0].path.parent)
+    assert bits(collect_minmax(network, stream, threads=2)) == bits(collect(network, images))
+
+
+def test_another_image_can_only_widen_the_ranges(network, images):
+    few, more = collect(network, images[:5]), collect(network, images)
+    assert all(more.tensors[n].min <= t.min and t.max <= more.tensors[n].max for n, t in few.tensors.items())
+    assert bits(few) != bits(more)
+
+
+def test_ranges_record_where_they_come_from(network, images, tmp_path):
+    missing = ImageFile(tmp_path / "gone.jpg", "gone.jpg", "f" * 64, None)
+    steps: list[int] = []
+    ranges = collect(network, [*images, missing], progress=steps.append)
+    assert ranges.graph_sha256 == hashlib.sha256(network.read_bytes()).hexdigest()
+    assert ranges.preprocess == PREPROCESS
+    assert ranges.image_sha256 == sorted(image.sha256 for image in images)
+    assert ranges.unreadable == ["gone.jpg"]
+    assert ranges.versions["onnxruntime"] == ort.__version__
+    assert steps == [8, 8, 8, 1]
+
+
+def test_collecting_leaves_the_graph_and_its_folder_alone(network, images):
+    before = {path.name: path.read_bytes() for path in network.parent.iterdir()}
+    collect(network, images[:2])
+    assert {path.name: path.read_bytes() for path in network.parent.iterdir()} == before
+
+
+def test_a_graph_with_external_weights_gives_the_same_ranges(network, images, tmp_path):
+    files = graph_io.save(graph_io.load(network), tmp_path / "external.onnx", external_threshold=1)
+    assert len(files) == 2
+    assert bits(collect(files[0], images)) == bits(collect(network, images))
+
+
+def test_no_usable_image_is_an_error(network, tmp_path):
+    with pytest.raises(BadInputError, match="no image could be used") as caught:
+        collect_minmax(network, ImageStream([], PREPROCESS, 8, tmp_path))
+    assert str(tmp_path) in caught.value.message
+
+
+def test_tensors_that_fuse_with_their_reader_or_are_no_floats_have_no_range(tmp_path):
+    nodes = [
+        helper.make_node("Relu", ["image"], ["first"]),
+        helper.make_node("Add", ["first", "image"], ["fuses"]),
+        helper.make_node("Relu", ["fuses"], ["second"]),
+        helper.make_node("Add", ["second", "image"], ["read twice"]),
+        helper.make_node("Relu", ["read twice"], ["third"]),
+        helper.make_node("Mul", ["read twice", "third"], ["not fusing"]),
+        helper.make_node("Relu", ["not fusing"], ["fourth"]),
+        helper.make_node("Add", ["fourth", "image"], ["an output"]),
+        helper.make_node("Relu", ["an output"], ["fifth"]),
+        helper.make_node("Add", ["fifth", "image"], ["clipped"]),
+        helper.make_node("Clip", ["clipped"], ["logits"]),
+        helper.make_node("Shape", ["image"], ["integers"]),
+    ]
+    path = save(tmp_path / "graph.onnx", nodes, outputs=("logits", "an output", "integers"))
+    expected = "image/first/second/read twice/third/not fusing/fourth/an output/fifth/logits"
+    assert activation_tensors(graph_io.load(path)) == expected.split("/")
+
+
+def spoiled(path: Path, weight: str, index, value: float) -> Path:
+    def change(weights: dict[str, np.ndarray]) -> None:
+        weights[weight][index] = value
+
+    return tiny_network(path, change)
+
+
+def not_finite(graph: Path, images) -> str:
+    with pytest.raises(BadInputError) as caught:
+        collect(graph, images[:4])
+    assert caught.value.exit_code == 5
+    assert "is not finite" in caught.value.message
+    assert caught.value.hint
+    return caught.value.message
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(
+    ("weight", "index", "tensor", "module"),
+    [
+        ("block.weight", ..., "conv2", "block.conv"),
+        ("block.bias", ..., "conv2", "block.conv"),
+        ("head.weight", ..., "logits", "head"),
+        ("head.bias", 0, "logits", "head"),
+    ],
+)
+def test_weights_that_are_not_finite_are_named_by_tensor_and_module(
+    tmp_path, images, weight, index, tensor, module, value
+):
+    message = not_finite(spoiled(tmp_path / "bad.onnx", weight, index, value), images)
+    assert f"tensor '{tensor}' (module {module}) is not finite" in message
+
+
+@pytest.mark.parametrize("index", range(16))
+def test_an_infinite_weight_of_one_channel_is_found(tmp_path, images, index):
+    message = not_finite(spoiled(tmp_path / "bad.onnx", "block.bias", index, np.inf), images)
+    assert "tensor 'conv2' (module block.conv)" in message
+
+
+@pytest.mark.parametrize(
+    ("weight", "index", "tensor", "module"),
+    [
+        ("block.bias", 7, "conv2", "block.conv"),
+        ("block.weight", (15, 3, 1, 1), "conv2", "block.conv"),
+        ("stem.weight", (9, 0, 0, 0), "relu1", "stem.act"),
+        ("head.weight", (3, 2), "logits", "head"),
+        ("head.bias", 4, "logits", "head"),
+    ],
+)
+def test_a_nan_in_one_weight_is_found_and_named_where_it_begins(
+    tmp_path, images, weight, index, tensor, module
+):
+    message = not_finite(spoiled(tmp_path / "bad.onnx", weight, index, np.nan), images)
+    assert f"tensor '{tensor}' (module {module}) is not finite" in message
+
+
+def test_a_tensor_without_a_module_is_named_all_the_same(tmp_path, images):
+    weights = numpy_helper.from_array(np.full((1, 3, 1, 1), np.inf, np.float32), "scale")
+    path = save(tmp_path / "graph.onnx", [helper.make_node("Mul", ["image", "scale"], ["logits"])], [weights])
+    assert "tensor 'logits' (module unknown)" in not_finite(path, images)
+
+
+MEASURE = """
+import sys
+from pathlib import Path
+from calibration.collect import collect_minmax
+from calibration.images import ImageStream, scan
+from calibration.preprocess import Preprocess
+
+def peak():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+graph, folder = map(Path, sys.argv[1:])
+images = scan(folder, option="--calib").images
+assert len(images) == 256
+mean = (0.5, 0.5, 0.5)
+preprocess = Preprocess(resize_size=128, crop_height=128, crop_width=128, interpolation="bilinear", mean=mean,
+                        std=mean, source="test")
+for count in (16, 16, 256):
+    done = collect_minmax(graph, ImageStream(images[:count], preprocess, 4, folder), threads=1)
+    assert len(done.image_sha256) == count
+    print(peak())
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc")
+def test_peak_memory_does_not_grow_with_the_number_of_images(photos, tmp_path):
+    # Few and small activations: what the runtime's arena takes must not drown what is measured.
+    # getrusage's ru_maxrss would start at the peak of this process, which fork() hands down; VmHWM does not.
+    from PIL import Image
+
+    sources = [Image.open(path).convert("RGB").resize((140, 140)) for path in sorted(photos.iterdir())[:16]]
+    for index in range(256):
+        left, top = index // 16 % 12, index // 32
+        sources[index % 16].crop((left, top, left + 128, top + 128)).save(tmp_path / f"{index}.bmp")
+    nodes = [helper.make_node("Relu", ["image"], ["wide"])]
+    nodes += [helper.make_node("GlobalMaxPool", ["wide"], ["logits"])]
+    graph = save(tmp_path / "graph.onnx", nodes)
+    command = [sys.executable, "-c", MEASURE, str(graph), str(tmp_path)]
+    environment = {**os.environ, "MALLOC_ARENA_MAX": "2"}
+    root = Path(__file__).parent.parent
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    _, few, many = (int(line) for line in done.stdout.split())
+    retained = 240 * 128 * 128 * 3 / 1024  # KiB, were only the decoded bytes of the other images kept
+    assert many - few < retained / 2
+
+
+# --- ranges
+
+
+def ranges_of(**tensors: TensorRange) -> Ranges:
+    return Ranges(
+        method="minmax",
+        graph_sha256="a" * 64,
+        preprocess=PREPROCESS,
+        image_sha256=["b" * 64, "c" * 64],
+        unreadable=["größe/ß.jpg"],
+        instruction_set="avx2",
+        versions={"onnxruntime": "1.31.1"},
+        tensors=tensors,
+    )
+
+
+def test_a_ranges_file_gives_back_what_was_written(network, images, tmp_path):
+    ranges = collect(network, images[:5])
+    ranges.write(tmp_path / "ranges.json")
+    read = Ranges.read(tmp_path / "ranges.json")
+    assert read == ranges
+    assert bits(read) == bits(ranges)
+
+
+def test_a_ranges_file_is_exact_for_any_float_and_name(tmp_path):
+    rng = np.random.default_rng(0)
+    values = rng.integers(0, 2**32, 500, dtype=np.uint32).view(np.float32)
+    values = [float(v) for v in values if np.isfinite(v)] + [0.0, -0.0, 1e-45, 3.4028234663852886e38, 0.1]
+    tensors = {f"t{i}": TensorRange(min=-abs(v), max=abs(v)) for i, v in enumerate(values)}
+    odd = {'a"b\\c\n': TensorRange(min=-1.5, max=2, module='m"ü'), "": TensorRange(min=0, max=1)}
+    ranges = ranges_of(**tensors, **odd)
+    ranges.write(tmp_path / "ranges.json")
+    read = Ranges.read(tmp_path / "ranges.json")
+    assert read == ranges
+    assert bits(read) == bits(ranges)
+
+
+def test_a_ranges_file_without_tensors_can_be_read(tmp_path):
+    ranges_of().write(tmp_path / "ranges.json")
+    assert Ranges.read(tmp_path / "ranges.json") == ranges_of()
+
+
+def test_a_ranges_file_is_the_same_bytes_for_any_order_of_tensors(tmp_path):
+    one, two = TensorRange(min=0, max=1), TensorRange(min=-1, max=2)
+    ranges_of(a=one, b=two).write(tmp_path / "1.json")
+    ranges_of(b=two, a=one).write(tmp_path / "2.json")
+    text = (tmp_path / "1.json").read_text()
+    assert text == (tmp_path / "2.json").read_text()
+    assert [line for line in text.splitlines() if '"max": 2' in line] == [
+        '  "b": {"min": -1.0, "max": 2.0, "module": ""}'
+    ]
+
+
+def test_an_infinite_range_cannot_be_made():
+    for value in (np.nan, np.inf, -np.inf):
+        with pytest.raises(ValueError, match="finite"):
+            TensorRange(min=0.0, max=value)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: "",
+        lambda text: text[: len(text) // 2],
+        lambda text: "null",
+        lambda text: text.replace('"minmax"', '"entropy"'),
+        lambda text: text.replace('"schema_version": 1', '"schema_version": 2'),
+        lambda text: text.replace('"graph_sha256"', '"graph"'),
+        lambda text: text.replace('"min": -1.0', '"min": NaN'),
+        lambda text: text.replace('"min": -1.0', '"min": -Infinity'),
+        lambda text: text.replace('"min": -1.0', '"min": -1e999'),
+        lambda text: text.replace('"min": -1.0', '"min": "low"'),
+        lambda text: text.replace('"min": -1.0, ', ""),
+        lambda text: text.replace('"resize_size": 36', '"resize_size": 0'),
+        lambda text: "\xff\xfe\x00" + text,
+    ],
+)
+def test_a_damaged_ranges_file_is_refused_by_name(tmp_path, damage):
+    path = tmp_path / "ranges.json"
+    ranges_of(logits=TensorRange(min=-1, max=2)).write(path)
+    text = path.read_text(encoding="utf-8")
+    damaged = damage(text)
+    assert damaged != text
+    path.write_bytes(damaged.encode("latin-1", errors="replace"))
+    with pytest.raises(BadInputError, match="not a ranges file") as caught:
+        Ranges.read(path)
+    assert str(path) in caught.value.message
+    assert caught.value.hint
+
+
+def test_a_range_that_is_upside_down_is_refused(tmp_path):
+    path = tmp_path / "ranges.json"
+    ranges_of(logits=TensorRange(min=-1, max=2)).write(path)
+    path.write_text(path.read_text().replace('"min": -1.0', '"min": 3.0'))
+    with pytest.raises(BadInputError):
+        Ranges.read(path)
+
+
+def test_a_missing_ranges_file_is_refused_by_name(tmp_path):
+    with pytest.raises(BadInputError, match=r"gone\.json"):
+        Ranges.read(tmp_path / "gone.json")
+
+
+# --- graph_io
+
+
+@pytest.fixture(scope="module")
+def batch(images) -> np.ndarray:
+    pixels = [resize_and_crop(decode(image.path.read_bytes()), PREPROCESS) for image in images[:3]]
+    return normalize(np.stack(pixels), PREPROCESS)
+
+
+def logits(path: Path, batch: np.ndarray) -> bytes:
+    return session_of(path).run(["logits"], {"image": batch})[0].tobytes()
+
+
+def test_a_small_graph_is_saved_as_one_file(network, batch, tmp_path):
+    assert graph_io.save(graph_io.load(network), tmp_path / "graph.onnx") == [tmp_path / "graph.onnx"]
+    assert [path.name for path in tmp_path.iterdir()] == ["graph.onnx"]
+    assert graph_io.external_files(tmp_path / "graph.onnx") == []
+    assert logits(tmp_path / "graph.onnx", batch) == logits(network, batch)
+
+
+def test_external_weights_are_named_by_their_hash_and_can_be_copied(network, batch, tmp_path):
+    written = tmp_path / "written"
+    written.mkdir()
+    graph, data = graph_io.save(graph_io.load(network), written / "graph.onnx", external_threshold=1)
+    assert graph == written / "graph.onnx"
+    assert data == written / f"weights-{hashlib.sha256(data.read_bytes()).hexdigest()[:32]}.bin"
+    assert sorted(written.iterdir()) == [graph, data]
+    assert data.stat().st_size >= 16 * 16 * 9 * 4
+    assert graph.stat().st_size < network.stat().st_size - 16 * 16 * 9 * 4
+    assert graph_io.external_files(graph) == [data]
+
+    copied = tmp_path / "copied"
+    copied.mkdir()
+    for path in (graph, data):
+        shutil.copy(path, copied)
+    shutil.rmtree(written)
+    assert logits(copied / "graph.onnx", batch) == logits(network, batch)
+    loaded = graph_io.load(copied / "graph.onnx")
+    weight = loaded.graph.initializers["block.weight"].const_value.numpy()
+    assert np.array_equal(
+        weight, graph_io.load(network).graph.initializers["block.weight"].const_value.numpy()
+    )
+
+
+def test_external_weights_have_the_same_name_wherever_they_are_saved(network, tmp_path):
+    names = []
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        target = tmp_path / folder / f"{folder}.onnx"
+        names.append(graph_io.save(graph_io.load(network), target, external_threshold=1)[1].name)
+    other = tiny_network(tmp_path / "other.onnx", lambda weights: weights["block.weight"].__imul__(2))
+    names.append(graph_io.save(graph_io.load(other), tmp_path / "o.onnx", external_threshold=1)[1].name)
+    assert names[0] == names[1] != names[2]
+
+
+def test_the_threshold_decides_where_the_weights_go(network, tmp_path):
+    model = graph_io.load(network)
+    size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
+    assert len(graph_io.save(model, tmp_path / "below.onnx", external_threshold=size + 1)) == 1
+    assert len(graph_io.save(graph_io.load(network), tmp_path / "at.onnx", external_threshold=size)) == 2
+
+
+def test_external_weights_can_be_taken_into_the_graph_again(network, batch, tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    files = graph_io.save(graph_io.load(network), tmp_path / "a" / "graph.onnx", external_threshold=1)
+    moved = graph_io.save(graph_io.load(files[0]), tmp_path / "b" / "graph.onnx", external_threshold=1)
+    whole = graph_io.save(graph_io.load(files[0]), tmp_path / "b" / "whole.onnx")
+    shutil.rmtree(tmp_path / "a")
+    assert moved[1].name == files[1].name
+    assert whole == [tmp_path / "b" / "whole.onnx"]
+    assert logits(moved[0], batch) == logits(whole[0], batch) == logits(network, batch)
+
+
+@pytest.mark.parametrize("threshold", [1, graph_io.EXTERNAL_DATA_THRESHOLD])
+def test_modules_survive_saving_and_describe_nodes(network, tmp_path, threshold):
+    graph_io.save(graph_io.load(network), tmp_path / "graph.onnx", external_threshold=threshold)
+    nodes = {node.outputs[0].name: node for node in graph_io.load(tmp_path / "graph.onnx").graph}
+    assert graph_io.module_of(nodes["conv2"]) == "block.conv"
+    assert graph_io.module_of(nodes["flat"]) == graph_io.module_of(None) == ""
+    assert graph_io.describe(nodes["conv2"]) == "Conv 'node_conv2' (module block.conv)"
+    assert graph_io.describe(nodes["flat"]) == "Flatten 'node_flat'"
+
+
+@pytest.mark.parametrize("size", [0, 1, 2**20 - 1, 2**20, 2**20 + 1, 3_000_000])
+def test_sha256_of_is_that_of_the_whole_file(tmp_path, size):
+    data = np.random.default_rng(size).bytes(size)
+    (tmp_path / "file").write_bytes(data)
+    assert graph_io.sha256_of(tmp_path / "file") == hashlib.sha256(data).hexdigest()
