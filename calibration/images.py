@@ -157,7 +157,8 @@ def scan(root: Path, *, option: str, progress: Progress = lambda _: None) -> Ima
     with ThreadPoolExecutor(DECODE_THREADS) as pool:
         for path, (sha256, reason) in zip(candidates, pool.map(inspect, candidates), strict=True):
             relative = path.relative_to(root)
-            name = relative.as_posix()
+            # A name that is not UTF-8 must not break reports and JSON.
+            name = relative.as_posix().encode("utf-8", "backslashreplace").decode()
             if reason is not None:
                 unreadable.append(Unreadable(name, reason))
             elif sha256 in images:

@@ -7,25 +7,12 @@ from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field
 
+from engines.manifest import Latency
 from engines.onnxruntime_engine import OnnxRuntimeEngine
 
 ROUNDS_MIN, ROUNDS_MAX = 5, 50
 SECONDS = 2.0
-
-
-class Latency(BaseModel):
-    """Latency of one engine, measured in turn with the FP32 engine of the same run."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    batch: int
-    median_ms: float = Field(description="Median milliseconds of one run of the whole batch.")
-    fp32_median_ms: float
-    speedup: float = Field(description="Median of the rounds' ratios FP32 / this engine; over 1 is faster.")
-    rounds: int
-    machine: str
 
 
 def measure(

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -85,11 +86,28 @@ class HeldOut:
     labels: list[int] | None
 
 
+def _array(path: Path, dtype: type[np.generic], shape: tuple[int, ...]) -> npt.NDArray[Any]:
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise BadInputError(f"{path}: not a NumPy file: {error}", hint="export the bundle again") from error
+    if not isinstance(array, np.ndarray) or array.dtype != dtype or array.shape != shape:
+        raise BadInputError(
+            f"{path}: not the array that the manifest describes, {np.dtype(dtype)} {list(shape)}",
+            hint="export the bundle again",
+        )
+    return array
+
+
 def held_out(bundle: Path, manifest: m.Manifest) -> HeldOut:
     """Read a bundle's held-out inputs, uint8 [N, H, W, 3], and eager logits, float32 [N, classes]."""
     described = manifest.artifacts.held_out
-    pixels = np.load(checked(bundle, described.inputs), allow_pickle=False)
-    logits = np.load(checked(bundle, described.logits), allow_pickle=False)
+    recipe = manifest.recipe
+    crop = (recipe.preprocess.crop_height, recipe.preprocess.crop_width, 3)
+    pixels = _array(checked(bundle, described.inputs), np.uint8, (described.count, *crop))
+    logits = _array(
+        checked(bundle, described.logits), np.float32, (described.count, recipe.source.num_classes)
+    )
     return HeldOut(pixels, logits, described.labels)
 
 

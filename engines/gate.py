@@ -96,7 +96,7 @@ def judge(
         known = labels if full else None
         metrics = compare(reference[:count], logits, known)
         here = limits if full else {m: v for m, v in limits.items() if "accuracy" not in m}
-        if here:
+        if here or full:
             found += [f"batch {size}: {text}" for text in failures(metrics, here)]
         if full:
             whole = metrics

@@ -40,7 +40,7 @@ def _fits_half(value: ir.Value) -> bool:
     array = np.abs(value.const_value.numpy())
     if array.size == 0 or array.max() <= 0:
         return True
-    return bool(array.max() <= _LARGEST and (array.size > 1 or array.max() >= _LEAST_NORMAL))
+    return bool(_LEAST_NORMAL <= array.max() <= _LARGEST)
 
 
 def _is_float(value: ir.Value | None) -> bool:

@@ -12,7 +12,6 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from calibration.preprocess import Preprocess
-from engines.bench import Latency
 
 SCHEMA_VERSION: Literal[1] = 1
 WeightsKind = Literal["torchvision", "file", "random"]
@@ -107,6 +106,17 @@ class Gate(_Model):
     )
     eager_metrics: dict[str, float | int | None] = Field(description="The same, against eager PyTorch.")
     failures: list[str]
+
+
+class Latency(_Model):
+    """Latency of one engine, measured in turn with the FP32 engine of the same run."""
+
+    batch: int
+    median_ms: float = Field(description="Median milliseconds of one run of the whole batch.")
+    fp32_median_ms: float
+    speedup: float = Field(description="Median of the rounds' ratios FP32 / this engine; over 1 is faster.")
+    rounds: int
+    machine: str
 
 
 class Engine(_Model):

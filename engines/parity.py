@@ -176,23 +176,27 @@ def compare(reference: Logits, engine: Logits, labels: Sequence[int] | None = No
         )
     check_reference(reference)
     images, classes = reference.shape
-    if not np.isfinite(engine).all():
-        return Metrics(images, classes, float("inf"), float("inf"), -200.0, 0.0, 0.0, 0.0, classes)
+    best = _top(reference, 1)[:, 0], _top(engine, 1)[:, 0]
+    finite = bool(np.isfinite(engine).all())
+    accuracy = reference_accuracy = drop = None
+    if labels is not None:
+        truth = np.asarray(labels)
+        reference_accuracy = float((best[0] == truth).mean())
+        accuracy = float((best[1] == truth).mean()) if finite else 0.0
+        drop = reference_accuracy - accuracy
+    if not finite:
+        inf = float("inf")
+        worst = (inf, inf, -200.0, 0.0, 0.0, 0.0, classes)
+        return Metrics(images, classes, *worst, accuracy, reference_accuracy, drop if drop is None else 1.0)
     r, e = reference.astype(np.float64), engine.astype(np.float64)
     mean = r.mean(axis=0)
     centred, other = r - mean, e - mean
     signal, noise = float((centred**2).sum()), float(((e - r) ** 2).sum())
     norms = float(np.linalg.norm(centred) * np.linalg.norm(other))
     max_abs = float(np.abs(e - r).max())
-    best = _top(reference, 1)[:, 0], _top(engine, 1)[:, 0]
     five = min(5, classes)
     top_r, top_e = _top(reference, five), _top(engine, five)
     shared = [len(set(a) & set(b)) / five for a, b in zip(top_r.tolist(), top_e.tolist(), strict=True)]
-    accuracy = reference_accuracy = drop = None
-    if labels is not None:
-        truth = np.asarray(labels)
-        reference_accuracy, accuracy = float((best[0] == truth).mean()), float((best[1] == truth).mean())
-        drop = reference_accuracy - accuracy
     return Metrics(
         images=images,
         classes=classes,

@@ -53,7 +53,13 @@ def choose(names: Sequence[str]) -> list[Target]:
     if AUTO in names:
         if set(names) != {AUTO}:
             raise UsageError("--target auto cannot be combined with other targets", hint="name them all")
-        return [target for target in known.values() if not target.unavailable]
+        available = [target for target in known.values() if not target.unavailable]
+        if not available:
+            reasons = "; ".join(f"{t.name}: {t.unavailable}" for t in known.values())
+            raise TargetUnavailableError(
+                f"--target auto: none is available here: {reasons}", hint="install one"
+            )
+        return available
     chosen = [known[name] for name in dict.fromkeys(names)]
     for target in chosen:
         if target.unavailable:

@@ -12,7 +12,7 @@ import click
 
 from calibration.errors import UsageError
 from exporter import __version__, options, outcome
-from exporter.report import ConsoleReporter
+from exporter.report import ConsoleReporter, make_console
 
 EXIT_CODES = """\b
 Exit codes:
@@ -229,7 +229,8 @@ def export(model: str, json_path: Path | None, quiet: bool, verbose: bool, **giv
         result = export_zoo(chosen, reporter=now.reporter)
     except GateFailedError as error:
         now.document |= _described(error.result.bundle, error.result.manifest)
-        print_table(error.result.engines, random=error.result.manifest.recipe.source.weights.random)
+        if not quiet:
+            print_table(error.result.engines, random=error.result.manifest.recipe.source.weights.random)
         raise
     now.document |= _described(result.bundle, result.manifest)
     if not quiet:
@@ -249,7 +250,7 @@ def _described(bundle: Path, manifest: Any) -> dict[str, Any]:
 @_verbose_option
 def list_models(pattern: str, json_path: Path | None, quiet: bool, verbose: bool) -> None:
     """List the zoo's models whose name matches PATTERN (a glob, or a part of the name)."""
-    del json_path, quiet, verbose
+    del json_path, verbose
     import fnmatch
 
     from torchvision.models import get_model_weights
@@ -265,6 +266,7 @@ def list_models(pattern: str, json_path: Path | None, quiet: bool, verbose: bool
         for weights in get_model_weights(name):
             p = preprocess_of(weights)
             accuracy = weights.meta["_metrics"]["ImageNet-1K"]["acc@1"]
+            accuracy = accuracy if accuracy == accuracy else None  # VGG16's feature extractor has NaN
             rows.append(
                 (
                     name,
@@ -286,7 +288,8 @@ def list_models(pattern: str, json_path: Path | None, quiet: bool, verbose: bool
         )
         for row in rows
     ]
-    from rich.console import Console
+    if quiet:
+        return
     from rich.table import Table
 
     table = Table()
@@ -302,9 +305,9 @@ def list_models(pattern: str, json_path: Path | None, quiet: bool, verbose: bool
             str(resize),
             interpolation,
             f"{params / 1e6:.1f} M",
-            f"{accuracy:.1f}",
+            "-" if accuracy is None else f"{accuracy:.1f}",
         )
-    console = Console(highlight=False)
+    console = make_console()
     if not console.is_terminal:
         console.width = max(console.width, 120)
     console.print(table)
@@ -364,12 +367,14 @@ def verify(bundle: Path, json_path: Path | None, quiet: bool, verbose: bool) -> 
 @_verbose_option
 def inspect(bundle: Path, json_path: Path | None, quiet: bool, verbose: bool) -> None:
     """Show what a bundle holds, from its manifest. Runs nothing."""
-    del json_path, quiet, verbose
+    del json_path, verbose
     from engines import bundle as room
     from exporter.report import print_table
 
     manifest = room.read_manifest(bundle)
     outcome.current().document |= {"bundle": str(bundle), "manifest": manifest.model_dump(mode="json")}
+    if quiet:
+        return
     recipe, p = manifest.recipe, manifest.recipe.preprocess
     trained, held = recipe.source.weights, manifest.artifacts.held_out
     lines = {

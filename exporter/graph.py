@@ -7,9 +7,10 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
+import click
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
@@ -27,6 +28,8 @@ OPSET = 20
 _SAMPLE_BATCH = 7
 """Traced with, never run. A prime that is no usual channel count, so that a baked batch can be told by it; with
 a sample batch of 1 the exporter specializes silently."""
+
+_FOLDED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 
 CHECK_BATCHES = (1, 3)
 """Batches that the exported graph is run at, beside eager; neither is the sample batch."""
@@ -92,45 +95,53 @@ def export(
             )
         assert program is not None
     except Exception as error:
-        text = str(error).strip().splitlines()
+        text = click.unstyle(str(error)).strip().splitlines()
         raise ExportDefectError(
             f"torch.onnx.export failed: {text[0] if text else type(error).__name__}", hint=_REPORT
         ) from error
     graph = program.model
-    _strip_metadata(graph)
+    _strip_metadata(graph, dict(model.named_modules()))
     check_dynamic_batch(graph)
     return graph_io.save(graph, out, external_threshold=external_threshold)
 
 
-def _strip_metadata(model: ir.Model) -> None:
+def _strip_metadata(model: ir.Model, modules: Collection[str]) -> None:
     """Keep the module path of each node; drop stack traces, absolute paths and the rest."""
-    for node in model.graph:
-        module = _module_path(node)
+    for node in model.graph.all_nodes():
+        module = _module_path(node, modules)
         node.metadata_props.clear()
         if module:
             node.metadata_props[MODULE_KEY] = module
         node.doc_string = None
         for output in node.outputs:
             output.metadata_props.clear()
-    for value in [*model.graph.inputs, *model.graph.initializers.values()]:
-        value.metadata_props.clear()
-        value.doc_string = None
+            output.doc_string = None
+    for graph in [model.graph, *model.graph.subgraphs()]:
+        for value in [*graph.inputs, *graph.initializers.values()]:
+            value.metadata_props.clear()
+            value.doc_string = None
+        graph.metadata_props.clear()
+        graph.doc_string = None
     model.metadata_props.clear()
-    model.graph.metadata_props.clear()
-    model.doc_string = model.graph.doc_string = None
+    model.doc_string = None
     model.graph.name = "main"
 
 
-def _module_path(node: ir.Node) -> str:
-    """By weight name where there is one (after folding, a Conv's scope reads `...bn1`), else by scope."""
-    for value in node.inputs:
-        if value is not None and value.is_initializer() and (value.name or "").endswith(".weight"):
-            return str(value.name).removesuffix(".weight")
+def _module_path(node: ir.Node, modules: Collection[str]) -> str:
+    """The module that a node comes from, by its scope: the innermost that is the name of a module.
+
+    A convolution that BatchNormalization was folded into has the scope `...bn1`, and is known by its weight instead.
+    Not so other operators: the exporter lets layers with equal weights (all normalizations, at first) share one.
+    """
+    if node.op_type in _FOLDED:
+        for value in node.inputs[1:2]:
+            if value is not None and value.is_initializer() and (value.name or "").endswith(".weight"):
+                return str(value.name).removesuffix(".weight")
     try:
         scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
     except (ValueError, SyntaxError):
         return ""
-    return str(scopes[-2]) if len(scopes) > 1 else ""
+    return next((str(scope) for scope in reversed(scopes) if scope and scope in modules), "")
 
 
 def _is_dynamic(value: ir.Value) -> bool:

@@ -14,7 +14,7 @@ from calibration.preprocess import normalize
 from engines import bench
 from engines.bundle import HeldOut, judge_engine
 from engines.gate import MIN_LABELLED, images_compared
-from engines.manifest import Gate, Precision, Recipe
+from engines.manifest import Gate, Latency, Precision, Recipe
 from engines.onnxruntime_engine import OnnxRuntimeEngine
 from engines.parity import DEFAULT_TOLERANCES
 from exporter.context import Context
@@ -102,7 +102,7 @@ def describe_gate(gate: Gate) -> str:
 
 def time_engines(
     context: Context, files: Mapping[Precision, Path], fp32: Path, recipe: Recipe, held: HeldOut
-) -> dict[str, bench.Latency]:
+) -> dict[str, Latency]:
     """Latency of each engine at batch OPT, in turn with FP32; warns where lower precision is slower."""
     timed: dict[Precision, Path] = {"fp32": fp32, **files}
 
@@ -119,7 +119,7 @@ def time_engines(
         result = context.cache.run("bench", key, make)
         stage.cached = result.cached
         stage.detail = f"{len(timed)} engine(s) in turn at batch {recipe.batch.opt}"
-    latencies = {name: bench.Latency.model_validate(data) for name, data in result.data.items()}
+    latencies = {name: Latency.model_validate(data) for name, data in result.data.items()}
     for precision in files:
         latency = latencies[precision]
         if precision != "fp32" and latency.speedup < 1.0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,9 @@ from calibration.errors import UsageError
 
 Precision = Literal["fp32", "fp16", "int8"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
+TARGETS = ("onnxruntime", "tensorrt", "tensorrt-rtx")
 METHODS = ("minmax",)
+MAX_SEED = 2**31 - 1
 REQUIREMENTS = ("graph", "verified")
 
 DEFAULT_CALIB_IMAGES = 512
@@ -83,8 +86,16 @@ class Tolerance:
             value = float(number)
         except ValueError:
             value = float("nan")
-        if value != value:
-            raise UsageError(f"--tolerance {text!r}: {number!r} is not a number", hint="for example sqnr=20")
+        if not math.isfinite(value):
+            raise UsageError(
+                f"--tolerance {text!r}: {number!r} is not a finite number", hint="for example sqnr=20"
+            )
+        known = {*TARGETS, *PRECISIONS, *(f"{t}-{p}" for t in TARGETS for p in PRECISIONS)}
+        if selector is not None and selector not in known:
+            raise UsageError(
+                f"--tolerance {text!r}: no target, precision or engine {selector!r}",
+                hint=f"choose from {', '.join([*TARGETS, *PRECISIONS])}, or both joined: onnxruntime-int8",
+            )
         return cls(metric, value, selector)
 
     def applies_to(self, target: str, precision: str) -> bool:
@@ -162,6 +173,8 @@ class ExportOptions:
         ):
             if value is not None and value < 1:
                 raise UsageError(f"{option} {value}: must be at least 1", hint="leave it out for the default")
+        if not 0 <= self.seed <= MAX_SEED:
+            raise UsageError(f"--seed {self.seed}: must be 0 to {MAX_SEED}", hint="leave it out for 0")
         if self.num_classes is not None and self.num_classes < 2:
             raise UsageError("--num-classes 1: nothing to classify", hint="give 2 or more")
         if self.verify_images < 32:

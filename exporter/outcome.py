@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +15,7 @@ import click
 
 from calibration.errors import INTERRUPTED, EnvironmentFailureError, ExportZooError, UsageError
 from exporter import __version__
-from exporter.report import ConsoleReporter
+from exporter.report import ConsoleReporter, make_console
 
 JSON_SCHEMA_VERSION = 1
 
@@ -57,23 +59,28 @@ def _write_json(path: Path, code: int, error: dict[str, str] | None) -> int:
         **reporter,
         **_current.document,
     }
+    text = json.dumps(document, indent=1, allow_nan=False) + "\n"
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        if path.exists() and not path.is_file():
+            path.write_text(text, encoding="utf-8")  # a pipe or a device is written to, not replaced
+        else:
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(path)
     except OSError as failure:
-        _complain(
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        complain(
             f"--json {path}: cannot be written: {failure.strerror}", "give a path in a writable directory"
         )
         return code or EnvironmentFailureError.exit_code
     return code
 
 
-def _complain(message: str, hint: str) -> None:
-    from rich.console import Console
+def complain(message: str, hint: str) -> None:
     from rich.text import Text
 
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = make_console(stderr=True)
     console.print(Text("error: ", style="bold red").append(message, style="default"))
     if hint:
         console.print(Text("  next: ", style="bold").append(hint, style="default"))
@@ -84,6 +91,10 @@ def execute(app: click.Command, given: Sequence[str]) -> int:
     global _current
     _current = Outcome()
     code, error = 0, None
+    json_path = _json_path(given)
+    if json_path is not None and (not json_path.name or json_path.is_dir()):
+        complain(f"--json {str(json_path)!r}: is not a file", "give the name of a file to write")
+        return UsageError.exit_code
     try:
         result = app.main(list(given), prog_name="export-zoo", standalone_mode=False)
         code = result if isinstance(result, int) else 0
@@ -95,11 +106,8 @@ def execute(app: click.Command, given: Sequence[str]) -> int:
         return UsageError.exit_code
     except click.ClickException as failure:
         code = UsageError.exit_code
-        hint = (
-            f"`{failure.ctx.command_path} --help`"
-            if isinstance(failure, click.UsageError) and failure.ctx
-            else ""
-        )
+        context = failure.ctx if isinstance(failure, click.UsageError) else None
+        hint = f"`{context.command_path if context else 'export-zoo'} --help` shows the options"
         error = {"kind": UsageError.kind, "message": failure.format_message(), "hint": hint}
     except (KeyboardInterrupt, click.Abort):
         code = INTERRUPTED
@@ -108,6 +116,15 @@ def execute(app: click.Command, given: Sequence[str]) -> int:
             "message": "interrupted",
             "hint": "finished stages are cached: run it again",
         }
+    except (BrokenPipeError, SystemExit):
+        # Rich ends the program when nobody reads; the document is still to be written.
+        code = 1
+        error = {
+            "kind": "output",
+            "message": "nobody reads the output",
+            "hint": "--json PATH keeps the result",
+        }
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as failure:
         code = EnvironmentFailureError.exit_code
         where = f"{failure.filename}: " if failure.filename else ""
@@ -126,7 +143,7 @@ def execute(app: click.Command, given: Sequence[str]) -> int:
             "hint": "this is a defect: please report it, with the output of -v",
         }
     if error is not None:
-        _complain(error["message"], error["hint"])
-    if (path := _json_path(given)) is not None:
-        code = _write_json(path, code, error)
+        complain(error["message"], error["hint"])
+    if json_path is not None:
+        code = _write_json(json_path, code, error)
     return code

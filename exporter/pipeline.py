@@ -14,7 +14,7 @@ from calibration import graph_io
 from calibration.errors import ParityError, StateNotReachedError
 from calibration.machine import instruction_set, library_versions
 from calibration.ranges import Ranges
-from engines import bench, manifest, target
+from engines import manifest, target
 from engines.bundle import HeldOut
 from engines.manifest import Engine, Precision
 from exporter import __version__, publish, stages
@@ -119,7 +119,7 @@ def _recipe(
 def _engines(
     files: Mapping[Precision, Path],
     gates: Mapping[Precision, manifest.Gate],
-    latencies: Mapping[str, bench.Latency],
+    latencies: Mapping[str, manifest.Latency],
     model: str,
     contents: _Contents,
 ) -> list[manifest.Engine]:
@@ -210,7 +210,7 @@ def _run(context: Context) -> ExportResult:
         ),
     )
     out = options.out_dir
-    place = out.with_name(out.name + ".failed") if failed or short else out
+    place = publish.failed_place(out) if failed or short else out
     with context.reporter.stage("bundle") as stage:
         publish.publish(place, result, contents.sources)
         stage.detail = str(place)

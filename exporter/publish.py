@@ -7,6 +7,7 @@ to are removed after that. A first bundle is made beside its place and renamed a
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -30,18 +31,41 @@ def describe(path: Path, stem: str) -> File:
     return File(path=f"{FILES}/{name}", sha256=sha256, size_bytes=path.stat().st_size)
 
 
+def failed_place(out: Path) -> Path:
+    """`OUT.failed`, where everything is kept when a gate does not hold."""
+    out = Path(os.path.abspath(out))  # noqa: PTH100 (links are kept)
+    return out.with_name(f"{out.name}.failed")
+
+
 def check_destination(out: Path) -> None:
     """Refuse to write where something else lies; called before any work.
 
     Raises:
-        UsageError: `out` is a file, or a directory that is not a bundle.
+        UsageError: `out`, its `.failed` neighbour, or a directory above is a file, or holds something else.
     """
-    if out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).is_file():
-        raise UsageError(
-            f"--out {out}: is not empty and not a bundle", hint="give a new directory, or remove that one"
-        )
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"--out {out}: is a file", hint="give a directory")
+    absolute = Path(os.path.abspath(out))  # noqa: PTH100 (links are kept)
+    if not absolute.name:
+        raise UsageError(f"--out {out}: is the root directory", hint="give a new directory")
+    for above in absolute.parents:
+        if above.exists() and not above.is_dir():
+            raise UsageError(f"--out {out}: {above} is a file", hint="give a directory")
+    for place, shown in ((absolute, out), (failed_place(out), f"{out} ({failed_place(out).name})")):
+        if place.exists() and not place.is_dir():
+            raise UsageError(f"--out {shown}: is a file", hint="give a directory, or remove that file")
+        if place.is_dir() and any(place.iterdir()) and not _is_bundle(place):
+            raise UsageError(
+                f"--out {shown}: is not empty and not a bundle",
+                hint="give a new directory, or remove that one",
+            )
+
+
+def _is_bundle(directory: Path) -> bool:
+    """It has a manifest of ours, of whatever version; `manifest.json` is a common name."""
+    try:
+        document = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(document, dict) and {"schema_version", "recipe", "artifacts"} <= document.keys()
 
 
 @contextlib.contextmanager
@@ -96,8 +120,9 @@ def _collect_garbage(directory: Path, manifest: Manifest) -> None:
     for path in (directory / FILES).iterdir():
         if path.name not in kept and ours.match(path.name):
             path.unlink(missing_ok=True)
-    for path in directory.glob(f".{MANIFEST}.*"):
-        path.unlink(missing_ok=True)
+    for path in directory.iterdir():
+        if re.fullmatch(rf"\.{re.escape(MANIFEST)}\.[0-9a-f]{{32}}", path.name):
+            path.unlink(missing_ok=True)
 
 
 def publish(out: Path, manifest: Manifest, sources: dict[str, Path]) -> None:
@@ -109,7 +134,7 @@ def publish(out: Path, manifest: Manifest, sources: dict[str, Path]) -> None:
     Raises:
         OSError: the disk is full or not writable; the old bundle stays as it was.
     """
-    out = out.absolute()
+    out = Path(os.path.realpath(out))  # a link to a directory stays a link
     out.parent.mkdir(parents=True, exist_ok=True)
     with _locked(out.parent):
         for abandoned in out.parent.glob(f"{_STAGING}*"):

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from engines.manifest import Engine
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from engines.manifest import Engine
+
+
+def make_console(*, stderr: bool = False) -> Console:
+    """A console that writes plain text under NO_COLOR (no-color.org): no bold either."""
+    from rich.console import Console
+
+    system: Literal["auto"] | None = None if os.environ.get("NO_COLOR") else "auto"
+    return Console(stderr=stderr, color_system=system, highlight=False, soft_wrap=stderr)
 
 
 @dataclass
@@ -40,6 +52,7 @@ class Reporter:
 
     def warn(self, text: str) -> None:
         """A warning, once."""
+        text = text.encode("utf-8", "backslashreplace").decode()
         if text not in self.warnings:
             self.warnings.append(text)
             self.show_warning(text)
@@ -63,10 +76,8 @@ class ConsoleReporter(Reporter):
 
     def __init__(self, *, quiet: bool = False) -> None:
         super().__init__()
-        from rich.console import Console
-
         self.quiet = quiet
-        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.console = make_console(stderr=True)
 
     def show_stage(self, stage: Stage) -> None:
         if self.quiet:
@@ -85,7 +96,7 @@ class ConsoleReporter(Reporter):
 
     @contextlib.contextmanager
     def bar(self, label: str, total: int | None) -> Iterator[Callable[[int], None]]:
-        if self.quiet or not self.console.is_terminal:
+        if self.quiet or not self.console.is_terminal or self.console.color_system is None:
             yield lambda _: None
             return
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -102,10 +113,9 @@ def _number(value: float | int | None, form: str) -> str:
 
 def print_table(engines: Sequence[Engine], *, random: bool) -> None:
     """The engines of a bundle, on stdout."""
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
+    console = make_console()
     table = Table(
         title="random weights: accuracy figures mean nothing" if random else None, title_style="yellow"
     )

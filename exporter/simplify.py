@@ -80,7 +80,8 @@ def _difference(first: Path, second: Path, inputs: npt.NDArray[np.float32]) -> f
         a, b = (engine.run(inputs[:batch]) for engine in engines)
         if a.shape != b.shape:
             return float("inf")
-        worst = max(worst, float(np.abs(a - b).max() / (np.abs(a).max() + 1e-12)))
+        change = float(np.abs(a - b).max() / (np.abs(a).max() + 1e-12))
+        worst = max(worst, change if np.isfinite(change) else float("inf"))
     return worst
 
 
@@ -106,11 +107,18 @@ def _simplify(source: Path, out: Path, scratch: Path, inputs: npt.NDArray[np.flo
     else:
         candidate = scratch / "onnxsim.onnx"
         failure = _run_onnxsim(source, candidate)
+        if not failure:
+            try:
+                simplified = graph_io.load(candidate)
+                unchanged = operator_counts(simplified.graph) == before
+                change = 0.0 if unchanged else _difference(source, candidate, inputs)
+            except Exception as error:  # whatever it wrote: the original is at hand
+                failure = f"its graph cannot be used: {error}".splitlines()[0]
         if failure:
             summary = warning = f"onnxsim skipped: {failure}"
-        elif operator_counts((simplified := graph_io.load(candidate)).graph) == before:
+        elif unchanged:
             summary = "onnxsim skipped: it changes nothing"
-        elif not (change := _difference(source, candidate, inputs)) <= MAX_RELATIVE_ERROR:
+        elif not change <= MAX_RELATIVE_ERROR:
             summary = warning = f"onnxsim skipped: it changes the logits by {change:.1e} of the largest"
         else:
             _restore_modules(simplified, original)
