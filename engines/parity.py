@@ -104,7 +104,7 @@ def unfused_tolerances(graph_sqnr: float) -> dict[str, float]:
     nearly up to the quantization noise itself. So the engine must be at least as close to its graph as the graph
     is to eager (`graph_sqnr`, in dB), within 6 to 20 dB; a wrong scale or a wrong kernel gives 0 dB.
     """
-    return {"sqnr": float(np.clip(graph_sqnr, *UNFUSED_SQNR_DB)), "misplaced": 0}
+    return {"sqnr": float(np.clip(graph_sqnr, *UNFUSED_SQNR_DB))}
 
 
 def limits_of(tolerances: Mapping[str, float]) -> list[Limit]:

@@ -13,7 +13,6 @@ import torch
 import torchvision
 from torch import nn
 from torchvision.models import WeightsEnum, get_model, get_model_weights
-from torchvision.models.mobilenetv2 import InvertedResidual
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.transforms import InterpolationMode
 
@@ -237,13 +236,26 @@ def build(spec: ModelSpec) -> tuple[nn.Module, list[str]]:
 
 
 def _last_norm_of_branch(block: nn.Module) -> nn.BatchNorm2d | None:
-    """The BatchNorm that ends a residual branch, in ResNets and MobileNetV2."""
+    """The BatchNorm that ends a residual branch: in ResNets, MobileNets, EfficientNets, MNASNets and RegNets."""
     if isinstance(block, Bottleneck):
         return block.bn3  # type: ignore[return-value]
     if isinstance(block, BasicBlock):
         return block.bn2  # type: ignore[return-value]
-    if isinstance(block, InvertedResidual) and block.use_res_connect:
-        return block.conv[-1]  # type: ignore[return-value]
+    branches = {
+        "use_res_connect": ("conv", "block"),  # MobileNetV2, MobileNetV3, EfficientNet
+        "apply_residual": ("layers",),  # MNASNet
+        "proj": ("f",),  # RegNet
+    }
+    for flag, names in branches.items():
+        for name in names:
+            branch = getattr(block, name, None)
+            if (
+                hasattr(block, flag)
+                and getattr(block, flag) is not False
+                and isinstance(branch, nn.Sequential)
+            ):
+                norms = [m for m in branch.modules() if isinstance(m, nn.BatchNorm2d)]
+                return norms[-1] if norms else None
     return None
 
 
