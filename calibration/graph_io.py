@@ -28,13 +28,15 @@ def load(path: Path) -> ir.Model:
     return ir.load(path)
 
 
-def save(model: ir.Model, path: Path, *, external_threshold: int = EXTERNAL_DATA_THRESHOLD) -> list[Path]:
+def save(model: ir.Model, path: Path, *, external_threshold: int | None = None) -> list[Path]:
     """Write a graph and return the files written: the graph, and its weights when they are external.
 
     The weights' file is named by its own hash, so that the graph's reference to it stays right when both are
     copied into a bundle.
     """
     weights = [v.const_value for v in model.graph.initializers.values() if v.const_value is not None]
+    if external_threshold is None:
+        external_threshold = EXTERNAL_DATA_THRESHOLD
     if sum(w.nbytes for w in weights) < external_threshold:
         ir.save(ir.external_data.load_to_model(model), path)
         return [path]

@@ -62,7 +62,7 @@ def export(
     width: int,
     out: Path,
     *,
-    external_threshold: int = graph_io.EXTERNAL_DATA_THRESHOLD,
+    external_threshold: int | None = None,
 ) -> list[Path]:
     """Export an eval-mode classifier of float32 [N, 3, height, width]; returns the files written.
 

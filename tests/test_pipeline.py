@@ -233,3 +233,25 @@ def test_two_runs_side_by_side_on_one_cache_are_both_right(digits, tmp_path):
     manifests = [json.loads((tmp_path / name / "manifest.json").read_text()) for name in "ab"]
     assert manifests[0]["recipe"] == manifests[1]["recipe"]
     assert not list((tmp_path / "cache" / "work").iterdir())
+
+
+def test_graphs_above_the_size_limit_keep_their_weights_beside_them(digits, cli, tmp_path, monkeypatch):
+    """As above 2 GiB, where protobuf ends: with the limit lowered, every step goes through external data."""
+    from calibration import graph_io
+
+    monkeypatch.setattr(graph_io, "EXTERNAL_DATA_THRESHOLD", 1_000_000)
+    out = tmp_path / "out"
+    arguments = [*digits.arguments(), "--precision", "fp32", "--precision", "int8", "--calib", digits.images]
+    done = cli(*arguments, "--out", out, "--no-cache")
+    assert done.code == 0, done.err
+    weights = {f["path"] for e in done.json["engines"] for f in e["external_data"]}
+    assert len(weights) == 2
+    assert all((out / path).stat().st_size > 1_000_000 for path in weights)
+    assert "skipped: weights over 2 GiB" in done.json["recipe"]["simplified"]
+    moved = out.rename(tmp_path / "elsewhere")
+    assert cli("verify", moved).code == 0
+    image = next(digits.images.rglob("4/*.png"))
+    engine = engines.load(moved)
+    assert engine.run(engine.preprocess([image])).argmax() == 4
+    (moved / next(iter(weights))).write_bytes(b"damaged")
+    assert cli("verify", moved).code == 5
