@@ -190,7 +190,7 @@ def load(
                 f"{root}: no engine {engine!r}", hint=f"it has: {', '.join(engines) or 'none'}"
             )
         return LoadedEngine(root, manifest, engines[engine], "asked for", threads)
-    runnable = [e for e in engines.values() if e.target == "onnxruntime" and e.state == "verified"]
+    runnable = [e for e in engines.values() if e.state == "verified" or allow_failed]
     if not runnable:
         raise TargetUnavailableError(f"{root}: no verified engine that runs here", hint="export again here")
     best = max(runnable, key=lambda e: e.latency.speedup if e.latency is not None else 0.0)

@@ -12,7 +12,15 @@ from calibration.errors import ParityError
 from calibration.images import Progress
 from calibration.preprocess import Preprocess, UInt8Array, normalize
 from engines.manifest import Batch, Gate
-from engines.parity import Metrics, batches_to_check, check_reference, compare, failures, unfused_tolerances
+from engines.parity import (
+    MIN_UNFUSED_COSINE,
+    Metrics,
+    batches_to_check,
+    check_reference,
+    compare,
+    failures,
+    unfused_tolerances,
+)
 
 Float32Array = npt.NDArray[np.float32]
 
@@ -84,6 +92,11 @@ def judge(
     reference, limits = eager, dict(tolerances)
     if unfused is not None:
         reference = unfused()
+        if not np.isfinite(reference).all():
+            raise ParityError(
+                "nothing to compare: the unfused precision graph's logits are not finite",
+                hint="the precision graph is wrong or overflows; try other --calib images, or another --precision",
+            )
         limits = {**unfused_tolerances(compare(eager, reference).sqnr), **limits}
     sizes = batches_to_check(batch.min, batch.opt, batch.max)
     found: list[str] = []
@@ -103,6 +116,10 @@ def judge(
             eager_metrics = metrics if unfused is None else compare(eager, logits, known)
     assert whole is not None
     assert eager_metrics is not None
+    if unfused is not None and not eager_metrics.cosine >= MIN_UNFUSED_COSINE:
+        found.append(
+            f"batch {batch.opt}: cosine to eager is {eager_metrics.cosine:.3g}, must be >= {MIN_UNFUSED_COSINE}"
+        )
     return Gate(
         reference="eager" if unfused is None else "unfused precision graph",
         tolerances=limits,

@@ -93,6 +93,9 @@ DEFAULT_TOLERANCES: Mapping[str, Mapping[str, float]] = {
     "int8": {"sqnr": 10.0, "top1": 0.90, "accuracy_drop": 0.02, "misplaced": 0},
 }
 
+MIN_UNFUSED_COSINE = 0.5
+"""Least cosine to eager of a random network's engine (1 dB of SQNR): a wrong precision graph has none."""
+
 UNFUSED_SQNR_DB = (6.0, 20.0)
 """Bounds of the limit that random weights are gated by, see `unfused_tolerances`."""
 
@@ -179,6 +182,8 @@ def compare(reference: Logits, engine: Logits, labels: Sequence[int] | None = No
     best = _top(reference, 1)[:, 0], _top(engine, 1)[:, 0]
     finite = bool(np.isfinite(engine).all())
     accuracy = reference_accuracy = drop = None
+    if labels is not None and len(labels) != images:
+        raise ParityError(f"nothing to compare: {len(labels)} labels for {images} images")
     if labels is not None:
         truth = np.asarray(labels)
         reference_accuracy = float((best[0] == truth).mean())
@@ -187,7 +192,7 @@ def compare(reference: Logits, engine: Logits, labels: Sequence[int] | None = No
     if not finite:
         inf = float("inf")
         worst = (inf, inf, -200.0, 0.0, 0.0, 0.0, classes)
-        return Metrics(images, classes, *worst, accuracy, reference_accuracy, drop if drop is None else 1.0)
+        return Metrics(images, classes, *worst, accuracy, reference_accuracy, drop)
     r, e = reference.astype(np.float64), engine.astype(np.float64)
     mean = r.mean(axis=0)
     centred, other = r - mean, e - mean

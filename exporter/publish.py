@@ -17,7 +17,7 @@ from pathlib import Path
 
 from calibration.errors import UsageError
 from calibration.graph_io import sha256_of
-from engines.bundle import MANIFEST
+from engines.bundle import ATTESTATIONS, MANIFEST
 from engines.manifest import File, Manifest
 
 FILES = "files"
@@ -113,15 +113,30 @@ def _write_into(directory: Path, manifest: Manifest, sources: dict[str, Path]) -
     _sync(directory)
 
 
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}")
+_NAMED_BY_HASH = re.compile(r".*\.([0-9a-f]{16})(?:\.\w+)?|weights-([0-9a-f]{32})\.bin")
+_ATTESTATION = re.compile(r"\d{8}T\d{12}Z\.json")
+
+
+def _is_ours(path: Path) -> bool:
+    """Left by a killed run, or named by the hash that its content has."""
+    if _TEMPORARY.fullmatch(path.name):
+        return True
+    match = _NAMED_BY_HASH.fullmatch(path.name)
+    return match is not None and path.is_file() and sha256_of(path).startswith(match[1] or match[2])
+
+
 def _collect_garbage(directory: Path, manifest: Manifest) -> None:
     """Remove what only an earlier manifest, or a killed run, needed; never a file that is not ours."""
     kept = {Path(file.path).name for file in manifest.files()}
-    ours = re.compile(r"^(\..*\.[0-9a-f]{32}|.*\.[0-9a-f]{16}(\.\w+)?|weights-[0-9a-f]{32}\.bin)$")
     for path in (directory / FILES).iterdir():
-        if path.name not in kept and ours.match(path.name):
+        if path.name not in kept and _is_ours(path):
             path.unlink(missing_ok=True)
-    for path in directory.iterdir():
-        if re.fullmatch(rf"\.{re.escape(MANIFEST)}\.[0-9a-f]{{32}}", path.name):
+    for path in directory.glob(f".{MANIFEST}.*"):
+        if _TEMPORARY.fullmatch(path.name):
+            path.unlink(missing_ok=True)
+    for path in (directory / ATTESTATIONS).glob("*.json"):
+        if _ATTESTATION.fullmatch(path.name):  # they attest the old manifest
             path.unlink(missing_ok=True)
 
 
@@ -142,7 +157,6 @@ def publish(out: Path, manifest: Manifest, sources: dict[str, Path]) -> None:
         if (out / MANIFEST).is_file():
             _write_into(out, manifest, sources)
             _collect_garbage(out, manifest)
-            shutil.rmtree(out / "attestations", ignore_errors=True)  # they attest the old manifest
             return
         staging = out.parent / f"{_STAGING}{uuid.uuid4().hex}"
         try:

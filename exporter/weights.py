@@ -54,9 +54,12 @@ def by_name(model: str, name: str, *, option: str) -> WeightsEnum:
     prefix, _, short = name.rpartition(".")
     if (not prefix or prefix == enum.__name__) and short in enum.__members__:
         return enum[short]
+    takes_files = option == "--weights"
     raise BadInputError(
-        f"{option} {name}: {model} has no such weights, and no such file exists",
-        hint=f"choose from {', '.join(names_of(model))}, a .pth or .safetensors file, or none",
+        f"{option} {name}: {model} has no such weights"
+        + (", and no such file exists" if takes_files else ""),
+        hint=f"choose from {', '.join(names_of(model))}"
+        + (", a .pth or .safetensors file, or none" if takes_files else ""),
     )
 
 
@@ -217,9 +220,12 @@ _ARCHITECTURE = "is it the state dict of this architecture? --init-missing PATTE
 def _advice(state: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Size], wrong: Sequence[str]) -> str:
     """What would fit: another head or input size is the usual reason."""
     head = [name for name in wanted if name.endswith("weight")][-1].rpartition(".")[0]
-    if wrong and all(name.rpartition(".")[0] == head for name in wrong):
-        classes = state[f"{head}.weight"].shape[0]
-        return f"the file has {classes} classes: pass --num-classes {classes}, or --init-missing '{head}.*'"
+    if f"{head}.weight" in wrong:
+        found, expected = state[f"{head}.weight"].shape[0], wanted[f"{head}.weight"][0]
+        # The auxiliary heads of googlenet and inception_v3 change with the head.
+        heads = [n for n in wrong if (state[n].shape[0], wanted[n][0]) == (found, expected)]
+        if len(heads) == len(wrong):
+            return f"the file has {found} classes: pass --num-classes {found}, or --init-missing '{head}.*'"
     if any("pos_embedding" in name for name in wrong):
         return "position embeddings depend on the input size: pass the --input-size it was trained at"
     return _ARCHITECTURE

@@ -134,7 +134,8 @@ def _choose_transforms(options: ExportOptions, known: WeightsEnum | None) -> Pre
 
 
 def _summary(name: str, p: Preprocess) -> str:
-    return f"{name} (resize {p.resize_size}, crop {p.crop_height}, {p.interpolation})"
+    sizes = f"resize {p.resize_size}, crop {p.crop_height}, {p.interpolation}"
+    return f"{name} ({sizes}, mean {list(p.mean)}, std {list(p.std)})"
 
 
 def resolve(options: ExportOptions) -> ModelSpec:
