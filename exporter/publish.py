@@ -138,6 +138,8 @@ def _collect_garbage(directory: Path, manifest: Manifest) -> None:
     for path in (directory / ATTESTATIONS).glob("*.json"):
         if _ATTESTATION.fullmatch(path.name):  # they attest the old manifest
             path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # not there, or not empty
+        (directory / ATTESTATIONS).rmdir()
 
 
 def publish(out: Path, manifest: Manifest, sources: dict[str, Path]) -> None:
