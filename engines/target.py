@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from calibration.errors import TargetUnavailableError, UsageError
 from calibration.machine import library_versions
 
-PRECISIONS = ("fp32", "fp16", "int8")
+TARGETS = ("onnxruntime", "tensorrt", "tensorrt-rtx")
 AUTO = "auto"
 
 
@@ -17,8 +17,6 @@ class Target:
     """A backend that engines are built for."""
 
     name: str
-    precisions: tuple[str, ...]
-    summary: str
     unavailable: str = ""
     """Why it cannot be built here; empty where it can."""
 
@@ -27,16 +25,8 @@ def targets() -> dict[str, Target]:
     """All targets by name, as they stand on this machine."""
     absent = library_versions("onnxruntime")["onnxruntime"] == "absent"
     later = "this version of export-zoo cannot build it yet; only onnxruntime is supported"
-    return {
-        "onnxruntime": Target(
-            "onnxruntime",
-            ("fp32", "fp16", "int8"),
-            "the embedded engine, on the CPU",
-            "install onnxruntime or onnxruntime-gpu" if absent else "",
-        ),
-        "tensorrt": Target("tensorrt", (), "TensorRT on NVIDIA GPUs", later),
-        "tensorrt-rtx": Target("tensorrt-rtx", (), "TensorRT-RTX on NVIDIA GPUs", later),
-    }
+    reasons = {"onnxruntime": "install onnxruntime or onnxruntime-gpu" if absent else ""}
+    return {name: Target(name, reasons.get(name, later)) for name in TARGETS}
 
 
 def choose(names: Sequence[str]) -> list[Target]:

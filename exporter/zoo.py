@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -294,7 +294,3 @@ def _make_usable(model: nn.Module, spec: ModelSpec) -> None:
                 f"{spec.name} does not run at input {height}x{width}: {error}",
                 hint="choose another --input-size",
             ) from error
-
-
-def with_labels(spec: ModelSpec, labels: tuple[str, ...]) -> ModelSpec:
-    return replace(spec, labels=labels)
