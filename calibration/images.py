@@ -98,6 +98,12 @@ def refuse_if_too_many_unreadable(where: str, unreadable: Sequence[Unreadable], 
         )
 
 
+def _printable(name: str) -> str:
+    """Names with line breaks, or that are not UTF-8, must not break reports and JSON."""
+    text = name.encode("utf-8", "backslashreplace").decode()
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def _visible_files(root: Path, option: str) -> Iterator[Path]:
     """All files below a folder but hidden ones; linked folders are followed, each once."""
 
@@ -157,8 +163,7 @@ def scan(root: Path, *, option: str, progress: Progress = lambda _: None) -> Ima
     with ThreadPoolExecutor(DECODE_THREADS) as pool:
         for path, (sha256, reason) in zip(candidates, pool.map(inspect, candidates), strict=True):
             relative = path.relative_to(root)
-            # A name that is not UTF-8 must not break reports and JSON.
-            name = relative.as_posix().encode("utf-8", "backslashreplace").decode()
+            name = _printable(relative.as_posix())
             if reason is not None:
                 unreadable.append(Unreadable(name, reason))
             elif sha256 in images:

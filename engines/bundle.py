@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Sequence
@@ -149,6 +150,7 @@ class LoadedEngine:
         Raises:
             BadInputError: wrong dtype or shape, or N outside the batch range that was verified.
         """
+        batch = np.asarray(batch)
         allowed = self.manifest.recipe.batch
         if batch.ndim > 0 and not allowed.min <= batch.shape[0] <= allowed.max:
             raise BadInputError(
@@ -230,11 +232,11 @@ def judge_engine(
     )
 
 
-def verify(bundle: Path | str, *, progress: Progress = lambda _: None) -> tuple[m.Attestation, Path]:
+def verify(bundle: Path | str, *, progress: Progress = lambda _: None) -> tuple[m.Attestation, Path | None]:
     """Check every hash of a bundle and every engine's logits on this machine; write an attestation.
 
-    Returns the attestation and its path. Its `status` is `failed` where a gate did not hold: the caller
-    decides what to do, nothing is raised for it.
+    Returns the attestation, and its path: None where the bundle cannot be written to. Its `status` is `failed`
+    where a gate did not hold: the caller decides what to do, nothing is raised for it.
 
     Raises:
         BadInputError: not a bundle, or damaged.
@@ -249,6 +251,11 @@ def verify(bundle: Path | str, *, progress: Progress = lambda _: None) -> tuple[
     gates: dict[str, m.Gate] = {}
     states: dict[str, m.State] = {}
     for engine in manifest.artifacts.engines:
+        if engine.target != "onnxruntime":
+            raise TargetUnavailableError(
+                f"{root}: {engine.name} cannot be run by this version of export-zoo",
+                hint="verify it with the version that wrote the bundle",
+            )
         if engine.precision == "int8" and here != engine.instruction_set:
             text = f"{engine.name} was verified on {engine.instruction_set}, this is {here}"
             if saturates(here) and not manifest.recipe.reduce_range:
@@ -277,11 +284,21 @@ def verify(bundle: Path | str, *, progress: Progress = lambda _: None) -> tuple[
         engines=gates,
         states=states,
     )
+    return attestation, _write_attestation(root, attestation)
+
+
+def _write_attestation(root: Path, attestation: m.Attestation) -> Path | None:
+    """None on read-only storage, as in a container: the figures stand all the same."""
     directory = root / ATTESTATIONS
-    directory.mkdir(exist_ok=True)
     stamp = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%S%fZ")
     path = directory / f"{stamp}.json"
     temporary = directory / f".{stamp}.{os.getpid()}"
-    temporary.write_text(attestation.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
-    return attestation, path
+    try:
+        directory.mkdir(exist_ok=True)
+        temporary.write_text(attestation.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+            return None
+        raise
+    return path

@@ -9,17 +9,18 @@ from __future__ import annotations
 import json
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from calibration.preprocess import Preprocess
+from engines.parity import METRICS
 
 SCHEMA_VERSION: Literal[1] = 1
 WeightsKind = Literal["torchvision", "file", "random"]
 Precision = Literal["fp32", "fp16", "int8"]
 State = Literal["built", "graph verified", "verified"]
 STATES: tuple[State, ...] = ("built", "graph verified", "verified")
-"""Weakest first. *built*: not run. *graph verified*: the precision graph was run and compared. *verified*: the
-engine itself was run and compared."""
+"""Weakest first. *built*: not run, or outside its tolerance. *graph verified*: the precision graph was run and
+compared. *verified*: the engine itself was run and compared."""
 
 
 class _Model(BaseModel):
@@ -67,6 +68,12 @@ class Batch(_Model):
     opt: int = Field(ge=1)
     max: int = Field(ge=1)
 
+    @model_validator(mode="after")
+    def _ordered(self) -> Batch:
+        if not self.min <= self.opt <= self.max:
+            raise ValueError(f"batch {self.min}:{self.opt}:{self.max} is not in order")
+        return self
+
 
 class Calibration(_Model):
     """Where the INT8 ranges come from."""
@@ -107,6 +114,13 @@ class Gate(_Model):
     eager_metrics: dict[str, float | int | None] = Field(description="The same, against eager PyTorch.")
     failures: list[str]
 
+    @field_validator("tolerances")
+    @classmethod
+    def _known(cls, tolerances: dict[str, float]) -> dict[str, float]:
+        if unknown := tolerances.keys() - METRICS:
+            raise ValueError(f"unknown metric {', '.join(sorted(unknown))}")
+        return tolerances
+
 
 class Latency(_Model):
     """Latency of one engine, measured in turn with the FP32 engine of the same run."""
@@ -145,7 +159,7 @@ class HeldOut(_Model):
 
 class Artifacts(_Model):
     created: str = Field(description="UTC, ISO 8601.")
-    engines: list[Engine]
+    engines: list[Engine] = Field(min_length=1)
     held_out: HeldOut
 
 

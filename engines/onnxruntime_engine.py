@@ -53,6 +53,7 @@ class OnnxRuntimeEngine:
         Raises:
             BadInputError: wrong dtype or shape.
         """
+        batch = np.asarray(batch)
         expected = self.input_shape
         fits = batch.ndim == len(expected) and all(
             isinstance(want, str) or want == have for want, have in zip(expected, batch.shape, strict=True)

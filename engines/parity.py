@@ -222,12 +222,13 @@ def failures(metrics: Metrics, tolerances: Mapping[str, float]) -> list[str]:
     """The tolerances that do not hold, for people; empty where the gate passes.
 
     Raises:
-        ParityError: no tolerance could be applied (the gate would have passed without looking).
+        ParityError: a tolerance cannot be applied, or there is none (the gate would pass without looking).
     """
     judged = [(limit, limit.holds(metrics)) for limit in limits_of(tolerances)]
-    if all(holds is None for _, holds in judged):
+    unmeasured = [limit.metric for limit, holds in judged if holds is None]
+    if unmeasured or not judged:
         raise ParityError(
-            "the parity gate has nothing to judge by: " + (", ".join(tolerances) or "no tolerance given"),
+            "the parity gate has nothing to judge by: " + (", ".join(unmeasured) or "no tolerance given"),
             hint="give a tolerance on a metric that is measured; accuracy needs labels",
         )
     return [

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -217,6 +219,8 @@ def export(model: str, json_path: Path | None, quiet: bool, verbose: bool, **giv
         cache=not given["no_cache"],
         seed=given["seed"],
     )
+    if json_path is not None and chosen.out_dir.resolve() in json_path.resolve().parents:
+        raise UsageError(f"--json {json_path}: lies inside the bundle", hint="write it beside --out")
     now = outcome.current()
     now.reporter = ConsoleReporter(quiet=quiet)
     from engines import target
@@ -230,7 +234,8 @@ def export(model: str, json_path: Path | None, quiet: bool, verbose: bool, **giv
     except GateFailedError as error:
         now.document |= _described(error.result.bundle, error.result.manifest)
         if not quiet:
-            print_table(error.result.engines, random=error.result.manifest.recipe.source.weights.random)
+            with contextlib.suppress(BrokenPipeError, SystemExit):  # the verdict is what counts
+                print_table(error.result.engines, random=error.result.manifest.recipe.source.weights.random)
         raise
     now.document |= _described(result.bundle, result.manifest)
     if not quiet:
@@ -339,7 +344,7 @@ def verify(bundle: Path, json_path: Path | None, quiet: bool, verbose: bool) -> 
         reporter.warn(warning)
     now.document |= {
         "bundle": str(bundle),
-        "attestation": str(path),
+        "attestation": str(path) if path else None,
         "engines": attestation.model_dump(mode="json")["engines"],
     }
     for name, gate in attestation.engines.items():
@@ -349,12 +354,14 @@ def verify(bundle: Path, json_path: Path | None, quiet: bool, verbose: bool) -> 
             images = f"{100 * top1:.1f} % of {gate.metrics['images']} images"
             click.echo(f"{name}: {state}, SQNR {sqnr:.1f} dB, top-1 agreement {images}")
     if not quiet:
-        click.echo(f"attestation: {path}")
+        click.echo(f"attestation: {path or 'not written, the bundle is read-only'}")
     failures = [f"{name}: {text}" for name, gate in attestation.engines.items() for text in gate.failures]
     if failures:
         raise ParityError(
             f"{bundle}: logits are outside the tolerance on this machine: {'; '.join(failures)}",
-            hint=f"see {path}; INT8 differs between instruction sets: export on this kind of machine",
+            hint="INT8 differs between instruction sets: export on this kind of machine"
+            if attestation.warnings
+            else "the bundle failed when it was exported, or libraries differ: compare `versions` in the manifest",
         )
     if manifest.status != "ok":
         raise ParityError(f"{bundle}: failed its parity gate when it was exported", hint="export again")
@@ -406,7 +413,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run() -> None:
-    """Entry point of the `export-zoo` console script."""
+    """Entry point of the `export-zoo` console script. SIGTERM ends it as Ctrl-C does: cleanly."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from calibration import graph_io
-from calibration.errors import BadInputError, ExportDefectError
+from calibration.errors import BadInputError, ExportDefectError, ParityError
 from calibration.graph_io import MODULE_KEY
 from engines.onnxruntime_engine import OnnxRuntimeEngine
 
@@ -192,6 +192,11 @@ def check_batches(
     for batch in batches:
         with torch.inference_mode():
             eager = model(torch.from_numpy(inputs[:batch])).numpy()
+        if not np.isfinite(eager).all():
+            raise ParityError(
+                "nothing to compare: the eager model's own logits are not finite",
+                hint="check the weights and the preprocessing",
+            )
         try:
             logits = engine.run(inputs[:batch])
         except Exception as error:

@@ -33,7 +33,8 @@ def tolerances_for(context: Context, precision: str, *, unfused: bool, labelled:
     chosen = {} if unfused else dict(DEFAULT_TOLERANCES[precision])
     if labelled < MIN_LABELLED:
         chosen.pop("accuracy_drop", None)
-    for tolerance in context.options.tolerances:
+    # The general first, so that the specific has the last word, whatever their order.
+    for tolerance in sorted(context.options.tolerances, key=lambda t: t.specificity):
         if tolerance.applies_to(TARGET, precision):
             chosen[tolerance.metric] = tolerance.value
     return chosen
@@ -43,6 +44,13 @@ def judge_engines(
     context: Context, files: Mapping[Precision, Path], recipe: Recipe, held: HeldOut, reference: StageResult
 ) -> dict[Precision, Gate]:
     """The gate of each engine file, by precision. A gate that does not hold is returned, not raised."""
+    for tolerance in context.options.tolerances:
+        if not any(tolerance.applies_to(TARGET, precision) for precision in files):
+            context.reporter.warn(
+                f"--tolerance {tolerance.selector}:{tolerance.metric}: no such engine in this run"
+            )
+    if context.options.reduce_range and "int8" not in files:
+        context.reporter.warn("--reduce-range has no effect without --precision int8")
     return {
         precision: _judge(context, precision, path, recipe, held, reference)
         for precision, path in files.items()

@@ -98,6 +98,13 @@ class Tolerance:
             )
         return cls(metric, value, selector)
 
+    @property
+    def specificity(self) -> int:
+        """0 for all engines, 1 for those of a target or precision, 2 for one engine."""
+        if self.selector is None:
+            return 0
+        return 1 if self.selector in (*TARGETS, *PRECISIONS) else 2
+
     def applies_to(self, target: str, precision: str) -> bool:
         return self.selector in (None, target, precision, f"{target}-{precision}")
 

@@ -95,6 +95,10 @@ def execute(app: click.Command, given: Sequence[str]) -> int:
     if json_path is not None and (not json_path.name or json_path.is_dir()):
         complain(f"--json {str(json_path)!r}: is not a file", "give the name of a file to write")
         return UsageError.exit_code
+    if json_path is not None and not os.access(json_path.absolute().parent, os.W_OK | os.X_OK):
+        # Now, and not when the work is done.
+        complain(f"--json {json_path}: cannot be written", "give a path in a writable directory")
+        return EnvironmentFailureError.exit_code
     try:
         result = app.main(list(given), prog_name="export-zoo", standalone_mode=False)
         code = result if isinstance(result, int) else 0
@@ -117,13 +121,7 @@ def execute(app: click.Command, given: Sequence[str]) -> int:
             "hint": "finished stages are cached: run it again",
         }
     except (BrokenPipeError, SystemExit):
-        # Rich ends the program when nobody reads; the document is still to be written.
-        code = 1
-        error = {
-            "kind": "output",
-            "message": "nobody reads the output",
-            "hint": "--json PATH keeps the result",
-        }
+        # Rich ends the program when nobody reads on. Output comes last: all else is done.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as failure:
         code = EnvironmentFailureError.exit_code

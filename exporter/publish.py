@@ -94,9 +94,12 @@ def _sync(path: Path) -> None:
 
 def _copy(source: Path, target: Path) -> None:
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-    shutil.copyfile(source, temporary)
-    _sync(temporary)
-    temporary.replace(target)
+    try:
+        shutil.copyfile(source, temporary)
+        _sync(temporary)
+        temporary.replace(target)
+    except OSError as error:  # Python names the source, the disk that is full is the target's
+        raise OSError(error.errno, error.strerror or str(error), str(target)) from error
 
 
 def _write_into(directory: Path, manifest: Manifest, sources: dict[str, Path]) -> None:

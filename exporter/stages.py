@@ -10,6 +10,7 @@ import numpy as np
 
 from calibration import images
 from calibration.collect import collect_minmax
+from calibration.errors import BadInputError
 from calibration.graph_io import sha256_of
 from calibration.images import ImageStream
 from calibration.machine import instruction_set
@@ -134,6 +135,12 @@ def run_reference(
             assert chosen.verify_root is not None
             stream = ImageStream(files, p, IMAGE_BATCH, chosen.verify_root)
             pixels = stream.all()
+            if len(pixels) < images.MIN_VERIFY:
+                raise BadInputError(
+                    f"{chosen.verify_root}: {len(pixels)} images to verify on can be decoded, at least "
+                    f"{images.MIN_VERIFY} are needed",
+                    hint="repair or replace those that the message before names, or add images",
+                )
         with context.reporter.bar("reference", len(pixels)) as progress:
             logits = eager_logits(model.built[0], pixels, p, progress)
         check_reference(logits)

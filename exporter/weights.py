@@ -10,6 +10,7 @@ from pathlib import Path
 from urllib.error import URLError
 from urllib.parse import urlparse
 
+import click
 import torch
 from torch import nn
 from torchvision.models import WeightsEnum, get_model_weights
@@ -137,7 +138,8 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
         else:
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        lines = click.unstyle(str(error)).splitlines()
+        text = lines[0].partition(" (1)")[0] if lines else type(error).__name__
         raise BadInputError(
             f"--weights {path}: cannot be read as a state dict: {text}",
             hint="save it with torch.save(model.state_dict(), path) or safetensors.torch.save_file",
@@ -204,6 +206,13 @@ def load_into(
         problems.append(f"other shape: {_shown(shapes)}")
     if problems:
         raise BadInputError(f"--weights {origin}: {'; '.join(problems)}", hint=_advice(state, wanted, wrong))
+    damaged = [
+        n for n, t in model.state_dict().items() if t.is_floating_point() and not bool(t.isfinite().all())
+    ]
+    if damaged:
+        raise BadInputError(
+            f"--weights {origin}: not finite: {_shown(damaged)}", hint="the training diverged"
+        )
     initialized = sorted(name for name in [*absent, *misshaped] if allowed(name))
     for pattern in init_missing:
         if not any(fnmatch.fnmatchcase(name, pattern) for name in initialized):
