@@ -725,24 +725,47 @@ def test_an_attestation_that_cannot_be_written_is_a_disk_error(cli, tmp_path, di
     assert "attestations" in error["message"]
 
 
-def test_json_that_cannot_be_written_turns_success_into_7(tmp_path, capsys):
+def test_json_that_cannot_be_written_is_refused_before_any_work(digits_bundle, tmp_path, capsys):
     from exporter.cli import main
 
     path = tmp_path / "absent" / "result.json"
     assert main(["list", "resnet18", "--json", str(path)]) == 7
     captured = capsys.readouterr()
     assert f"--json {path}" in captured.err
-    assert "resnet18" in captured.out
+    assert captured.out == ""
 
 
-def test_json_that_cannot_be_written_does_not_hide_an_earlier_error(tmp_path, capsys):
+def test_json_inside_the_bundle_is_refused(cli, tmp_path):
     from exporter.cli import main
 
-    path = tmp_path / "absent" / "result.json"
-    assert main(["resnet19", "--json", str(path)]) == 5
-    captured = capsys.readouterr()
-    assert "resnet19" in captured.err
-    assert f"--json {path}" in captured.err
+    out = tmp_path / "out"
+    out.mkdir()
+    assert main([*map(str, RANDOM), "--out", str(out), "--json", str(out / "manifest.json")]) == 2
+    assert not list(out.glob("*.onnx"))
+
+
+def test_a_tolerance_on_accuracy_without_labels_fails_the_gate(cli, tmp_path):
+    done = cli(*RANDOM, "--tolerance", "accuracy=0.5", "--out", tmp_path / "out")
+    error = _refused(done, 3, "parity")
+    assert "accuracy" in error["message"]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tolerance_for_no_engine_of_this_run_is_warned_of_and_the_specific_one_wins(cli, tmp_path):
+    limits = ["--tolerance", "fp32:top1=0.25", "--tolerance", "top1=0.5", "--tolerance", "fp16:sqnr=199"]
+    done = cli(*RANDOM, *limits, "--out", tmp_path / "out")
+    assert done.code == 0, done.err
+    assert done.json["engines"][0]["gate"]["tolerances"]["top1"] == 0.25
+    assert any("fp16:sqnr" in warning for warning in done.json["warnings"])
+
+
+def test_a_bundle_without_engines_is_bad_input(cli, tmp_path, digits_bundle):
+    shutil.copytree(digits_bundle, tmp_path / "copy")
+    manifest = tmp_path / "copy" / "manifest.json"
+    document = json.loads(manifest.read_text())
+    document["artifacts"]["engines"] = []
+    manifest.write_text(json.dumps(document))
+    assert "engines" in _refused(cli("verify", tmp_path / "copy"), 5, "input")["message"]
 
 
 # -- --json -----------------------------------------------------------------------------------------------------------

@@ -796,3 +796,9 @@ def test_an_input_size_that_the_architecture_refuses_is_bad_input():
         with pytest.raises(BadInputError, match=f"{size}x{size}") as caught:
             zoo.build(zoo.resolve(_options(model, weights="none", input_size=(size, size))))
         assert "--input-size" in caught.value.hint
+
+
+def test_weights_that_are_not_finite_are_refused_by_name(state):
+    broken = {**state, "fc.bias": torch.full_like(state["fc.bias"], float("nan"))}
+    with pytest.raises(BadInputError, match=r"not finite: fc\.bias"):
+        _load(_small(), broken)
