@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import itertools
 import signal
 import sys
 from collections.abc import Sequence
@@ -35,6 +36,8 @@ class _Group(click.Group):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         group_options = {"--help", "-h", "--version"}
+        flags = list(itertools.takewhile({"-q", "--quiet", "-v", "--verbose"}.__contains__, args))
+        args = [*args[len(flags) : len(flags) + 1], *flags, *args[len(flags) + 1 :]]
         if args and args[0] not in self.commands and args[0] not in group_options:
             _refuse_mistyped(args[0], list(self.commands))
             args = ["export", *args]

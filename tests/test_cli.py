@@ -735,6 +735,12 @@ def test_json_that_cannot_be_written_is_refused_before_any_work(digits_bundle, t
     assert captured.out == ""
 
 
+def test_flags_may_stand_before_the_command(cli):
+    done = cli("-q", "list", "resnet18")
+    assert (done.code, done.out) == (0, "")
+    assert done.json["models"][0]["model"] == "resnet18"
+
+
 def test_json_inside_the_bundle_is_refused(cli, tmp_path):
     from exporter.cli import main
 
