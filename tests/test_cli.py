@@ -641,6 +641,7 @@ def test_an_engine_below_the_required_state_ends_with_6(only_graph_verified, cli
     assert not out.exists(), "what was asked for was not reached"
     assert str(tmp_path / "out.failed") in error["hint"]
     assert json.loads((tmp_path / "out.failed" / "manifest.json").read_text())["status"] == "failed"
+    _refused(cli("verify", tmp_path / "out.failed"), 3, "parity")
 
 
 def test_a_verified_precision_graph_is_enough_by_default(only_graph_verified, cli, tmp_path):
@@ -839,16 +840,11 @@ def test_json_is_written_although_nobody_reads_the_table(tmp_path):
 @pytest.mark.parametrize("line", ["warning: no --calib", "export "], ids=["in export", "in simplify"])
 def test_an_interrupted_export_leaves_no_bundle_and_writes_the_json(line, tmp_path):
     path, cache = tmp_path / "result.json", tmp_path / "cache"
-    command = [
-        sys.executable,
-        "-m",
-        "exporter.cli",
-        *RANDOM,
-        "--out",
-        str(tmp_path / "out"),
-        "--json",
-        str(path),
-    ]
+    # A shell starts background jobs, the test run perhaps, with SIGINT ignored, and children inherit that.
+    program = "import signal; from exporter.cli import run; "
+    program += "signal.signal(signal.SIGINT, signal.default_int_handler); run()"
+    places = ["--out", str(tmp_path / "out"), "--json", str(path)]
+    command = [sys.executable, "-c", program, *RANDOM, *places]
     environment = _environment(EXPORT_ZOO_CACHE=str(cache))
     with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None

@@ -15,7 +15,7 @@ import torch
 from onnx import numpy_helper
 from torch import nn
 
-from calibration.errors import BadInputError, ExportDefectError
+from calibration.errors import BadInputError, ExportDefectError, ParityError
 from calibration.graph_io import external_files, sha256_of
 from engines.onnxruntime_engine import OnnxRuntimeEngine
 from exporter import graph, simplify
@@ -317,12 +317,20 @@ def test_logits_that_are_wrong_at_three_images_only_are_found(exported):
         graph.check_batches(exported[1], Wrong(), _batch())
 
 
-def test_nan_logits_are_found(exported):
+def test_nan_logits_of_the_graph_are_found(exported, tmp_path):
+    model = onnx.load(exported[1])
+    _scale_head(model, float("nan"))
+    onnx.save(model, tmp_path / "poisoned.onnx")
+    with pytest.raises(ExportDefectError, match="differ"):
+        graph.check_batches(tmp_path / "poisoned.onnx", exported[0], _batch())
+
+
+def test_nan_logits_of_the_eager_model_are_nothing_to_compare_with(exported):
     class Poisoned(nn.Module):
         def forward(self, x):
             return exported[0](x) * torch.nan
 
-    with pytest.raises(ExportDefectError, match="differ"):
+    with pytest.raises(ParityError, match="eager model's own logits are not finite"):
         graph.check_batches(exported[1], Poisoned(), _batch())
 
 
