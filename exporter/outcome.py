@@ -121,8 +121,10 @@ def execute(app: click.Command, given: Sequence[str]) -> int:
             "hint": "finished stages are cached: run it again",
         }
     except (BrokenPipeError, SystemExit):
-        # Rich ends the program when nobody reads on. Output comes last: all else is done.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # Rich ends the program when nobody reads on. Output comes last: with results there, all else is done.
+        code = 0 if _current.document else 1
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as failure:
         code = EnvironmentFailureError.exit_code
         where = f"{failure.filename}: " if failure.filename else ""
