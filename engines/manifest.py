@@ -13,10 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from calibration.preprocess import Preprocess
 from engines.parity import METRICS
+from engines.target import Precision
 
 SCHEMA_VERSION: Literal[1] = 1
 WeightsKind = Literal["torchvision", "file", "random"]
-Precision = Literal["fp32", "fp16", "int8"]
 State = Literal["built", "graph verified", "verified"]
 STATES: tuple[State, ...] = ("built", "graph verified", "verified")
 """Weakest first. *built*: not run, or outside its tolerance. *graph verified*: the precision graph was run and

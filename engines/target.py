@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from calibration.errors import TargetUnavailableError, UsageError
 from calibration.machine import library_versions
 
+Precision = Literal["fp32", "fp16", "int8"]
+PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
 TARGETS = ("onnxruntime", "tensorrt", "tensorrt-rtx")
 AUTO = "auto"
 

@@ -315,10 +315,7 @@ def list_models(pattern: str, json_path: Path | None, quiet: bool, verbose: bool
             f"{params / 1e6:.1f} M",
             "-" if accuracy is None else f"{accuracy:.1f}",
         )
-    console = make_console()
-    if not console.is_terminal:
-        console.width = max(console.width, 120)
-    console.print(table)
+    make_console().print(table)
 
 
 @app.command(epilog=EXIT_CODES)

@@ -14,9 +14,10 @@ from calibration.preprocess import normalize
 from engines import bench
 from engines.bundle import HeldOut, judge_engine
 from engines.gate import MIN_LABELLED, images_compared
-from engines.manifest import Gate, Latency, Precision, Recipe
+from engines.manifest import Gate, Latency, Recipe
 from engines.onnxruntime_engine import OnnxRuntimeEngine
 from engines.parity import DEFAULT_TOLERANCES
+from engines.target import Precision
 from exporter.context import Context
 from exporter.stage_cache import StageResult
 

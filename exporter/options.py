@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Literal
 
 from calibration.errors import UsageError
-from engines.target import TARGETS
+from engines.target import PRECISIONS, TARGETS, Precision
 
-Precision = Literal["fp32", "fp16", "int8"]
-PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
 METHODS = ("minmax",)
 MAX_SEED = 2**31 - 1
 REQUIREMENTS = ("graph", "verified")

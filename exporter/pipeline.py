@@ -16,7 +16,8 @@ from calibration.machine import instruction_set, library_versions
 from calibration.ranges import Ranges
 from engines import manifest, target
 from engines.bundle import HeldOut
-from engines.manifest import Engine, Precision
+from engines.manifest import Engine
+from engines.target import Precision
 from exporter import __version__, publish, stages
 from exporter.context import Context
 from exporter.image_stage import ChosenImages, choose_images

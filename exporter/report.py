@@ -20,7 +20,10 @@ def make_console(*, stderr: bool = False) -> Console:
     from rich.console import Console
 
     system: Literal["auto"] | None = None if os.environ.get("NO_COLOR") else "auto"
-    return Console(stderr=stderr, color_system=system, highlight=False, soft_wrap=stderr)
+    console = Console(stderr=stderr, color_system=system, highlight=False, soft_wrap=stderr)
+    if not console.is_terminal:
+        console.width = max(console.width, 120)  # a pipe has no width: do not cut columns
+    return console
 
 
 @dataclass
@@ -139,6 +142,4 @@ def print_table(engines: Sequence[Engine], *, random: bool) -> None:
             f"{latency.median_ms:.1f}" if latency else "-",
             f"{latency.speedup:.2f}x" if latency else "-",
         )
-    if not console.is_terminal:
-        console.width = max(console.width, 120)  # a pipe has no width: do not cut columns
     console.print(table)
