@@ -20,15 +20,15 @@ def measure(
 ) -> dict[str, Latency]:
     """Time engines in turn (A B C A B C ...) on one batch, float32 [N, 3, H, W].
 
-    Ratios are taken round by round, so that a drift of the machine's speed cancels. About two seconds per
-    engine, at least five rounds.
+    Ratios are taken round by round, so that a drift of the machine's speed cancels. In each turn one untimed run
+    brings the engine's weights back into the processor's caches, as a service that runs one engine has them. About
+    two seconds per engine, at least five rounds.
     """
     times: dict[str, list[float]] = {name: [] for name in engines}
-    for engine in engines.values():
-        engine.run(batch)  # warm-up: allocation, thread pools
     begin = time.perf_counter()
     while True:
         for name, engine in engines.items():
+            engine.run(batch)
             start = time.perf_counter()
             engine.run(batch)
             times[name].append(time.perf_counter() - start)
