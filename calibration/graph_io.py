@@ -25,7 +25,25 @@ def sha256_of(path: Path) -> str:
 
 def load(path: Path) -> ir.Model:
     """Read a graph; its weights stay memory-mapped where they are external."""
-    return ir.load(path)
+    model = ir.load(path)
+    for value in model.graph.initializers.values():
+        if isinstance(tensor := value.const_value, ir.ExternalTensor):
+            # As an absolute path: onnx_ir refuses files of a directory that have several hard links, as cached ones do.
+            value.const_value = _external(tensor, str((path.parent / tensor.location).absolute()), "")
+    return model
+
+
+def _external(tensor: ir.ExternalTensor, location: str, base: Path | str) -> ir.ExternalTensor:
+    """The same bytes at the same offset, in the file `location` of the directory `base`."""
+    return ir.ExternalTensor(
+        location=location,
+        offset=tensor.offset,
+        length=tensor.length,
+        dtype=tensor.dtype,
+        shape=tensor.shape,
+        name=tensor.name,
+        base_dir=base,
+    )
 
 
 def save(model: ir.Model, path: Path, *, external_threshold: int | None = None) -> list[Path]:
@@ -46,17 +64,8 @@ def save(model: ir.Model, path: Path, *, external_threshold: int | None = None) 
     temporary.replace(data)
     proto_model = ir.load(path)
     for value in proto_model.graph.initializers.values():
-        tensor = value.const_value
-        if isinstance(tensor, ir.ExternalTensor):
-            value.const_value = ir.ExternalTensor(
-                location=data.name,
-                offset=tensor.offset,
-                length=tensor.length,
-                dtype=tensor.dtype,
-                shape=tensor.shape,
-                name=value.name or "",
-                base_dir=path.parent,
-            )
+        if isinstance(tensor := value.const_value, ir.ExternalTensor):
+            value.const_value = _external(tensor, data.name, path.parent)
     ir.save(proto_model, path)
     return [path, data]
 
@@ -64,11 +73,11 @@ def save(model: ir.Model, path: Path, *, external_threshold: int | None = None) 
 def external_files(path: Path) -> list[Path]:
     """The external data files that a graph refers to, in order of name."""
     names = {
-        value.const_value.location
-        for value in load(path).graph.initializers.values()
+        str(value.const_value.location)
+        for value in ir.load(path).graph.initializers.values()
         if isinstance(value.const_value, ir.ExternalTensor)
     }
-    return [path.parent / name for name in sorted(str(n) for n in names)]
+    return [path.parent / name for name in sorted(names)]
 
 
 def module_of(node: ir.Node | None) -> str:

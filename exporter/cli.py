@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import itertools
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import click
 
 from calibration.errors import UsageError
 from exporter import __version__, options, outcome
-from exporter.report import ConsoleReporter, make_console
+from exporter.report import ConsoleReporter
 
 EXIT_CODES = """\b
 Exit codes:
@@ -36,7 +36,7 @@ class _Group(click.Group):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         group_options = {"--help", "-h", "--version"}
-        flags = list(itertools.takewhile({"-q", "--quiet", "-v", "--verbose"}.__contains__, args))
+        flags = _leading_flags(args)
         args = [*args[len(flags) : len(flags) + 1], *flags, *args[len(flags) + 1 :]]
         if args and args[0] not in self.commands and args[0] not in group_options:
             _refuse_mistyped(args[0], list(self.commands))
@@ -44,9 +44,22 @@ class _Group(click.Group):
         return super().parse_args(ctx, args)
 
 
+def _leading_flags(args: Sequence[str]) -> list[str]:
+    """Options of every command that stand before it: `export-zoo --json out.json list`."""
+    taken = 0
+    while taken < len(args):
+        if args[taken] == "--json" and taken + 1 < len(args):
+            taken += 2
+        elif args[taken] in ("-q", "--quiet", "-v", "--verbose") or args[taken].startswith("--json="):
+            taken += 1
+        else:
+            break
+    return list(args[:taken])
+
+
 def _refuse_mistyped(word: str, commands: Sequence[str]) -> None:
     """A word near to a command and not near to the name of a model is a mistyped command."""
-    near = difflib.get_close_matches(word, commands, n=1, cutoff=0.6)
+    near = difflib.get_close_matches(word.lower(), commands, n=1, cutoff=0.6)
     if word.startswith("-") or not near:
         return
     from exporter.zoo import model_names
@@ -229,12 +242,12 @@ def export(model: str, json_path: Path | None, quiet: bool, verbose: bool, **giv
     from engines import target
 
     target.choose(chosen.targets)  # before PyTorch is loaded
-    from exporter.pipeline import GateFailedError, export_zoo
+    from exporter.pipeline import KeptError, export_zoo
     from exporter.report import print_table
 
     try:
         result = export_zoo(chosen, reporter=now.reporter)
-    except GateFailedError as error:
+    except KeptError as error:
         now.document |= _described(error.result.bundle, error.result.manifest)
         if not quiet:
             with contextlib.suppress(BrokenPipeError, SystemExit):  # the verdict is what counts
@@ -259,63 +272,12 @@ def _described(bundle: Path, manifest: Any) -> dict[str, Any]:
 def list_models(pattern: str, json_path: Path | None, quiet: bool, verbose: bool) -> None:
     """List the zoo's models whose name matches PATTERN (a glob, or a part of the name)."""
     del json_path, verbose
-    import fnmatch
+    from exporter import listing
 
-    from torchvision.models import get_model_weights
-
-    from calibration.errors import BadInputError
-    from exporter.zoo import model_names, preprocess_of
-
-    names = [n for n in model_names() if pattern in n or fnmatch.fnmatchcase(n, pattern)]
-    if not names:
-        raise BadInputError(f"no model matches {pattern!r}", hint="`export-zoo list` shows all")
-    rows = []
-    for name in names:
-        for weights in get_model_weights(name):
-            p = preprocess_of(weights)
-            accuracy = weights.meta["_metrics"]["ImageNet-1K"]["acc@1"]
-            accuracy = accuracy if accuracy == accuracy else None  # VGG16's feature extractor has NaN
-            rows.append(
-                (
-                    name,
-                    weights.name,
-                    p.crop_height,
-                    p.resize_size,
-                    p.interpolation,
-                    weights.meta["num_params"],
-                    accuracy,
-                )
-            )
-    outcome.current().document["models"] = [
-        dict(
-            zip(
-                ("model", "weights", "input_size", "resize_size", "interpolation", "params", "top1"),
-                row,
-                strict=True,
-            )
-        )
-        for row in rows
-    ]
-    if quiet:
-        return
-    from rich.table import Table
-
-    table = Table()
-    for column in ("model", "weights", "input", "resize", "interpolation", "params", "ImageNet top-1"):
-        table.add_column(
-            column, justify="left" if column in ("model", "weights", "interpolation") else "right"
-        )
-    for name, weights_name, crop, resize, interpolation, params, accuracy in rows:
-        table.add_row(
-            name,
-            weights_name,
-            str(crop),
-            str(resize),
-            interpolation,
-            f"{params / 1e6:.1f} M",
-            "-" if accuracy is None else f"{accuracy:.1f}",
-        )
-    make_console().print(table)
+    found = listing.listed(pattern)
+    outcome.current().document["models"] = [asdict(row) for row in found]
+    if not quiet:
+        listing.print_models(found)
 
 
 @app.command(epilog=EXIT_CODES)

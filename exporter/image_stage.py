@@ -10,6 +10,7 @@ from calibration.errors import BadInputError
 from calibration.images import ImageFolder, Splits
 from exporter.context import Context
 from exporter.labels import folder_labels
+from exporter.options import DEFAULT_CALIB_IMAGES, DEFAULT_VERIFY_IMAGES
 
 SYNTHETIC_IMAGES = 64
 
@@ -46,7 +47,11 @@ def choose_images(context: Context, categories: tuple[str, ...], num_classes: in
     """
     options = context.options
     splits: Splits = {"calibrate": (), "select": (), "verify": ()}
+    if options.calib is None and options.calib_images != DEFAULT_CALIB_IMAGES:
+        context.reporter.warn("--calib-images has no effect without --calib")
     if options.calib is None and options.verify is None:
+        if options.verify_images != DEFAULT_VERIFY_IMAGES:
+            context.reporter.warn("--verify-images has no effect without --calib or --verify")
         context.reporter.warn(
             f"no --calib or --verify: parity is checked on {SYNTHETIC_IMAGES} seeded synthetic images"
         )

@@ -37,13 +37,14 @@ def current() -> Outcome:
 
 
 def _json_path(arguments: Sequence[str]) -> Path | None:
-    """--json as given, found even where the command line does not parse."""
+    """--json as given, the last where there are more, found even where the command line does not parse."""
+    found = None
     for index, argument in enumerate(arguments):
         if argument.startswith("--json="):
-            return Path(argument.removeprefix("--json="))
-        if argument == "--json" and index + 1 < len(arguments):
-            return Path(arguments[index + 1])
-    return None
+            found = Path(argument.removeprefix("--json="))
+        elif argument == "--json" and index + 1 < len(arguments):
+            found = Path(arguments[index + 1])
+    return found
 
 
 def _write_json(path: Path, code: int, error: dict[str, str] | None) -> int:
@@ -81,9 +82,9 @@ def complain(message: str, hint: str) -> None:
     from rich.text import Text
 
     console = make_console(stderr=True)
-    console.print(Text("error: ", style="bold red").append(message, style="default"))
+    console.print(Text.assemble(("error: ", "bold red"), message))
     if hint:
-        console.print(Text("  next: ", style="bold").append(hint, style="default"))
+        console.print(Text.assemble(("  next: ", "bold"), hint))
 
 
 def execute(app: click.Command, given: Sequence[str]) -> int:

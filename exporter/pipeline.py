@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from calibration import graph_io
-from calibration.errors import ParityError, StateNotReachedError
+from calibration.errors import ExportZooError, ParityError, StateNotReachedError
 from calibration.machine import instruction_set, library_versions
 from calibration.ranges import Ranges
 from engines import manifest, target
@@ -45,12 +45,20 @@ class ExportResult:
         return self.manifest.artifacts.engines
 
 
-class GateFailedError(ParityError):
-    """Engines outside their tolerance; `result` is the bundle kept under `OUT.failed/`."""
+class KeptError(ExportZooError):
+    """The run ended badly, but with engines; `result` is the bundle kept under `OUT.failed/`."""
 
     def __init__(self, message: str, *, hint: str, result: ExportResult) -> None:
         super().__init__(message, hint=hint)
         self.result = result
+
+
+class GateFailedError(KeptError, ParityError):
+    """Engines outside their tolerance."""
+
+
+class RequirementMissedError(KeptError, StateNotReachedError):
+    """Engines that did not reach the state that `--require` asks for."""
 
 
 @dataclass
@@ -223,9 +231,10 @@ def _run(context: Context) -> ExportResult:
             result=ExportResult(place, result),
         )
     if short:
-        raise StateNotReachedError(
+        raise RequirementMissedError(
             f"--require {options.require}: {', '.join(short)} did not get there",
             hint=f"everything is kept in {place}; run it where the engines can run",
+            result=ExportResult(place, result),
         )
     return ExportResult(out, result)
 

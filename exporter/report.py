@@ -87,15 +87,15 @@ class ConsoleReporter(Reporter):
             return
         from rich.text import Text
 
-        line = Text(f"{stage.name:<10}", style="bold")
-        line.append(f" {'cached' if stage.cached else f'{stage.seconds:.1f} s':>8}", style="dim")
-        line.append(f"  {stage.detail}", style="default")
-        self.console.print(line)
+        took = "cached" if stage.cached else f"{stage.seconds:.1f} s"
+        self.console.print(
+            Text.assemble((f"{stage.name:<10}", "bold"), (f" {took:>8}", "dim"), f"  {stage.detail}")
+        )
 
     def show_warning(self, text: str) -> None:
         from rich.text import Text
 
-        self.console.print(Text("warning: ", style="yellow").append(text, style="default"))
+        self.console.print(Text.assemble(("warning: ", "yellow"), text))
 
     @contextlib.contextmanager
     def bar(self, label: str, total: int | None) -> Iterator[Callable[[int], None]]:
