@@ -15,7 +15,7 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -30,6 +30,7 @@ LIMIT_VARIABLE = "EXPORT_ZOO_CACHE_GB"
 DEFAULT_LIMIT_GB = 20.0
 _ABANDONED_SECONDS = 24 * 3600
 _ENTRY = "entry.json"
+_TEMPORARY, _MARKER = "export-zoo-", ".export-zoo-work"  # marked, so that nobody else's are taken for ours
 
 
 def default_root() -> Path:
@@ -86,6 +87,14 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
+def _remove_abandoned(works: Iterable[Path]) -> None:
+    """Work directories of runs that were killed. Those of other users in /tmp stay: they cannot be removed."""
+    for old in works:
+        with contextlib.suppress(OSError):  # another run may have removed it
+            if time.time() - old.stat().st_mtime > _ABANDONED_SECONDS:
+                shutil.rmtree(old, ignore_errors=True)
+
+
 class StageCache:
     """Runs stages through the cache. A context manager: it owns the run's work directory.
 
@@ -101,14 +110,14 @@ class StageCache:
     def __enter__(self) -> StageCache:
         self._limit = _limit_bytes()
         if self._root is None:
-            self._work = Path(tempfile.mkdtemp(prefix="export-zoo-"))
+            marked = Path(tempfile.gettempdir()).glob(f"{_TEMPORARY}*/{_MARKER}")
+            _remove_abandoned(marker.parent for marker in marked)
+            self._work = Path(tempfile.mkdtemp(prefix=_TEMPORARY))
+            (self._work / _MARKER).touch()
         else:
             works = self._root / "work"
             works.mkdir(parents=True, exist_ok=True)
-            for old in works.iterdir():
-                with contextlib.suppress(OSError):  # another run may have removed it
-                    if time.time() - old.stat().st_mtime > _ABANDONED_SECONDS:
-                        shutil.rmtree(old, ignore_errors=True)
+            _remove_abandoned(works.iterdir())
             self._work = works / uuid.uuid4().hex
             self._work.mkdir()
         return self

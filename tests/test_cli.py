@@ -113,6 +113,7 @@ def test_the_bundle_is_named_after_the_model_where_no_out_is_given(cli, tmp_path
         ("verfiy", "verify"),
         ("inspct", "inspect"),
         ("lst", "list"),
+        ("LIST", "list"),
     ],
 )
 def test_a_mistyped_command_is_answered_with_the_one_meant(typed, meant, cli):
@@ -613,6 +614,13 @@ def test_a_few_unreadable_files_are_left_out_and_named(cli, tmp_path):
     assert manifest["artifacts"]["held_out"]["count"] == 39
 
 
+def test_numbers_of_images_without_a_folder_are_warned_of(cli, tmp_path):
+    done = cli(*RANDOM, "--calib-images", "20", "--verify-images", "40", "--out", tmp_path / "out")
+    assert done.code == 0, done.err
+    for option in ("--calib-images", "--verify-images"):
+        assert any(f"{option} has no effect without" in warning for warning in done.json["warnings"])
+
+
 def test_an_unreadable_file_with_a_latin1_name_is_left_out_and_named(cli, tmp_path):
     folder = _pictures(tmp_path / "images", 40)
     Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.png")).write_bytes(b"<html>404</html>")
@@ -635,7 +643,11 @@ def only_graph_verified(monkeypatch):
 
 def test_an_engine_below_the_required_state_ends_with_6(only_graph_verified, cli, tmp_path):
     out = tmp_path / "out"
-    error = _refused(cli(*RANDOM, "--require", "verified", "--out", out), 6, "state")
+    done = cli(*RANDOM, "--require", "verified", "--out", out)
+    error = _refused(done, 6, "state")
+    assert done.json["bundle"] == str(tmp_path / "out.failed")
+    assert [(e["name"], e["state"]) for e in done.json["engines"]] == [("onnxruntime-fp32", "graph verified")]
+    assert "onnxruntime-fp32" in done.out
     assert "--require verified" in error["message"]
     assert "onnxruntime-fp32" in error["message"]
     assert not out.exists(), "what was asked for was not reached"
@@ -790,6 +802,24 @@ def test_json_is_written_wherever_the_option_stands(place, tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("given", [["--json", "{}", "-q"], ["-q", "--json={}"]])
+def test_options_of_every_command_may_stand_before_it(given, tmp_path, capsys):
+    from exporter.cli import main
+
+    path = tmp_path / "result.json"
+    assert main([*(word.format(path) for word in given), "list", "resnet18"]) == 0
+    assert [row["model"] for row in json.loads(path.read_text())["models"]] == ["resnet18"]
+    assert capsys.readouterr().out == ""
+
+
+def test_the_last_json_is_written(tmp_path):
+    from exporter.cli import main
+
+    places = [tmp_path / "a.json", tmp_path / "b.json"]
+    assert main(["list", "resnet18", *(word for place in places for word in ("--json", str(place)))]) == 0
+    assert list(tmp_path.iterdir()) == places[1:]
+
+
 def test_a_directory_given_as_json_is_refused_and_nothing_is_left_beside_it(tmp_path):
     from exporter.cli import main
 
@@ -892,7 +922,7 @@ def _on_a_terminal(*arguments: str | Path, **environment: str) -> tuple[int, str
 def test_a_terminal_gets_colours():
     code, text = _on_a_terminal("resnet18", "--batch", "0")
     assert code == 2
-    assert "\x1b[1;31merror: " in text
+    assert "\x1b[1;31merror: \x1b[0m--batch" in text, "bold ends with the word it is meant for"
 
 
 def test_no_color_means_no_escape_codes_in_errors():

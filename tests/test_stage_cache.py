@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -455,6 +456,7 @@ def test_threads_that_make_the_same_entry_all_get_their_result_and_one_is_kept(r
 
 RUN = """
 import sys
+import tempfile
 from pathlib import Path
 from exporter.stage_cache import StageCache
 
@@ -533,3 +535,18 @@ def test_a_kill_in_the_middle_of_a_stage_leaves_no_entry(root):
     os.utime(abandoned, (0, 0))  # long ago
     assert_hit(root)
     assert works(root) == []
+
+
+def test_what_a_killed_run_without_a_cache_left_is_removed_after_a_day(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    StageCache(None).__enter__()  # killed: it never leaves
+    (abandoned,) = tmp_path.iterdir()
+    somebodys = tmp_path / "export-zoo-clone"
+    somebodys.mkdir()
+    with StageCache(None):
+        assert abandoned.exists()
+    for directory in (abandoned, somebodys):
+        os.utime(directory, (0, 0))
+    with StageCache(None):
+        assert not abandoned.exists()
+    assert list(tmp_path.iterdir()) == [somebodys]
