@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 
 from calibration import graph_io
-from engines.placement import constant
+from engines.placement import LAYOUT, constant
 from engines.rewrites import remove_unused_initializers
 
 KEEP_FLOAT = frozenset(
@@ -34,13 +35,38 @@ KEEP_FLOAT = frozenset(
 _LEAST_NORMAL, _LARGEST = float(np.finfo(np.float16).tiny), float(np.finfo(np.float16).max)
 
 
+_CARRY_EPSILON = LAYOUT | {"Expand", "Sqrt"}
+
+
+def _largest(value: ir.Value) -> float:
+    assert value.const_value is not None
+    array = value.const_value.numpy()
+    return float(np.abs(array).max()) if array.size else 0.0
+
+
 def _fits_half(value: ir.Value) -> bool:
     """Constants must neither overflow nor, as an epsilon would, vanish. Single tiny weights may."""
-    assert value.const_value is not None
-    array = np.abs(value.const_value.numpy())
-    if array.size == 0 or array.max() <= 0:
-        return True
-    return bool(_LEAST_NORMAL <= array.max() <= _LARGEST)
+    largest = _largest(value)
+    return largest == 0 or _LEAST_NORMAL <= largest <= _LARGEST
+
+
+def _decide(nodes: Iterable[ir.Node]) -> dict[int, bool]:
+    """Which nodes run in half, by id, for nodes in graph order.
+
+    An epsilon guards a division: `x / max(norm, 1e-12)` is 0 / 0 where the maximum is cast to half before it is
+    divided by. So all stays float from the epsilon to the division.
+    """
+    decisions: dict[int, bool] = {}
+    guarded: set[int] = set()
+    for node in nodes:
+        operands = [value for value in node.inputs if value is not None and _is_float(value)]
+        epsilon = any(constant(value) and 0 < _largest(value) < _LEAST_NORMAL for value in operands)
+        carries = node.op_type in _CARRY_EPSILON and any(id(value) in guarded for value in operands)
+        divides = node.op_type in ("Div", "Reciprocal") and id(node.inputs[-1]) in guarded
+        if epsilon or carries:
+            guarded.update(id(value) for value in node.outputs)
+        decisions[id(node)] = runs_in_half(node) and not carries and not divides
+    return decisions
 
 
 def _is_float(value: ir.Value | None) -> bool:
@@ -67,7 +93,7 @@ class _Converter:
 
     def run(self) -> None:
         nodes = list(self.graph)
-        decisions = {id(node): runs_in_half(node) for node in nodes}
+        decisions = _decide(nodes)
         floats = {
             id(v) for node in nodes for v in [*node.inputs, *node.outputs] if v is not None and _is_float(v)
         }

@@ -191,6 +191,7 @@ def _run(context: Context) -> ExportResult:
     simplified = stages.simplify_graph(context, spec, exported)
     graph = simplified.directory / "graph.onnx"
     reference, held = stages.run_reference(context, spec, model, chosen)
+    del model  # gigabytes that the sessions of the next stages need
     calibrated: tuple[StageResult, Ranges] | None = None
     if "int8" in options.precisions:
         calibrated = stages.calibrate(context, spec, graph, chosen)
