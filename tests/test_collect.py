@@ -292,17 +292,52 @@ def peak():
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
-graph, folder = map(Path, sys.argv[1:])
+graph, folder = map(Path, sys.argv[1:3])
 images = scan(folder, option="--calib").images
-assert len(images) == 256
 mean = (0.5, 0.5, 0.5)
 preprocess = Preprocess(resize_size=128, crop_height=128, crop_width=128, interpolation="bilinear", mean=mean,
                         std=mean, source="test")
-for count in (16, 16, 256):
+for count in map(int, sys.argv[3:]):
     done = collect_minmax(graph, ImageStream(images[:count], preprocess, 4, folder), threads=1)
     assert len(done.image_sha256) == count
     print(peak())
 """
+
+
+def _peaks(graph: Path, folder: Path, *counts: int) -> list[int]:
+    """Peak memory in KiB of a process of its own, after calibrating on so many images in turn."""
+    command = [sys.executable, "-c", MEASURE, str(graph), str(folder), *map(str, counts)]
+    environment = {**os.environ, "MALLOC_ARENA_MAX": "2"}
+    root = Path(__file__).parent.parent
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return [int(line) for line in done.stdout.split()]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc")
+@pytest.mark.parametrize("layers", ["Conv", "Sigmoid"])
+def test_peak_memory_does_not_grow_with_the_depth_of_the_network(layers, photos, tmp_path):
+    """Each tensor's range is taken when it is there, and the tensor let go."""
+    from PIL import Image
+
+    for index, path in enumerate(sorted(photos.iterdir())[:16]):
+        Image.open(path).convert("RGB").resize((128, 128)).save(tmp_path / f"{index}.bmp")
+
+    def graph(depth: int) -> Path:
+        weights = [
+            numpy_helper.from_array(np.full((16, count, 1, 1), 0.06, dtype=np.float32), name)
+            for name, count in (("widen", 3), ("weight", 16))
+        ]
+        nodes = [helper.make_node("Conv", ["image", "widen"], ["x0"], name="widen")]
+        for index in range(depth):
+            inputs = [f"x{index}", "weight"] if layers == "Conv" else [f"x{index}"]
+            nodes.append(helper.make_node(layers, inputs, [f"x{index + 1}"], name=f"layer{index}"))
+        nodes.append(helper.make_node("GlobalMaxPool", [f"x{depth}"], ["logits"], name="pool"))
+        return save(tmp_path / f"{depth}.onnx", nodes, weights)
+
+    (shallow,), (deep,) = _peaks(graph(10), tmp_path, 16), _peaks(graph(110), tmp_path, 16)
+    kept = 100 * 4 * 16 * 128 * 128 * 4 / 1024  # KiB, were the further layers' tensors of a batch all kept
+    assert deep - shallow < kept / 4
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc")
@@ -318,12 +353,7 @@ def test_peak_memory_does_not_grow_with_the_number_of_images(photos, tmp_path):
     nodes = [helper.make_node("Relu", ["image"], ["wide"])]
     nodes += [helper.make_node("GlobalMaxPool", ["wide"], ["logits"])]
     graph = save(tmp_path / "graph.onnx", nodes)
-    command = [sys.executable, "-c", MEASURE, str(graph), str(tmp_path)]
-    environment = {**os.environ, "MALLOC_ARENA_MAX": "2"}
-    root = Path(__file__).parent.parent
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    _, few, many = (int(line) for line in done.stdout.split())
+    _, few, many = _peaks(graph, tmp_path, 16, 16, 256)
     retained = 240 * 128 * 128 * 3 / 1024  # KiB, were only the decoded bytes of the other images kept
     assert many - few < retained / 2
 

@@ -888,6 +888,33 @@ def test_tiny_epsilon_of_many_numbers_stays_float_too(tmp_path):
     assert {types[name] for name in add.input} == {TensorProto.FLOAT}
 
 
+@pytest.mark.parametrize("between", ["Expand", "Reshape"])
+def test_epsilon_guards_the_division_in_half(tmp_path, between):
+    """As swin_v2 does: x / max(|x|, 1e-12) of a padded, all-zero window is 0, and not 0 / 0."""
+    argument = "flat_shape" if between == "Expand" else "norm_shape"
+    nodes = [
+        helper.make_node("Flatten", ["input"], ["flat"], name="flat"),
+        helper.make_node("Shape", ["flat"], ["flat_shape"], name="shape"),
+        helper.make_node("ReduceL2", ["flat", "axis"], ["length"], name="length", keepdims=1),
+        helper.make_node("Max", ["length", "epsilon"], ["norm"], name="norm"),
+        helper.make_node(between, ["norm", argument], ["spread"], name="spread"),
+        helper.make_node("Div", ["flat", "spread"], ["unit"], name="unit"),
+        helper.make_node("MatMul", ["unit", "head"], ["logits"], name="head"),
+    ]
+    constants = {
+        "axis": np.array([1]),
+        "norm_shape": np.array([-1, 1]),
+        "epsilon": np.array(1e-12, dtype=np.float32),
+        "head": _random(192, 10),
+    }
+    graph = _graph(tmp_path / "graph.onnx", nodes, constants)
+    to_half(graph, tmp_path / "half.onnx")
+    batch = _random(4, 3, 8, 8)
+    batch[2] = 0
+    half = OnnxRuntimeEngine(tmp_path / "half.onnx", fused=False, half=True).run(batch)
+    assert compare(OnnxRuntimeEngine(graph).run(batch), half).sqnr > 50
+
+
 def test_single_tiny_weights_do_not_keep_a_layer_float(tmp_path):
     graph = _first_conv(tmp_path / "graph.onnx")
     model = onnx.load(graph)
