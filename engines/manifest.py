@@ -145,6 +145,11 @@ class Engine(_Model):
     gate: Gate
     latency: Latency | None
 
+    @property
+    def size_bytes(self) -> int:
+        """Of the engine with its weights."""
+        return self.file.size_bytes + sum(file.size_bytes for file in self.external_data)
+
 
 class HeldOut(_Model):
     """Inputs and eager logits that were never calibrated on: the reference on machines without PyTorch."""

@@ -133,7 +133,7 @@ def print_table(engines: Sequence[Engine], *, random: bool) -> None:
             )
         table.add_row(
             engine.name,
-            f"{engine.file.size_bytes / 1e6:.1f} MB",
+            f"{engine.size_bytes / 1e6:.1f} MB",
             engine.state if not engine.gate.failures else "FAILED",
             _number(metrics["sqnr"], ".1f"),
             f"{100 * (metrics['top1'] or 0.0):.1f} %",

@@ -255,6 +255,7 @@ def test_graphs_above_the_size_limit_keep_their_weights_beside_them(
     assert len(weights) == 2
     assert all((out / path).stat().st_size > 1_000_000 for path in weights)
     assert "skipped: weights over 2 GiB" in done.json["recipe"]["simplified"]
+    assert "44.7 MB" in done.out, "the size of an engine is that of its graph and its weights"
     moved = out.rename(tmp_path / "elsewhere")
     assert cli("verify", moved).code == 0
     image = next(digits.images.rglob("4/*.png"))
