@@ -109,7 +109,10 @@ def session_of(model: onnx.ModelProto | Path) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     source = str(model) if isinstance(model, Path) else model.SerializeToString()
-    return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    # As calibration runs it: the blocked layout sums a convolution in another order.
+    return ort.InferenceSession(
+        source, options, providers=["CPUExecutionProvider"], disabled_optimizers=["NchwcTransformer"]
+    )
 
 
 def bits(ranges: Ranges) -> dict[str, tuple[str, str]]:
