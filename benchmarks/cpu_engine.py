@@ -19,22 +19,13 @@ import numpy as np
 from peers import quantize_with_onnxruntime
 
 from calibration.collect import collect_minmax
-from calibration.images import ImageFile, ImageStream, synthetic_images
+from calibration.images import SyntheticStream, synthetic_images
 from calibration.machine import cpu_model, instruction_set, library_versions
 from calibration.preprocess import Preprocess, normalize
 from engines.onnxruntime_engine import OnnxRuntimeEngine
 from engines.precision import quantize
 from exporter import graph, simplify, zoo
 from exporter.options import ExportOptions
-
-
-class SyntheticStream(ImageStream):
-    """Seeded images instead of a folder."""
-
-    def __iter__(self):
-        self.images = [ImageFile(Path(), str(i), str(i), None) for i in range(16)]
-        p = self.preprocess
-        yield synthetic_images(16, p.crop_height, p.crop_width, 0)
 
 
 def prepare(model: str, directory: Path) -> tuple[dict[str, Path], Preprocess]:
@@ -46,11 +37,9 @@ def prepare(model: str, directory: Path) -> tuple[dict[str, Path], Preprocess]:
     graph.export(module, p.crop_height, p.crop_width, directory / "model.onnx")
     simplify.simplify(directory / "model.onnx", directory, inputs)
     fp32, ours, peer = directory / "graph.onnx", directory / "ours.onnx", directory / "peer.onnx"
-    stream = SyntheticStream((), p, 16, Path())
+    stream = SyntheticStream(16, 0, p, 16)
     quantize(fp32, collect_minmax(fp32, stream), ours)
-    quantize_with_onnxruntime(
-        fp32, peer, [normalize(batch, p) for batch in SyntheticStream((), p, 16, Path())]
-    )
+    quantize_with_onnxruntime(fp32, peer, [normalize(batch, p) for batch in stream])
     return {"fp32": fp32, "ours": ours, "quantize_static": peer}, p
 
 

@@ -293,6 +293,27 @@ class ImageStream:
         return np.concatenate(batches)
 
 
+class SyntheticStream(ImageStream):
+    """A stream of `synthetic_images`, for those who gave no folder.
+
+    Args:
+        count: images in all.
+        seed: of the images.
+    """
+
+    def __init__(self, count: int, seed: int, preprocess: Preprocess, batch_size: int) -> None:
+        files = [ImageFile(Path(), f"synthetic {i}", f"synthetic-{seed}-{i}", None) for i in range(count)]
+        super().__init__(files, preprocess, batch_size, Path("synthetic images"))
+        self._seed = seed
+
+    def __iter__(self) -> Iterator[UInt8Array]:
+        p = self.preprocess
+        pixels = synthetic_images(len(self.files), p.crop_height, p.crop_width, self._seed)
+        self.images = list(self.files)
+        for start in range(0, len(pixels), self.batch_size):
+            yield pixels[start : start + self.batch_size]
+
+
 def synthetic_images(count: int, height: int, width: int, seed: int) -> UInt8Array:
     """Seeded images with the 1/f spectrum of photographs; uint8 [count, height, width, 3].
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -23,6 +24,7 @@ from calibration.preprocess import UnreadableImageError, decode, normalize, resi
 from engines import manifest as m
 from engines.gate import judge, run_in_batches
 from engines.onnxruntime_engine import OnnxRuntimeEngine
+from engines.twin import write_twin
 
 Float32Array = npt.NDArray[np.float32]
 MANIFEST = "manifest.json"
@@ -191,8 +193,15 @@ def load(
             raise BadInputError(
                 f"{root}: no engine {engine!r}", hint=f"it has: {', '.join(engines) or 'none'}"
             )
+        if engines[engine].target != "onnxruntime":
+            raise TargetUnavailableError(
+                f"{root}: {engine} is run by TensorRT, which this version of export-zoo cannot do yet",
+                hint="trtexec or TensorRT's own runtime can; an onnxruntime engine of the bundle runs here",
+            )
         return LoadedEngine(root, manifest, engines[engine], "asked for", threads)
-    runnable = [e for e in engines.values() if e.state == "verified" or allow_failed]
+    runnable = [
+        e for e in engines.values() if e.target == "onnxruntime" and (e.state == "verified" or allow_failed)
+    ]
     if not runnable:
         raise TargetUnavailableError(f"{root}: no verified engine that runs here", hint="export again here")
     best = max(runnable, key=lambda e: e.latency.speedup if e.latency is not None else 0.0)
@@ -206,21 +215,36 @@ def judge_engine(
     path: Path,
     *,
     precision: str,
+    only_graph: bool,
     unfused: bool,
     recipe: m.Recipe,
     held: HeldOut,
     tolerances: dict[str, float],
     progress: Progress = lambda _: None,
 ) -> m.Gate:
-    """Run one ONNX Runtime engine through the parity gate (see `engines.gate.judge`)."""
+    """Run one engine, or the precision graph of one that cannot run here, through the parity gate.
+
+    Args:
+        path: the ONNX Runtime engine; with `only_graph`, the precision graph that TensorRT compiled: its twin is run
+            (see `engines.twin`).
+        unfused: gate against the unfused graph (see `engines.gate.judge`).
+    """
     half = precision == "fp16"
 
     def unfused_logits() -> Float32Array:
         plain = OnnxRuntimeEngine(path, fused=False, half=half)
         return run_in_batches(plain, held.pixels, recipe.preprocess, recipe.batch.opt)
 
+    if only_graph:
+        with tempfile.TemporaryDirectory(prefix="export-zoo-") as directory:
+            twin = Path(directory) / "twin.onnx"
+            write_twin(path, twin)
+            engine = OnnxRuntimeEngine(twin, fused=False)
+    else:
+        engine = OnnxRuntimeEngine(path, half=half)
     return judge(
-        OnnxRuntimeEngine(path, half=half),
+        engine,
+        ran="precision graph" if only_graph else "engine",
         pixels=held.pixels,
         eager=held.logits,
         labels=held.labels,
@@ -251,19 +275,15 @@ def verify(bundle: Path | str, *, progress: Progress = lambda _: None) -> tuple[
     gates: dict[str, m.Gate] = {}
     states: dict[str, m.State] = {}
     for engine in manifest.artifacts.engines:
-        if engine.target != "onnxruntime":
-            raise TargetUnavailableError(
-                f"{root}: {engine.name} cannot be run by this version of export-zoo",
-                hint="verify it with the version that wrote the bundle",
-            )
-        if engine.precision == "int8" and here != engine.instruction_set:
+        if engine.target == "onnxruntime" and engine.precision == "int8" and here != engine.instruction_set:
             text = f"{engine.name} was verified on {engine.instruction_set}, this is {here}"
             if saturates(here) and not manifest.recipe.reduce_range:
                 text += ": uint8 x int8 sums can saturate here; export with --reduce-range if logits differ"
             warnings.append(text)
         gate = judge_engine(
-            root / engine.file.path,
+            root / (engine.graph or engine.file).path,
             precision=engine.precision,
+            only_graph=engine.graph is not None,
             unfused=engine.gate.reference != "eager",
             recipe=manifest.recipe,
             held=held,
@@ -271,7 +291,7 @@ def verify(bundle: Path | str, *, progress: Progress = lambda _: None) -> tuple[
             progress=progress,
         )
         gates[engine.name] = gate
-        states[engine.name] = "built" if gate.failures else "verified"
+        states[engine.name] = m.state_after(gate)
     attestation = m.Attestation(
         schema_version=1,
         manifest_sha256=sha256_of(root / MANIFEST),

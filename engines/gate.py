@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -67,6 +67,7 @@ def judge(
     preprocess: Preprocess,
     batch: Batch,
     tolerances: Mapping[str, float],
+    ran: Literal["engine", "precision graph"] = "engine",
     unfused: Callable[[], Float32Array] | None = None,
     progress: Progress = lambda _: None,
 ) -> Gate:
@@ -77,6 +78,7 @@ def judge(
         eager: float32 [N, classes], eager PyTorch's logits of the same images.
         labels: class index per image, or None.
         tolerances: limits by metric, see `engines.parity`.
+        ran: what `engine` is: the engine itself, or only its precision graph.
         unfused: for random weights: makes the logits of the unfused precision graph, the reference to gate
             against by `unfused_tolerances` unless overridden; figures against eager are reported all the same.
 
@@ -121,6 +123,7 @@ def judge(
             f"batch {batch.opt}: cosine to eager is {eager_metrics.cosine:.3g}, must be >= {MIN_UNFUSED_COSINE}"
         )
     return Gate(
+        ran=ran,
         reference="eager" if unfused is None else "unfused precision graph",
         tolerances=limits,
         batches=sizes,

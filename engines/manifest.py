@@ -76,10 +76,11 @@ class Batch(_Model):
 
 
 class Calibration(_Model):
-    """Where the INT8 ranges come from."""
+    """Where the activation ranges come from."""
 
     method: str
     images: int
+    synthetic: bool = Field(description="Seeded synthetic images: only overflow of FP16 was looked for.")
     unreadable: list[str]
     ranges: File
 
@@ -105,6 +106,7 @@ class Recipe(_Model):
 class Gate(_Model):
     """What an engine was compared with, and the figures."""
 
+    ran: Literal["engine", "precision graph"] = Field(description="What was run to be compared.")
     reference: Literal["eager", "unfused precision graph"]
     tolerances: dict[str, float]
     batches: list[int] = Field(description="Batch sizes that were run and compared.")
@@ -120,6 +122,13 @@ class Gate(_Model):
         if unknown := tolerances.keys() - METRICS:
             raise ValueError(f"unknown metric {', '.join(sorted(unknown))}")
         return tolerances
+
+
+def state_after(gate: Gate) -> State:
+    """What an engine may be called after its gate."""
+    if gate.failures:
+        return "built"
+    return "verified" if gate.ran == "engine" else "graph verified"
 
 
 class Latency(_Model):
@@ -139,6 +148,8 @@ class Engine(_Model):
     precision: Precision
     file: File
     external_data: list[File] = Field(description="Weights files that the engine refers to (over 2 GiB).")
+    graph: File | None = Field(description="The precision graph that TensorRT compiled; else null.")
+    graph_external_data: list[File] = Field(description="Weights files of that graph (over 2 GiB).")
     state: State
     built_by: dict[str, str] = Field(description="Library versions that built it.")
     instruction_set: str = Field(description="Of the machine that it was verified on.")
@@ -182,7 +193,9 @@ class Manifest(_Model):
         """Every file of the bundle, each once."""
         recipe, artifacts = self.recipe, self.artifacts
         files = [recipe.graph, *recipe.external_data]
-        files += [file for engine in artifacts.engines for file in (engine.file, *engine.external_data)]
+        for engine in artifacts.engines:
+            files += [engine.file, *engine.external_data, *engine.graph_external_data]
+            files += [engine.graph] if engine.graph is not None else []
         files += [artifacts.held_out.inputs, artifacts.held_out.logits]
         if recipe.calibration is not None:
             files.append(recipe.calibration.ranges)

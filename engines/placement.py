@@ -5,7 +5,7 @@ Policies read a graph and name tensors; they change nothing. See docs/placement.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
@@ -165,6 +165,59 @@ def place_onnxruntime(graph: ir.Graph) -> Placement:
     return placement
 
 
+def place_tensorrt(graph: ir.Graph) -> Placement:
+    """The `tensorrt` column: Q/DQ where TensorRT's builder fuses it into int8 kernels, float everywhere else.
+
+    | operator         | rule                                                                             |
+    |------------------|----------------------------------------------------------------------------------|
+    | Conv, Gemm,      | input; weight; never the output by itself: Conv + activation (+ Add) fuse, and    |
+    | MatMul           | the next layer's input quantizer becomes their output                            |
+    | Add of a Conv    | its other input, the identity, so that Conv + Add + Relu is one int8 kernel; of two |
+    |                  | convolutions the shallower is the shortcut and counts as identity               |
+    | MaxPool, Concat, | nothing of their own: the builder moves a reader's quantizer up through them      |
+    | layout           |                                                                                  |
+    | average pooling  | nothing of its own: it sums, and does not commute with a quantizer                |
+    | all else         | float                                                                            |
+
+    Source: NVIDIA, TensorRT documentation, "Working with Quantized Types", section "Q/DQ Layer-Placement
+    Recommendations".
+    """
+    placement = Placement()
+    depth: dict[int, int] = {}
+    """Weighted layers on the longest way from the input to a value, by id."""
+
+    def want(value: ir.Value | None) -> None:
+        if value is not None and not constant(value) and value.name is not None:
+            placement.activations[value.name] = value.name
+
+    for node in graph:
+        weight = weight_of(node)
+        deepest = max((depth.get(id(value), 0) for value in node.inputs), default=0)
+        depth.update((id(value), deepest + (weight is not None)) for value in node.outputs)
+        if weight is not None:
+            placement.weights[_name(node)] = weight
+            want(_input(node, 0))
+        elif node.op_type == "Add" and len(node.inputs) == 2:
+            want(_identity(node, depth))
+    placement.activations = dict(sorted(placement.activations.items()))
+    return placement
+
+
+def _identity(add: ir.Node, depth: Mapping[int, int]) -> ir.Value | None:
+    """The input of a residual Add that does not come straight from the convolution it fuses with; None if none does."""
+
+    def fuses(value: ir.Value | None) -> bool:
+        producer = value.producer() if value is not None else None
+        return producer is not None and producer.op_type == "Conv" and len(readers(producer.outputs[0])) == 1
+
+    first, second = add.inputs
+    if not fuses(first) and not fuses(second):
+        return None
+    if fuses(first) and fuses(second):
+        return first if depth.get(id(first), 0) < depth.get(id(second), 0) else second
+    return second if fuses(first) else first
+
+
 def _share(groups: _Groups, values: list[ir.Value], quantized: bool) -> None:
     if quantized:
         for value in values[1:]:
@@ -189,4 +242,8 @@ def _input(node: ir.Node, index: int) -> ir.Value:
     return value
 
 
-POLICIES = {"onnxruntime": place_onnxruntime}
+POLICIES = {
+    "onnxruntime": place_onnxruntime,
+    "tensorrt": place_tensorrt,
+    "tensorrt-rtx": place_tensorrt,
+}

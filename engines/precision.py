@@ -13,6 +13,7 @@ from calibration import graph_io
 from calibration.errors import BadInputError
 from calibration.ranges import Ranges
 from engines.first_conv import block_first_convolution
+from engines.half import LEAST_SCALE, halve
 from engines.placement import POLICIES, Placement, QuantizedWeight
 from engines.rewrites import remove_unused_initializers
 
@@ -24,11 +25,57 @@ _TINY = np.float64(np.finfo(np.float32).tiny) * 2**24
 
 
 @dataclass(frozen=True)
+class Scheme:
+    """How a target's kernels represent numbers."""
+
+    symmetric: bool
+    """Activations are int8 around 0; else uint8 with a zero point."""
+    int32_bias: bool
+    """The bias is quantized by us; else it stays float, which TensorRT wants."""
+    half: bool
+    """What is not quantized runs in FP16, and so must the scales beside it."""
+
+
+_TENSORRT = Scheme(symmetric=True, int32_bias=False, half=True)
+SCHEMES = {
+    "onnxruntime": Scheme(symmetric=False, int32_bias=True, half=False),
+    "tensorrt": _TENSORRT,
+    "tensorrt-rtx": _TENSORRT,
+}
+
+
+@dataclass(frozen=True)
 class ActivationScale:
-    """uint8 asymmetric: real = scale * (q - zero_point)."""
+    """real = scale * (q - zero_point), q uint8 or, with zero point 0, int8."""
 
     scale: np.float32
-    zero_point: np.uint8
+    zero_point: np.uint8 | np.int8
+
+
+def half_scale(scale: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Scales rounded to what FP16 can hold, never 0: TensorRT wants them in the type of the tensor beside them.
+
+    To be done before anything is quantized with them, or the integers belong to other scales. Below half's normal
+    numbers, where its steps are coarse, they are rounded up, so that nothing is cut off.
+    """
+    half = scale.astype(np.float16)
+    coarse = (half < np.finfo(np.float16).tiny) & (half < scale)
+    half = np.where(coarse, np.nextafter(half, np.float16(np.inf)), half)
+    least = np.finfo(np.float16).smallest_subnormal
+    return np.asarray(np.maximum(half, least), dtype=np.float32)
+
+
+def symmetric_scale(low: float, high: float) -> ActivationScale:
+    """Scale of an int8 tensor whose range is [low, high]: 127 is the larger of both magnitudes, zero point 0.
+
+    Rounded to FP16, but for the smallest: those stay float32, and their Q/DQ with them.
+    """
+    scale = np.float32(max(abs(low), abs(high)) / 127.0)
+    if not scale > _TINY:
+        return ActivationScale(np.float32(1.0), np.int8(0))
+    if scale >= LEAST_SCALE:
+        scale = np.float32(half_scale(np.asarray(scale)))
+    return ActivationScale(scale, np.int8(0))
 
 
 def activation_scale(low: float, high: float) -> ActivationScale:
@@ -51,6 +98,7 @@ def quantize_weight(
     input_scale: np.float32,
     *,
     reduce_range: bool = False,
+    half: bool = False,
 ) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32], npt.NDArray[np.int32] | None]:
     """Symmetric int8 weight per output channel, its scales, and the int32 bias in units of s_x * s_w.
 
@@ -62,6 +110,7 @@ def quantize_weight(
         bias: float32 [channels] or None.
         input_scale: scale s_x of the quantized input.
         reduce_range: use 7 bits, so that sums of two uint8 x int8 products fit 16 bits (AVX2 without VNNI).
+        half: round the scales to FP16 first.
     """
     levels = 63 if reduce_range else 127
     rest = tuple(i for i in range(weight.ndim) if i != axis)
@@ -69,6 +118,8 @@ def quantize_weight(
     if bias is not None:
         scale = np.maximum(scale, np.abs(bias.astype(np.float64)) / (np.float64(input_scale) * _MAX_BIAS))
     scale32 = np.maximum(scale, _TINY / min(np.float64(input_scale), 1.0)).astype(np.float32)
+    if half:
+        scale32 = half_scale(scale32)
     shape = [1] * weight.ndim
     shape[axis] = -1
     scaled = weight.astype(np.float64) / scale32.astype(np.float64).reshape(shape)
@@ -107,9 +158,12 @@ def _dequantize(
 class _Quantizer:
     """Carries one placement out on one graph."""
 
-    def __init__(self, graph: ir.Graph, placement: Placement, ranges: Ranges, reduce_range: bool) -> None:
+    def __init__(
+        self, graph: ir.Graph, placement: Placement, ranges: Ranges, scheme: Scheme, reduce_range: bool
+    ) -> None:
         self.graph = graph
         self.placement = placement
+        self.scheme = scheme
         self.reduce_range = reduce_range
         self.scales = self._scales(ranges)
 
@@ -123,7 +177,8 @@ class _Quantizer:
                     hint="it was made for another graph: calibrate again",
                 )
             found = [ranges.tensors[name] for name in members]
-            shared = activation_scale(min(r.min for r in found), max(r.max for r in found))
+            scale_of = symmetric_scale if self.scheme.symmetric else activation_scale
+            shared = scale_of(min(r.min for r in found), max(r.max for r in found))
             scales.update(dict.fromkeys(members, shared))
         return scales
 
@@ -153,7 +208,7 @@ class _Quantizer:
             metadata_props={graph_io.MODULE_KEY: module} if module else {},
         )
         quantize.outputs[0].name = f"{name}_quantized"
-        quantize.outputs[0].dtype = ir.DataType.UINT8
+        quantize.outputs[0].dtype = ir.DataType.INT8 if self.scheme.symmetric else ir.DataType.UINT8
         quantize.outputs[0].shape = value.shape
         dequantize = _dequantize(
             [quantize.outputs[0], scale_value, zero], f"{name}_DequantizeLinear", value, module
@@ -170,14 +225,20 @@ class _Quantizer:
         assert source is not None
         assert weight is not None
         assert weight.const_value is not None
-        bias = node.inputs[rule.bias_index] if rule.bias_index is not None else None
+        with_bias = rule.bias_index is not None and self.scheme.int32_bias
+        bias = node.inputs[rule.bias_index] if with_bias and rule.bias_index is not None else None
         bias_array = None
         if bias is not None and bias.const_value is not None:
             bias_array = bias.const_value.numpy().astype(np.float32)
         input_scale = self.scales[str(source.name)].scale
         array = weight.const_value.numpy().astype(np.float32)
         quantized, scales, int_bias = quantize_weight(
-            array, rule.axis, bias_array, input_scale, reduce_range=self.reduce_range
+            array,
+            rule.axis,
+            bias_array,
+            input_scale,
+            reduce_range=self.reduce_range,
+            half=self.scheme.half,
         )
         prefix, module = f"{node.name}_weight", graph_io.module_of(node)
         scale_value = _initializer(self.graph, f"{prefix}_scale", scales)
@@ -209,7 +270,7 @@ class _Quantizer:
 def quantize(
     graph: Path, ranges: Ranges, out: Path, *, target: str = "onnxruntime", reduce_range: bool = False
 ) -> list[Path]:
-    """Write the INT8 precision graph of an FP32 graph and return the files written.
+    """Write the INT8 precision graph of an FP32 graph for a target and return the files written.
 
     Raises:
         BadInputError: the ranges are not those of this graph, or nothing in the graph can be quantized.
@@ -222,7 +283,10 @@ def quantize(
     placement = POLICIES[target](model.graph)
     if not placement.weights:
         raise BadInputError("INT8: no Conv, Gemm or MatMul with constant weights in the graph")
-    _Quantizer(model.graph, placement, ranges, reduce_range).run()
+    scheme = SCHEMES[target]
+    _Quantizer(model.graph, placement, ranges, scheme, reduce_range).run()
+    if scheme.half:
+        halve(model.graph, ranges)
     if target == "onnxruntime":
         block_first_convolution(model.graph)
     remove_unused_initializers(model.graph)

@@ -1,8 +1,9 @@
-"""The targets: what each builds, where it runs, and whether it is available here."""
+"""The targets: what each builds, and whether it is available here."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import ctypes
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +14,12 @@ Precision = Literal["fp32", "fp16", "int8"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
 TARGETS = ("onnxruntime", "tensorrt", "tensorrt-rtx")
 AUTO = "auto"
+AUTOMATIC = TARGETS
+"""What `auto` chooses from."""
+
+
+DISTRIBUTIONS = {"onnxruntime": "onnxruntime", "tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt-rtx"}
+"""The package that builds a target's engines."""
 
 
 @dataclass(frozen=True)
@@ -26,10 +33,38 @@ class Target:
 
 def targets() -> dict[str, Target]:
     """All targets by name, as they stand on this machine."""
-    absent = library_versions("onnxruntime")["onnxruntime"] == "absent"
-    later = "this version of export-zoo cannot build it yet; only onnxruntime is supported"
-    reasons = {"onnxruntime": "install onnxruntime or onnxruntime-gpu" if absent else ""}
-    return {name: Target(name, reasons.get(name, later)) for name in TARGETS}
+    installs = {
+        "onnxruntime": "install onnxruntime or onnxruntime-gpu",
+        "tensorrt": "install it with `pip install 'export-zoo[tensorrt]'`",
+        "tensorrt-rtx": "install it with `pip install 'export-zoo[tensorrt-rtx]'`",
+    }
+    versions = library_versions(*DISTRIBUTIONS.values())
+    reasons = {
+        name: installs[name] if versions[package] == "absent" else ""
+        for name, package in DISTRIBUTIONS.items()
+    }
+    if not reasons["tensorrt"] and not has_cuda_device():
+        reasons["tensorrt"] = "it builds on the GPU that it builds for, and there is no CUDA device here"
+    return {name: Target(name, reasons[name]) for name in TARGETS}
+
+
+def has_cuda_device() -> bool:
+    """Whether the CUDA driver is here and finds a device. Asks the driver itself: nothing else need be installed."""
+    for library in ("libcuda.so.1", "nvcuda.dll"):
+        try:
+            driver = ctypes.CDLL(library)
+        except OSError:
+            continue
+        count = ctypes.c_int(0)
+        return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
+    return False
+
+
+def _automatic(known: Mapping[str, Target]) -> list[Target]:
+    """ONNX Runtime always; TensorRT where it can be built, else TensorRT-RTX, which needs no GPU to build."""
+    available = [known[name] for name in AUTOMATIC if not known[name].unavailable]
+    names = [target.name for target in available]
+    return [t for t in available if t.name != "tensorrt-rtx" or "tensorrt" not in names]
 
 
 def choose(names: Sequence[str]) -> list[Target]:
@@ -46,7 +81,7 @@ def choose(names: Sequence[str]) -> list[Target]:
     if AUTO in names:
         if set(names) != {AUTO}:
             raise UsageError("--target auto cannot be combined with other targets", hint="name them all")
-        available = [target for target in known.values() if not target.unavailable]
+        available = _automatic(known)
         if not available:
             reasons = "; ".join(f"{t.name}: {t.unavailable}" for t in known.values())
             raise TargetUnavailableError(

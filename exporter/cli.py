@@ -15,7 +15,7 @@ import click
 
 from calibration.errors import UsageError
 from exporter import __version__, options, outcome
-from exporter.report import ConsoleReporter
+from exporter.report import ConsoleReporter, show_log
 
 EXIT_CODES = """\b
 Exit codes:
@@ -90,7 +90,9 @@ _json_option = click.option(
     help="Write the result as JSON here, on every exit code.",
 )
 _quiet_option = click.option("-q", "--quiet", is_flag=True, help="Only warnings and errors.")
-_verbose_option = click.option("-v", "--verbose", is_flag=True, help="Tracebacks of unexpected errors.")
+_verbose_option = click.option(
+    "-v", "--verbose", is_flag=True, help="TensorRT's log, and tracebacks of unexpected errors."
+)
 
 
 @app.command(epilog=EXIT_CODES)
@@ -210,7 +212,8 @@ _verbose_option = click.option("-v", "--verbose", is_flag=True, help="Tracebacks
 @_verbose_option
 def export(model: str, json_path: Path | None, quiet: bool, verbose: bool, **given: Any) -> None:
     """Export MODEL, build its engines, and check their logits against eager PyTorch."""
-    del verbose
+    if verbose:
+        show_log()
     chosen = options.ExportOptions(
         model=model,
         precisions=tuple(given["precisions"]) or ("fp32",),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,60 +16,65 @@ from engines.bundle import HeldOut, judge_engine
 from engines.gate import MIN_LABELLED, images_compared
 from engines.manifest import Gate, Latency, Recipe
 from engines.onnxruntime_engine import OnnxRuntimeEngine
-from engines.parity import DEFAULT_TOLERANCES
-from engines.target import Precision
+from engines.parity import DEFAULT_TOLERANCES, MIN_UNFUSED_COSINE
+from exporter.building import EngineFiles
 from exporter.context import Context
 from exporter.stage_cache import StageResult
 
-TARGET = "onnxruntime"
 
-
-def tolerances_for(context: Context, precision: str, *, unfused: bool, labelled: int) -> dict[str, float]:
-    """Default limits of a precision, overridden by --tolerance.
+def tolerances_for(
+    context: Context, engine: EngineFiles, *, random: bool, labelled: int
+) -> tuple[dict[str, float], bool]:
+    """Default limits of an engine, overridden by --tolerance; and whether it is gated against its unfused graph.
 
     Args:
-        unfused: gated against the unfused graph, which brings its own default.
+        random: the weights are random.
         labelled: verify images with a label; too few leave the accuracy's default limit out.
     """
-    chosen = {} if unfused else dict(DEFAULT_TOLERANCES[precision])
+    unfused = random and engine.precision != "fp32" and engine.runs_here
+    if unfused:
+        chosen: dict[str, float] = {}  # the unfused graph brings its own
+    elif random and engine.precision != "fp32":
+        chosen = {"cosine": MIN_UNFUSED_COSINE, "misplaced": 0}
+    else:
+        chosen = dict(DEFAULT_TOLERANCES[engine.precision])
     if labelled < MIN_LABELLED:
         chosen.pop("accuracy_drop", None)
     # The general first, so that the specific has the last word, whatever their order.
     for tolerance in sorted(context.options.tolerances, key=lambda t: t.specificity):
-        if tolerance.applies_to(TARGET, precision):
+        if tolerance.applies_to(engine.target, engine.precision):
             chosen[tolerance.metric] = tolerance.value
-    return chosen
+    return chosen, unfused
 
 
 def judge_engines(
-    context: Context, files: Mapping[Precision, Path], recipe: Recipe, held: HeldOut, reference: StageResult
-) -> dict[Precision, Gate]:
-    """The gate of each engine file, by precision. A gate that does not hold is returned, not raised."""
+    context: Context, engines: Sequence[EngineFiles], recipe: Recipe, held: HeldOut, reference: StageResult
+) -> dict[str, Gate]:
+    """The gate of each engine, by name. A gate that does not hold is returned, not raised."""
     for tolerance in context.options.tolerances:
-        if not any(tolerance.applies_to(TARGET, precision) for precision in files):
+        if not any(tolerance.applies_to(engine.target, engine.precision) for engine in engines):
             context.reporter.warn(
                 f"--tolerance {tolerance.selector}:{tolerance.metric}: no such engine in this run"
             )
-    if context.options.reduce_range and "int8" not in files:
+    if context.options.reduce_range and not any(engine.precision == "int8" for engine in engines):
         context.reporter.warn("--reduce-range has no effect without --precision int8")
-    return {
-        precision: _judge(context, precision, path, recipe, held, reference)
-        for precision, path in files.items()
-    }
+    return {engine.name: _judge(context, engine, recipe, held, reference) for engine in engines}
 
 
 def _judge(
-    context: Context, precision: str, path: Path, recipe: Recipe, held: HeldOut, reference: StageResult
+    context: Context, engine: EngineFiles, recipe: Recipe, held: HeldOut, reference: StageResult
 ) -> Gate:
-    unfused = recipe.source.weights.random and precision != "fp32"
     labelled = len(held.labels) if held.labels is not None else 0
-    tolerances = tolerances_for(context, precision, unfused=unfused, labelled=labelled)
+    tolerances, unfused = tolerances_for(
+        context, engine, random=recipe.source.weights.random, labelled=labelled
+    )
 
     def make(_: Path) -> dict[str, Any]:
         with context.reporter.bar("verify", images_compared(len(held.pixels), recipe.batch)) as progress:
             gate = judge_engine(
-                path,
-                precision=precision,
+                engine.graph,
+                precision=engine.precision,
+                only_graph=not engine.runs_here,
                 unfused=unfused,
                 recipe=recipe,
                 held=held,
@@ -82,7 +87,8 @@ def _judge(
         key = context.key(
             "onnxruntime",
             "numpy",
-            engine=sha256_of(path),
+            graph=sha256_of(engine.graph),
+            only_graph=not engine.runs_here,
             reference=reference.key,
             labels=held.labels,
             batch=recipe.batch.model_dump(),
@@ -93,15 +99,16 @@ def _judge(
         result = context.cache.run("verify", key, make)
         gate = Gate.model_validate(result.data)
         stage.cached = result.cached
-        stage.detail = f"{TARGET}-{precision}: {describe_gate(gate)}"
+        stage.detail = f"{engine.name}: {describe_gate(gate)}"
     return gate
 
 
 def describe_gate(gate: Gate) -> str:
     """One line for people."""
     sqnr, top1 = gate.eager_metrics["sqnr"] or 0.0, gate.eager_metrics["top1"] or 0.0
+    ran = "" if gate.ran == "engine" else "precision graph "
     text = (
-        f"{'FAILED' if gate.failures else 'ok'}, SQNR {sqnr:.1f} dB, top-1 agreement {100 * top1:.1f} % on "
+        f"{ran}{'FAILED' if gate.failures else 'ok'}, SQNR {sqnr:.1f} dB, top-1 agreement {100 * top1:.1f} % on "
         f"{gate.metrics['images']} images, batches {', '.join(map(str, gate.batches))}"
     )
     if gate.reference != "eager":
@@ -110,29 +117,33 @@ def describe_gate(gate: Gate) -> str:
 
 
 def time_engines(
-    context: Context, files: Mapping[Precision, Path], fp32: Path, recipe: Recipe, held: HeldOut
+    context: Context, engines: Sequence[EngineFiles], fp32: Path, recipe: Recipe, held: HeldOut
 ) -> dict[str, Latency]:
-    """Latency of each engine at batch OPT, in turn with FP32; warns where lower precision is slower."""
-    timed: dict[Precision, Path] = {"fp32": fp32, **files}
+    """Latency at batch OPT of each engine that runs here, by name, in turn with FP32; warns where it is slower."""
+    timed = {engine.name: engine for engine in engines if engine.runs_here}
+    if not timed:
+        return {}
 
     def make(_: Path) -> dict[str, Any]:
-        engines = {str(p): OnnxRuntimeEngine(path, half=p == "fp16") for p, path in timed.items()}
+        sessions = {"fp32": OnnxRuntimeEngine(fp32)}
+        for name, engine in timed.items():
+            if engine.file != fp32:
+                sessions[name] = OnnxRuntimeEngine(engine.file, half=engine.precision == "fp16")
         index = np.arange(recipe.batch.opt) % len(held.pixels)
         batch = normalize(held.pixels[index], recipe.preprocess)
-        found = bench.measure(engines, batch, baseline="fp32", machine=cpu_model())
-        return {name: latency.model_dump(mode="json") for name, latency in found.items()}
+        found = bench.measure(sessions, batch, baseline="fp32", machine=cpu_model())
+        return {name: found[name if name in sessions else "fp32"].model_dump(mode="json") for name in timed}
 
     with context.reporter.stage("bench") as stage:
-        hashes = {precision: sha256_of(path) for precision, path in timed.items()}
+        hashes = {"fp32": sha256_of(fp32), **{name: sha256_of(engine.file) for name, engine in timed.items()}}
         key = context.key("onnxruntime", engines=hashes, batch=recipe.batch.opt, machine=cpu_model())
         result = context.cache.run("bench", key, make)
         stage.cached = result.cached
-        stage.detail = f"{len(timed)} engine(s) in turn at batch {recipe.batch.opt}"
+        stage.detail = f"{len(timed)} engine(s) in turn with FP32 at batch {recipe.batch.opt}"
     latencies = {name: Latency.model_validate(data) for name, data in result.data.items()}
-    for precision in files:
-        latency = latencies[precision]
-        if precision != "fp32" and latency.speedup < 1.0:
+    for name, latency in latencies.items():
+        if timed[name].precision != "fp32" and latency.speedup < 1.0:
             context.reporter.warn(
-                f"{TARGET}-{precision} is slower than FP32 here ({latency.speedup:.2f}x at batch {latency.batch})"
+                f"{name} is slower than FP32 here ({latency.speedup:.2f}x at batch {latency.batch})"
             )
     return latencies

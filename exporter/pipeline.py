@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -12,16 +12,16 @@ import numpy as np
 
 from calibration import graph_io
 from calibration.errors import ExportZooError, ParityError, StateNotReachedError
-from calibration.machine import instruction_set, library_versions
+from calibration.machine import instruction_set
 from calibration.ranges import Ranges
 from engines import manifest, target
 from engines.bundle import HeldOut
 from engines.manifest import Engine
-from engines.target import Precision
 from exporter import __version__, publish, stages
+from exporter.building import EngineFiles, build
 from exporter.context import Context
 from exporter.image_stage import ChosenImages, choose_images
-from exporter.judging import TARGET, judge_engines, time_engines
+from exporter.judging import judge_engines, time_engines
 from exporter.options import ExportOptions
 from exporter.report import Reporter
 from exporter.stage_cache import StageCache, StageResult, default_root
@@ -90,6 +90,7 @@ def _recipe(
         calibration = manifest.Calibration(
             method=ranges.method,
             images=len(ranges.image_sha256),
+            synthetic=context.options.calib is None,
             unreadable=ranges.unreadable,
             ranges=contents.add(stage.directory / "ranges.json", "ranges"),
         )
@@ -125,28 +126,30 @@ def _recipe(
     )
 
 
-def _engines(
-    files: Mapping[Precision, Path],
-    gates: Mapping[Precision, manifest.Gate],
-    latencies: Mapping[str, manifest.Latency],
+def _engine(
+    built: EngineFiles,
+    gate: manifest.Gate,
+    latency: manifest.Latency | None,
     model: str,
     contents: _Contents,
-) -> list[manifest.Engine]:
-    return [
-        manifest.Engine(
-            name=f"{TARGET}-{precision}",
-            target=TARGET,
-            precision=precision,
-            file=contents.add(path, model if precision == "fp32" else f"{model}-{TARGET}-{precision}"),
-            external_data=[contents.add(external) for external in graph_io.external_files(path)],
-            state="built" if gates[precision].failures else "verified",
-            built_by=library_versions("onnxruntime", "onnx_ir", "numpy"),
-            instruction_set=instruction_set(),
-            gate=gates[precision],
-            latency=latencies[precision],
-        )
-        for precision, path in files.items()
-    ]
+) -> manifest.Engine:
+    graph_weights = [contents.add(path) for path in graph_io.external_files(built.graph)]
+    stem = model if built.precision == "fp32" else f"{model}-{built.name}"
+    graph = contents.add(built.graph, stem)
+    return manifest.Engine(
+        name=built.name,
+        target=built.target,
+        precision=built.precision,
+        file=graph if built.runs_here else contents.add(built.file, f"{model}-{built.name}"),
+        external_data=graph_weights if built.runs_here else [],
+        graph=None if built.runs_here else graph,
+        graph_external_data=[] if built.runs_here else graph_weights,
+        state=manifest.state_after(gate),
+        built_by=built.built_by,
+        instruction_set=instruction_set(),
+        gate=gate,
+        latency=latency,
+    )
 
 
 def _held_out(
@@ -193,16 +196,20 @@ def _run(context: Context) -> ExportResult:
     reference, held = stages.run_reference(context, spec, model, chosen)
     del model  # gigabytes that the sessions of the next stages need
     calibrated: tuple[StageResult, Ranges] | None = None
-    if "int8" in options.precisions:
+    if set(options.precisions) != {"fp32"}:
         calibrated = stages.calibrate(context, spec, graph, chosen)
         _refuse_overlap(calibrated[1], reference)
     ranges = calibrated[1] if calibrated is not None else None
-    files = {p: stages.build_engine(context, graph, p, ranges) for p in options.unique_precisions()}
+    built = [
+        build(context, graph, chosen_target, precision, ranges)
+        for chosen_target in target.choose(options.targets)
+        for precision in options.unique_precisions()
+    ]
     contents = _Contents()
     recipe = _recipe(context, spec, chosen, exported, simplified, calibrated, contents)
-    latencies = time_engines(context, files, graph, recipe, held)
-    gates = judge_engines(context, files, recipe, held, reference)
-    engines = _engines(files, gates, latencies, spec.name, contents)
+    latencies = time_engines(context, built, graph, recipe, held)
+    gates = judge_engines(context, built, recipe, held, reference)
+    engines = [_engine(b, gates[b.name], latencies.get(b.name), spec.name, contents) for b in built]
     held_out = _held_out(reference, held, chosen, contents)
     failed = [f"{e.name}: {text}" for e in engines for text in e.gate.failures]
     enough = manifest.STATES.index("verified" if options.require == "verified" else "graph verified")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +25,15 @@ def make_console(*, stderr: bool = False) -> Console:
     if not console.is_terminal:
         console.width = max(console.width, 120)  # a pipe has no width: do not cut columns
     return console
+
+
+def show_log() -> None:
+    """Print what the libraries log through us (TensorRT's builder) on stderr."""
+    log = logging.getLogger("export_zoo")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+    log.handlers = [handler]
+    log.setLevel(logging.INFO)
 
 
 @dataclass

@@ -12,14 +12,12 @@ from calibration import images
 from calibration.collect import collect_minmax
 from calibration.errors import BadInputError
 from calibration.graph_io import sha256_of
-from calibration.images import ImageStream
+from calibration.images import ImageStream, SyntheticStream
 from calibration.machine import instruction_set
 from calibration.preprocess import normalize
 from calibration.ranges import Ranges
 from engines.bundle import HeldOut
-from engines.half import to_half
 from engines.parity import check_reference
-from engines.precision import quantize
 from exporter.context import IMAGE_BATCH, Context
 from exporter.image_stage import SYNTHETIC_IMAGES, ChosenImages
 from exporter.stage_cache import StageResult
@@ -170,12 +168,16 @@ def run_reference(
 def calibrate(
     context: Context, spec: ModelSpec, graph: Path, chosen: ChosenImages
 ) -> tuple[StageResult, Ranges]:
-    """Stream the calibrate set through the graph: `ranges.json`."""
+    """Stream the calibrate set through the graph: `ranges.json`. Without images, FP16 makes do with synthetic ones."""
     files, root = chosen.splits["calibrate"], context.options.calib
-    assert root is not None
+    seed = spec.seed + 3
 
     def make(directory: Path) -> dict[str, Any]:
-        stream = ImageStream(files, spec.preprocess, IMAGE_BATCH, root)
+        stream = (
+            ImageStream(files, spec.preprocess, IMAGE_BATCH, root)
+            if root is not None
+            else SyntheticStream(images.MIN_CALIBRATE, seed, spec.preprocess, IMAGE_BATCH)
+        )
         with context.reporter.bar("calibrate", len(files)) as progress:
             ranges = collect_minmax(graph, stream, progress=progress)
         ranges.write(directory / "ranges.json")
@@ -188,7 +190,7 @@ def calibrate(
             "pillow",
             graph=sha256_of(graph),
             preprocess=spec.preprocess.model_dump(),
-            images=sorted(i.sha256 for i in files),
+            images=sorted(i.sha256 for i in files) if root is not None else ["synthetic", seed],
             method=context.options.method,
             isa=instruction_set(),
         )
@@ -196,32 +198,8 @@ def calibrate(
         ranges = Ranges.read(result.directory / "ranges.json")
         stage.cached = result.cached
         stage.detail = (
-            f"{context.options.method}: {len(ranges.tensors)} tensors over {len(ranges.image_sha256)} images"
+            f"{context.options.method}: {len(ranges.tensors)} tensors over {len(ranges.image_sha256)} "
+            f"{'' if root is not None else 'synthetic '}images"
         )
     context.warn_unreadable(root, result.data["unreadable"])
     return result, ranges
-
-
-def build_engine(context: Context, graph: Path, precision: str, ranges: Ranges | None) -> Path:
-    """The engine file of one precision: for ONNX Runtime the precision graph is the engine."""
-    name = f"onnxruntime-{precision}"
-    options = context.options
-    with context.reporter.stage("build") as stage:
-        if precision == "fp32":
-            stage.detail = f"{name}: the simplified graph itself"
-            return graph
-
-        def make(directory: Path) -> None:
-            out = directory / "engine.onnx"
-            if precision == "fp16":
-                to_half(graph, out)
-            else:
-                assert ranges is not None
-                quantize(graph, ranges, out, reduce_range=options.reduce_range)
-
-        used = ranges.model_dump() if ranges is not None and precision == "int8" else None
-        parts = {"precision": precision, "ranges": used, "reduce_range": options.reduce_range}
-        key = context.key("onnx_ir", "numpy", graph=sha256_of(graph), **parts)
-        result = context.cache.run("precision", key, make)
-        stage.cached, stage.detail = result.cached, name
-        return result.directory / "engine.onnx"

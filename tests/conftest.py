@@ -18,8 +18,14 @@ sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "benchmarks")]
 
 @pytest.fixture(scope="session", autouse=True)
 def _shared_cache(tmp_path_factory: pytest.TempPathFactory):
-    """One stage cache for the whole run, never the user's own; no colours, whatever the terminal."""
+    """One stage cache for the whole run, never the user's own; no colours, whatever the terminal.
+
+    `--target auto` is ONNX Runtime here, whatever is installed: tests of other targets name them.
+    """
+    from engines import target
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(target, "AUTOMATIC", ("onnxruntime",))
         patch.setenv("EXPORT_ZOO_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("TORCH_HOME", str(tmp_path_factory.mktemp("torch-home")))
         patch.setenv("NO_COLOR", "1")

@@ -63,17 +63,17 @@ def test_python_api_runs_without_a_command_line(digits, digits_bundle, tmp_path)
 @pytest.fixture
 def gate_case(digits, tmp_path):
     """A tiny pipeline up to the gate: `run(fault)` applies a fault to the INT8 graph and exports again."""
-    from exporter import stages
+    from exporter import building
 
     def run(cli, monkeypatch, fault):
-        real = stages.quantize
+        real = building.quantize
 
         def faulty(graph, ranges, out, **options):
             files = real(graph, ranges, out, **options)
             fault(out)
             return files
 
-        monkeypatch.setattr(stages, "quantize", faulty)
+        monkeypatch.setattr(building, "quantize", faulty)
         out = tmp_path / "out"
         arguments = [*digits.arguments(), "--precision", "int8", "--calib", digits.images]
         return cli(*arguments, "--out", out, "--no-cache"), out

@@ -27,8 +27,9 @@ from engines.first_conv import block_first_convolution, blocked_weight
 from engines.half import to_half
 from engines.onnxruntime_engine import OnnxRuntimeEngine
 from engines.parity import compare
-from engines.precision import activation_scale, quantize, quantize_weight
+from engines.precision import activation_scale, half_scale, quantize, quantize_weight, symmetric_scale
 from engines.rewrites import average_pool_instead_of_mean
+from engines.twin import write_twin
 
 PREPROCESS = Preprocess(
     resize_size=64,
@@ -950,3 +951,171 @@ def test_half_graph_takes_any_batch(half, model):
     engine = OnnxRuntimeEngine(half(model), half=True)
     for batch in (1, 5):
         assert engine.run(_random(batch, 3, SIZE, SIZE)).shape == (batch, 10)
+
+
+# -- tensorrt ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def tensorrt(case, tmp_path_factory):
+    """`tensorrt("resnet18")`: the INT8 graph for TensorRT."""
+
+    @cache
+    def make(name: str) -> Path:
+        path = tmp_path_factory.mktemp("tensorrt") / "int8.onnx"
+        made = case(name)
+        assert quantize(made.fp32_path, made.ranges, path, target="tensorrt") == [path]
+        return path
+
+    return make
+
+
+def _float_source(net: Net, name: str) -> str:
+    """The tensor behind casts and a Q/DQ pair."""
+    while (node := net.made_by.get(name)) is not None and node.op_type in (
+        "Cast",
+        "QuantizeLinear",
+        "DequantizeLinear",
+    ):
+        name = node.input[0]
+    return name
+
+
+TENSORRT = ["resnet18", "mobilenet_v2", "squeezenet1_1", "tiny densenet", "tiny vit"]
+
+
+@pytest.mark.parametrize("model", TENSORRT)
+def test_tensorrt_graph_is_symmetric_int8_with_half_scales_and_float_bias(tensorrt, model):
+    net, types = _types(tensorrt(model))
+    layers = [n for n in net.nodes if n.op_type in ("Conv", "Gemm")]
+    layers += [n for n in net.all("MatMul") if net.dequantizer_of(n.input[1])]
+    assert layers
+    for node in layers:
+        weight, source = net.dequantizer_of(node.input[1]), net.dequantizer_of(node.input[0])
+        assert weight is not None, node.name
+        assert source is not None, node.name
+        assert types[weight.input[0]] == types[source.input[0]] == TensorProto.INT8
+        assert types[node.output[0]] == TensorProto.FLOAT16
+        if len(node.input) > 2:
+            assert types[node.input[2]] == TensorProto.FLOAT16
+            assert node.input[2] in net.constants, "the bias is not quantized"
+    for node in [*net.all("QuantizeLinear"), *net.all("DequantizeLinear")]:
+        assert not net.constants[node.input[2]].any(), "zero points are 0"
+        scale = net.constants[node.input[1]]
+        assert scale.dtype == np.float16
+        assert (scale > 0).all()
+    assert types["input"] == types["logits"] == TensorProto.FLOAT
+
+
+def test_tensorrt_weights_are_quantized_with_the_scales_that_half_holds(case, tensorrt):
+    net = Net(onnx.load(tensorrt("resnet18")))
+    constants = case("resnet18").fp32.constants
+    for node in net.all("Conv"):
+        found = net.dequantizer_of(node.input[1])
+        original = next(n for n in case("resnet18").fp32.all("Conv") if n.name == node.name)
+        scale = net.constants[found.input[1]].astype(np.float64).reshape(-1, 1, 1, 1)
+        error = np.abs(net.constants[found.input[0]] * scale - constants[original.input[1]])
+        assert (error <= scale * (0.5 + 127 * 2**-11)).all(), "half a step, and the largest may be cut off"
+
+
+def test_tensorrt_quantizes_one_input_of_each_residual_add_the_identity(case, tensorrt):
+    net = Net(onnx.load(tensorrt("resnet18")))
+    adds = net.all("Add")
+    assert len(adds) == 8
+    shortcuts = 0
+    for add in adds:
+        quantized = [name for name in add.input if net.dequantizer_of(name)]
+        assert len(quantized) == 1, add.name
+        (straight,) = set(add.input) - set(quantized)
+        assert net.made_by[straight].op_type == "Conv"
+        assert net.quantizer_of(straight) is None
+        identity = net.made_by[_float_source(net, quantized[0])]
+        if identity.op_type == "Conv":
+            shortcuts += 1
+            assert net.attribute(identity, "kernel_shape") == [1, 1]
+            assert net.attribute(net.made_by[straight], "kernel_shape") == [3, 3]
+    assert shortcuts == 3, "of the two convolutions that meet, the downsampling one is the identity"
+
+
+def test_tensorrt_leaves_densenets_concatenations_and_normalizations_float(tensorrt):
+    net, types = _types(tensorrt("tiny densenet"))
+    for node in [*net.all("Concat"), *net.all("BatchNormalization")]:
+        assert not any(net.dequantizer_of(name) for name in node.input), node.name
+        assert types[node.output[0]] == TensorProto.FLOAT16
+
+
+@pytest.mark.parametrize("model", TENSORRT)
+def test_tensorrt_graph_is_nearly_as_close_as_the_cpu_graph(case, tensorrt, model, tmp_path):
+    write_twin(tensorrt(model), tmp_path / "twin.onnx")
+    made = case(model)
+    want = OnnxRuntimeEngine(made.fp32_path).run(made.inputs)
+    ours = compare(want, OnnxRuntimeEngine(tmp_path / "twin.onnx", fused=False).run(made.inputs)).sqnr
+    cpu = compare(want, OnnxRuntimeEngine(made.int8_path).run(made.inputs)).sqnr
+    assert ours > cpu - 6  # one bit of the activations goes to the sign
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(-1.0, 3.0), (-5.0, 2.0), (0.0, 100.0), (-1e-3, 1e-3), (0.0, 1e-5)]
+)
+def test_symmetric_scale_puts_127_on_the_larger_magnitude(low, high):
+    found = symmetric_scale(low, high)
+    largest = max(-low, high)
+    assert found.zero_point == 0
+    assert abs(127 * float(found.scale) / largest - 1) < (
+        2**-10 if largest > 0.01 or largest < 1e-4 else 2**-6
+    )
+    if found.scale >= np.finfo(np.float16).tiny:
+        assert np.float32(np.float16(found.scale)) == found.scale
+
+
+def test_symmetric_scale_of_a_dead_tensor_is_not_zero():
+    assert symmetric_scale(0.0, 0.0).scale > 0
+
+
+def test_half_scale_is_never_zero():
+    assert half_scale(np.array([0.0, 1e-12, 1.0], dtype=np.float32)).tolist() == [2.0**-24, 2.0**-24, 1.0]
+
+
+def _overflowing(path: Path) -> Path:
+    """A trained network may do this: a tensor of 1e5 between two layers, and ordinary logits."""
+    nodes = [
+        helper.make_node("Conv", ["input", "up"], ["wide"], name="up"),
+        helper.make_node("Relu", ["wide"], ["relu"], name="relu"),
+        helper.make_node("Conv", ["relu", "down"], ["small"], name="down"),
+        helper.make_node("GlobalAveragePool", ["small"], ["pool"], name="pool"),
+        helper.make_node("Flatten", ["pool"], ["logits"], name="flat"),
+    ]
+    constants = {"up": 2e5 * np.abs(_random(8, 3, 1, 1)), "down": 1e-4 * _random(10, 8, 1, 1, seed=1)}
+    return _graph(path, nodes, constants)
+
+
+def _ranges_of(graph: Path, folder: Path, batch: np.ndarray) -> Ranges:
+    for index, pixels in enumerate(np.clip(128 + 40 * batch.transpose(0, 2, 3, 1), 0, 255).astype(np.uint8)):
+        Image.fromarray(pixels).save(folder / f"{index}.png")
+    preprocess = PREPROCESS.model_copy(update={"resize_size": 8, "crop_height": 8, "crop_width": 8})
+    files = images.scan(folder, option="--calib").images
+    return collect_minmax(graph, images.ImageStream(files, preprocess, 8, folder))
+
+
+def test_overflow_of_half_shows_in_the_twin_and_not_in_onnxruntimes_half_graph(tmp_path):
+    graph = _overflowing(tmp_path / "graph.onnx")
+    to_half(graph, tmp_path / "half.onnx")
+    write_twin(tmp_path / "half.onnx", tmp_path / "twin.onnx")
+    batch = _random(8, 3, 8, 8)
+    assert np.isfinite(OnnxRuntimeEngine(graph).run(batch)).all()
+    assert not np.isfinite(OnnxRuntimeEngine(tmp_path / "twin.onnx", fused=False).run(batch)).all()
+
+
+@pytest.mark.parametrize("precision_", ["fp16", "int8"])
+def test_tensors_that_overflow_half_on_the_calibration_images_stay_float(tmp_path, precision_):
+    graph, folder, batch = _overflowing(tmp_path / "graph.onnx"), tmp_path / "images", _random(16, 3, 8, 8)
+    folder.mkdir()
+    ranges = _ranges_of(graph, folder, batch)
+    assert ranges.tensors["relu"].max > 65504
+    if precision_ == "fp16":
+        to_half(graph, tmp_path / "mended.onnx", ranges)
+    else:
+        quantize(graph, ranges, tmp_path / "mended.onnx", target="tensorrt")
+    write_twin(tmp_path / "mended.onnx", tmp_path / "twin.onnx")
+    found = OnnxRuntimeEngine(tmp_path / "twin.onnx", fused=False).run(batch)
+    assert compare(OnnxRuntimeEngine(graph).run(batch), found).sqnr > (50 if precision_ == "fp16" else 20)

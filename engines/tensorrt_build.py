@@ -1,0 +1,164 @@
+"""Build TensorRT and TensorRT-RTX engines from precision graphs, each in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from calibration import graph_io
+from calibration.errors import EnvironmentFailureError, ExportDefectError
+from engines.tensorrt_worker import FATAL_WARNINGS
+
+log = logging.getLogger("export_zoo.tensorrt")
+log.addHandler(logging.NullHandler())
+
+_LEVELS = {
+    "INTERNAL_ERROR": logging.ERROR,
+    "ERROR": logging.ERROR,
+    "WARNING": logging.WARNING,
+    "INFO": logging.INFO,
+    "VERBOSE": logging.DEBUG,
+}
+
+WORKER: Sequence[str] = (sys.executable, "-m", "engines.tensorrt_worker")
+
+Steps = Callable[[int, int], None]
+"""Called with the builder's finished steps and their total."""
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """How TensorRT builds an engine.
+
+    `workspace_mb` bounds the scratch memory that layers may take on the device (MiB; None: TensorRT's default, all).
+    `compute_capabilities` ("8.9") is for `tensorrt-rtx` only, which builds for GPUs that are not there.
+    """
+
+    workspace_mb: int | None = None
+    hardware_compatible: bool = False
+    version_compatible: bool = False
+    refittable: bool = False
+    strip_weights: bool = False
+    compute_capabilities: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Built:
+    """A finished engine file."""
+
+    version: str
+    """Of the TensorRT that built it: the engine runs with this one only, unless built otherwise."""
+    warnings: dict[str, int] = field(default_factory=dict)
+    """TensorRT's warnings, and how often each came."""
+
+
+def _describe(stage: str, errors: list[dict[str, str]], logged: list[str], graph: Path) -> str:
+    """What went wrong, with the node's module path where one is named."""
+    nodes = {}
+    if any(error["node"] for error in errors):  # else the file may not be a graph at all
+        nodes = {node.name: node for node in graph_io.load(graph).graph}
+    parts = []
+    for error in errors:
+        node = nodes.get(error["node"])
+        where = graph_io.describe(node) if node is not None else error["node"]
+        parts.append(f"{where}: {error['text']}" if where else error["text"])
+    return f"{stage}: " + ("; ".join(parts) or "; ".join(logged[-3:]) or "no reason was given")
+
+
+def _ended(code: int, tail: str) -> str:
+    """How a builder process that said nothing ended."""
+    if code == -signal.SIGKILL:
+        return "the builder was killed, most likely for want of memory"
+    name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    return f"the builder crashed ({name})" + (f": {tail}" if tail else "")
+
+
+def build_engine(
+    graph: Path,
+    out: Path,
+    *,
+    target: str,
+    batch: tuple[int, int, int],
+    options: BuildOptions | None = None,
+    steps: Steps = lambda done, total: None,
+) -> Built:
+    """Build a strongly typed engine of an ONNX precision graph, with one optimization profile over the batch.
+
+    Args:
+        graph: ONNX file; its types are the engine's.
+        out: the engine file to write; nothing is left there on failure.
+        target: `tensorrt` (needs the GPU it builds for) or `tensorrt-rtx` (needs none).
+        batch: min, opt and max of the first dimension of every input.
+
+    Raises:
+        ExportDefectError: the parser or the builder refuses the graph; names node and module.
+        EnvironmentFailureError: the builder crashed or was killed.
+    """
+    options = options or BuildOptions()
+    request = {**asdict(options), "graph": str(graph), "out": str(out), "target": target, "batch": batch}
+    root = Path(__file__).parent.parent
+    with tempfile.TemporaryFile() as stderr:
+        process = subprocess.Popen(
+            WORKER, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True
+        )
+        try:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            with process.stdin:
+                process.stdin.write(json.dumps(request))
+            final, warnings, logged = _follow(process.stdout, steps)
+            code = process.wait()
+        finally:
+            process.kill()
+            process.wait()
+        stderr.seek(0)
+        tail = " ".join(stderr.read().decode(errors="replace").strip().splitlines()[-2:])
+    fatal = [text for text in warnings if any(bad in text for bad in FATAL_WARNINGS)]
+    if final.get("event") == "done" and not fatal:
+        return Built(final["version"], dict(warnings))
+    out.unlink(missing_ok=True)
+    if not final:
+        raise EnvironmentFailureError(
+            f"{target}: {_ended(code, tail)}",
+            hint="try a smaller --batch or --workspace, or another --target",
+        )
+    reason = f"build: {fatal[0]}" if fatal else _describe(final["stage"], final["errors"], logged, graph)
+    raise ExportDefectError(
+        f"{target}: cannot build {graph.name}: {reason}",
+        hint="-v shows TensorRT's log; --target onnxruntime builds without TensorRT",
+    )
+
+
+def _follow(events: IO[str], steps: Steps) -> tuple[dict[str, Any], Counter[str], list[str]]:
+    """Read a worker's events to their end: the final one, warnings with their number, and errors logged."""
+    final: dict[str, Any] = {}
+    warnings: Counter[str] = Counter()
+    logged: list[str] = []
+    done, total = 0, 0
+    for line in events:
+        event = json.loads(line)
+        match event["event"]:
+            case "log":
+                level = _LEVELS.get(event["severity"], logging.INFO)
+                log.log(level, event["text"])
+                if level == logging.WARNING:
+                    warnings[event["text"]] += 1
+                elif level == logging.ERROR:
+                    logged.append(event["text"])
+            case "steps":
+                total = event["total"]
+            case "step":
+                done += 1
+                steps(done, total)
+            case _:
+                final = event
+    return final, warnings, logged

@@ -1,0 +1,141 @@
+"""The process that builds one TensorRT engine: a request on stdin, events on stdout. Run by `engines.tensorrt_build`.
+
+A process of its own: a builder may crash or be killed for memory, and its libraries need not stay loaded.
+One implementation for `tensorrt` (11) and `tensorrt_rtx`, which share this API; the differences are named.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any, TextIO
+
+MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+
+FATAL_WARNINGS = ("Profile kMAX values are not self-consistent",)
+"""Warnings of engines that will misbehave."""
+
+
+def _logger(trt: Any, emit: Any) -> Any:
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, text: str) -> None:
+            emit({"event": "log", "severity": severity.name, "text": text})
+
+    return Logger()
+
+
+def _monitor(trt: Any, emit: Any) -> Any:
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        """Reports the outermost phase only: its steps are the build's."""
+
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.outermost = ""
+
+        def phase_start(self, name: str, parent: str | None, steps: int) -> None:
+            if parent is None and not self.outermost:
+                self.outermost = name
+                emit({"event": "steps", "total": steps})
+
+        def step_complete(self, name: str, step: int) -> bool:
+            if name == self.outermost:
+                emit({"event": "step"})
+            return True
+
+        def phase_finish(self, name: str) -> None:
+            pass
+
+    return Monitor()
+
+
+def _configure(trt: Any, builder: Any, network: Any, request: dict[str, Any]) -> Any:
+    config = builder.create_builder_config()
+    profile = builder.create_optimization_profile()
+    for index in range(network.num_inputs):
+        port = network.get_input(index)
+        shapes = [
+            [batch if axis == 0 else size for axis, size in enumerate(port.shape)]
+            for batch in request["batch"]
+        ]
+        profile.set_shape(port.name, *shapes)
+    if config.add_optimization_profile(profile) < 0:
+        raise ValueError(f"the optimization profile {request['batch']} does not fit the network's input")
+    config.clear_flag(trt.BuilderFlag.TF32)  # on by default: FP32 with 10 bits of mantissa
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    if request["workspace_mb"] is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, request["workspace_mb"] << 20)
+    flags = {
+        "refittable": trt.BuilderFlag.REFIT,
+        "strip_weights": trt.BuilderFlag.STRIP_PLAN,
+        "version_compatible": trt.BuilderFlag.VERSION_COMPATIBLE,
+    }
+    for option, flag in flags.items():
+        if request[option]:
+            config.set_flag(flag)
+    if request["hardware_compatible"]:
+        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    if request["compute_capabilities"]:  # RTX only
+        config.num_compute_capabilities = len(request["compute_capabilities"])
+        for index, text in enumerate(request["compute_capabilities"]):
+            capability = trt.ComputeCapability.__members__.get("SM" + text.replace(".", ""))
+            if capability is None or not config.set_compute_capability(capability, index):
+                known = [
+                    n[2:-1] + "." + n[-1] for n in trt.ComputeCapability.__members__ if n.startswith("SM")
+                ]
+                raise ValueError(f"no compute capability {text}: choose from {', '.join(known)}")
+    return config
+
+
+def _build(request: dict[str, Any], emit: Any) -> dict[str, Any]:
+    """The event that ends the build: `done` or `error`."""
+    trt = importlib.import_module(MODULES[request["target"]])
+    logger = _logger(trt, emit)
+    builder = trt.Builder(logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse_from_file(request["graph"]):
+        errors = [parser.get_error(index) for index in range(parser.num_errors)]
+        return {
+            "event": "error",
+            "stage": "parse",
+            "errors": [
+                {"node": e.node_name(), "operator": e.node_operator(), "text": e.desc()} for e in errors
+            ],
+        }
+    config = _configure(trt, builder, network, request)
+    config.progress_monitor = _monitor(trt, emit)
+    serialized = builder.build_serialized_network(network, config)
+    if serialized is None:
+        return {"event": "error", "stage": "build", "errors": []}
+    Path(request["out"]).write_bytes(serialized)
+    return {"event": "done", "version": trt.__version__}
+
+
+def main(request: TextIO, events: TextIO) -> None:
+    def emit(event: dict[str, Any]) -> None:
+        events.write(json.dumps(event) + "\n")
+        events.flush()
+
+    try:
+        emit(_build(json.load(request), emit))
+    except ValueError as error:
+        emit(
+            {
+                "event": "error",
+                "stage": "configure",
+                "errors": [{"node": "", "operator": "", "text": str(error)}],
+            }
+        )
+
+
+if __name__ == "__main__":
+    # Native libraries print to stdout as they please: events go through a copy of it, and they go to stderr.
+    with os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8") as channel:
+        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+        main(sys.stdin, channel)

@@ -1,0 +1,119 @@
+"""Stage: from the simplified graph to the engine files of one target and precision."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from calibration.graph_io import sha256_of
+from calibration.machine import library_versions
+from calibration.ranges import Ranges
+from engines.half import to_half
+from engines.precision import quantize
+from engines.target import DISTRIBUTIONS, Precision, Target
+from engines.tensorrt_build import BuildOptions, build_engine
+from exporter.context import Context
+
+
+@dataclass(frozen=True)
+class EngineFiles:
+    """An engine that was built, and not yet compared with anything."""
+
+    target: str
+    precision: Precision
+    file: Path
+    graph: Path
+    """The precision graph: what TensorRT compiled; for ONNX Runtime, the engine itself."""
+    built_by: dict[str, str]
+
+    @property
+    def name(self) -> str:
+        return f"{self.target}-{self.precision}"
+
+    @property
+    def runs_here(self) -> bool:
+        """Whether the engine itself can be run, or only its graph."""
+        return self.file == self.graph
+
+
+def _precision_graph(
+    context: Context, graph: Path, target: str, precision: Precision, ranges: Ranges | None
+) -> tuple[Path, bool]:
+    """The graph that an engine is made of, and whether it was cached."""
+    if precision == "fp32":
+        return graph, True
+    reduce_range = context.options.reduce_range
+
+    def make(directory: Path) -> None:
+        out = directory / "engine.onnx"
+        if precision == "fp16":
+            to_half(graph, out, ranges)
+        else:
+            assert ranges is not None
+            quantize(graph, ranges, out, target=target, reduce_range=reduce_range)
+
+    key = context.key(
+        "onnx_ir",
+        "numpy",
+        graph=sha256_of(graph),
+        precision=precision,
+        target=target if precision == "int8" else "any",
+        ranges=ranges.model_dump() if ranges is not None else None,
+        reduce_range=reduce_range,
+    )
+    result = context.cache.run("precision", key, make)
+    return result.directory / "engine.onnx", result.cached
+
+
+def build(
+    context: Context, graph: Path, target: Target, precision: Precision, ranges: Ranges | None
+) -> EngineFiles:
+    """Build one engine. For ONNX Runtime the precision graph is the engine; TensorRT compiles it.
+
+    Raises:
+        ExportDefectError: TensorRT refuses the graph; names node and module.
+        EnvironmentFailureError: TensorRT's builder crashed or was killed.
+    """
+    name = f"{target.name}-{precision}"
+    with context.reporter.stage("build") as stage:
+        precise, stage.cached = _precision_graph(context, graph, target.name, precision, ranges)
+        if target.name == "onnxruntime":
+            stage.detail = f"{name}: the simplified graph itself" if precision == "fp32" else name
+            stage.cached = stage.cached and precision != "fp32"
+            built_by = library_versions("onnxruntime", "onnx_ir", "numpy")
+            return EngineFiles(target.name, precision, precise, precise, built_by)
+        file, stage.cached, warnings = _compile(context, precise, target)
+        stage.detail = f"{name}: built, not run"
+        if warnings:
+            stage.detail += f"; {sum(warnings.values())} warnings by TensorRT (-v shows them)"
+    built_by = library_versions(DISTRIBUTIONS[target.name], "onnx_ir", "numpy")
+    return EngineFiles(target.name, precision, file, precise, built_by)
+
+
+def _compile(context: Context, graph: Path, target: Target) -> tuple[Path, bool, dict[str, int]]:
+    """TensorRT's engine file of a precision graph, whether it was cached, and the builder's warnings."""
+    batch = context.options.batch
+    build_options = BuildOptions()
+
+    def make(directory: Path) -> dict[str, Any]:
+        with context.reporter.bar("build", None) as advance:
+            built = build_engine(
+                graph,
+                directory / "engine.plan",
+                target=target.name,
+                batch=(batch.min, batch.opt, batch.max),
+                options=build_options,
+                steps=lambda done, total: advance(1),
+            )
+        return {"warnings": built.warnings}
+
+    key = context.key(
+        graph=sha256_of(graph),
+        target=target.name,
+        versions=library_versions(DISTRIBUTIONS[target.name]),
+        batch=[batch.min, batch.opt, batch.max],
+        options=build_options.__dict__,
+    )
+    result = context.cache.run("tensorrt", key, make)
+    return result.directory / "engine.plan", result.cached, result.data["warnings"]

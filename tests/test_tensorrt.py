@@ -1,0 +1,249 @@
+"""TensorRT-RTX engines, built without a GPU: what is built, what is refused, and what is called verified."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+import engines
+from calibration.errors import EnvironmentFailureError, ExportDefectError, TargetUnavailableError
+from engines import tensorrt_build
+from engines.target import choose, targets
+from engines.tensorrt_build import BuildOptions, build_engine
+
+pytestmark = pytest.mark.skipif(
+    bool(targets()["tensorrt-rtx"].unavailable), reason="tensorrt-rtx is not installed"
+)
+
+
+def _graph(path: Path, *nodes: onnx.NodeProto, **constants: np.ndarray) -> Path:
+    graph = helper.make_graph(
+        list(nodes),
+        "main",
+        [helper.make_tensor_value_info("input", TensorProto.FLOAT, ["batch", 3, 8, 8])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(array, name) for name, array in constants.items()],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
+    return path
+
+
+@pytest.fixture
+def relu(tmp_path) -> Path:
+    return _graph(tmp_path / "relu.onnx", helper.make_node("Relu", ["input"], ["logits"], name="relu"))
+
+
+def _build(graph: Path, **other):
+    out = graph.with_suffix(".plan")
+    return build_engine(graph, out, target="tensorrt-rtx", batch=(1, 2, 4), **other), out
+
+
+# -- the builder -----------------------------------------------------------------------------------
+
+
+def test_an_engine_is_built_and_steps_are_told(relu):
+    steps: list[tuple[int, int]] = []
+    built, out = _build(relu, steps=lambda done, total: steps.append((done, total)))
+    assert out.stat().st_size > 1000
+    assert built.version.startswith("1.")
+    assert [done for done, _ in steps] == list(range(1, len(steps) + 1))
+    assert steps
+    assert all(done <= total for done, total in steps)
+
+
+def test_what_the_parser_refuses_is_named_with_its_module(tmp_path):
+    node = helper.make_node("SequenceEmpty", [], ["sequence"], name="odd_one")
+    node.metadata_props.add(key="module", value="features.3.odd")
+    last = helper.make_node("SequenceLength", ["sequence"], ["logits"], name="length")
+    graph = _graph(tmp_path / "odd.onnx", node, last)
+    with pytest.raises(ExportDefectError) as raised:
+        _build(graph)
+    assert "SequenceEmpty 'odd_one' (module features.3.odd)" in raised.value.message
+    assert "odd.onnx" in raised.value.message
+    assert not graph.with_suffix(".plan").exists()
+
+
+def test_a_file_that_is_no_graph_is_refused(tmp_path):
+    (tmp_path / "no.onnx").write_bytes(b"not a graph")
+    with pytest.raises(ExportDefectError, match=r"cannot build no.onnx"):
+        _build(tmp_path / "no.onnx")
+
+
+@pytest.mark.parametrize(
+    ("code", "says"),
+    [
+        (f"import os; os.kill(os.getpid(), {int(signal.SIGKILL)})", "killed, most likely for want of memory"),
+        (f"import os; os.kill(os.getpid(), {int(signal.SIGSEGV)})", r"crashed \(SIGSEGV\)"),
+        ("import sys; sys.exit('no libnvinfer here')", r"crashed \(exit code 1\): no libnvinfer here"),
+    ],
+)
+def test_a_builder_that_crashes_is_an_error_message(relu, monkeypatch, code, says):
+    monkeypatch.setattr(tensorrt_build, "WORKER", (sys.executable, "-c", code))
+    with pytest.raises(EnvironmentFailureError, match=says):
+        _build(relu)
+    assert not relu.with_suffix(".plan").exists()
+
+
+def test_warnings_of_engines_that_will_misbehave_are_errors(relu, monkeypatch):
+    events = [
+        {"event": "log", "severity": "WARNING", "text": "Profile kMAX values are not self-consistent."},
+        {"event": "done", "version": "11.0"},
+    ]
+    lines = "".join(json.dumps(event) + "\n" for event in events)
+    monkeypatch.setattr(tensorrt_build, "WORKER", (sys.executable, "-c", f"print({lines!r}, end='')"))
+    relu.with_suffix(".plan").write_bytes(b"an engine that will misbehave")
+    with pytest.raises(ExportDefectError, match="not self-consistent"):
+        _build(relu)
+    assert not relu.with_suffix(".plan").exists()
+
+
+def test_tensorrts_log_goes_through_ours(relu, caplog):
+    with caplog.at_level(logging.DEBUG, logger="export_zoo.tensorrt"):
+        _build(relu)
+    assert any(record.name == "export_zoo.tensorrt" for record in caplog.records)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        BuildOptions(workspace_mb=64),
+        BuildOptions(refittable=True),
+        BuildOptions(strip_weights=True),
+        BuildOptions(compute_capabilities=("8.6", "12.0")),
+    ],
+)
+def test_build_options_are_taken(relu, options):
+    _, out = _build(relu, options=options)
+    assert out.stat().st_size > 1000
+
+
+def test_a_compute_capability_that_there_is_not_is_refused(relu):
+    with pytest.raises(ExportDefectError, match=r"9\.9"):
+        _build(relu, options=BuildOptions(compute_capabilities=("9.9",)))
+
+
+# -- the main job ----------------------------------------------------------------------------------
+
+
+ALL = ["--precision", "fp32", "--precision", "fp16", "--precision", "int8"]
+BOTH = ["--target", "onnxruntime", "--target", "tensorrt-rtx"]
+
+
+@pytest.fixture(scope="module")
+def bundle(digits, tmp_path_factory) -> Path:
+    from exporter.cli import main
+
+    out = tmp_path_factory.mktemp("tensorrt") / "bundle"
+    assert main([*map(str, [*digits.arguments(), *ALL, *BOTH, "--calib", digits.images, "--out", out])]) == 0
+    return out
+
+
+def test_engines_that_were_not_run_are_graph_verified_and_no_more(bundle):
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    found = {engine["name"]: engine for engine in manifest["artifacts"]["engines"]}
+    assert len(found) == 6
+    for name, engine in found.items():
+        ran = "engine" if name.startswith("onnxruntime") else "precision graph"
+        assert engine["gate"]["ran"] == ran, name
+        assert engine["state"] == ("verified" if ran == "engine" else "graph verified"), name
+        assert (engine["latency"] is None) == (ran != "engine"), "what did not run was not timed"
+        assert (engine["graph"] is None) == (ran == "engine")
+    assert "tensorrt-rtx" in found["tensorrt-rtx-int8"]["built_by"]
+    assert found["tensorrt-rtx-int8"]["gate"]["metrics"]["sqnr"] > 30
+
+
+def test_verify_runs_the_graphs_again_and_promotes_nothing(bundle, cli):
+    done = cli("verify", bundle)
+    assert done.code == 0, done.err
+    assert "tensorrt-rtx-int8: graph verified" in done.out
+    attestation = json.loads(Path(done.json["attestation"]).read_text())
+    assert attestation["states"]["tensorrt-rtx-int8"] == "graph verified"
+
+
+def test_load_takes_an_engine_that_runs_here(bundle):
+    assert engines.load(bundle).name.startswith("onnxruntime")
+    with pytest.raises(TargetUnavailableError, match="tensorrt-rtx-int8"):
+        engines.load(bundle, engine="tensorrt-rtx-int8")
+
+
+def test_an_engine_that_was_not_run_does_not_satisfy_require_verified(digits, cli, tmp_path):
+    arguments = [
+        *digits.arguments(),
+        "--target",
+        "tensorrt-rtx",
+        "--verify",
+        digits.images,
+        "--require",
+        "verified",
+    ]
+    done = cli(*arguments, "--out", tmp_path / "out")
+    assert done.code == 6, done.err
+    assert [(e["name"], e["state"]) for e in done.json["engines"]] == [
+        ("tensorrt-rtx-fp32", "graph verified")
+    ]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("fault", ["scale", "swap"])
+def test_gate_catches_faults_in_the_tensorrt_graph(digits, cli, tmp_path, monkeypatch, fault):
+    from exporter import building
+
+    real = building.quantize
+
+    def faulty(graph, ranges, out, **options):
+        files = real(graph, ranges, out, **options)
+        model = onnx.load(out)
+        for tensor in model.graph.initializer:
+            array = numpy_helper.to_array(tensor).copy()
+            if fault == "scale" and tensor.name == "node_linear_weight_scale_half":
+                array[3] *= 8
+            elif fault == "swap" and tensor.name == "node_linear_weight_quantized":
+                array[[3, 5]] = array[[5, 3]]
+            else:
+                continue
+            tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
+            break
+        else:
+            raise AssertionError([t.name for t in model.graph.initializer])
+        onnx.save(model, out)
+        return files
+
+    monkeypatch.setattr(building, "quantize", faulty)
+    arguments = [
+        *digits.arguments(),
+        "--precision",
+        "int8",
+        "--calib",
+        digits.images,
+        "--target",
+        "tensorrt-rtx",
+    ]
+    done = cli(*arguments, "--out", tmp_path / "out", "--no-cache")
+    assert done.code == 3, done.err
+    assert "tensorrt-rtx-int8" in done.json["error"]["message"]
+    assert done.json["engines"][0]["state"] == "built"
+
+
+# -- targets ---------------------------------------------------------------------------------------
+
+
+def test_auto_is_onnxruntime_and_rtx_where_there_is_no_gpu(monkeypatch):
+    from engines import target
+
+    monkeypatch.setattr(target, "AUTOMATIC", target.TARGETS)
+    names = [t.name for t in choose(("auto",))]
+    assert names == ["onnxruntime", "tensorrt" if not targets()["tensorrt"].unavailable else "tensorrt-rtx"]
+
+
+@pytest.mark.skipif(Path("/dev/nvidia0").exists(), reason="there is a GPU here")
+def test_tensorrt_without_the_package_says_what_to_install():
+    with pytest.raises(TargetUnavailableError, match=r"pip install 'export-zoo\[tensorrt\]'"):
+        choose(("tensorrt",))
