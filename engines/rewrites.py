@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import string
+
 import onnx_ir as ir
 
 from engines.placement import constant
@@ -48,6 +50,24 @@ def average_pool_instead_of_mean(graph: ir.Graph) -> int:
         name = old.name
         graph.remove(node, safe=True)
         new.name = name
+        count += 1
+    return count
+
+
+def plain_einsum(graph: ir.Graph) -> int:
+    """Write Einsum equations without capitals and spaces, which TensorRT's parser rejects (maxvit_t).
+
+    Returns the number of rewritten nodes.
+    """
+    count = 0
+    for node in graph:
+        equation = node.attributes.get_string("equation", "") if node.op_type == "Einsum" else ""
+        if equation == equation.replace(" ", "").lower():
+            continue
+        free = (letter for letter in string.ascii_lowercase if letter not in equation)
+        names = {letter: next(free) for letter in dict.fromkeys(equation) if letter.isupper()}
+        plain = "".join(names.get(letter, letter) for letter in equation if letter != " ")
+        node.attributes["equation"] = ir.AttrString("equation", plain)
         count += 1
     return count
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from calibration.errors import TargetUnavailableError, UsageError
@@ -29,6 +30,65 @@ class Target:
     name: str
     unavailable: str = ""
     """Why it cannot be built here; empty where it can."""
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """How TensorRT builds an engine. Each is off, or TensorRT's default, unless asked for.
+
+    `workspace_mb` bounds the scratch memory that layers may take on the device, in MiB. `hardware_compatible` (GPUs
+    from Ampere on) and `version_compatible` are for `tensorrt` only. `compute_capabilities` ("8.9") is for
+    `tensorrt-rtx` only, which builds for GPUs that are not there; it refits and strips weights only where there is one.
+    """
+
+    workspace_mb: int | None = None
+    hardware_compatible: bool = False
+    version_compatible: bool = False
+    refittable: bool = False
+    strip_weights: bool = False
+    compute_capabilities: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.workspace_mb is not None and self.workspace_mb < 1:
+            raise UsageError(
+                f"--workspace {self.workspace_mb}: must be at least 1 (MiB)", hint="leave it out"
+            )
+        for text in self.compute_capabilities:
+            if not re.fullmatch(r"\d{1,2}\.\d", text):
+                raise UsageError(f"--compute-capability {text!r}: not MAJOR.MINOR", hint="for example 8.9")
+
+    def check(self, names: Collection[str]) -> None:
+        """Refuse options that none of the chosen targets has.
+
+        Raises:
+            UsageError: names the option and the target it is for.
+            TargetUnavailableError: needs a GPU, and there is none.
+        """
+        if (self.refittable or self.strip_weights) and "tensorrt-rtx" in names and not has_cuda_device():
+            # Its builder ends in an internal error (1.7.1, any convolution).
+            raise TargetUnavailableError(
+                "--refittable and --strip-weights: tensorrt-rtx does this only where there is a GPU",
+                hint="leave them out, or build where the GPU is",
+            )
+        for option, given, owners in (
+            ("--workspace", self.workspace_mb is not None, ("tensorrt", "tensorrt-rtx")),
+            ("--refittable", self.refittable, ("tensorrt", "tensorrt-rtx")),
+            ("--strip-weights", self.strip_weights, ("tensorrt", "tensorrt-rtx")),
+            ("--hardware-compatible", self.hardware_compatible, ("tensorrt",)),
+            ("--version-compatible", self.version_compatible, ("tensorrt",)),
+            ("--compute-capability", bool(self.compute_capabilities), ("tensorrt-rtx",)),
+        ):
+            if given and not set(owners) & set(names):
+                raise UsageError(
+                    f"{option} has no effect on {', '.join(names)}",
+                    hint=f"it is for --target {' and '.join(owners)}",
+                )
+
+    def of(self, name: str) -> BuildOptions:
+        """Those that a target has."""
+        if name == "tensorrt-rtx":
+            return replace(self, hardware_compatible=False, version_compatible=False)
+        return replace(self, compute_capabilities=())
 
 
 def targets() -> dict[str, Target]:

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from calibration import graph_io
-from calibration.errors import EnvironmentFailureError, ExportDefectError
+from calibration.errors import EnvironmentFailureError, ExportDefectError, UsageError
+from engines.target import BuildOptions
 from engines.tensorrt_worker import FATAL_WARNINGS
 
 log = logging.getLogger("export_zoo.tensorrt")
@@ -33,22 +34,6 @@ WORKER: Sequence[str] = (sys.executable, "-m", "engines.tensorrt_worker")
 
 Steps = Callable[[int, int], None]
 """Called with the builder's finished steps and their total."""
-
-
-@dataclass(frozen=True)
-class BuildOptions:
-    """How TensorRT builds an engine.
-
-    `workspace_mb` bounds the scratch memory that layers may take on the device (MiB; None: TensorRT's default, all).
-    `compute_capabilities` ("8.9") is for `tensorrt-rtx` only, which builds for GPUs that are not there.
-    """
-
-    workspace_mb: int | None = None
-    hardware_compatible: bool = False
-    version_compatible: bool = False
-    refittable: bool = False
-    strip_weights: bool = False
-    compute_capabilities: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -100,6 +85,7 @@ def build_engine(
         batch: min, opt and max of the first dimension of every input.
 
     Raises:
+        UsageError: an option or the batch does not fit this TensorRT or this graph.
         ExportDefectError: the parser or the builder refuses the graph; names node and module.
         EnvironmentFailureError: the builder crashed or was killed.
     """
@@ -131,6 +117,8 @@ def build_engine(
             f"{target}: {_ended(code, tail)}",
             hint="try a smaller --batch or --workspace, or another --target",
         )
+    if final["event"] == "error" and final["stage"] == "configure":
+        raise UsageError(f"{target}: {final['errors'][0]['text']}", hint="`export-zoo export --help`")
     reason = f"build: {fatal[0]}" if fatal else _describe(final["stage"], final["errors"], logged, graph)
     raise ExportDefectError(
         f"{target}: cannot build {graph.name}: {reason}",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from calibration.ranges import Ranges
 from engines.half import to_half
 from engines.precision import quantize
 from engines.target import DISTRIBUTIONS, Precision, Target
-from engines.tensorrt_build import BuildOptions, build_engine
+from engines.tensorrt_build import build_engine
 from exporter.context import Context
 
 
@@ -94,7 +94,7 @@ def build(
 def _compile(context: Context, graph: Path, target: Target) -> tuple[Path, bool, dict[str, int]]:
     """TensorRT's engine file of a precision graph, whether it was cached, and the builder's warnings."""
     batch = context.options.batch
-    build_options = BuildOptions()
+    build_options = context.options.build.of(target.name)
 
     def make(directory: Path) -> dict[str, Any]:
         with context.reporter.bar("build", None) as advance:
@@ -113,7 +113,7 @@ def _compile(context: Context, graph: Path, target: Target) -> tuple[Path, bool,
         target=target.name,
         versions=library_versions(DISTRIBUTIONS[target.name]),
         batch=[batch.min, batch.opt, batch.max],
-        options=build_options.__dict__,
+        options=asdict(build_options),
     )
     result = context.cache.run("tensorrt", key, make)
     return result.directory / "engine.plan", result.cached, result.data["warnings"]

@@ -196,6 +196,24 @@ _verbose_option = click.option(
     "--reduce-range", is_flag=True, help="7-bit weights, for CPUs without VNNI, where 8 bits can saturate."
 )
 @click.option(
+    "--workspace",
+    "workspace_mb",
+    type=int,
+    metavar="MIB",
+    help="TensorRT: scratch memory on the device. Default: all of it.",
+)
+@click.option("--refittable", is_flag=True, help="TensorRT: weights can be replaced later.")
+@click.option("--strip-weights", is_flag=True, help="TensorRT: plan without weights, to be refitted.")
+@click.option("--hardware-compatible", is_flag=True, help="tensorrt: runs on GPUs from Ampere on.")
+@click.option("--version-compatible", is_flag=True, help="tensorrt: runs with later versions, too.")
+@click.option(
+    "--compute-capability",
+    "compute_capabilities",
+    multiple=True,
+    metavar="X.Y",
+    help="tensorrt-rtx: GPUs to build for. Repeatable. Default: 8.0, 8.6, 8.9 and 12.0.",
+)
+@click.option(
     "--out", type=click.Path(path_type=Path), metavar="DIR", help="The bundle. Default: ./MODEL.bundle."
 )
 @click.option(
@@ -214,6 +232,8 @@ def export(model: str, json_path: Path | None, quiet: bool, verbose: bool, **giv
     """Export MODEL, build its engines, and check their logits against eager PyTorch."""
     if verbose:
         show_log()
+    from engines import target
+
     chosen = options.ExportOptions(
         model=model,
         precisions=tuple(given["precisions"]) or ("fp32",),
@@ -234,6 +254,14 @@ def export(model: str, json_path: Path | None, quiet: bool, verbose: bool, **giv
         require=given["require"],
         method=given["method"],
         reduce_range=given["reduce_range"],
+        build=target.BuildOptions(
+            workspace_mb=given["workspace_mb"],
+            refittable=given["refittable"],
+            strip_weights=given["strip_weights"],
+            hardware_compatible=given["hardware_compatible"],
+            version_compatible=given["version_compatible"],
+            compute_capabilities=tuple(given["compute_capabilities"]),
+        ),
         out=given["out"],
         cache=not given["no_cache"],
         seed=given["seed"],
@@ -242,9 +270,7 @@ def export(model: str, json_path: Path | None, quiet: bool, verbose: bool, **giv
         raise UsageError(f"--json {json_path}: lies inside the bundle", hint="write it beside --out")
     now = outcome.current()
     now.reporter = ConsoleReporter(quiet=quiet)
-    from engines import target
-
-    target.choose(chosen.targets)  # before PyTorch is loaded
+    chosen.build.check([t.name for t in target.choose(chosen.targets)])  # before PyTorch is loaded
     from exporter.pipeline import KeptError, export_zoo
     from exporter.report import print_table
 

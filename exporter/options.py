@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from calibration.errors import UsageError
-from engines.target import PRECISIONS, TARGETS, Precision
+from engines.target import PRECISIONS, TARGETS, BuildOptions, Precision
 
 METHODS = ("minmax",)
 MAX_SEED = 2**31 - 1
@@ -147,6 +147,7 @@ class ExportOptions:
     require: Literal["graph", "verified"] = "graph"
     method: str = "minmax"
     reduce_range: bool = False
+    build: BuildOptions = field(default_factory=BuildOptions)
     out: Path | None = None
     cache: bool = True
     seed: int = 0

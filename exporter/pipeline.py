@@ -186,7 +186,8 @@ def _refuse_overlap(ranges: Ranges, reference: StageResult) -> None:
 def _run(context: Context) -> ExportResult:
     options = context.options
     publish.check_destination(options.out_dir)
-    target.choose(options.targets)
+    chosen_targets = target.choose(options.targets)
+    options.build.check([t.name for t in chosen_targets])
     spec = stages.resolve_model(context)
     model = stages.EagerModel(spec)
     chosen = choose_images(context, spec.labels, spec.num_classes)
@@ -202,7 +203,7 @@ def _run(context: Context) -> ExportResult:
     ranges = calibrated[1] if calibrated is not None else None
     built = [
         build(context, graph, chosen_target, precision, ranges)
-        for chosen_target in target.choose(options.targets)
+        for chosen_target in chosen_targets
         for precision in options.unique_precisions()
     ]
     contents = _Contents()

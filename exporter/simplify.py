@@ -17,7 +17,7 @@ import onnx_ir.passes.common as passes
 from calibration import graph_io
 from calibration.graph_io import MODULE_KEY
 from engines.onnxruntime_engine import OnnxRuntimeEngine
-from engines.rewrites import average_pool_instead_of_mean, remove_unused_initializers
+from engines.rewrites import average_pool_instead_of_mean, plain_einsum, remove_unused_initializers
 
 TIMEOUT_SECONDS = 900
 MAX_RELATIVE_ERROR = 1e-4
@@ -127,6 +127,7 @@ def _simplify(source: Path, out: Path, scratch: Path, inputs: npt.NDArray[np.flo
             summary = f"onnxsim: {sum(before.values())} -> {sum(after.values())} nodes"
     passes.ShapeInferencePass()(base)
     pooled = average_pool_instead_of_mean(base.graph)
+    plain_einsum(base.graph)
     remove_unused_initializers(base.graph)
     files = graph_io.save(base, out)
     change = _difference(source, out, inputs)

@@ -28,7 +28,7 @@ from engines.half import to_half
 from engines.onnxruntime_engine import OnnxRuntimeEngine
 from engines.parity import compare
 from engines.precision import activation_scale, half_scale, quantize, quantize_weight, symmetric_scale
-from engines.rewrites import average_pool_instead_of_mean
+from engines.rewrites import average_pool_instead_of_mean, plain_einsum
 from engines.twin import write_twin
 
 PREPROCESS = Preprocess(
@@ -1119,3 +1119,44 @@ def test_tensors_that_overflow_half_on_the_calibration_images_stay_float(tmp_pat
     write_twin(tmp_path / "mended.onnx", tmp_path / "twin.onnx")
     found = OnnxRuntimeEngine(tmp_path / "twin.onnx", fused=False).run(batch)
     assert compare(OnnxRuntimeEngine(graph).run(batch), found).sqnr > (50 if precision_ == "fp16" else 20)
+
+
+@pytest.mark.parametrize(
+    ("equation", "plain"),
+    [
+        ("... i d, ... j d -> ... i j", "...id,...jd->...ij"),
+        ("B H I D, B H J D -> B H I J", "abcd,abed->abce"),
+        ("B a D, a D -> B D", "bac,ac->bc"),
+        ("ij,jk->ik", "ij,jk->ik"),
+    ],
+)
+def test_einsum_is_written_as_tensorrt_reads_it(tmp_path, equation, plain):
+    sides = {"...": (2, 3), "i": 4, "j": 5, "d": 6, "k": 7, "B": 2, "H": 3, "I": 4, "J": 5, "D": 6, "a": 8}
+
+    def operand(text: str, seed: int) -> np.ndarray:
+        labels = text.replace("...", "_").replace(" ", "")
+        shape = [n for label in labels for n in (sides["..."] if label == "_" else (sides[label],))]
+        return _random(*shape, seed=seed)
+
+    first, second = (operand(text, i) for i, text in enumerate(equation.split("->")[0].split(",")))
+    node = helper.make_node("Einsum", ["first", "second"], ["logits"], name="einsum", equation=equation)
+    inputs = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, array.shape)
+        for name, array in (("first", first), ("second", second))
+    ]
+    outputs = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, None)]
+    model = helper.make_model(
+        helper.make_graph([node], "main", inputs, outputs),
+        opset_imports=[helper.make_opsetid("", 20)],
+        ir_version=10,
+    )
+    onnx.save(model, tmp_path / "graph.onnx")
+    loaded = load(tmp_path / "graph.onnx")
+    assert plain_einsum(loaded.graph) == (equation != plain)
+    save(loaded, tmp_path / "plain.onnx")
+    (found,) = onnx.load(tmp_path / "plain.onnx").graph.node
+    assert helper.get_attribute_value(found.attribute[0]).decode() == plain
+    run = ort.InferenceSession(tmp_path / "plain.onnx", providers=["CPUExecutionProvider"]).run
+    (have,) = run(None, {"first": first, "second": second})
+    want = np.einsum(equation.replace(" ", ""), first, second)
+    np.testing.assert_allclose(have, want, rtol=1e-4, atol=1e-4)

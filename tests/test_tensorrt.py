@@ -14,10 +14,10 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import engines
-from calibration.errors import EnvironmentFailureError, ExportDefectError, TargetUnavailableError
+from calibration.errors import EnvironmentFailureError, ExportDefectError, TargetUnavailableError, UsageError
 from engines import tensorrt_build
-from engines.target import choose, targets
-from engines.tensorrt_build import BuildOptions, build_engine
+from engines.target import BuildOptions, choose, has_cuda_device, targets
+from engines.tensorrt_build import build_engine
 
 pytestmark = pytest.mark.skipif(
     bool(targets()["tensorrt-rtx"].unavailable), reason="tensorrt-rtx is not installed"
@@ -126,7 +126,7 @@ def test_build_options_are_taken(relu, options):
 
 
 def test_a_compute_capability_that_there_is_not_is_refused(relu):
-    with pytest.raises(ExportDefectError, match=r"9\.9"):
+    with pytest.raises(UsageError, match=r"9\.9"):
         _build(relu, options=BuildOptions(compute_capabilities=("9.9",)))
 
 
@@ -232,6 +232,40 @@ def test_gate_catches_faults_in_the_tensorrt_graph(digits, cli, tmp_path, monkey
     assert done.json["engines"][0]["state"] == "built"
 
 
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [
+        (["--workspace", "0"], "--workspace"),
+        (["--compute-capability", "89"], "--compute-capability"),
+        (["--hardware-compatible"], "--hardware-compatible"),
+        (["--version-compatible"], "--version-compatible"),
+        (["--refittable", "--target", "onnxruntime"], "--refittable"),
+    ],
+)
+def test_build_options_that_a_target_does_not_have_are_usage_errors(given, names, cli, tmp_path):
+    target = [] if "--target" in given else ["--target", "tensorrt-rtx"]
+    done = cli("resnet18", "--weights", "none", *target, *given, "--out", tmp_path / "out")
+    assert done.code == 2
+    assert names in done.json["error"]["message"]
+    assert done.json["stages"] == []
+
+
+def test_compute_capabilities_reach_the_builder(cli, tmp_path):
+    arguments = ["resnet18", "--weights", "none", "--input-size", "64", "--target", "tensorrt-rtx"]
+    done = cli(*arguments, "--compute-capability", "9.9", "--out", tmp_path / "out")
+    assert done.code == 2
+    assert "no compute capability 9.9: choose from 7.5" in done.json["error"]["message"]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(has_cuda_device(), reason="there is a GPU here")
+@pytest.mark.parametrize("option", ["--refittable", "--strip-weights"])
+def test_what_rtx_does_on_a_gpu_only_is_refused_without_one(option, cli, tmp_path):
+    done = cli("resnet18", "--weights", "none", "--target", "tensorrt-rtx", option, "--out", tmp_path / "out")
+    assert done.code == 4
+    assert option in done.json["error"]["message"]
+
+
 # -- targets ---------------------------------------------------------------------------------------
 
 
@@ -243,7 +277,7 @@ def test_auto_is_onnxruntime_and_rtx_where_there_is_no_gpu(monkeypatch):
     assert names == ["onnxruntime", "tensorrt" if not targets()["tensorrt"].unavailable else "tensorrt-rtx"]
 
 
-@pytest.mark.skipif(Path("/dev/nvidia0").exists(), reason="there is a GPU here")
+@pytest.mark.skipif(has_cuda_device(), reason="there is a GPU here")
 def test_tensorrt_without_the_package_says_what_to_install():
     with pytest.raises(TargetUnavailableError, match=r"pip install 'export-zoo\[tensorrt\]'"):
         choose(("tensorrt",))
