@@ -32,6 +32,9 @@ _LEVELS = {
 
 WORKER: Sequence[str] = (sys.executable, "-m", "engines.tensorrt_worker")
 
+_SHOWN = 3
+"""Errors that a message names."""
+
 Steps = Callable[[int, int], None]
 """Called with the builder's finished steps and their total."""
 
@@ -52,10 +55,12 @@ def _describe(stage: str, errors: list[dict[str, str]], logged: list[str], graph
     if any(error["node"] for error in errors):  # else the file may not be a graph at all
         nodes = {node.name: node for node in graph_io.load(graph).graph}
     parts = []
-    for error in errors:
+    for error in errors[:_SHOWN]:
         node = nodes.get(error["node"])
         where = graph_io.describe(node) if node is not None else error["node"]
         parts.append(f"{where}: {error['text']}" if where else error["text"])
+    if len(errors) > _SHOWN:
+        parts.append(f"and {len(errors) - _SHOWN} more")
     return f"{stage}: " + ("; ".join(parts) or "; ".join(logged[-3:]) or "no reason was given")
 
 

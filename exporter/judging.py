@@ -35,7 +35,7 @@ def tolerances_for(
     if unfused:
         chosen: dict[str, float] = {}  # the unfused graph brings its own
     elif random and engine.precision != "fp32":
-        chosen = {"cosine": MIN_UNFUSED_COSINE, "misplaced": 0}
+        chosen = {"cosine": MIN_UNFUSED_COSINE}
     else:
         chosen = dict(DEFAULT_TOLERANCES[engine.precision])
     if labelled < MIN_LABELLED:
