@@ -8,15 +8,15 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
+from engines.gate import Runnable
 from engines.manifest import Latency
-from engines.onnxruntime_engine import OnnxRuntimeEngine
 
 ROUNDS_MIN, ROUNDS_MAX = 5, 50
 SECONDS = 2.0
 
 
 def measure(
-    engines: Mapping[str, OnnxRuntimeEngine], batch: npt.NDArray[np.float32], *, baseline: str, machine: str
+    engines: Mapping[str, Runnable], batch: npt.NDArray[np.float32], *, baseline: str, machine: str
 ) -> dict[str, Latency]:
     """Time engines in turn (A B C A B C ...) on one batch, float32 [N, 3, H, W].
 

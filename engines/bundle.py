@@ -22,8 +22,10 @@ from calibration.images import Progress
 from calibration.machine import cpu_model, instruction_set, library_versions, saturates
 from calibration.preprocess import UnreadableImageError, decode, normalize, resize_and_crop
 from engines import manifest as m
-from engines.gate import judge, run_in_batches
+from engines.gate import Runnable, judge, run_in_batches
 from engines.onnxruntime_engine import OnnxRuntimeEngine
+from engines.target import DISTRIBUTIONS, device_capability
+from engines.tensorrt_engine import TensorRTEngine
 from engines.twin import write_twin
 
 Float32Array = npt.NDArray[np.float32]
@@ -114,6 +116,38 @@ def held_out(bundle: Path, manifest: m.Manifest) -> HeldOut:
     return HeldOut(pixels, logits, described.labels)
 
 
+def why_not_here(target: str, plan: m.Plan | None) -> str:
+    """Why an engine cannot run on this machine, from its description alone; empty where it can."""
+    if plan is None:
+        return ""
+    package = DISTRIBUTIONS[target]
+    version = library_versions(package)[package]
+    if version == "absent":
+        return f"the package {package} is not installed"
+    if version != plan.version and not plan.version_compatible:
+        return f"built by {package} {plan.version}, this is {version}"
+    here = device_capability()
+    if here is None:
+        return "there is no CUDA device here"
+    if here not in plan.compute_capabilities and not plan.hardware_compatible:
+        return f"built for compute capability {', '.join(plan.compute_capabilities)}, this GPU has {here}"
+    return ""
+
+
+def open_engine(
+    path: Path, *, target: str, precision: str, plan: m.Plan | None, threads: int = 0
+) -> Runnable:
+    """An engine file, ready to run.
+
+    Raises:
+        BadInputError: not an ONNX Runtime engine.
+        TargetUnavailableError: a TensorRT engine that this machine cannot load.
+    """
+    if plan is not None:
+        return TensorRTEngine(path, target=target)
+    return OnnxRuntimeEngine(path, threads=threads, half=precision == "fp16")
+
+
 class LoadedEngine:
     """One engine of a bundle, ready to run. Safe to share between threads."""
 
@@ -126,7 +160,9 @@ class LoadedEngine:
         self.state = engine.state
         self.why = why
         self.labels = manifest.recipe.labels
-        self._backend = OnnxRuntimeEngine(path, threads=threads, half=engine.precision == "fp16")
+        self._backend = open_engine(
+            path, target=engine.target, precision=engine.precision, plan=engine.plan, threads=threads
+        )
 
     def preprocess(self, images: Sequence[Path | str | bytes]) -> Float32Array:
         """Image files (paths, or their bytes) to the input batch, float32 [N, 3, H, W].
@@ -193,14 +229,16 @@ def load(
             raise BadInputError(
                 f"{root}: no engine {engine!r}", hint=f"it has: {', '.join(engines) or 'none'}"
             )
-        if engines[engine].target != "onnxruntime":
+        if reason := why_not_here(engines[engine].target, engines[engine].plan):
             raise TargetUnavailableError(
-                f"{root}: {engine} is run by TensorRT, which this version of export-zoo cannot do yet",
-                hint="trtexec or TensorRT's own runtime can; an onnxruntime engine of the bundle runs here",
+                f"{root}: {engine} cannot run here: {reason}",
+                hint="load another engine of the bundle, or export again on this machine",
             )
         return LoadedEngine(root, manifest, engines[engine], "asked for", threads)
     runnable = [
-        e for e in engines.values() if e.target == "onnxruntime" and (e.state == "verified" or allow_failed)
+        e
+        for e in engines.values()
+        if not why_not_here(e.target, e.plan) and (e.state == "verified" or allow_failed)
     ]
     if not runnable:
         raise TargetUnavailableError(f"{root}: no verified engine that runs here", hint="export again here")
@@ -212,10 +250,12 @@ def load(
 
 
 def judge_engine(
-    path: Path,
+    file: Path,
+    graph: Path,
     *,
+    target: str,
     precision: str,
-    only_graph: bool,
+    plan: m.Plan | None,
     unfused: bool,
     recipe: m.Recipe,
     held: HeldOut,
@@ -225,23 +265,24 @@ def judge_engine(
     """Run one engine, or the precision graph of one that cannot run here, through the parity gate.
 
     Args:
-        path: the ONNX Runtime engine; with `only_graph`, the precision graph that TensorRT compiled: its twin is run
-            (see `engines.twin`).
+        file: the engine.
+        graph: the precision graph that TensorRT compiled; for ONNX Runtime, the engine itself.
         unfused: gate against the unfused graph (see `engines.gate.judge`).
     """
-    half = precision == "fp16"
 
     def unfused_logits() -> Float32Array:
-        plain = OnnxRuntimeEngine(path, fused=False, half=half)
+        plain = OnnxRuntimeEngine(graph, fused=False, half=precision == "fp16")
         return run_in_batches(plain, held.pixels, recipe.preprocess, recipe.batch.opt)
 
+    only_graph = bool(why_not_here(target, plan))
+    engine: Runnable
     if only_graph:
         with tempfile.TemporaryDirectory(prefix="export-zoo-") as directory:
             twin = Path(directory) / "twin.onnx"
-            write_twin(path, twin)
+            write_twin(graph, twin)
             engine = OnnxRuntimeEngine(twin, fused=False)
     else:
-        engine = OnnxRuntimeEngine(path, half=half)
+        engine = open_engine(file, target=target, precision=precision, plan=plan)
     return judge(
         engine,
         ran="precision graph" if only_graph else "engine",
@@ -281,9 +322,11 @@ def verify(bundle: Path | str, *, progress: Progress = lambda _: None) -> tuple[
                 text += ": uint8 x int8 sums can saturate here; export with --reduce-range if logits differ"
             warnings.append(text)
         gate = judge_engine(
+            root / engine.file.path,
             root / (engine.graph or engine.file).path,
+            target=engine.target,
             precision=engine.precision,
-            only_graph=engine.graph is not None,
+            plan=engine.plan,
             unfused=engine.gate.reference != "eager",
             recipe=manifest.recipe,
             held=held,

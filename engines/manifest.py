@@ -142,6 +142,18 @@ class Latency(_Model):
     machine: str
 
 
+class Plan(_Model):
+    """What a TensorRT engine runs with."""
+
+    version: str = Field(description="Of the TensorRT (RTX) that built it.")
+    compute_capabilities: list[str] = Field(description="GPUs that it was built for, `8.9` say.")
+    hardware_compatible: bool
+    version_compatible: bool
+    refittable: bool
+    strip_weights: bool
+    workspace_mb: int | None
+
+
 class Engine(_Model):
     name: str = Field(description="`<target>-<precision>`.")
     target: str
@@ -149,6 +161,7 @@ class Engine(_Model):
     file: File
     external_data: list[File] = Field(description="Weights files that the engine refers to (over 2 GiB).")
     graph: File | None = Field(description="The precision graph that TensorRT compiled; else null.")
+    plan: Plan | None = Field(description="TensorRT only; else null.")
     graph_external_data: list[File] = Field(description="Weights files of that graph (over 2 GiB).")
     state: State
     built_by: dict[str, str] = Field(description="Library versions that built it.")

@@ -23,6 +23,10 @@ DISTRIBUTIONS = {"onnxruntime": "onnxruntime", "tensorrt": "tensorrt", "tensorrt
 """The package that builds a target's engines."""
 
 
+MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+"""The Python module of those that TensorRT builds and runs."""
+
+
 @dataclass(frozen=True)
 class Target:
     """A backend that engines are built for."""
@@ -108,16 +112,39 @@ def targets() -> dict[str, Target]:
     return {name: Target(name, reasons[name]) for name in TARGETS}
 
 
-def has_cuda_device() -> bool:
-    """Whether the CUDA driver is here and finds a device. Asks the driver itself: nothing else need be installed."""
+def _driver() -> ctypes.CDLL | None:
+    """The CUDA driver, if it is here and finds a device."""
     for library in ("libcuda.so.1", "nvcuda.dll"):
         try:
             driver = ctypes.CDLL(library)
         except OSError:
             continue
         count = ctypes.c_int(0)
-        return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
-    return False
+        if driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0:
+            return driver
+    return None
+
+
+def has_cuda_device() -> bool:
+    """Whether the CUDA driver is here and finds a device. Asks the driver itself: nothing else need be installed."""
+    return _driver() is not None
+
+
+def device_capability() -> str | None:
+    """Compute capability of the first CUDA device, "9.0" say; None without one.
+
+    Attributes 75 and 76 of the driver API (CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR).
+    """
+    driver = _driver()
+    if driver is None:
+        return None
+    values = []
+    for attribute in (75, 76):
+        value = ctypes.c_int(0)
+        if driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, 0) != 0:
+            return None
+        values.append(value.value)
+    return f"{values[0]}.{values[1]}"
 
 
 def _automatic(known: Mapping[str, Target]) -> list[Target]:

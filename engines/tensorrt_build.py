@@ -45,6 +45,8 @@ class Built:
 
     version: str
     """Of the TensorRT that built it: the engine runs with this one only, unless built otherwise."""
+    compute_capabilities: list[str] = field(default_factory=list)
+    """Of the GPUs that it is for."""
     warnings: dict[str, int] = field(default_factory=dict)
     """TensorRT's warnings, and how often each came."""
 
@@ -115,7 +117,7 @@ def build_engine(
         tail = " ".join(stderr.read().decode(errors="replace").strip().splitlines()[-2:])
     fatal = [text for text in warnings if any(bad in text for bad in FATAL_WARNINGS)]
     if final.get("event") == "done" and not fatal:
-        return Built(final["version"], dict(warnings))
+        return Built(final["version"], final["compute_capabilities"], dict(warnings))
     out.unlink(missing_ok=True)
     if not final:
         raise EnvironmentFailureError(

@@ -13,7 +13,10 @@ import sys
 from pathlib import Path
 from typing import Any, TextIO
 
-MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+from engines.target import MODULES, device_capability
+
+RTX_DEFAULT_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0")
+"""What TensorRT-RTX builds for unless told otherwise (NVIDIA, TensorRT-RTX documentation; 1.7)."""
 
 FATAL_WARNINGS = ("Profile kMAX values are not self-consistent",)
 """Warnings of engines that will misbehave."""
@@ -114,7 +117,10 @@ def _build(request: dict[str, Any], emit: Any) -> dict[str, Any]:
     if serialized is None:
         return {"event": "error", "stage": "build", "errors": []}
     Path(request["out"]).write_bytes(serialized)
-    return {"event": "done", "version": trt.__version__}
+    capabilities = request["compute_capabilities"] or RTX_DEFAULT_CAPABILITIES
+    if request["target"] == "tensorrt":
+        capabilities = [device_capability()]
+    return {"event": "done", "version": trt.__version__, "compute_capabilities": list(capabilities)}
 
 
 def main(request: TextIO, events: TextIO) -> None:

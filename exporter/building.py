@@ -9,11 +9,14 @@ from typing import Any
 from calibration.graph_io import sha256_of
 from calibration.machine import library_versions
 from calibration.ranges import Ranges
+from engines.bundle import why_not_here
 from engines.half import to_half
+from engines.manifest import Plan
 from engines.precision import quantize
 from engines.target import DISTRIBUTIONS, Precision, Target
 from engines.tensorrt_build import build_engine
 from exporter.context import Context
+from exporter.stage_cache import StageResult
 
 
 @dataclass(frozen=True)
@@ -26,15 +29,21 @@ class EngineFiles:
     graph: Path
     """The precision graph: what TensorRT compiled; for ONNX Runtime, the engine itself."""
     built_by: dict[str, str]
+    plan: Plan | None = None
 
     @property
     def name(self) -> str:
         return f"{self.target}-{self.precision}"
 
     @property
+    def is_graph(self) -> bool:
+        """The precision graph is the engine."""
+        return self.file == self.graph
+
+    @property
     def runs_here(self) -> bool:
         """Whether the engine itself can be run, or only its graph."""
-        return self.file == self.graph
+        return not why_not_here(self.target, self.plan)
 
 
 def _precision_graph(
@@ -83,16 +92,18 @@ def build(
             stage.cached = stage.cached and precision != "fp32"
             built_by = library_versions("onnxruntime", "onnx_ir", "numpy")
             return EngineFiles(target.name, precision, precise, precise, built_by)
-        file, stage.cached, warnings = _compile(context, precise, target)
-        stage.detail = f"{name}: built, not run"
+        compiled = _compile(context, precise, target)
+        stage.cached, warnings = compiled.cached, compiled.data["warnings"]
+        stage.detail = name
         if warnings:
             stage.detail += f"; {sum(warnings.values())} warnings by TensorRT (-v shows them)"
     built_by = library_versions(DISTRIBUTIONS[target.name], "onnx_ir", "numpy")
-    return EngineFiles(target.name, precision, file, precise, built_by)
+    plan = Plan.model_validate(compiled.data["plan"])
+    return EngineFiles(target.name, precision, compiled.directory / "engine.plan", precise, built_by, plan)
 
 
-def _compile(context: Context, graph: Path, target: Target) -> tuple[Path, bool, dict[str, int]]:
-    """TensorRT's engine file of a precision graph, whether it was cached, and the builder's warnings."""
+def _compile(context: Context, graph: Path, target: Target) -> StageResult:
+    """TensorRT's `engine.plan` of a precision graph, and the builder's warnings."""
     batch = context.options.batch
     build_options = context.options.build.of(target.name)
 
@@ -106,7 +117,8 @@ def _compile(context: Context, graph: Path, target: Target) -> tuple[Path, bool,
                 options=build_options,
                 steps=lambda done, total: advance(1),
             )
-        return {"warnings": built.warnings}
+        known = {"version": built.version, "compute_capabilities": built.compute_capabilities}
+        return {"warnings": built.warnings, "plan": {**asdict(build_options), **known}}
 
     key = context.key(
         graph=sha256_of(graph),
@@ -115,5 +127,4 @@ def _compile(context: Context, graph: Path, target: Target) -> tuple[Path, bool,
         batch=[batch.min, batch.opt, batch.max],
         options=asdict(build_options),
     )
-    result = context.cache.run("tensorrt", key, make)
-    return result.directory / "engine.plan", result.cached, result.data["warnings"]
+    return context.cache.run("tensorrt", key, make)

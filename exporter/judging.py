@@ -12,8 +12,8 @@ from calibration.graph_io import sha256_of
 from calibration.machine import cpu_model, instruction_set
 from calibration.preprocess import normalize
 from engines import bench
-from engines.bundle import HeldOut, judge_engine
-from engines.gate import MIN_LABELLED, images_compared
+from engines.bundle import HeldOut, judge_engine, open_engine
+from engines.gate import MIN_LABELLED, Runnable, images_compared
 from engines.manifest import Gate, Latency, Recipe
 from engines.onnxruntime_engine import OnnxRuntimeEngine
 from engines.parity import DEFAULT_TOLERANCES, MIN_UNFUSED_COSINE
@@ -31,7 +31,7 @@ def tolerances_for(
         random: the weights are random.
         labelled: verify images with a label; too few leave the accuracy's default limit out.
     """
-    unfused = random and engine.precision != "fp32" and engine.runs_here
+    unfused = random and engine.precision != "fp32" and engine.is_graph
     if unfused:
         chosen: dict[str, float] = {}  # the unfused graph brings its own
     elif random and engine.precision != "fp32":
@@ -72,9 +72,11 @@ def _judge(
     def make(_: Path) -> dict[str, Any]:
         with context.reporter.bar("verify", images_compared(len(held.pixels), recipe.batch)) as progress:
             gate = judge_engine(
+                engine.file,
                 engine.graph,
+                target=engine.target,
                 precision=engine.precision,
-                only_graph=not engine.runs_here,
+                plan=engine.plan,
                 unfused=unfused,
                 recipe=recipe,
                 held=held,
@@ -87,7 +89,7 @@ def _judge(
         key = context.key(
             "onnxruntime",
             "numpy",
-            graph=sha256_of(engine.graph),
+            engine=sha256_of(engine.file if engine.runs_here else engine.graph),
             only_graph=not engine.runs_here,
             reference=reference.key,
             labels=held.labels,
@@ -125,10 +127,12 @@ def time_engines(
         return {}
 
     def make(_: Path) -> dict[str, Any]:
-        sessions = {"fp32": OnnxRuntimeEngine(fp32)}
+        sessions: dict[str, Runnable] = {"fp32": OnnxRuntimeEngine(fp32)}
         for name, engine in timed.items():
             if engine.file != fp32:
-                sessions[name] = OnnxRuntimeEngine(engine.file, half=engine.precision == "fp16")
+                sessions[name] = open_engine(
+                    engine.file, target=engine.target, precision=engine.precision, plan=engine.plan
+                )
         index = np.arange(recipe.batch.opt) % len(held.pixels)
         batch = normalize(held.pixels[index], recipe.preprocess)
         found = bench.measure(sessions, batch, baseline="fp32", machine=cpu_model())

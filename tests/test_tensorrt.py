@@ -18,6 +18,7 @@ from calibration.errors import EnvironmentFailureError, ExportDefectError, Targe
 from engines import tensorrt_build
 from engines.target import BuildOptions, choose, has_cuda_device, targets
 from engines.tensorrt_build import build_engine
+from engines.tensorrt_engine import TensorRTEngine
 
 pytestmark = pytest.mark.skipif(
     bool(targets()["tensorrt-rtx"].unavailable), reason="tensorrt-rtx is not installed"
@@ -54,6 +55,7 @@ def test_an_engine_is_built_and_steps_are_told(relu):
     built, out = _build(relu, steps=lambda done, total: steps.append((done, total)))
     assert out.stat().st_size > 1000
     assert built.version.startswith("1.")
+    assert built.compute_capabilities == ["8.0", "8.6", "8.9", "12.0"]
     assert [done for done, _ in steps] == list(range(1, len(steps) + 1))
     assert steps
     assert all(done <= total for done, total in steps)
@@ -95,7 +97,7 @@ def test_a_builder_that_crashes_is_an_error_message(relu, monkeypatch, code, say
 def test_warnings_of_engines_that_will_misbehave_are_errors(relu, monkeypatch):
     events = [
         {"event": "log", "severity": "WARNING", "text": "Profile kMAX values are not self-consistent."},
-        {"event": "done", "version": "11.0"},
+        {"event": "done", "version": "11.0", "compute_capabilities": []},
     ]
     lines = "".join(json.dumps(event) + "\n" for event in events)
     monkeypatch.setattr(tensorrt_build, "WORKER", (sys.executable, "-c", f"print({lines!r}, end='')"))
@@ -281,3 +283,62 @@ def test_auto_is_onnxruntime_and_rtx_where_there_is_no_gpu(monkeypatch):
 def test_tensorrt_without_the_package_says_what_to_install():
     with pytest.raises(TargetUnavailableError, match=r"pip install 'export-zoo\[tensorrt\]'"):
         choose(("tensorrt",))
+
+
+# -- on a GPU ----------------------------------------------------------------------------------------
+
+
+gpu = pytest.mark.skipif(not has_cuda_device(), reason="there is no CUDA device here")
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+@pytest.mark.parametrize("target", ["tensorrt", "tensorrt-rtx"])
+def test_engines_are_verified_and_timed_on_a_gpu(target, precision, digits, cli, tmp_path):
+    if why := targets()[target].unavailable:
+        pytest.skip(why)
+    arguments = [*digits.arguments(), "--target", target, "--precision", precision, "--calib", digits.images]
+    done = cli(*arguments, "--batch", "1:8:64", "--require", "verified", "--out", tmp_path / "out")
+    assert done.code == 0, done.err
+    (engine,) = done.json["engines"]
+    assert (engine["state"], engine["gate"]["ran"]) == ("verified", "engine")
+    assert engine["latency"] is not None
+    loaded = engines.load(tmp_path / "out")
+    image = next(digits.images.rglob("4/*.png"))
+    assert loaded.run(loaded.preprocess([image])).argmax() == 4
+
+
+@pytest.mark.skipif(has_cuda_device(), reason="there is a GPU here")
+def test_without_a_gpu_the_runtime_says_so(bundle):
+    plan = next((bundle / "files").glob("*-tensorrt-rtx-int8.*.plan"))
+    with pytest.raises(EnvironmentFailureError, match="CUDA"):
+        TensorRTEngine(plan, target="tensorrt-rtx")
+
+
+@pytest.mark.skipif(has_cuda_device(), reason="there is a GPU here")
+def test_load_says_why_an_engine_cannot_run_here(bundle):
+    with pytest.raises(TargetUnavailableError, match="there is no CUDA device here"):
+        engines.load(bundle, engine="tensorrt-rtx-fp16")
+
+
+@pytest.mark.parametrize(
+    ("change", "capability", "says"),
+    [
+        ({}, "8.9", ""),
+        ({}, "9.0", "built for compute capability 8.0, 8.6, 8.9, 12.0, this GPU has 9.0"),
+        ({"version": "1.2.3"}, "8.9", "built by tensorrt-rtx 1.2.3, this is"),
+        ({"version": "1.2.3", "version_compatible": True}, "8.9", ""),
+        ({"hardware_compatible": True}, "9.0", ""),
+    ],
+)
+def test_plans_of_other_gpus_and_versions_are_told_before_they_are_loaded(
+    bundle, monkeypatch, change, capability, says
+):
+    from engines import bundle as room
+
+    monkeypatch.setattr(room, "device_capability", lambda: capability)  # there is no GPU to ask
+    engine = next(e for e in room.read_manifest(bundle).artifacts.engines if e.name == "tensorrt-rtx-int8")
+    plan = engine.plan.model_copy(update=change)
+    found = room.why_not_here(engine.target, plan)
+    assert found.startswith(says) if says else found == ""

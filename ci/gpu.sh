@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# What needs an NVIDIA GPU: run on a machine that has one, with `pip install '.[dev,tensorrt]'` where TensorRT can be had.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+nvidia-smi --query-gpu=name,compute_cap,driver_version --format=csv
+make venv
+.venv/bin/python -m pytest -m gpu -rs "$@"

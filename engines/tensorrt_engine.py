@@ -1,0 +1,158 @@
+"""Run a TensorRT or TensorRT-RTX engine on a CUDA device, without PyTorch.
+
+EXPERIMENTAL: written against the documented API, and never run on a GPU by us so far (see docs/gpu.md).
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from calibration.errors import BadInputError, EnvironmentFailureError, TargetUnavailableError
+from engines.target import MODULES
+
+log = logging.getLogger("export_zoo.tensorrt")
+Float32Array = npt.NDArray[np.float32]
+
+
+def _cuda() -> Any:
+    try:
+        return importlib.import_module("cuda.bindings.runtime")
+    except ImportError as error:
+        raise TargetUnavailableError(
+            "the package cuda-bindings is not installed", hint="pip install cuda-bindings"
+        ) from error
+
+
+def _checked(cuda: Any, result: tuple[Any, ...]) -> Any:
+    """The value of a CUDA runtime call.
+
+    Raises:
+        EnvironmentFailureError: with CUDA's own description.
+    """
+    status, *values = result
+    if status != cuda.cudaError_t.cudaSuccess:
+        text = cuda.cudaGetErrorString(status)[1].decode()
+        raise EnvironmentFailureError(
+            f"CUDA: {text} ({status.name})", hint="see nvidia-smi: driver, free memory, other processes"
+        )
+    return values[0] if values else None
+
+
+def _logger(trt: Any) -> Any:
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, text: str) -> None:
+            log.log(logging.ERROR if "ERROR" in severity.name else logging.DEBUG, text)
+
+    return Logger()
+
+
+class TensorRTEngine:
+    """A plan on the current CUDA device, with one context, one stream and buffers for its largest batch.
+
+    `run` may be called from several threads; calls take turns.
+
+    Args:
+        plan: the engine file.
+        target: `tensorrt` or `tensorrt-rtx`.
+
+    Raises:
+        TargetUnavailableError: the packages are missing, or the plan belongs to another GPU or version.
+        EnvironmentFailureError: CUDA refuses.
+    """
+
+    def __init__(self, plan: Path, *, target: str) -> None:
+        self._cuda = cuda = _cuda()
+        try:
+            trt = importlib.import_module(MODULES[target])
+        except ImportError as error:
+            raise TargetUnavailableError(
+                f"the package of {target} cannot be imported: {error}",
+                hint=f"pip install 'export-zoo[{target}]'",
+            ) from error
+        _checked(cuda, cuda.cudaFree(0))  # a context on the device, or CUDA's reason why not
+        # Kept: an engine must not outlive the runtime, nor that its logger.
+        self._logger = _logger(trt)
+        self._runtime = trt.Runtime(self._logger)
+        data = plan.read_bytes()
+        if target == "tensorrt-rtx":
+            validity, diagnostics = self._runtime.get_engine_validity(data)
+            if validity == trt.EngineValidity.INVALID:
+                names = [
+                    name
+                    for name, bit in trt.EngineInvalidityDiagnostics.__members__.items()
+                    if int(bit) & int(diagnostics)
+                ]
+                raise TargetUnavailableError(
+                    f"{plan}: not for this machine: {', '.join(names) or 'no reason given'}",
+                    hint="export again with this version, and with --compute-capability of this GPU",
+                )
+        self._engine = self._runtime.deserialize_cuda_engine(data)
+        if self._engine is None:
+            raise TargetUnavailableError(
+                f"{plan}: TensorRT {trt.__version__} cannot load it: built for another GPU or version",
+                hint="export again on this machine",
+            )
+        self._context = self._engine.create_execution_context()
+        names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
+        modes = {name: self._engine.get_tensor_mode(name) for name in names}
+        (self.input_name,) = (name for name, mode in modes.items() if mode == trt.TensorIOMode.INPUT)
+        (self._output_name,) = (name for name, mode in modes.items() if mode == trt.TensorIOMode.OUTPUT)
+        least, _, most = self._engine.get_tensor_profile_shape(self.input_name, 0)
+        self._least, self._most = tuple(least), tuple(most)
+        self._classes = int(self._engine.get_tensor_shape(self._output_name)[1])
+        self._lock = threading.Lock()
+        self._stream = _checked(cuda, cuda.cudaStreamCreate())
+        sizes = {
+            self.input_name: int(np.prod(self._most)) * 4,
+            self._output_name: self._most[0] * self._classes * 4,
+        }
+        self._buffers = {name: _checked(cuda, cuda.cudaMalloc(size)) for name, size in sizes.items()}
+        for name, pointer in self._buffers.items():
+            self._context.set_tensor_address(name, int(pointer))
+
+    def run(self, batch: Float32Array) -> Float32Array:
+        """Logits float32 [N, classes] of a preprocessed batch float32 [N, 3, H, W].
+
+        Raises:
+            BadInputError: wrong dtype or shape, or N outside the optimization profile.
+            EnvironmentFailureError: CUDA or TensorRT fails.
+        """
+        batch = np.ascontiguousarray(batch)
+        fits = batch.ndim == len(self._most) and all(
+            low <= have <= high for low, have, high in zip(self._least, batch.shape, self._most, strict=True)
+        )
+        if batch.dtype != np.float32 or not fits:
+            raise BadInputError(
+                f"input {batch.dtype} {list(batch.shape)}, expected float32 {list(self._least)} to {list(self._most)}",
+                hint="use the bundle's preprocess() to make the input",
+            )
+        cuda, kinds = self._cuda, self._cuda.cudaMemcpyKind
+        logits = np.empty((batch.shape[0], self._classes), dtype=np.float32)
+        source, target = self._buffers[self.input_name], self._buffers[self._output_name]
+        with self._lock:
+            self._context.set_input_shape(self.input_name, batch.shape)
+            to, back = kinds.cudaMemcpyHostToDevice, kinds.cudaMemcpyDeviceToHost
+            _checked(cuda, cuda.cudaMemcpyAsync(source, batch.ctypes.data, batch.nbytes, to, self._stream))
+            if not self._context.execute_async_v3(int(self._stream)):
+                raise EnvironmentFailureError("TensorRT could not run the engine", hint="-v shows its log")
+            _checked(
+                cuda, cuda.cudaMemcpyAsync(logits.ctypes.data, target, logits.nbytes, back, self._stream)
+            )
+            _checked(cuda, cuda.cudaStreamSynchronize(self._stream))
+        return logits
+
+    def __del__(self) -> None:
+        for pointer in getattr(self, "_buffers", {}).values():
+            self._cuda.cudaFree(pointer)
+        if hasattr(self, "_stream"):
+            self._cuda.cudaStreamDestroy(self._stream)
