@@ -97,7 +97,13 @@ def build_engine(
         EnvironmentFailureError: the builder crashed or was killed.
     """
     options = options or BuildOptions()
-    request = {**asdict(options), "graph": str(graph), "out": str(out), "target": target, "batch": batch}
+    request = {
+        **asdict(options),
+        "graph": str(graph.absolute()),
+        "out": str(out.absolute()),
+        "target": target,
+        "batch": batch,
+    }
     root = Path(__file__).parent.parent
     with tempfile.TemporaryFile() as stderr:
         process = subprocess.Popen(

@@ -61,6 +61,12 @@ def test_an_engine_is_built_and_steps_are_told(relu):
     assert all(done <= total for done, total in steps)
 
 
+def test_relative_paths_are_those_of_the_caller(relu, monkeypatch):
+    monkeypatch.chdir(relu.parent)
+    _, out = _build(Path(relu.name))
+    assert out.stat().st_size > 1000
+
+
 def test_what_the_parser_refuses_is_named_with_its_module(tmp_path):
     node = helper.make_node("SequenceEmpty", [], ["sequence"], name="odd_one")
     node.metadata_props.add(key="module", value="features.3.odd")
