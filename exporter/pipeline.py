@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from calibration import graph_io
-from calibration.errors import ExportZooError, ParityError, StateNotReachedError
+from calibration.errors import EnvironmentFailureError, ExportZooError, ParityError, StateNotReachedError
 from calibration.machine import instruction_set
 from calibration.ranges import Ranges
 from engines import manifest, target
@@ -231,7 +231,13 @@ def _run(context: Context) -> ExportResult:
     out = options.out_dir
     place = publish.failed_place(out) if failed or short else out
     with context.reporter.stage("bundle") as stage:
-        publish.publish(place, result, contents.sources)
+        try:
+            publish.publish(place, result, contents.sources)
+        except OSError as error:
+            raise EnvironmentFailureError(
+                f"--out {place}: cannot be written: {error.strerror or error}",
+                hint="check free space and permissions there, or give another --out; finished stages are cached",
+            ) from error
         stage.detail = str(place)
     if failed:
         raise GateFailedError(

@@ -8,6 +8,7 @@ that pruning by another run cannot take them away.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -22,7 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from calibration.errors import UsageError
+from calibration.errors import EnvironmentFailureError, UsageError
 from calibration.graph_io import sha256_of
 
 CACHE_VARIABLE = "EXPORT_ZOO_CACHE"
@@ -138,10 +139,18 @@ class StageCache:
         if self._root is not None and (hit := self._hit(stage, name)) is not None:
             return hit
         directory = self._work / f"{stage}-{name[:16]}-{uuid.uuid4().hex[:8]}"
-        directory.mkdir()
-        data = make(directory)
-        if self._root is not None:
-            self._keep(stage, name, key, directory, data)
+        try:
+            directory.mkdir()
+            data = make(directory)
+            if self._root is not None:
+                self._keep(stage, name, key, directory, data)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise EnvironmentFailureError(
+                f"{self._root or self._work}: {error.strerror} ({stage})",
+                hint=f"free some, or move the cache ({CACHE_VARIABLE}; with --no-cache, TMPDIR)",
+            ) from error
         return StageResult(directory, data, cached=False, key=name)
 
     def _hit(self, stage: str, name: str) -> StageResult | None:

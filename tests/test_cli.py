@@ -792,6 +792,19 @@ def test_a_bundle_without_engines_is_bad_input(cli, tmp_path, digits_bundle):
     assert "engines" in _refused(cli("verify", tmp_path / "copy"), 5, "input")["message"]
 
 
+def test_a_full_disk_at_out_is_said_of_out(cli, tmp_path, monkeypatch):
+    import errno
+
+    from exporter import publish
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "somewhere/inside")
+
+    monkeypatch.setattr(publish, "publish", full)
+    error = _refused(cli(*RANDOM, "--out", tmp_path / "out"), 7, "environment")
+    assert error["message"] == f"--out {tmp_path / 'out'}: cannot be written: No space left on device"
+
+
 # -- --json -----------------------------------------------------------------------------------------------------------
 
 

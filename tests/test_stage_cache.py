@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from calibration.errors import ExportZooError
+from calibration.errors import EnvironmentFailureError, ExportZooError
 from exporter import stage_cache
 from exporter.stage_cache import StageCache, StageResult, default_root, digest
 
@@ -535,6 +535,18 @@ def test_a_kill_in_the_middle_of_a_stage_leaves_no_entry(root):
     os.utime(abandoned, (0, 0))  # long ago
     assert_hit(root)
     assert works(root) == []
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is Linux's full disk")
+@pytest.mark.parametrize("cached", [True, False])
+def test_full_disk_names_the_cache_and_what_moves_it(tmp_path, cached):
+    root = tmp_path / "cache" if cached else None
+    with StageCache(root) as cache, pytest.raises(EnvironmentFailureError) as raised:
+        cache.run("export", {"a": 1}, lambda _: Path("/dev/full").write_bytes(b"x" * 10**6))
+    assert "No space left on device (export)" in raised.value.message
+    assert raised.value.message.startswith(str(root) if root else tempfile.gettempdir())
+    assert "EXPORT_ZOO_CACHE" in raised.value.hint
+    assert "TMPDIR" in raised.value.hint
 
 
 def test_what_a_killed_run_without_a_cache_left_is_removed_after_a_day(tmp_path, monkeypatch):
