@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -54,7 +55,7 @@ def read_manifest(bundle: Path) -> m.Manifest:
                 hint="use the export-zoo that wrote it, or export again",
             )
         found = m.Manifest.model_validate(document)
-    except (ValidationError, ValueError, OSError) as error:
+    except (ValidationError, ValueError, OSError, RecursionError) as error:
         lines = str(error).splitlines()
         raise BadInputError(
             f"{path}: damaged manifest: {' '.join(lines[:3])}", hint="export the bundle again"
@@ -361,6 +362,8 @@ def _write_attestation(root: Path, attestation: m.Attestation) -> Path | None:
         temporary.write_text(attestation.model_dump_json(indent=1) + "\n", encoding="utf-8")
         temporary.replace(path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
             return None
         raise

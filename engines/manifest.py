@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from calibration.preprocess import Preprocess
 from engines.parity import METRICS
-from engines.target import Precision
+from engines.target import MAX_BATCH, Precision
 
 SCHEMA_VERSION: Literal[1] = 1
 WeightsKind = Literal["torchvision", "file", "random"]
@@ -66,7 +66,7 @@ class Port(_Model):
 class Batch(_Model):
     min: int = Field(ge=1)
     opt: int = Field(ge=1)
-    max: int = Field(ge=1)
+    max: int = Field(ge=1, le=MAX_BATCH)
 
     @model_validator(mode="after")
     def _ordered(self) -> Batch:

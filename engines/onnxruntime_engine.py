@@ -65,5 +65,10 @@ class OnnxRuntimeEngine:
                 f"input {batch.dtype} {list(batch.shape)}, expected float32 {list(expected)}",
                 hint="use the bundle's preprocess() to make the input",
             )
-        (logits,) = self._session.run(None, {self.input_name: batch})
+        try:
+            (logits,) = self._session.run(None, {self.input_name: batch})
+        except Exception as error:
+            if "llocat" not in str(error):
+                raise
+            raise MemoryError(f"ONNX Runtime at batch {batch.shape[0]}") from error
         return np.asarray(logits, dtype=np.float32)

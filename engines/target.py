@@ -15,6 +15,8 @@ Precision = Literal["fp32", "fp16", "int8"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
 TARGETS = ("onnxruntime", "tensorrt", "tensorrt-rtx")
 AUTO = "auto"
+MAX_BATCH = 4096
+"""A batch is run and compared at its largest: 2.5 GB of input at 224x224."""
 AUTOMATIC = TARGETS
 """What `auto` chooses from."""
 

@@ -26,7 +26,7 @@ Exit codes:
     4  a requested target is not available here
     5  bad input: model, weights, images or bundle
     6  an engine did not reach the state that --require asks for
-    7  network or disk
+    7  network, disk or memory
   130  interrupted
 """
 
@@ -405,8 +405,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run() -> None:
     """Entry point of the `export-zoo` console script. SIGTERM ends it as Ctrl-C does: cleanly."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    sys.exit(main())
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, outcome.on_signal)
+    code = main()
+    outcome.ignore_signals()  # libraries take most of a second to leave
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from calibration.errors import UsageError
-from engines.target import PRECISIONS, TARGETS, BuildOptions, Precision
+from engines.target import MAX_BATCH, PRECISIONS, TARGETS, BuildOptions, Precision
 
 METHODS = ("minmax",)
 MAX_SEED = 2**31 - 1
@@ -32,6 +32,10 @@ TOLERANCE_METRICS = (
 )
 
 
+_SHARES = ("cosine", "top1", "top5", "accuracy")
+_NOT_NEGATIVE = ("max_abs", "max_rel", "misplaced")
+
+
 @dataclass(frozen=True)
 class BatchRange:
     """Batch sizes an engine must accept: `min` <= `opt` <= `max`, `opt` being the one tuned for."""
@@ -45,6 +49,11 @@ class BatchRange:
             raise UsageError(
                 f"--batch {self.min}:{self.opt}:{self.max}: must be 1 <= MIN <= OPT <= MAX",
                 hint="for example --batch 1:8:32",
+            )
+        if self.max > MAX_BATCH:
+            raise UsageError(
+                f"--batch {self.min}:{self.opt}:{self.max}: MAX must be at most {MAX_BATCH}",
+                hint="MAX is run and compared, too: give what you will use",
             )
 
     @classmethod
@@ -88,6 +97,8 @@ class Tolerance:
             raise UsageError(
                 f"--tolerance {text!r}: {number!r} is not a finite number", hint="for example sqnr=20"
             )
+        if (metric in _SHARES and value > 1) or (metric in _NOT_NEGATIVE and value < 0):
+            raise UsageError(f"--tolerance {text!r}: nothing can satisfy that", hint="see docs/parity.md")
         known = {*TARGETS, *PRECISIONS, *(f"{t}-{p}" for t in TARGETS for p in PRECISIONS)}
         if selector is not None and selector not in known:
             raise UsageError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -29,6 +30,12 @@ class Outcome:
 
 
 _current = Outcome()
+_interrupted = False
+_INTERRUPTED = {
+    "kind": "interrupted",
+    "message": "interrupted",
+    "hint": "finished stages are cached: run it again",
+}
 
 
 def current() -> Outcome:
@@ -96,6 +103,9 @@ def execute(app: click.Command, given: Sequence[str]) -> int:
     if json_path is not None and (not json_path.name or json_path.is_dir()):
         complain(f"--json {str(json_path)!r}: is not a file", "give the name of a file to write")
         return UsageError.exit_code
+    if json_path is not None and (bundle := _bundle_around(json_path)) is not None:
+        complain(f"--json {json_path}: lies inside the bundle {bundle}", "write it somewhere else")
+        return UsageError.exit_code
     if json_path is not None and not os.access(json_path.absolute().parent, os.W_OK | os.X_OK):
         # Now, and not when the work is done.
         complain(f"--json {json_path}: cannot be written", "give a path in a writable directory")
@@ -115,11 +125,13 @@ def execute(app: click.Command, given: Sequence[str]) -> int:
         hint = f"`{context.command_path if context else 'export-zoo'} --help` shows the options"
         error = {"kind": UsageError.kind, "message": failure.format_message(), "hint": hint}
     except (KeyboardInterrupt, click.Abort):
-        code = INTERRUPTED
+        code, error = INTERRUPTED, dict(_INTERRUPTED)
+    except MemoryError as failure:
+        code = EnvironmentFailureError.exit_code
         error = {
-            "kind": "interrupted",
-            "message": "interrupted",
-            "hint": "finished stages are cached: run it again",
+            "kind": EnvironmentFailureError.kind,
+            "message": f"out of memory: {failure}".removesuffix(": "),
+            "hint": "try a smaller --batch or --input-size, or a machine with more memory",
         }
     except (BrokenPipeError, SystemExit):
         # Rich ends the program when nobody reads on. Output comes last: with results there, all else is done.
@@ -135,6 +147,8 @@ def execute(app: click.Command, given: Sequence[str]) -> int:
             "hint": "check free space and permissions; EXPORT_ZOO_CACHE moves the cache",
         }
     except Exception as failure:
+        if _interrupted:  # while a library was being loaded, which made an error of its own of it
+            return _end(INTERRUPTED, dict(_INTERRUPTED), json_path)
         code = 1
         if "-v" in given or "--verbose" in given:
             traceback.print_exc()
@@ -143,8 +157,43 @@ def execute(app: click.Command, given: Sequence[str]) -> int:
             "message": f"{type(failure).__name__}: {failure}",
             "hint": "this is a defect: please report it, with the output of -v",
         }
+    return _end(code, error, json_path)
+
+
+def _end(code: int, error: dict[str, str] | None, json_path: Path | None) -> int:
+    """Say the error, write the JSON document; returns the exit code."""
     if error is not None:
         complain(error["message"], error["hint"])
     if json_path is not None:
-        code = _write_json(json_path, code, error)
+        try:
+            code = _write_json(json_path, code, error)
+        except KeyboardInterrupt:  # a pipe that nobody reads
+            complain(f"--json {json_path}: interrupted", "")
+            return INTERRUPTED
     return code
+
+
+def on_signal(*_: object) -> None:
+    """Handler of SIGINT and SIGTERM: the first ends the run cleanly, more are ignored."""
+    global _interrupted
+    _interrupted = True
+    ignore_signals()
+    raise KeyboardInterrupt
+
+
+def ignore_signals() -> None:
+    """The verdict stands: nothing may change the exit code any more."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _bundle_around(path: Path) -> Path | None:
+    """The bundle that a file would lie in: its directory, or the one above."""
+    for directory in list(path.absolute().parents)[:2]:
+        try:
+            document = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            continue
+        if isinstance(document, dict) and {"schema_version", "recipe", "artifacts"} <= document.keys():
+            return directory
+    return None

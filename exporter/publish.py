@@ -100,6 +100,8 @@ def _copy(source: Path, target: Path) -> None:
         temporary.replace(target)
     except OSError as error:  # Python names the source, the disk that is full is the target's
         raise OSError(error.errno, error.strerror or str(error), str(target)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _write_into(directory: Path, manifest: Manifest, sources: dict[str, Path]) -> None:
@@ -110,9 +112,12 @@ def _write_into(directory: Path, manifest: Manifest, sources: dict[str, Path]) -
             _copy(sources[file.path], target)
     _sync(directory / FILES)
     temporary = directory / f".{MANIFEST}.{uuid.uuid4().hex}"
-    temporary.write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    _sync(temporary)
-    temporary.replace(directory / MANIFEST)
+    try:
+        temporary.write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        _sync(temporary)
+        temporary.replace(directory / MANIFEST)
+    finally:
+        temporary.unlink(missing_ok=True)
     _sync(directory)
 
 

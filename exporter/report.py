@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import IO, TYPE_CHECKING, Any, Literal, TextIO, cast
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -16,12 +17,32 @@ if TYPE_CHECKING:
     from engines.manifest import Engine
 
 
+class _Lossy:
+    """stderr that may be lost, closed or full: progress is not worth a run."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError, ValueError):
+            self._file.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._file.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
 def make_console(*, stderr: bool = False) -> Console:
     """A console that writes plain text under NO_COLOR (no-color.org): no bold either."""
     from rich.console import Console
 
     system: Literal["auto"] | None = None if os.environ.get("NO_COLOR") else "auto"
-    console = Console(stderr=stderr, color_system=system, highlight=False, soft_wrap=stderr)
+    file = cast("IO[str]", _Lossy(sys.stderr)) if stderr else None
+    console = Console(file=file, color_system=system, highlight=False, soft_wrap=stderr)
     if not console.is_terminal:
         console.width = max(console.width, 120)  # a pipe has no width: do not cut columns
     return console

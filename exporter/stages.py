@@ -55,6 +55,11 @@ def resolve_model(context: Context) -> ModelSpec:
         )
         if spec.transform_input is not None:
             stage.detail += f", transform_input={spec.transform_input}"
+    if p.resize_size < max(p.crop_height, p.crop_width):
+        context.reporter.warn(
+            f"--resize-size {p.resize_size} is less than the input {p.crop_height}x{p.crop_width}: "
+            "images get a black border"
+        )
     if spec.weights_kind == "random":
         context.reporter.warn(
             "random weights (--weights none): engines are compared, but nothing is said about accuracy"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,6 @@ from pathlib import Path
 from urllib.error import URLError
 from urllib.parse import urlparse
 
-import click
 import torch
 from torch import nn
 from torchvision.models import WeightsEnum, get_model_weights
@@ -74,6 +74,12 @@ def local_file(model: str, path: Path) -> WeightsFile:
     Raises:
         BadInputError: missing or empty, or named by a hash that its content does not have.
     """
+    if path.is_dir():
+        raise BadInputError(
+            f"--weights {path}: is a directory", hint="pass a .pth or .safetensors state dict"
+        )
+    if not os.access(path, os.R_OK) and path.exists():
+        raise BadInputError(f"--weights {path}: may not be read", hint="check its permissions")
     if not path.is_file():
         raise BadInputError(f"--weights {path}: no such file", hint="pass a .pth or .safetensors state dict")
     if path.suffix not in WEIGHT_SUFFIXES:
@@ -122,6 +128,23 @@ def downloaded(weights: WeightsEnum) -> WeightsFile:
     return WeightsFile(path, sha256, weights)
 
 
+def _why_unreadable(path: Path, error: Exception) -> str:
+    """PyTorch's messages are long, advise what we never do, or are one number."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    with path.open("rb") as file:
+        start = file.read(16)
+    if path.suffix == ".safetensors":
+        return f"not a safetensors file: {error}"
+    if start[8:9] == b"{":
+        return "a safetensors file by its content: name it .safetensors"
+    if start[:2] == b"PK" or start[:1] == b"\x80":
+        if "weights_only" in str(error) or "WeightsUnpickler" in str(error):
+            return "the pickle holds more than tensors"
+        return f"damaged: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+    return "not a PyTorch file"
+
+
 def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
     """Read a state dict; nested ones are unwrapped, `module.` and `_orig_mod.` prefixes removed.
 
@@ -138,8 +161,7 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
         else:
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        lines = click.unstyle(str(error)).splitlines()
-        text = lines[0].partition(" (1)")[0] if lines else type(error).__name__
+        text = _why_unreadable(path, error)
         raise BadInputError(
             f"--weights {path}: cannot be read as a state dict: {text}",
             hint="save it with torch.save(model.state_dict(), path) or safetensors.torch.save_file",
@@ -186,6 +208,12 @@ def load_into(
     # metadata: modules then apply their own renaming of old checkpoints (ViT's MLP, BatchNorm's counter).
     state = {(f"{m[1]}{m[2]}" if (m := _DENSENET.match(name)) else name): t for name, t in state.items()}
     wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    kinds = {n: t.dtype for n, t in model.state_dict().items() if n in state and t.is_floating_point()}
+    if odd := [f"{n} ({state[n].dtype})" for n in kinds if not state[n].is_floating_point()]:
+        raise BadInputError(
+            f"--weights {origin}: not floating point: {_shown(odd)}",
+            hint="quantized checkpoints cannot be exported: give the float weights",
+        )
     misshaped = [name for name in wanted if name in state and state[name].shape != wanted[name]]
     try:
         result = model.load_state_dict({n: t for n, t in state.items() if n not in misshaped}, strict=False)

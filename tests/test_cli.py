@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -836,6 +837,97 @@ def test_the_last_json_is_written(tmp_path):
     places = [tmp_path / "a.json", tmp_path / "b.json"]
     assert main(["list", "resnet18", *(word for place in places for word in ("--json", str(place)))]) == 0
     assert list(tmp_path.iterdir()) == places[1:]
+
+
+@pytest.mark.parametrize("place", ["manifest.json", "files/result.json", "other.json"])
+def test_json_into_any_bundle_is_refused(place, cli, digits_bundle):
+    from exporter.cli import main
+
+    before = (digits_bundle / "manifest.json").read_bytes()
+    assert main(["inspect", str(digits_bundle), "-q", "--json", str(digits_bundle / place)]) == 2
+    assert (digits_bundle / "manifest.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("lost", ["closed", "full"])
+def test_lost_progress_output_changes_neither_verdict_nor_json(lost, tmp_path):
+    arguments = [*map(str, RANDOM), "--out", str(tmp_path / "out"), "--json", str(tmp_path / "result.json")]
+    command = [sys.executable, "-m", "exporter.cli", *arguments]
+    if lost == "full":
+        stderr = os.open("/dev/full", os.O_WRONLY)
+    else:
+        reader, stderr = os.pipe()
+        os.close(reader)
+    done = subprocess.run(
+        command, cwd=ROOT, env=_environment(), stdout=subprocess.DEVNULL, stderr=stderr, check=False
+    )
+    os.close(stderr)
+    assert done.returncode == 0
+    assert json.loads((tmp_path / "result.json").read_text())["exit_code"] == 0
+    assert (tmp_path / "out" / "manifest.json").is_file()
+
+
+def test_a_signal_after_the_verdict_does_not_change_the_exit_code(tmp_path):
+    """Libraries take most of a second to leave: signals come while the bundle is there and JSON says 0."""
+    path = tmp_path / "result.json"
+    command = [sys.executable, "-m", "exporter.cli", *map(str, RANDOM), "--out", str(tmp_path / "out")]
+    with subprocess.Popen(
+        [*command, "--json", str(path)], cwd=ROOT, env=_environment(), stderr=subprocess.DEVNULL
+    ) as process:
+        while not path.exists() and process.poll() is None:
+            time.sleep(0.002)
+        time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 0
+    assert json.loads(path.read_text())["exit_code"] == 0
+
+
+def test_a_second_signal_changes_nothing(tmp_path):
+    path = tmp_path / "result.json"
+    command = [sys.executable, "-m", "exporter.cli", *map(str, RANDOM), "--no-cache"]
+    with subprocess.Popen(
+        [*command, "--out", str(tmp_path / "out"), "--json", str(path)],
+        cwd=ROOT,
+        env=_environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stderr is not None
+        assert "weights" in process.stderr.readline()
+        for _ in range(5):
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.02)
+        _, rest = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in rest
+    assert json.loads(path.read_text())["exit_code"] == 130
+
+
+@pytest.mark.parametrize(
+    "given", [["--batch", "1:8:5000"], ["--tolerance", "top1=2"], ["--tolerance", "misplaced=-1"]]
+)
+def test_what_cannot_be_is_a_usage_error(given, cli, tmp_path):
+    done = cli(*RANDOM, *given, "--out", tmp_path / "out")
+    assert _refused(done, 2, "usage")["message"].startswith(given[0])
+    assert done.json["stages"] == []
+
+
+def test_a_resize_below_the_input_is_warned_of(cli, tmp_path):
+    done = cli(*RANDOM, "--resize-size", "10", "--out", tmp_path / "out")
+    assert done.code == 0, done.err
+    assert any("--resize-size 10 is less than the input" in warning for warning in done.json["warnings"])
+
+
+def test_running_out_of_memory_is_no_defect(cli, tmp_path, monkeypatch):
+    from exporter import stages
+
+    def starve(*_: object) -> None:
+        raise MemoryError("Unable to allocate 22.9 GiB")
+
+    monkeypatch.setattr(stages, "export_graph", starve)
+    error = _refused(cli(*RANDOM, "--out", tmp_path / "out"), 7, "environment")
+    assert "out of memory" in error["message"]
+    assert "--batch" in error["hint"]
 
 
 def test_a_directory_given_as_json_is_refused_and_nothing_is_left_beside_it(tmp_path):

@@ -165,12 +165,35 @@ def test_a_file_that_cannot_be_read_ends_the_command_with_5(cli, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64])
+def test_weights_that_are_not_floating_point_are_named(dtype):
+    from exporter.weights import load_into
+
+    model = torch.nn.Linear(2, 3)
+    state = {"weight": torch.ones(3, 2).to(dtype), "bias": torch.zeros(3)}
+    with pytest.raises(BadInputError, match=rf"weight \({dtype}\)"):
+        load_into(model, state, origin="odd.pth", init_missing=())
+
+
+def test_text_and_misnamed_files_are_told_from_weights(tmp_path):
+    from safetensors.torch import save_file
+
+    from exporter.weights import read_state_dict
+
+    (tmp_path / "text.pth").write_text("hello")
+    save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors")
+    (tmp_path / "a.safetensors").rename(tmp_path / "misnamed.pth")
+    for name, says in (("text", "not a PyTorch file"), ("misnamed", "name it .safetensors")):
+        with pytest.raises(BadInputError, match=says):
+            read_state_dict(tmp_path / f"{name}.pth")
+
+
 def test_a_weights_file_must_exist_and_have_a_known_suffix(tmp_path):
     (tmp_path / "net.ckpt").write_bytes(b"x")
     (tmp_path / "folder.pth").mkdir()
     for name, reason in (
         ("net.ckpt", "suffix"),
-        ("folder.pth", "no such file"),
+        ("folder.pth", "is a directory"),
         ("absent.pth", "no such file"),
     ):
         with pytest.raises(BadInputError, match=reason) as caught:
