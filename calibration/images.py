@@ -124,6 +124,20 @@ def _visible_files(root: Path, option: str) -> Iterator[Path]:
         yield from (path for path in paths if not path.exists() or path.is_file())  # no pipes, no devices
 
 
+def check_folder(root: Path, option: str) -> None:
+    """Refuse what cannot be scanned, before anything costly is done.
+
+    Raises:
+        BadInputError: no such folder, not a folder, or not readable; names `option`.
+    """
+    if not root.exists():
+        raise BadInputError(f"{option} {root}: no such folder", hint="pass a folder of JPEG or PNG images")
+    if not root.is_dir():
+        raise BadInputError(f"{option} {root}: not a folder", hint="pass the folder that holds the images")
+    if not os.access(root, os.R_OK | os.X_OK):
+        raise BadInputError(f"{option} {root}: may not be read", hint="check its permissions")
+
+
 def scan(root: Path, *, option: str, progress: Progress = lambda _: None) -> ImageFolder:
     """List a folder's images, nested or not, with the hash of each file's bytes.
 
@@ -133,10 +147,7 @@ def scan(root: Path, *, option: str, progress: Progress = lambda _: None) -> Ima
     Raises:
         BadInputError: no such folder, not a folder, no image in it, or too many unreadable files.
     """
-    if not root.exists():
-        raise BadInputError(f"{option} {root}: no such folder", hint="pass a folder of JPEG or PNG images")
-    if not root.is_dir():
-        raise BadInputError(f"{option} {root}: not a folder", hint="pass the folder that holds the images")
+    check_folder(root, option)
     files = sorted(_visible_files(root, option))
     candidates = [p for p in files if p.suffix.lower() in IMAGE_SUFFIXES]
     ignored = tuple(p.relative_to(root).as_posix() for p in files if p.suffix.lower() not in IMAGE_SUFFIXES)
@@ -203,7 +214,7 @@ def split(folder: ImageFolder, *, calibrate: int, verify: int, seed: int, with_v
     needed = MIN_CALIBRATE + MIN_SELECT + minimum_verify
     if len(images) < needed:
         raise BadInputError(
-            f"{folder.root}: {len(images)} different images, at least {needed} are needed ({MIN_CALIBRATE} "
+            f"--calib {folder.root}: {len(images)} different images, at least {needed} are needed ({MIN_CALIBRATE} "
             f"to calibrate, {MIN_SELECT} to select, {minimum_verify} to verify)",
             hint="add images (300 to 1,000 are usual)" + (", or give --verify DIR" if with_verify else ""),
         )

@@ -102,7 +102,7 @@ _verbose_option = click.option(
 )
 @click.option(
     "--calib",
-    type=click.Path(path_type=Path),
+    type=click.Path(path_type=Path, readable=False),
     metavar="DIR",
     help="Images to calibrate on (INT8); divided into calibrate, select and verify sets.",
 )
@@ -116,7 +116,7 @@ _verbose_option = click.option(
 )
 @click.option(
     "--verify",
-    type=click.Path(path_type=Path),
+    type=click.Path(path_type=Path, readable=False),
     metavar="DIR",
     help="Images to verify on. Default: a part of --calib.",
 )

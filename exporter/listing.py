@@ -33,6 +33,7 @@ def listed(pattern: str) -> list[ListedWeights]:
     """
     from torchvision.models import get_model_weights
 
+    pattern = pattern.lower()  # as the names are
     names = [n for n in zoo.model_names() if pattern in n or fnmatch.fnmatchcase(n, pattern)]
     if not names:
         raise BadInputError(f"no model matches {pattern!r}", hint="`export-zoo list` shows all")

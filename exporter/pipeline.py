@@ -12,6 +12,7 @@ import numpy as np
 
 from calibration import graph_io
 from calibration.errors import EnvironmentFailureError, ExportZooError, ParityError, StateNotReachedError
+from calibration.images import check_folder
 from calibration.machine import instruction_set
 from calibration.ranges import Ranges
 from engines import manifest, target
@@ -189,6 +190,9 @@ def _run(context: Context) -> ExportResult:
     publish.check_destination(options.out_dir)
     chosen_targets = target.choose(options.targets)
     options.build.check([t.name for t in chosen_targets])
+    for option, folder in (("--calib", options.calib), ("--verify", options.verify)):
+        if folder is not None:
+            check_folder(folder, option)  # before weights are downloaded
     spec = stages.resolve_model(context)
     model = stages.EagerModel(spec)
     chosen = choose_images(context, spec.labels, spec.num_classes)

@@ -912,6 +912,17 @@ def test_what_cannot_be_is_a_usage_error(given, cli, tmp_path):
     assert done.json["stages"] == []
 
 
+@pytest.mark.parametrize("option", ["--calib", "--verify"])
+def test_folders_are_looked_at_before_weights_are_downloaded(option, cli, tmp_path):
+    done = cli("resnet18", option, tmp_path / "absent", "--out", tmp_path / "out")
+    assert f"{option} {tmp_path / 'absent'}: no such folder" in _refused(done, 5, "input")["message"]
+    assert done.json["stages"] == []
+
+
+def test_list_takes_capitals(cli):
+    assert [row["model"] for row in cli("list", "ResNet18").json["models"]] == ["resnet18"]
+
+
 def test_a_resize_below_the_input_is_warned_of(cli, tmp_path):
     done = cli(*RANDOM, "--resize-size", "10", "--out", tmp_path / "out")
     assert done.code == 0, done.err
