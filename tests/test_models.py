@@ -1,9 +1,11 @@
-"""The zoo: ten architectures to a verified bundle, FP32 and INT8; INT8's quality on trained networks."""
+"""The zoo: ten architectures to a verified bundle, all precisions; INT8's quality on trained networks."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
+
+from engines.target import PRECISIONS, has_cuda_device, targets
 
 # The least input size that each architecture is defined for keeps this affordable; what is exported is the same.
 SIZES = {
@@ -23,12 +25,16 @@ SIZES = {
 @pytest.mark.parametrize("model", sorted(SIZES))
 def test_model_reaches_a_verified_bundle(model, cli, photos, tmp_path):
     arguments = [model, "--weights", "none", "--input-size", str(SIZES[model]), "--batch", "1:4:8"]
-    precisions = ["--precision", "fp32", "--precision", "int8"]
-    done = cli(*arguments, *precisions, "--calib", photos, "--out", tmp_path / "out", "--no-cache")
+    built = ["onnxruntime"] + ([] if targets()["tensorrt-rtx"].unavailable else ["tensorrt-rtx"])
+    arguments += [word for precision in PRECISIONS for word in ("--precision", precision)]
+    arguments += [word for target in built for word in ("--target", target)]
+    done = cli(*arguments, "--calib", photos, "--out", tmp_path / "out", "--no-cache")
     assert done.code == 0, done.err
+    compiled = "verified" if has_cuda_device() else "graph verified"
     assert {e["name"]: e["state"] for e in done.json["engines"]} == {
-        "onnxruntime-fp32": "verified",
-        "onnxruntime-int8": "verified",
+        f"{target}-{precision}": "verified" if target == "onnxruntime" else compiled
+        for target in built
+        for precision in PRECISIONS
     }
     checked = cli("verify", tmp_path / "out")
     assert checked.code == 0, checked.err
