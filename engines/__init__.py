@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from engines.bundle import LoadedEngine, load
+    from engines.loading import LoadedEngine, load
 
 __all__ = ["LoadedEngine", "load"]
 
@@ -16,7 +16,7 @@ __all__ = ["LoadedEngine", "load"]
 def __getattr__(name: str) -> object:
     # Lazy, so that the command line answers --help without loading ONNX Runtime.
     if name in __all__:
-        import engines.bundle
+        import engines.loading
 
-        return getattr(engines.bundle, name)
+        return getattr(engines.loading, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

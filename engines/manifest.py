@@ -99,6 +99,7 @@ class Recipe(_Model):
     simplified: str = Field(description="What simplifying did, or why it was skipped.")
     calibration: Calibration | None
     reduce_range: bool
+    keep_float: list[str] = Field(description="Patterns of the layers that INT8 leaves unquantized.")
     instruction_set: str
     versions: dict[str, str]
 
@@ -162,6 +163,9 @@ class Engine(_Model):
     external_data: list[File] = Field(description="Weights files that the engine refers to (over 2 GiB).")
     graph: File | None = Field(description="The precision graph that TensorRT compiled; else null.")
     plan: Plan | None = Field(description="TensorRT only; else null.")
+    timing_cache: File | None = Field(
+        description="`tensorrt` only: the kernel timings that it was built with, for `--timing-cache`."
+    )
     graph_external_data: list[File] = Field(description="Weights files of that graph (over 2 GiB).")
     state: State
     built_by: dict[str, str] = Field(description="Library versions that built it.")
@@ -208,7 +212,7 @@ class Manifest(_Model):
         files = [recipe.graph, *recipe.external_data]
         for engine in artifacts.engines:
             files += [engine.file, *engine.external_data, *engine.graph_external_data]
-            files += [engine.graph] if engine.graph is not None else []
+            files += [file for file in (engine.graph, engine.timing_cache) if file is not None]
         files += [artifacts.held_out.inputs, artifacts.held_out.logits]
         if recipe.calibration is not None:
             files.append(recipe.calibration.ranges)
@@ -223,6 +227,7 @@ class Attestation(_Model):
     created: str
     machine: str
     instruction_set: str
+    compute_capability: str | None = Field(description="Of the first CUDA device; null without one.")
     versions: dict[str, str]
     status: Literal["ok", "failed"]
     warnings: list[str]

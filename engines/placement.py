@@ -5,7 +5,7 @@ Policies read a graph and name tensors; they change nothing. See docs/placement.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
@@ -108,7 +108,7 @@ class _Groups:
         self._parent[self.find(second)] = self.find(first)
 
 
-def place_onnxruntime(graph: ir.Graph) -> Placement:
+def place_onnxruntime(graph: ir.Graph, kept: Set[str] = frozenset()) -> Placement:
     """The `onnxruntime` (CPU) column: what its kernels fuse into QLinearConv, QLinearAdd and their kin.
 
     | operator         | rule                                                                             |
@@ -119,7 +119,7 @@ def place_onnxruntime(graph: ir.Graph) -> Placement:
     | MaxPool, layout  | in and out share one scale, where the input is quantized and a reader wants it   |
     | average pooling  | input and output, where the input is quantized                                   |
     | Concat           | inputs and output share one scale, unless a BatchNormalization reads it (DenseNet)|
-    | all else         | FP32, as is everything between which and the logits there is only layout         |
+    | all else, `kept` | FP32, as is everything between which and the logits there is only layout         |
     """
     placement = Placement()
     groups = _Groups()
@@ -133,7 +133,7 @@ def place_onnxruntime(graph: ir.Graph) -> Placement:
         return True
 
     for node in graph:
-        weight = weight_of(node)
+        weight = None if node.name in kept else weight_of(node)
         if weight is None:
             continue
         placement.weights[_name(node)] = weight
@@ -165,7 +165,7 @@ def place_onnxruntime(graph: ir.Graph) -> Placement:
     return placement
 
 
-def place_tensorrt(graph: ir.Graph) -> Placement:
+def place_tensorrt(graph: ir.Graph, kept: Set[str] = frozenset()) -> Placement:
     """The `tensorrt` column: Q/DQ where TensorRT's builder fuses it into int8 kernels, float everywhere else.
 
     | operator         | rule                                                                             |
@@ -177,7 +177,7 @@ def place_tensorrt(graph: ir.Graph) -> Placement:
     | MaxPool, Concat, | nothing of their own: the builder moves a reader's quantizer up through them      |
     | layout           |                                                                                  |
     | average pooling  | nothing of its own: it sums, and does not commute with a quantizer                |
-    | all else         | float                                                                            |
+    | all else, `kept` | float                                                                            |
 
     Source: NVIDIA, TensorRT documentation, "Working with Quantized Types", section "Q/DQ Layer-Placement
     Recommendations".
@@ -191,24 +191,26 @@ def place_tensorrt(graph: ir.Graph) -> Placement:
             placement.activations[value.name] = value.name
 
     for node in graph:
-        weight = weight_of(node)
+        weight = None if node.name in kept else weight_of(node)
         deepest = max((depth.get(id(value), 0) for value in node.inputs), default=0)
         depth.update((id(value), deepest + (weight is not None)) for value in node.outputs)
         if weight is not None:
             placement.weights[_name(node)] = weight
             want(_input(node, 0))
         elif node.op_type == "Add" and len(node.inputs) == 2:
-            want(_identity(node, depth))
+            want(_identity(node, placement, depth))
     placement.activations = dict(sorted(placement.activations.items()))
     return placement
 
 
-def _identity(add: ir.Node, depth: Mapping[int, int]) -> ir.Value | None:
-    """The input of a residual Add that does not come straight from the convolution it fuses with; None if none does."""
+def _identity(add: ir.Node, placement: Placement, depth: Mapping[int, int]) -> ir.Value | None:
+    """The input of a residual Add that is not straight from the int8 convolution it fuses with; None if none is."""
 
     def fuses(value: ir.Value | None) -> bool:
         producer = value.producer() if value is not None else None
-        return producer is not None and producer.op_type == "Conv" and len(readers(producer.outputs[0])) == 1
+        if producer is None or producer.op_type != "Conv" or producer.name not in placement.weights:
+            return False
+        return len(readers(producer.outputs[0])) == 1
 
     first, second = add.inputs
     if not fuses(first) and not fuses(second):

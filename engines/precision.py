@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,10 +11,11 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from calibration import graph_io
-from calibration.errors import BadInputError
+from calibration.errors import BadInputError, UsageError
 from calibration.ranges import Ranges
 from engines.first_conv import block_first_convolution
 from engines.half import LEAST_SCALE, halve
+from engines.keep_float import kept_float
 from engines.placement import POLICIES, Placement, QuantizedWeight
 from engines.rewrites import remove_unused_initializers
 
@@ -268,19 +270,34 @@ class _Quantizer:
 
 
 def quantize(
-    graph: Path, ranges: Ranges, out: Path, *, target: str = "onnxruntime", reduce_range: bool = False
+    graph: Path,
+    ranges: Ranges,
+    out: Path,
+    *,
+    target: str = "onnxruntime",
+    reduce_range: bool = False,
+    keep_float: Sequence[str] = (),
 ) -> list[Path]:
     """Write the INT8 precision graph of an FP32 graph for a target and return the files written.
 
+    Args:
+        keep_float: patterns of layers to leave unquantized, see `engines.keep_float`.
+
     Raises:
         BadInputError: the ranges are not those of this graph, or nothing in the graph can be quantized.
+        UsageError: a pattern of `keep_float` names nothing, or leaves nothing to quantize.
     """
     if ranges.graph_sha256 != graph_io.sha256_of(graph):
         raise BadInputError(
             "the ranges file belongs to another graph (its hash differs)", hint="calibrate again"
         )
     model = graph_io.load(graph)
-    placement = POLICIES[target](model.graph)
+    kept = kept_float(model.graph, keep_float)
+    placement = POLICIES[target](model.graph, kept)
+    if kept and not placement.weights:
+        raise UsageError(
+            f"--keep-float {', '.join(keep_float)}: leaves nothing to quantize", hint="use --precision fp16"
+        )
     if not placement.weights:
         raise BadInputError("INT8: no Conv, Gemm or MatMul with constant weights in the graph")
     scheme = SCHEMES[target]

@@ -6,6 +6,7 @@ import ctypes
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 from calibration.errors import TargetUnavailableError, UsageError
@@ -45,6 +46,8 @@ class BuildOptions:
     `workspace_mb` bounds the scratch memory that layers may take on the device, in MiB. `hardware_compatible` (GPUs
     from Ampere on) and `version_compatible` are for `tensorrt` only. `compute_capabilities` ("8.9") is for
     `tensorrt-rtx` only, which builds for GPUs that are not there; it refits and strips weights only where there is one.
+    `timing_cache` is a file of an earlier bundle, for `tensorrt` only: kernels that it holds are not timed again, so
+    that the same ones are chosen.
     """
 
     workspace_mb: int | None = None
@@ -53,6 +56,7 @@ class BuildOptions:
     refittable: bool = False
     strip_weights: bool = False
     compute_capabilities: tuple[str, ...] = ()
+    timing_cache: Path | None = None
 
     def __post_init__(self) -> None:
         if self.workspace_mb is not None and self.workspace_mb < 1:
@@ -62,6 +66,11 @@ class BuildOptions:
         for text in self.compute_capabilities:
             if not re.fullmatch(r"\d{1,2}\.\d", text):
                 raise UsageError(f"--compute-capability {text!r}: not MAJOR.MINOR", hint="for example 8.9")
+        if self.timing_cache is not None and not self.timing_cache.is_file():
+            raise UsageError(
+                f"--timing-cache {self.timing_cache}: no such file",
+                hint="give the `.timing` file of an earlier bundle, or leave it out: every bundle gets one",
+            )
 
     def check(self, names: Collection[str]) -> None:
         """Refuse options that none of the chosen targets has.
@@ -82,6 +91,7 @@ class BuildOptions:
             ("--strip-weights", self.strip_weights, ("tensorrt", "tensorrt-rtx")),
             ("--hardware-compatible", self.hardware_compatible, ("tensorrt",)),
             ("--version-compatible", self.version_compatible, ("tensorrt",)),
+            ("--timing-cache", self.timing_cache is not None, ("tensorrt",)),
             ("--compute-capability", bool(self.compute_capabilities), ("tensorrt-rtx",)),
         ):
             if given and not set(owners) & set(names):
@@ -93,7 +103,7 @@ class BuildOptions:
     def of(self, name: str) -> BuildOptions:
         """Those that a target has."""
         if name == "tensorrt-rtx":
-            return replace(self, hardware_compatible=False, version_compatible=False)
+            return replace(self, hardware_compatible=False, version_compatible=False, timing_cache=None)
         return replace(self, compute_capabilities=())
 
 

@@ -17,7 +17,7 @@ from typing import IO, Any
 from calibration import graph_io
 from calibration.errors import EnvironmentFailureError, ExportDefectError, UsageError
 from engines.target import BuildOptions
-from engines.tensorrt_worker import FATAL_WARNINGS
+from engines.tensorrt_worker import FATAL_WARNINGS, TIMING_SUFFIX
 
 log = logging.getLogger("export_zoo.tensorrt")
 log.addHandler(logging.NullHandler())
@@ -87,7 +87,8 @@ def build_engine(
 
     Args:
         graph: ONNX file; its types are the engine's.
-        out: the engine file to write; nothing is left there on failure.
+        out: the engine file to write; nothing is left there on failure. `tensorrt` writes its timing cache beside
+            it, with the suffix `.timing`.
         target: `tensorrt` (needs the GPU it builds for) or `tensorrt-rtx` (needs none).
         batch: min, opt and max of the first dimension of every input.
 
@@ -99,6 +100,7 @@ def build_engine(
     options = options or BuildOptions()
     request = {
         **asdict(options),
+        "timing_cache": str(options.timing_cache.absolute()) if options.timing_cache is not None else None,
         "graph": str(graph.absolute()),
         "out": str(out.absolute()),
         "target": target,
@@ -124,7 +126,8 @@ def build_engine(
     fatal = [text for text in warnings if any(bad in text for bad in FATAL_WARNINGS)]
     if final.get("event") == "done" and not fatal:
         return Built(final["version"], final["compute_capabilities"], dict(warnings))
-    out.unlink(missing_ok=True)
+    for left in (out, out.with_suffix(TIMING_SUFFIX)):
+        left.unlink(missing_ok=True)
     if not final:
         raise EnvironmentFailureError(
             f"{target}: {_ended(code, tail)}",

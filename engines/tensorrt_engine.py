@@ -5,8 +5,10 @@ EXPERIMENTAL: written against the documented API, and never run on a GPU by us s
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -64,13 +66,23 @@ class TensorRTEngine:
     Args:
         plan: the engine file.
         target: `tensorrt` or `tensorrt-rtx`.
+        weights: for a plan without weights: the ONNX graph that it was built from, which has them.
+        runtime_cache: where TensorRT-RTX keeps the kernels that it compiles for this GPU; read if it is there, and
+            written after each batch size that is run for the first time. Unused by `tensorrt`, which compiles nothing.
 
     Raises:
         TargetUnavailableError: the packages are missing, or the plan belongs to another GPU or version.
         EnvironmentFailureError: CUDA refuses.
     """
 
-    def __init__(self, plan: Path, *, target: str) -> None:
+    def __init__(
+        self,
+        plan: Path,
+        *,
+        target: str,
+        weights: Path | None = None,
+        runtime_cache: Path | None = None,
+    ) -> None:
         self._cuda = cuda = _cuda()
         try:
             trt = importlib.import_module(MODULES[target])
@@ -102,7 +114,12 @@ class TensorRTEngine:
                 f"{plan}: TensorRT {trt.__version__} cannot load it: built for another GPU or version",
                 hint="export again on this machine",
             )
-        self._context = self._engine.create_execution_context()
+        if weights is not None:
+            self._refit(trt, weights)
+        self._cache_path = runtime_cache if target == "tensorrt-rtx" else None
+        self._cache: Any = None
+        self._sizes_run: set[int] = set()
+        self._context = self._create_context()
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
         modes = {name: self._engine.get_tensor_mode(name) for name in names}
         (self.input_name,) = (name for name, mode in modes.items() if mode == trt.TensorIOMode.INPUT)
@@ -119,6 +136,42 @@ class TensorRTEngine:
         self._buffers = {name: _checked(cuda, cuda.cudaMalloc(size)) for name, size in sizes.items()}
         for name, pointer in self._buffers.items():
             self._context.set_tensor_address(name, int(pointer))
+
+    def _refit(self, trt: Any, weights: Path) -> None:
+        """Give a stripped plan its weights (NVIDIA, TensorRT documentation, "Weight-Stripped Engines")."""
+        refitter = trt.Refitter(self._engine, self._logger)
+        parser = trt.OnnxParserRefitter(refitter, self._logger)
+        if not parser.refit_from_file(str(weights)) or not refitter.refit_cuda_engine():
+            raise EnvironmentFailureError(
+                f"{weights}: TensorRT could not put these weights into the engine", hint="-v shows its log"
+            )
+
+    def _create_context(self) -> Any:
+        """An execution context, with the kernels of the runtime cache where one was asked for (NVIDIA, TensorRT-RTX
+        documentation, "Working with Runtime Cache")."""
+        if self._cache_path is None:
+            return self._engine.create_execution_context()
+        config = self._engine.create_runtime_config()
+        self._cache = config.create_runtime_cache()
+        # One of another GPU or version is not used, says NVIDIA, and is then replaced by ours.
+        if self._cache_path.is_file() and not self._cache.deserialize(self._cache_path.read_bytes()):
+            log.warning("%s: not a runtime cache for this GPU and version: starting anew", self._cache_path)
+        config.set_runtime_cache(self._cache)
+        return self._engine.create_execution_context(config)
+
+    def _keep_kernels(self, size: int) -> None:
+        """Write the runtime cache, whole, after the first run of a batch size. A full disk costs time, nothing else."""
+        if self._cache is None or self._cache_path is None or size in self._sizes_run:
+            return
+        self._sizes_run.add(size)
+        temporary = self._cache_path.with_name(f".{self._cache_path.name}.{os.getpid()}")
+        try:
+            temporary.write_bytes(self._cache.serialize())
+            temporary.replace(self._cache_path)
+        except OSError as error:
+            log.warning("%s: cannot be written: %s", self._cache_path, error.strerror)
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
     def run(self, batch: Float32Array) -> Float32Array:
         """Logits float32 [N, classes] of a preprocessed batch float32 [N, 3, H, W].
@@ -149,6 +202,7 @@ class TensorRTEngine:
                 cuda, cuda.cudaMemcpyAsync(logits.ctypes.data, target, logits.nbytes, back, self._stream)
             )
             _checked(cuda, cuda.cudaStreamSynchronize(self._stream))
+            self._keep_kernels(batch.shape[0])
         return logits
 
     def __del__(self) -> None:

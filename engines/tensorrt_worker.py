@@ -18,6 +18,8 @@ from engines.target import MODULES, device_capability
 RTX_DEFAULT_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0")
 """What TensorRT-RTX builds for unless told otherwise (NVIDIA, TensorRT-RTX documentation; 1.7)."""
 
+TIMING_SUFFIX = ".timing"
+
 FATAL_WARNINGS = ("Profile kMAX values are not self-consistent",)
 """Warnings of engines that will misbehave."""
 
@@ -95,6 +97,15 @@ def _configure(trt: Any, builder: Any, network: Any, request: dict[str, Any]) ->
     return config
 
 
+def _use_timing_cache(config: Any, path: str | None) -> None:
+    """Start from the kernel timings of a file, or from none."""
+    known = Path(path).read_bytes() if path else b""
+    cache = config.create_timing_cache(known)
+    # A cache of another GPU or version must not decide: its timings are not this one's.
+    if cache is None or not config.set_timing_cache(cache, False):
+        raise ValueError(f"--timing-cache {path}: belongs to another GPU or TensorRT version")
+
+
 def _build(request: dict[str, Any], emit: Any) -> dict[str, Any]:
     """The event that ends the build: `done` or `error`."""
     trt = importlib.import_module(MODULES[request["target"]])
@@ -112,11 +123,15 @@ def _build(request: dict[str, Any], emit: Any) -> dict[str, Any]:
             ],
         }
     config = _configure(trt, builder, network, request)
+    if request["target"] == "tensorrt":  # TensorRT-RTX times nothing
+        _use_timing_cache(config, request["timing_cache"])
     config.progress_monitor = _monitor(trt, emit)
     serialized = builder.build_serialized_network(network, config)
     if serialized is None:
         return {"event": "error", "stage": "build", "errors": []}
     Path(request["out"]).write_bytes(serialized)
+    if request["target"] == "tensorrt":
+        Path(request["out"]).with_suffix(TIMING_SUFFIX).write_bytes(config.get_timing_cache().serialize())
     capabilities = request["compute_capabilities"] or RTX_DEFAULT_CAPABILITIES
     if request["target"] == "tensorrt":
         capabilities = [device_capability()]

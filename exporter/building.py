@@ -9,12 +9,13 @@ from typing import Any
 from calibration.graph_io import sha256_of
 from calibration.machine import library_versions
 from calibration.ranges import Ranges
-from engines.bundle import why_not_here
 from engines.half import to_half
+from engines.loading import why_not_here
 from engines.manifest import Plan
 from engines.precision import quantize
 from engines.target import DISTRIBUTIONS, Precision, Target
 from engines.tensorrt_build import build_engine
+from engines.tensorrt_worker import TIMING_SUFFIX
 from exporter.context import Context
 from exporter.stage_cache import StageResult
 
@@ -30,6 +31,8 @@ class EngineFiles:
     """The precision graph: what TensorRT compiled; for ONNX Runtime, the engine itself."""
     built_by: dict[str, str]
     plan: Plan | None = None
+    timing_cache: Path | None = None
+    """Kernel timings that TensorRT built it with."""
 
     @property
     def name(self) -> str:
@@ -52,7 +55,7 @@ def _precision_graph(
     """The graph that an engine is made of, and whether it was cached."""
     if precision == "fp32":
         return graph, True
-    reduce_range = context.options.reduce_range
+    reduce_range, keep_float = context.options.reduce_range, context.options.keep_float
 
     def make(directory: Path) -> None:
         out = directory / "engine.onnx"
@@ -60,7 +63,7 @@ def _precision_graph(
             to_half(graph, out, ranges)
         else:
             assert ranges is not None
-            quantize(graph, ranges, out, target=target, reduce_range=reduce_range)
+            quantize(graph, ranges, out, target=target, reduce_range=reduce_range, keep_float=keep_float)
 
     key = context.key(
         "onnx_ir",
@@ -70,6 +73,7 @@ def _precision_graph(
         target=target if precision == "int8" else "any",
         ranges=ranges.model_dump() if ranges is not None else None,
         reduce_range=reduce_range,
+        keep_float=keep_float if precision == "int8" else [],
     )
     result = context.cache.run("precision", key, make)
     return result.directory / "engine.onnx", result.cached
@@ -99,13 +103,19 @@ def build(
             stage.detail += f"; {sum(warnings.values())} warnings by TensorRT (-v shows them)"
     built_by = library_versions(DISTRIBUTIONS[target.name], "onnx_ir", "numpy")
     plan = Plan.model_validate(compiled.data["plan"])
-    return EngineFiles(target.name, precision, compiled.directory / "engine.plan", precise, built_by, plan)
+    file = compiled.directory / "engine.plan"
+    timings = file.with_suffix(TIMING_SUFFIX)
+    return EngineFiles(
+        target.name, precision, file, precise, built_by, plan, timings if timings.is_file() else None
+    )
 
 
 def _compile(context: Context, graph: Path, target: Target) -> StageResult:
     """TensorRT's `engine.plan` of a precision graph, and the builder's warnings."""
     batch = context.options.batch
     build_options = context.options.build.of(target.name)
+    described = {name: value for name, value in asdict(build_options).items() if name != "timing_cache"}
+    timings = build_options.timing_cache
 
     def make(directory: Path) -> dict[str, Any]:
         with context.reporter.bar("build", None) as advance:
@@ -115,16 +125,17 @@ def _compile(context: Context, graph: Path, target: Target) -> StageResult:
                 target=target.name,
                 batch=(batch.min, batch.opt, batch.max),
                 options=build_options,
-                steps=lambda done, total: advance(1),
+                steps=lambda done, total: advance(1, total),
             )
         known = {"version": built.version, "compute_capabilities": built.compute_capabilities}
-        return {"warnings": built.warnings, "plan": {**asdict(build_options), **known}}
+        return {"warnings": built.warnings, "plan": {**described, **known}}
 
     key = context.key(
         graph=sha256_of(graph),
         target=target.name,
         versions=library_versions(DISTRIBUTIONS[target.name]),
         batch=[batch.min, batch.opt, batch.max],
-        options=asdict(build_options),
+        options=described,
+        timing_cache=sha256_of(timings) if timings is not None else None,
     )
     return context.cache.run("tensorrt", key, make)

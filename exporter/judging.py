@@ -12,11 +12,13 @@ from calibration.graph_io import sha256_of
 from calibration.machine import cpu_model, instruction_set
 from calibration.preprocess import normalize
 from engines import bench
-from engines.bundle import HeldOut, judge_engine, open_engine
+from engines.bundle import HeldOut
 from engines.gate import MIN_LABELLED, Runnable, images_compared
+from engines.loading import open_engine
 from engines.manifest import Gate, Latency, Recipe
 from engines.onnxruntime_engine import OnnxRuntimeEngine
 from engines.parity import DEFAULT_TOLERANCES, MIN_UNFUSED_COSINE
+from engines.verify import judge_engine
 from exporter.building import EngineFiles
 from exporter.context import Context
 from exporter.stage_cache import StageResult
@@ -56,8 +58,13 @@ def judge_engines(
             context.reporter.warn(
                 f"--tolerance {tolerance.selector}:{tolerance.metric}: no such engine in this run"
             )
-    if context.options.reduce_range and not any(engine.precision == "int8" for engine in engines):
-        context.reporter.warn("--reduce-range has no effect without --precision int8")
+    if not any(engine.precision == "int8" for engine in engines):
+        for option, given in (
+            ("--reduce-range", context.options.reduce_range),
+            ("--keep-float", context.options.keep_float),
+        ):
+            if given:
+                context.reporter.warn(f"{option} has no effect without --precision int8")
     return {engine.name: _judge(context, engine, recipe, held, reference) for engine in engines}
 
 
@@ -131,7 +138,11 @@ def time_engines(
         for name, engine in timed.items():
             if engine.file != fp32:
                 sessions[name] = open_engine(
-                    engine.file, target=engine.target, precision=engine.precision, plan=engine.plan
+                    engine.file,
+                    target=engine.target,
+                    precision=engine.precision,
+                    plan=engine.plan,
+                    graph=engine.graph,
                 )
         index = np.arange(recipe.batch.opt) % len(held.pixels)
         batch = normalize(held.pixels[index], recipe.preprocess)

@@ -158,6 +158,7 @@ class ExportOptions:
     require: Literal["graph", "verified"] = "graph"
     method: str = "minmax"
     reduce_range: bool = False
+    keep_float: tuple[str, ...] = ()
     build: BuildOptions = field(default_factory=BuildOptions)
     out: Path | None = None
     cache: bool = True

@@ -122,6 +122,7 @@ def _recipe(
         simplified=simplified.data["summary"],
         calibration=calibration,
         reduce_range=context.options.reduce_range,
+        keep_float=list(context.options.keep_float),
         instruction_set=instruction_set(),
         versions=context.versions,
     )
@@ -145,6 +146,9 @@ def _engine(
         external_data=graph_weights if built.is_graph else [],
         graph=None if built.is_graph else graph,
         plan=built.plan,
+        timing_cache=contents.add(built.timing_cache, f"{model}-{built.name}")
+        if built.timing_cache
+        else None,
         graph_external_data=[] if built.is_graph else graph_weights,
         state=manifest.state_after(gate),
         built_by=built.built_by,

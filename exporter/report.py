@@ -7,9 +7,9 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import IO, TYPE_CHECKING, Any, Literal, TextIO, cast
+from typing import IO, TYPE_CHECKING, Any, Literal, Protocol, TextIO, cast
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -57,6 +57,16 @@ def show_log() -> None:
     log.setLevel(logging.INFO)
 
 
+class Advance(Protocol):
+    """Counts finished items, and tells their total where it was not known at the beginning."""
+
+    def __call__(self, done: int, total: int | None = None) -> None: ...
+
+
+def _nothing(done: int, total: int | None = None) -> None:
+    del done, total
+
+
 @dataclass
 class Stage:
     """One finished or running stage."""
@@ -92,10 +102,10 @@ class Reporter:
             self.show_warning(text)
 
     @contextlib.contextmanager
-    def bar(self, label: str, total: int | None) -> Iterator[Callable[[int], None]]:
-        """A progress bar of `total` items (None: not known); yields the callable that advances it."""
+    def bar(self, label: str, total: int | None) -> Iterator[Advance]:
+        """A progress bar of `total` items (None: not known yet); yields what advances it."""
         del label, total
-        yield lambda _: None
+        yield _nothing
 
     def show_stage(self, stage: Stage) -> None: ...
 
@@ -129,16 +139,20 @@ class ConsoleReporter(Reporter):
         self.console.print(Text.assemble(("warning: ", "yellow"), text))
 
     @contextlib.contextmanager
-    def bar(self, label: str, total: int | None) -> Iterator[Callable[[int], None]]:
+    def bar(self, label: str, total: int | None) -> Iterator[Advance]:
         if self.quiet or not self.console.is_terminal or self.console.color_system is None:
-            yield lambda _: None
+            yield _nothing
             return
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = (TextColumn(f"{label:<10}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=self.console, transient=True) as progress:
             task = progress.add_task(label, total=total)
-            yield lambda done: progress.advance(task, done)
+
+            def advance(done: int, total: int | None = None) -> None:
+                progress.update(task, advance=done, total=total)
+
+            yield advance
 
 
 def _number(value: float | int | None, form: str) -> str:

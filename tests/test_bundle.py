@@ -25,9 +25,10 @@ from calibration.errors import BadInputError, ParityError, TargetUnavailableErro
 from calibration.graph_io import sha256_of
 from calibration.preprocess import normalize
 from engines import manifest as manifest_room
-from engines.bundle import checked, held_out, read_manifest, verify
+from engines.bundle import checked, held_out, read_manifest
 from engines.manifest import Attestation, File, Manifest
 from engines.parity import compare
+from engines.verify import verify
 from exporter import publish as publish_room
 from exporter.publish import check_destination, describe, failed_place, publish
 
@@ -97,9 +98,60 @@ def test_engine_that_was_not_verified_is_not_chosen_however_fast(bundle, state):
     assert engines.load(bundle, engine="onnxruntime-int8").state == state
 
 
+def test_what_verify_finds_here_overrules_the_manifest(bundle):
+    def change(document):
+        fp32, int8 = document["artifacts"]["engines"]
+        fp32["latency"]["speedup"], int8["latency"]["speedup"] = 1.0, 100.0
+        fp32["state"] = "graph verified"
+        int8["gate"]["tolerances"]["sqnr"] = 500  # as if this machine's kernels were wrong
+
+    _edit(bundle, change)
+    assert engines.load(bundle).name == "onnxruntime-int8"
+    attestation, path = verify(bundle)
+    assert attestation.status == "failed"
+    assert path is not None
+    found = engines.load(bundle)
+    assert (found.name, found.state) == ("onnxruntime-fp32", "verified")
+    assert engines.load(bundle, engine="onnxruntime-int8").state == "built"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"instruction_set": "Z80"},
+        {"manifest_sha256": "0" * 64},
+        {"schema_version": 2},
+        {"engines": {}},
+    ],
+)
+def test_attestations_of_other_machines_and_manifests_change_nothing(bundle, change):
+    def faster(document):
+        document["artifacts"]["engines"][1]["latency"]["speedup"] = 100.0
+        document["artifacts"]["engines"][1]["gate"]["tolerances"]["sqnr"] = 500
+
+    _edit(bundle, faster)
+    _, path = verify(bundle)
+    assert path is not None
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    assert engines.load(bundle).name == "onnxruntime-int8"
+
+
+def test_the_newest_attestation_counts(bundle):
+    _, path = verify(bundle)
+    assert path is not None
+    failed = json.loads(path.read_text())
+    failed["engines"]["onnxruntime-int8"]["failures"] = ["as it was"]
+    path.with_name("20200101T000000000000Z.json").write_text(json.dumps(failed))
+    assert engines.load(bundle, engine="onnxruntime-int8").state == "verified"
+    path.with_name("29990101T000000000000Z.json").write_text(json.dumps(failed))
+    assert engines.load(bundle, engine="onnxruntime-int8").state == "built"
+
+
 def test_bundle_without_a_verified_engine_says_so(bundle):
     _edit(bundle, lambda document: [e.update(state="built") for e in document["artifacts"]["engines"]])
-    with pytest.raises(TargetUnavailableError, match="no verified engine"):
+    with pytest.raises(
+        TargetUnavailableError, match=r"no verified engine.*onnxruntime-int8: built, not verified"
+    ):
         engines.load(bundle)
 
 
@@ -552,7 +604,7 @@ import engines
 engine = engines.load(sys.argv[1], engine=sys.argv[3])
 print(engine.labels[engine.run(engine.preprocess([sys.argv[2]])).argmax()])
 
-from engines.bundle import verify
+from engines.verify import verify
 print(verify(sys.argv[1])[0].status)
 """
 

@@ -451,13 +451,13 @@ def test_an_infinite_tolerance_is_refused_or_can_be_read_back(cli, tmp_path):
 
 
 def test_an_engine_that_makes_nan_fails_its_gate_with_valid_json(cli, tmp_path, monkeypatch):
-    from engines import bundle
+    from engines import loading
 
-    class Broken(bundle.OnnxRuntimeEngine):
+    class Broken(loading.OnnxRuntimeEngine):
         def run(self, batch):
             return np.full_like(super().run(batch), np.nan)
 
-    monkeypatch.setattr(bundle, "OnnxRuntimeEngine", Broken)
+    monkeypatch.setattr(loading, "OnnxRuntimeEngine", Broken)
     done = cli(*RANDOM, "--tolerance", "sqnr=61", "--out", tmp_path / "out")
     _refused(done, 3, "parity")
     assert cli("inspect", tmp_path / "out.failed").code == 0

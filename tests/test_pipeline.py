@@ -188,9 +188,9 @@ def test_random_weights_are_marked_everywhere_and_gated_against_the_unfused_grap
 
 
 def test_gate_catches_a_fault_with_random_weights_too(cli, photos, tmp_path, monkeypatch):
-    from engines import bundle
+    from engines import loading
 
-    real = bundle.OnnxRuntimeEngine
+    real = loading.OnnxRuntimeEngine
 
     class Broken(real):
         """A runtime whose fused kernels are wrong: the precision graph itself is right."""
@@ -203,7 +203,7 @@ def test_gate_catches_a_fault_with_random_weights_too(cli, photos, tmp_path, mon
             logits = super().run(batch)
             return logits[:, ::-1].copy() if self.wrong else logits
 
-    monkeypatch.setattr(bundle, "OnnxRuntimeEngine", Broken)
+    monkeypatch.setattr(loading, "OnnxRuntimeEngine", Broken)
     arguments = "resnet18 --weights none --input-size 64 --resize-size 72 --precision int8".split()
     done = cli(*arguments, "--calib", photos, "--out", tmp_path / "out", "--no-cache")
     assert done.code == 3, done.err

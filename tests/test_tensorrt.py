@@ -16,6 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 import engines
 from calibration.errors import EnvironmentFailureError, ExportDefectError, TargetUnavailableError, UsageError
 from engines import tensorrt_build
+from engines.bundle import read_manifest
 from engines.target import BuildOptions, choose, has_cuda_device, targets
 from engines.tensorrt_build import build_engine
 from engines.tensorrt_engine import TensorRTEngine
@@ -133,6 +134,38 @@ def test_build_options_are_taken(relu, options):
     assert out.stat().st_size > 1000
 
 
+def test_timing_cache_is_kept_beside_the_engine_and_taken_again(relu, monkeypatch):
+    """With TensorRT-RTX's builder, which has the same calls and times nothing: `tensorrt` cannot be had everywhere."""
+    from engines import tensorrt_worker
+
+    monkeypatch.setitem(tensorrt_worker.MODULES, "tensorrt", "tensorrt_rtx")
+    request = {
+        "graph": str(relu),
+        "out": str(relu.with_suffix(".plan")),
+        "target": "tensorrt",
+        "batch": [1, 2, 4],
+        "workspace_mb": None,
+        "refittable": False,
+        "strip_weights": False,
+        "hardware_compatible": False,
+        "version_compatible": False,
+        "compute_capabilities": [],
+        "timing_cache": None,
+    }
+    assert tensorrt_worker._build(request, lambda event: None)["event"] == "done"
+    kept = relu.with_suffix(".timing")
+    assert kept.stat().st_size > 0
+    again = tensorrt_worker._build({**request, "timing_cache": str(kept)}, lambda event: None)
+    assert again["event"] == "done"
+
+
+def test_timing_cache_that_is_not_there_is_a_usage_error(cli, tmp_path):
+    arguments = ["resnet18", "--weights", "none", "--target", "tensorrt-rtx", "--out", tmp_path / "out"]
+    done = cli(*arguments, "--timing-cache", tmp_path / "no.timing")
+    assert done.code == 2
+    assert "no.timing: no such file" in done.json["error"]["message"]
+
+
 def test_a_compute_capability_that_there_is_not_is_refused(relu):
     with pytest.raises(UsageError, match=r"9\.9"):
         _build(relu, options=BuildOptions(compute_capabilities=("9.9",)))
@@ -247,6 +280,7 @@ def test_gate_catches_faults_in_the_tensorrt_graph(digits, cli, tmp_path, monkey
         (["--compute-capability", "89"], "--compute-capability"),
         (["--hardware-compatible"], "--hardware-compatible"),
         (["--version-compatible"], "--version-compatible"),
+        (["--timing-cache", __file__], "--timing-cache"),
         (["--refittable", "--target", "onnxruntime"], "--refittable"),
     ],
 )
@@ -315,11 +349,88 @@ def test_engines_are_verified_and_timed_on_a_gpu(target, precision, digits, cli,
     assert loaded.run(loaded.preprocess([image])).argmax() == 4
 
 
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("target", ["tensorrt", "tensorrt-rtx"])
+def test_a_plan_without_weights_gets_them_from_its_graph_on_a_gpu(target, digits, cli, tmp_path):
+    if why := targets()[target].unavailable:
+        pytest.skip(why)
+    arguments = [*digits.arguments(), "--target", target, "--precision", "fp16", "--strip-weights"]
+    done = cli(*arguments, "--calib", digits.images, "--require", "verified", "--out", tmp_path / "out")
+    assert done.code == 0, done.err
+    (engine,) = done.json["engines"]
+    assert engine["file"]["size_bytes"] < engine["graph"]["size_bytes"] / 2
+    loaded = engines.load(tmp_path / "out")
+    assert loaded.run(loaded.preprocess([next(digits.images.rglob("4/*.png"))])).argmax() == 4
+
+
+@pytest.mark.gpu
+@gpu
+def test_a_bundle_built_elsewhere_is_promoted_by_verify_on_a_gpu(bundle, digits, cli, tmp_path):
+    """Built with a default of several compute capabilities; skipped where this GPU has another."""
+    import shutil
+
+    from engines.loading import why_not_here
+
+    copy = shutil.copytree(bundle, tmp_path / "bundle")
+    document = json.loads((copy / "manifest.json").read_text())
+    for engine in document["artifacts"]["engines"]:
+        if engine["plan"]:
+            engine["state"] = "graph verified"
+    (copy / "manifest.json").write_text(json.dumps(document))
+    engine = next(e for e in read_manifest(copy).artifacts.engines if e.name == "tensorrt-rtx-int8")
+    if why := why_not_here(engine.target, engine.plan):
+        pytest.skip(why)
+    done = cli("verify", copy)
+    assert done.code == 0, done.err
+    assert "tensorrt-rtx-int8: verified" in done.out
+    loaded = engines.load(copy, engine="tensorrt-rtx-int8", runtime_cache=tmp_path / "kernels")
+    assert loaded.state == "verified"
+    loaded.run(loaded.preprocess([next(digits.images.rglob("4/*.png"))]))
+    assert (tmp_path / "kernels").stat().st_size > 0
+
+
+def test_runtime_caches_calls_are_those_of_this_tensorrt_rtx():
+    """No engine can be had without a GPU, its classes can: a renamed call shows here, not on the first GPU."""
+    trt = pytest.importorskip("tensorrt_rtx")
+    assert hasattr(trt.ICudaEngine, "create_runtime_config")
+    assert hasattr(trt.IRuntimeConfig, "create_runtime_cache")
+    assert hasattr(trt.IRuntimeConfig, "set_runtime_cache")
+    assert {"serialize", "deserialize"} <= set(dir(trt.IRuntimeCache))
+    assert {"refit_from_file"} <= set(dir(trt.OnnxParserRefitter))
+    assert {"refit_cuda_engine"} <= set(dir(trt.Refitter))
+
+
 @pytest.mark.skipif(has_cuda_device(), reason="there is a GPU here")
 def test_without_a_gpu_the_runtime_says_so(bundle):
     plan = next((bundle / "files").glob("*-tensorrt-rtx-int8.*.plan"))
     with pytest.raises(EnvironmentFailureError, match="CUDA"):
         TensorRTEngine(plan, target="tensorrt-rtx")
+
+
+def test_an_engine_that_only_an_attestation_calls_verified_is_chosen(bundle, tmp_path, monkeypatch):
+    """As on a GPU machine that verified a bundle built without one; up to the missing driver."""
+    import shutil
+
+    from engines import loading, verify
+
+    copy = shutil.copytree(bundle, tmp_path / "bundle")
+    attestation, path = verify.verify(copy)
+    assert path is not None
+    gates = {
+        name: gate.model_copy(update={"ran": "engine"}) if name == "tensorrt-rtx-fp16" else gate
+        for name, gate in attestation.engines.items()
+    }
+    attested = attestation.model_copy(update={"engines": gates, "compute_capability": "8.9"})
+    path.write_text(attested.model_dump_json())
+    opened = []
+    monkeypatch.setattr(loading, "device_capability", lambda: "8.9")  # there is no GPU to ask
+    monkeypatch.setattr(loading, "TensorRTEngine", lambda plan, **options: opened.append(plan))
+    loaded = engines.load(copy)
+    assert (loaded.name, loaded.state) == ("tensorrt-rtx-fp16", "verified")
+    assert "-tensorrt-rtx-fp16." in opened[0].name
+    monkeypatch.setattr(loading, "device_capability", lambda: "12.0")
+    assert engines.load(copy).name.startswith("onnxruntime"), "another GPU than that which attested"
 
 
 @pytest.mark.skipif(has_cuda_device(), reason="there is a GPU here")
@@ -341,10 +452,10 @@ def test_load_says_why_an_engine_cannot_run_here(bundle):
 def test_plans_of_other_gpus_and_versions_are_told_before_they_are_loaded(
     bundle, monkeypatch, change, capability, says
 ):
-    from engines import bundle as room
+    from engines import loading as room
 
     monkeypatch.setattr(room, "device_capability", lambda: capability)  # there is no GPU to ask
-    engine = next(e for e in room.read_manifest(bundle).artifacts.engines if e.name == "tensorrt-rtx-int8")
+    engine = next(e for e in read_manifest(bundle).artifacts.engines if e.name == "tensorrt-rtx-int8")
     plan = engine.plan.model_copy(update=change)
     found = room.why_not_here(engine.target, plan)
     assert found.startswith(says) if says else found == ""

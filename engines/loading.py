@@ -1,0 +1,222 @@
+"""Load an engine of a bundle and run it. Needs neither PyTorch nor the zoo."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from calibration.errors import BadInputError, ParityError, TargetUnavailableError
+from calibration.machine import instruction_set, library_versions
+from calibration.preprocess import UnreadableImageError, decode, normalize, resize_and_crop
+from engines import manifest as m
+from engines.bundle import attestations, checked, read_manifest
+from engines.gate import Runnable
+from engines.onnxruntime_engine import OnnxRuntimeEngine
+from engines.target import DISTRIBUTIONS, PRECISIONS, device_capability
+from engines.tensorrt_engine import TensorRTEngine
+
+Float32Array = npt.NDArray[np.float32]
+
+
+def why_not_here(target: str, plan: m.Plan | None) -> str:
+    """Why an engine cannot run on this machine, from its description alone; empty where it can."""
+    if plan is None:
+        return ""
+    package = DISTRIBUTIONS[target]
+    version = library_versions(package)[package]
+    if version == "absent":
+        return f"the package {package} is not installed"
+    if version != plan.version and not plan.version_compatible:
+        return f"built by {package} {plan.version}, this is {version}"
+    here = device_capability()
+    if here is None:
+        return "there is no CUDA device here"
+    if here not in plan.compute_capabilities and not plan.hardware_compatible:
+        return f"built for compute capability {', '.join(plan.compute_capabilities)}, this GPU has {here}"
+    return ""
+
+
+def open_engine(
+    path: Path,
+    *,
+    target: str,
+    precision: str,
+    plan: m.Plan | None,
+    graph: Path | None = None,
+    threads: int = 0,
+    runtime_cache: Path | None = None,
+) -> Runnable:
+    """An engine file, ready to run.
+
+    Args:
+        graph: the precision graph that TensorRT compiled: a plan without weights gets them from it.
+
+    Raises:
+        BadInputError: not an ONNX Runtime engine.
+        TargetUnavailableError: a TensorRT engine that this machine cannot load.
+    """
+    if plan is not None:
+        weights = graph if plan.strip_weights else None
+        return TensorRTEngine(path, target=target, weights=weights, runtime_cache=runtime_cache)
+    return OnnxRuntimeEngine(path, threads=threads, half=precision == "fp16")
+
+
+class LoadedEngine:
+    """One engine of a bundle, ready to run. Safe to share between threads."""
+
+    def __init__(
+        self,
+        bundle: Path,
+        manifest: m.Manifest,
+        engine: m.Engine,
+        *,
+        state: m.State,
+        why: str,
+        threads: int,
+        runtime_cache: Path | str | None,
+    ) -> None:
+        path, graph = checked(bundle, engine.file), None
+        externals = list(engine.external_data)
+        if engine.graph is not None and engine.plan is not None and engine.plan.strip_weights:
+            graph = checked(bundle, engine.graph)
+            externals += engine.graph_external_data
+        for external in externals:
+            checked(bundle, external)
+        self.manifest = manifest
+        self.name = engine.name
+        self.state = state
+        self.why = why
+        self.labels = manifest.recipe.labels
+        self._backend = open_engine(
+            path,
+            target=engine.target,
+            precision=engine.precision,
+            plan=engine.plan,
+            graph=graph,
+            threads=threads,
+            runtime_cache=Path(runtime_cache) if runtime_cache is not None else None,
+        )
+
+    def preprocess(self, images: Sequence[Path | str | bytes]) -> Float32Array:
+        """Image files (paths, or their bytes) to the input batch, float32 [N, 3, H, W].
+
+        Raises:
+            BadInputError: one of them cannot be decoded; the message names it.
+        """
+        pixels = []
+        for index, image in enumerate(images):
+            name = f"image {index}" if isinstance(image, bytes) else str(image)
+            try:
+                data = image if isinstance(image, bytes) else Path(image).read_bytes()
+                pixels.append(resize_and_crop(decode(data), self.manifest.recipe.preprocess))
+            except (UnreadableImageError, OSError) as error:
+                raise BadInputError(f"{name}: {error}", hint="pass a JPEG or PNG image") from error
+        if not pixels:
+            raise BadInputError("no images given", hint="pass at least one")
+        return normalize(np.stack(pixels), self.manifest.recipe.preprocess)
+
+    def run(self, batch: Float32Array) -> Float32Array:
+        """Logits float32 [N, classes] of a preprocessed batch float32 [N, 3, H, W].
+
+        Raises:
+            BadInputError: wrong dtype or shape, or N outside the batch range that was verified.
+        """
+        batch = np.asarray(batch)
+        allowed = self.manifest.recipe.batch
+        if batch.ndim > 0 and not allowed.min <= batch.shape[0] <= allowed.max:
+            raise BadInputError(
+                f"batch {batch.shape[0]} is outside this bundle's range {allowed.min} to {allowed.max}",
+                hint="split the batch, or export with a wider --batch MIN:OPT:MAX",
+            )
+        return self._backend.run(batch)
+
+
+def _state_here(engine: m.Engine, found: Sequence[m.Attestation]) -> m.State:
+    """An engine's state by the newest attestation of a machine like this one that ran it, else by the manifest."""
+    for attestation in found:
+        alike = (
+            attestation.compute_capability == device_capability()
+            if engine.plan is not None
+            else attestation.instruction_set == instruction_set()
+        )
+        gate = attestation.engines.get(engine.name)
+        if alike and gate is not None and gate.ran == "engine":
+            return m.state_after(gate)
+    return engine.state
+
+
+def _rank(engine: m.Engine) -> tuple[bool, float, int]:
+    """The fastest last. A GPU's engine that was never timed is taken before the CPU's, the lower precision first."""
+    untimed = engine.plan is not None and engine.latency is None
+    speedup = engine.latency.speedup if engine.latency is not None else 0.0
+    return untimed, speedup, PRECISIONS.index(engine.precision)
+
+
+def load(
+    bundle: Path | str,
+    *,
+    engine: str | None = None,
+    threads: int = 0,
+    allow_failed: bool = False,
+    runtime_cache: Path | str | None = None,
+) -> LoadedEngine:
+    """Load the best engine of a bundle, or the one named, after checking its hashes.
+
+    The best is the fastest *verified* one that runs here, by the latencies recorded in the manifest. What `verify`
+    attested on a machine like this one (instruction set; for a GPU, compute capability) overrules the manifest.
+
+    Args:
+        bundle: the directory that `export-zoo export` wrote.
+        engine: a name such as `onnxruntime-int8`.
+        threads: intra-op threads of ONNX Runtime, 0 for all cores.
+        allow_failed: load from a bundle whose parity gate failed, to look into it.
+        runtime_cache: a file in which TensorRT-RTX keeps the kernels that it compiles for this GPU; made if it is not
+            there. Without it they are compiled again in each process.
+
+    Raises:
+        BadInputError: not a bundle, damaged, or no such engine.
+        ParityError: the bundle failed its parity gate.
+        TargetUnavailableError: no engine of the bundle can run here.
+    """
+    root = Path(bundle)
+    manifest = read_manifest(root)
+    if manifest.status != "ok" and not allow_failed:
+        raise ParityError(
+            f"{root}: this bundle failed its parity gate, or an engine did not reach the state asked for",
+            hint="export again; allow_failed=True loads it to look into it",
+        )
+    engines = {e.name: e for e in manifest.artifacts.engines}
+    states = {e.name: _state_here(e, attestations(root)) for e in engines.values()}
+    if engine is not None:
+        if engine not in engines:
+            raise BadInputError(
+                f"{root}: no engine {engine!r}", hint=f"it has: {', '.join(engines) or 'none'}"
+            )
+        if reason := why_not_here(engines[engine].target, engines[engine].plan):
+            raise TargetUnavailableError(
+                f"{root}: {engine} cannot run here: {reason}",
+                hint="load another engine of the bundle, or export again on this machine",
+            )
+        best, why = engines[engine], "asked for"
+    else:
+        reasons = {
+            name: why_not_here(e.target, e.plan)
+            or ("" if states[name] == "verified" or allow_failed else f"{states[name]}, not verified")
+            for name, e in engines.items()
+        }
+        runnable = [e for name, e in engines.items() if not reasons[name]]
+        if not runnable:
+            listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+            raise TargetUnavailableError(
+                f"{root}: no verified engine that runs here: {listed}",
+                hint="export again here, or `export-zoo verify` it where it runs",
+            )
+        best = max(runnable, key=_rank)
+        speed = f", {best.latency.speedup:.2f}x of FP32" if best.latency is not None else ""
+        why = f"fastest verified engine as measured at export{speed}"
+    return LoadedEngine(
+        root, manifest, best, state=states[best.name], why=why, threads=threads, runtime_cache=runtime_cache
+    )

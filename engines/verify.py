@@ -1,0 +1,147 @@
+"""Verify a bundle again on any machine: hashes, logits, and an attestation of what was found."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import tempfile
+from datetime import datetime, timezone
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from calibration.graph_io import sha256_of
+from calibration.images import Progress
+from calibration.machine import cpu_model, instruction_set, library_versions, saturates
+from engines import manifest as m
+from engines.bundle import ATTESTATIONS, MANIFEST, HeldOut, checked, held_out, read_manifest
+from engines.gate import Runnable, judge, run_in_batches
+from engines.loading import open_engine, why_not_here
+from engines.onnxruntime_engine import OnnxRuntimeEngine
+from engines.target import DISTRIBUTIONS, device_capability
+from engines.twin import write_twin
+
+Float32Array = npt.NDArray[np.float32]
+
+
+def judge_engine(
+    file: Path,
+    graph: Path,
+    *,
+    target: str,
+    precision: str,
+    plan: m.Plan | None,
+    unfused: bool,
+    recipe: m.Recipe,
+    held: HeldOut,
+    tolerances: dict[str, float],
+    progress: Progress = lambda _: None,
+) -> m.Gate:
+    """Run one engine, or the precision graph of one that cannot run here, through the parity gate.
+
+    Args:
+        file: the engine.
+        graph: the precision graph that TensorRT compiled; for ONNX Runtime, the engine itself.
+        unfused: gate against the unfused graph (see `engines.gate.judge`).
+    """
+
+    def unfused_logits() -> Float32Array:
+        plain = OnnxRuntimeEngine(graph, fused=False, half=precision == "fp16")
+        return run_in_batches(plain, held.pixels, recipe.preprocess, recipe.batch.opt)
+
+    only_graph = bool(why_not_here(target, plan))
+    engine: Runnable
+    if only_graph:
+        with tempfile.TemporaryDirectory(prefix="export-zoo-") as directory:
+            twin = Path(directory) / "twin.onnx"
+            write_twin(graph, twin)
+            engine = OnnxRuntimeEngine(twin, fused=False)
+    else:
+        engine = open_engine(file, target=target, precision=precision, plan=plan, graph=graph)
+    return judge(
+        engine,
+        ran="precision graph" if only_graph else "engine",
+        pixels=held.pixels,
+        eager=held.logits,
+        labels=held.labels,
+        preprocess=recipe.preprocess,
+        batch=recipe.batch,
+        tolerances=tolerances,
+        unfused=unfused_logits if unfused else None,
+        progress=progress,
+    )
+
+
+def verify(bundle: Path | str, *, progress: Progress = lambda _: None) -> tuple[m.Attestation, Path | None]:
+    """Check every hash of a bundle and every engine's logits on this machine; write an attestation.
+
+    Returns the attestation, and its path: None where the bundle cannot be written to. Its `status` is `failed`
+    where a gate did not hold: the caller decides what to do, nothing is raised for it.
+
+    Raises:
+        BadInputError: not a bundle, or damaged.
+    """
+    root = Path(bundle)
+    manifest = read_manifest(root)
+    for file in manifest.files():
+        checked(root, file)
+    held = held_out(root, manifest)
+    here = instruction_set()
+    warnings = []
+    gates: dict[str, m.Gate] = {}
+    states: dict[str, m.State] = {}
+    for engine in manifest.artifacts.engines:
+        if engine.target == "onnxruntime" and engine.precision == "int8" and here != engine.instruction_set:
+            text = f"{engine.name} was verified on {engine.instruction_set}, this is {here}"
+            if saturates(here) and not manifest.recipe.reduce_range:
+                text += ": uint8 x int8 sums can saturate here; export with --reduce-range if logits differ"
+            warnings.append(text)
+        gate = judge_engine(
+            root / engine.file.path,
+            root / (engine.graph or engine.file).path,
+            target=engine.target,
+            precision=engine.precision,
+            plan=engine.plan,
+            unfused=engine.gate.reference != "eager",
+            recipe=manifest.recipe,
+            held=held,
+            tolerances=engine.gate.tolerances,
+            progress=progress,
+        )
+        gates[engine.name] = gate
+        states[engine.name] = m.state_after(gate)
+    attestation = m.Attestation(
+        schema_version=1,
+        manifest_sha256=sha256_of(root / MANIFEST),
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        machine=cpu_model(),
+        instruction_set=here,
+        compute_capability=device_capability(),
+        versions=library_versions(*DISTRIBUTIONS.values(), "numpy", "pillow"),
+        status="failed" if any(gate.failures for gate in gates.values()) else "ok",
+        warnings=warnings,
+        engines=gates,
+        states=states,
+    )
+    return attestation, _write_attestation(root, attestation)
+
+
+def _write_attestation(root: Path, attestation: m.Attestation) -> Path | None:
+    """None on read-only storage, as in a container: the figures stand all the same."""
+    directory = root / ATTESTATIONS
+    stamp = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%S%fZ")
+    path = directory / f"{stamp}.json"
+    temporary = directory / f".{stamp}.{os.getpid()}"
+    try:
+        directory.mkdir(exist_ok=True)
+        temporary.write_text(attestation.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+            return None
+        raise
+    return path

@@ -1,0 +1,103 @@
+"""`export-zoo verify BUNDLE` and `export-zoo inspect BUNDLE`. Never import PyTorch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from exporter import outcome
+from exporter.common_options import EXIT_CODES, json_option, quiet_option, verbose_option
+from exporter.report import ConsoleReporter, show_log
+
+
+@click.command(epilog=EXIT_CODES)
+@click.argument("bundle", type=click.Path(path_type=Path))
+@json_option
+@quiet_option
+@verbose_option
+def verify(bundle: Path, json_path: Path | None, quiet: bool, verbose: bool) -> None:
+    """Check a bundle's hashes and its engines' logits on this machine; write an attestation. Needs no PyTorch."""
+    del json_path
+    if verbose:
+        show_log()
+    from calibration.errors import ParityError
+    from engines import bundle as room
+    from engines import verify as verification
+    from engines.gate import images_compared
+
+    now = outcome.current()
+    now.reporter = reporter = ConsoleReporter(quiet=quiet)
+    manifest = room.read_manifest(bundle)
+    per_engine = images_compared(manifest.artifacts.held_out.count, manifest.recipe.batch)
+    with reporter.stage("verify") as stage:
+        with reporter.bar("verify", per_engine * len(manifest.artifacts.engines)) as progress:
+            attestation, path = verification.verify(bundle, progress=progress)
+        stage.detail = (
+            f"{bundle}: hashes and logits of {len(attestation.engines)} engine(s), on {attestation.machine}"
+        )
+    for warning in attestation.warnings:
+        reporter.warn(warning)
+    now.document |= {
+        "bundle": str(bundle),
+        "attestation": str(path) if path else None,
+        "engines": attestation.model_dump(mode="json")["engines"],
+    }
+    for name, gate in attestation.engines.items():
+        sqnr, top1 = gate.eager_metrics["sqnr"] or 0.0, gate.eager_metrics["top1"] or 0.0
+        state = "FAILED" if gate.failures else attestation.states[name]
+        if not quiet:
+            images = f"{100 * top1:.1f} % of {gate.metrics['images']} images"
+            click.echo(f"{name}: {state}, SQNR {sqnr:.1f} dB, top-1 agreement {images}")
+    if not quiet:
+        click.echo(f"attestation: {path or 'not written, the bundle is read-only'}")
+    failures = [f"{name}: {text}" for name, gate in attestation.engines.items() for text in gate.failures]
+    if failures:
+        raise ParityError(
+            f"{bundle}: logits are outside the tolerance on this machine: {'; '.join(failures)}",
+            hint="INT8 differs between instruction sets: export on this kind of machine"
+            if attestation.warnings
+            else "the bundle failed when it was exported, or libraries differ: compare `versions` in the manifest",
+        )
+    if manifest.status != "ok":
+        raise ParityError(f"{bundle}: failed its parity gate when it was exported", hint="export again")
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@json_option
+@quiet_option
+@verbose_option
+def inspect(bundle: Path, json_path: Path | None, quiet: bool, verbose: bool) -> None:
+    """Show what a bundle holds, from its manifest. Runs nothing."""
+    del json_path, verbose
+    from engines import bundle as room
+    from exporter.report import print_table
+
+    manifest = room.read_manifest(bundle)
+    outcome.current().document |= {"bundle": str(bundle), "manifest": manifest.model_dump(mode="json")}
+    if quiet:
+        return
+    recipe, p = manifest.recipe, manifest.recipe.preprocess
+    trained, held = recipe.source.weights, manifest.artifacts.held_out
+    lines = {
+        "bundle": f"{bundle} ({manifest.status}, by {manifest.tool}, {manifest.artifacts.created})",
+        "model": f"{recipe.source.name}, {recipe.source.num_classes} classes",
+        "weights": trained.name + (f" (SHA-256 {trained.sha256[:16]}...)" if trained.sha256 else ""),
+        "input": f"{recipe.input.name}: float32 {recipe.input.shape} {recipe.input.layout}",
+        "output": f"{recipe.output.name}: float32 {recipe.output.shape}",
+        "batch": f"{recipe.batch.min} to {recipe.batch.max}, best at {recipe.batch.opt}",
+        "preprocess": f"RGB, resize {p.resize_size} {p.interpolation} antialiased, "
+        f"crop {p.crop_height}x{p.crop_width}, /255, mean {list(p.mean)}, std {list(p.std)} ({p.source})",
+        "labels": f"{len(recipe.labels)} names" if recipe.labels else "not known",
+        "calibration": f"{recipe.calibration.method}, {recipe.calibration.images} images"
+        if recipe.calibration
+        else "none",
+        "held out": f"{held.count} {'synthetic ' if held.synthetic else ''}images with eager logits",
+        "machine": recipe.instruction_set,
+    }
+    for name, text in lines.items():
+        click.echo(f"{name:<12} {text}")
+    for warning in manifest.warnings:
+        click.echo(f"{'warning':<12} {warning}")
+    print_table(manifest.artifacts.engines, random=trained.random)

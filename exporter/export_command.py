@@ -1,0 +1,226 @@
+"""`export-zoo export MODEL`, the main command. Imports PyTorch only when it runs."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import click
+
+from calibration.errors import UsageError
+from exporter import options, outcome
+from exporter.common_options import EXIT_CODES, json_option, quiet_option, verbose_option
+from exporter.report import ConsoleReporter, show_log
+
+
+@click.command(epilog=EXIT_CODES)
+@click.argument("model")
+@click.option(
+    "--precision", "precisions", multiple=True, metavar="fp32|fp16|int8", help="Repeatable. Default: fp32."
+)
+@click.option(
+    "--calib",
+    type=click.Path(path_type=Path, readable=False),
+    metavar="DIR",
+    help="Images to calibrate on (INT8); divided into calibrate, select and verify sets.",
+)
+@click.option(
+    "--calib-images",
+    type=int,
+    default=options.DEFAULT_CALIB_IMAGES,
+    show_default=True,
+    metavar="N",
+    help="At most so many images calibrate.",
+)
+@click.option(
+    "--verify",
+    type=click.Path(path_type=Path, readable=False),
+    metavar="DIR",
+    help="Images to verify on. Default: a part of --calib.",
+)
+@click.option(
+    "--verify-images",
+    type=int,
+    default=options.DEFAULT_VERIFY_IMAGES,
+    show_default=True,
+    metavar="N",
+    help="At most so many images verify.",
+)
+@click.option(
+    "--weights",
+    default="DEFAULT",
+    show_default=True,
+    metavar="W",
+    help="DEFAULT, a name (IMAGENET1K_V1), a .pth or .safetensors file, or none (random).",
+)
+@click.option(
+    "--transforms",
+    metavar="NAME",
+    help="Preprocess as these torchvision weights do, for a file that does not tell.",
+)
+@click.option(
+    "--num-classes", type=int, metavar="N", help="Classes of the head. Default: that of the zoo's weights."
+)
+@click.option(
+    "--init-missing",
+    multiple=True,
+    metavar="PATTERN",
+    help="Parameters that the file may lack, as a glob; initialized at random. Repeatable.",
+)
+@click.option(
+    "--transform-input/--no-transform-input",
+    default=None,
+    help="googlenet, inception_v3: as trained. Default: on, off with --weights none.",
+)
+@click.option("--input-size", metavar="N|HxW", help="Input in pixels. Default: the weights' own.")
+@click.option(
+    "--resize-size",
+    type=int,
+    metavar="N",
+    help="Shorter side before the crop. Default: the weights' own, in proportion to --input-size.",
+)
+@click.option(
+    "--batch",
+    default=options.DEFAULT_BATCH,
+    show_default=True,
+    metavar="MIN:OPT:MAX",
+    help="Batch sizes to accept; OPT is tuned and timed.",
+)
+@click.option(
+    "--target",
+    "targets",
+    multiple=True,
+    metavar="NAME",
+    help="onnxruntime, tensorrt, tensorrt-rtx or auto. Repeatable. Default: auto, all that is available here.",
+)
+@click.option(
+    "--tolerance",
+    "tolerances",
+    multiple=True,
+    metavar="[TARGET:]METRIC=VALUE",
+    help="Limit of the parity gate. Repeatable. Defaults by precision: docs/parity.md.",
+)
+@click.option(
+    "--require",
+    default="graph",
+    show_default=True,
+    metavar="graph|verified",
+    help="State that every engine must reach.",
+)
+@click.option(
+    "--method", default="minmax", show_default=True, metavar="minmax", help="How INT8 ranges are chosen."
+)
+@click.option(
+    "--reduce-range", is_flag=True, help="7-bit weights, for CPUs without VNNI, where 8 bits can saturate."
+)
+@click.option(
+    "--keep-float",
+    multiple=True,
+    metavar="PATTERN",
+    help="INT8: layers to leave unquantized: a glob over module paths or nodes, @depthwise, @few-channels. Repeatable.",
+)
+@click.option(
+    "--workspace",
+    "workspace_mb",
+    type=int,
+    metavar="MIB",
+    help="TensorRT: scratch memory on the device. Default: all of it.",
+)
+@click.option("--refittable", is_flag=True, help="TensorRT: weights can be replaced later.")
+@click.option("--strip-weights", is_flag=True, help="TensorRT: plan without weights, to be refitted.")
+@click.option("--hardware-compatible", is_flag=True, help="tensorrt: runs on GPUs from Ampere on.")
+@click.option("--version-compatible", is_flag=True, help="tensorrt: runs with later versions, too.")
+@click.option(
+    "--compute-capability",
+    "compute_capabilities",
+    multiple=True,
+    metavar="X.Y",
+    help="tensorrt-rtx: GPUs to build for. Repeatable. Default: 8.0, 8.6, 8.9 and 12.0.",
+)
+@click.option(
+    "--timing-cache",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="tensorrt: `.timing` of an earlier bundle: choose the same kernels again.",
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), metavar="DIR", help="The bundle. Default: ./MODEL.bundle."
+)
+@click.option(
+    "--seed",
+    type=int,
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="Of the splits, synthetic images and random weights.",
+)
+@click.option("--no-cache", is_flag=True, help="Make everything anew, and keep nothing.")
+@json_option
+@quiet_option
+@verbose_option
+def export(model: str, json_path: Path | None, quiet: bool, verbose: bool, **given: Any) -> None:
+    """Export MODEL, build its engines, and check their logits against eager PyTorch."""
+    if verbose:
+        show_log()
+    from engines import target
+
+    chosen = options.ExportOptions(
+        model=model,
+        precisions=tuple(given["precisions"]) or ("fp32",),
+        targets=tuple(given["targets"]) or ("auto",),
+        calib=given["calib"],
+        calib_images=given["calib_images"],
+        verify=given["verify"],
+        verify_images=given["verify_images"],
+        weights=given["weights"],
+        transforms=given["transforms"],
+        num_classes=given["num_classes"],
+        init_missing=tuple(given["init_missing"]),
+        transform_input=given["transform_input"],
+        input_size=options.parse_size(given["input_size"]) if given["input_size"] else None,
+        resize_size=given["resize_size"],
+        batch=options.BatchRange.parse(given["batch"]),
+        tolerances=tuple(options.Tolerance.parse(text) for text in given["tolerances"]),
+        require=given["require"],
+        method=given["method"],
+        reduce_range=given["reduce_range"],
+        keep_float=tuple(given["keep_float"]),
+        build=target.BuildOptions(
+            workspace_mb=given["workspace_mb"],
+            refittable=given["refittable"],
+            strip_weights=given["strip_weights"],
+            hardware_compatible=given["hardware_compatible"],
+            version_compatible=given["version_compatible"],
+            compute_capabilities=tuple(given["compute_capabilities"]),
+            timing_cache=given["timing_cache"],
+        ),
+        out=given["out"],
+        cache=not given["no_cache"],
+        seed=given["seed"],
+    )
+    if json_path is not None and chosen.out_dir.resolve() in json_path.resolve().parents:
+        raise UsageError(f"--json {json_path}: lies inside the bundle", hint="write it beside --out")
+    now = outcome.current()
+    now.reporter = ConsoleReporter(quiet=quiet)
+    chosen.build.check([t.name for t in target.choose(chosen.targets)])  # before PyTorch is loaded
+    from exporter.pipeline import KeptError, export_zoo
+    from exporter.report import print_table
+
+    try:
+        result = export_zoo(chosen, reporter=now.reporter)
+    except KeptError as error:
+        now.document |= _described(error.result.bundle, error.result.manifest)
+        if not quiet:
+            with contextlib.suppress(BrokenPipeError, SystemExit):  # the verdict is what counts
+                print_table(error.result.engines, random=error.result.manifest.recipe.source.weights.random)
+        raise
+    now.document |= _described(result.bundle, result.manifest)
+    if not quiet:
+        print_table(result.engines, random=result.manifest.recipe.source.weights.random)
+    del json_path
+
+
+def _described(bundle: Path, manifest: Any) -> dict[str, Any]:
+    document = manifest.model_dump(mode="json")
+    return {"bundle": str(bundle), "engines": document["artifacts"]["engines"], "recipe": document["recipe"]}

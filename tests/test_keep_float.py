@@ -1,0 +1,118 @@
+"""--keep-float: which layers a pattern names, and that they alone stay float."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import pytest
+
+from calibration.errors import UsageError
+from calibration.graph_io import load
+from calibration.ranges import Ranges
+from engines.keep_float import kept_float
+from engines.precision import quantize
+
+
+@pytest.fixture(scope="module")
+def exported(digits, tmp_path_factory) -> Path:
+    """A bundle of mobilenet_v2 on digits: depthwise convolutions, residual adds, few channels."""
+    from exporter.cli import main
+
+    out = tmp_path_factory.mktemp("keep") / "bundle"
+    arguments = [*digits.arguments("mobilenet_v2"), "--precision", "int8", "--calib", digits.images]
+    assert main([*map(str, [*arguments, "--out", out])]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def graph(exported) -> Path:
+    return next(path for path in (exported / "files").glob("mobilenet_v2.*.onnx"))
+
+
+@pytest.fixture(scope="module")
+def ranges(exported) -> Ranges:
+    return Ranges.read(next((exported / "files").glob("ranges.*.json")))
+
+
+def _float_layers(path: Path) -> set[str]:
+    """Conv and Gemm nodes whose weight is not a DequantizeLinear's output."""
+    nodes = onnx.load(path).graph.node
+    dequantized = {node.output[0] for node in nodes if node.op_type == "DequantizeLinear"}
+    return {n.name for n in nodes if n.op_type in ("Conv", "Gemm") and n.input[1] not in dequantized}
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])
+@pytest.mark.parametrize(
+    ("patterns", "count"),
+    [
+        ([], 0),
+        (["@depthwise"], 17),
+        (["@few-channels"], 1),
+        (["features.0"], 1),
+        (["features.1"], 2),
+        (["features.0", "classifier.*"], 2),
+        (["node_linear"], 1),
+    ],
+)
+def test_what_a_pattern_names_stays_float_and_nothing_else(graph, ranges, tmp_path, target, patterns, count):
+    quantize(graph, ranges, tmp_path / "int8.onnx", target=target, keep_float=patterns)
+    kept = kept_float(load(graph).graph, patterns)
+    assert len(kept) == count
+    assert _float_layers(tmp_path / "int8.onnx") == kept
+
+
+def test_identity_of_a_residual_add_stays_float_beside_a_convolution_that_does(graph, ranges, tmp_path):
+    def quantizers(path: Path) -> int:
+        return sum(node.op_type == "QuantizeLinear" for node in onnx.load(path).graph.node)
+
+    quantize(graph, ranges, tmp_path / "all.onnx", target="tensorrt")
+    # The projection that ends block 3 is added to the block's input; float, it fuses with no int8 identity.
+    quantize(graph, ranges, tmp_path / "one.onnx", target="tensorrt", keep_float=["features.3.conv.2"])
+    # Its own input is quantized no more; the identity is the input of the block's first convolution, too.
+    assert quantizers(tmp_path / "one.onnx") == quantizers(tmp_path / "all.onnx") - 1
+    quantize(
+        graph,
+        ranges,
+        tmp_path / "both.onnx",
+        target="tensorrt",
+        keep_float=["features.3.conv.2", "features.3.conv.0"],
+    )
+    assert quantizers(tmp_path / "both.onnx") == quantizers(tmp_path / "all.onnx") - 2
+
+
+@pytest.mark.parametrize("pattern", ["nothing.like.it", "@narrow", "features.0.2", ""])
+def test_a_pattern_that_names_nothing_is_refused_with_some_names(graph, pattern):
+    with pytest.raises(UsageError, match="--keep-float") as raised:
+        kept_float(load(graph).graph, [pattern])
+    assert "@depthwise" in raised.value.hint
+
+
+def test_keeping_everything_is_refused(graph, ranges, tmp_path):
+    with pytest.raises(UsageError, match="nothing to quantize"):
+        quantize(graph, ranges, tmp_path / "int8.onnx", keep_float=["*"])
+    assert not (tmp_path / "int8.onnx").exists()
+
+
+def test_it_reaches_the_engine_and_stands_in_the_manifest(digits, cli, tmp_path):
+    arguments = [*digits.arguments(), "--precision", "int8", "--calib", digits.images]
+    done = cli(*arguments, "--keep-float", "layer4.*", "--keep-float", "fc", "--out", tmp_path / "out")
+    assert done.code == 0, done.err
+    assert done.json["recipe"]["keep_float"] == ["layer4.*", "fc"]
+    (engine,) = done.json["engines"]
+    kept = _float_layers(tmp_path / "out" / engine["file"]["path"])
+    assert len(kept) == 6, "five convolutions of layer4 and the classifier"
+
+
+def test_without_int8_it_is_said_to_have_no_effect(digits, cli, tmp_path):
+    done = cli(*digits.arguments(), "--keep-float", "fc", "--out", tmp_path / "out")
+    assert done.code == 0
+    assert any("--keep-float has no effect" in warning for warning in done.json["warnings"])
+
+
+def test_a_pattern_that_names_nothing_is_a_usage_error(digits, cli, tmp_path):
+    arguments = [*digits.arguments(), "--precision", "int8", "--calib", digits.images]
+    done = cli(*arguments, "--keep-float", "layer9", "--out", tmp_path / "out")
+    assert done.code == 2
+    assert "layer9" in done.json["error"]["message"]
+    assert not (tmp_path / "out").exists()
