@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from peers import quantize_with_onnxruntime
 
-from calibration.collect import collect_minmax
+from calibration.collect import collect
 from calibration.images import SyntheticStream, synthetic_images
 from calibration.machine import cpu_model, instruction_set, library_versions
 from calibration.preprocess import Preprocess, normalize
@@ -38,7 +38,7 @@ def prepare(model: str, directory: Path) -> tuple[dict[str, Path], Preprocess]:
     simplify.simplify(directory / "model.onnx", directory, inputs)
     fp32, ours, peer = directory / "graph.onnx", directory / "ours.onnx", directory / "peer.onnx"
     stream = SyntheticStream(16, 0, p, 16)
-    quantize(fp32, collect_minmax(fp32, stream), ours)
+    quantize(fp32, collect(fp32, stream), ours)
     quantize_with_onnxruntime(fp32, peer, [normalize(batch, p) for batch in stream])
     return {"fp32": fp32, "ours": ours, "quantize_static": peer}, p
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from calibration.collect import collect_minmax
+from calibration.collect import collect
 from calibration.images import SyntheticStream, synthetic_images
 from calibration.preprocess import normalize
 from engines.onnxruntime_engine import OnnxRuntimeEngine
@@ -60,7 +60,7 @@ def both(model: str, directory: Path) -> tuple[list[dict[Operand, str]], list[fl
     simplify.simplify(directory / "model.onnx", directory, inputs)
     fp32, ours, theirs = (directory / f"{name}.onnx" for name in ("graph", "ours", "theirs"))
     stream = SyntheticStream(16, 0, p, 8)
-    quantize(fp32, collect_minmax(fp32, stream), ours, target="tensorrt")
+    quantize(fp32, collect(fp32, stream), ours, target="tensorrt")
     quantize_with_modelopt(
         str(fp32),
         quantize_mode="int8",

@@ -1,10 +1,16 @@
-"""Ranges of all activations in one streaming pass of ONNX Runtime, in memory that does not grow with images."""
+"""Ranges and histograms of all activations in one streaming pass of ONNX Runtime, in bounded memory."""
 
 from __future__ import annotations
 
+import math
 import tempfile
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Lock
 
 import numpy as np
 import onnx_ir as ir
@@ -12,9 +18,10 @@ import onnxruntime as ort
 
 from calibration import graph_io
 from calibration.errors import BadInputError
-from calibration.images import ImageStream, Progress
-from calibration.machine import instruction_set, library_versions
-from calibration.preprocess import normalize
+from calibration.histogram import Accumulator, Float32Array, extremes, kernels
+from calibration.images import ImageFile, ImageStream, Progress
+from calibration.machine import instruction_set, library_versions, usable_cores
+from calibration.preprocess import UInt8Array, normalize
 from calibration.ranges import Ranges, TensorRange
 
 _FUSED_ACTIVATIONS = frozenset({"Relu", "Clip"})
@@ -48,98 +55,231 @@ def activation_tensors(model: ir.Model) -> list[str]:
     return names
 
 
-_STATISTICS = ("ReduceMin", "ReduceMax", "ReduceSum")
-"""ONNX Runtime's minimum and maximum skip NaN; the sum does not, and is there for that only."""
+_WORKERS = 4
+"""Copies of the network that run side by side, at most; further cores help within each."""
+
+BUDGET = 256 << 20
+"""Bytes of activations that are held at once, by each worker where they are those of one image. A network that has more
+with one image is run several times, each time for some of its tensors; what is fused, and so the last bit, depends on
+that, and so it depends on nothing else."""
 
 
-def _with_range_outputs(graph: Path, tensors: Sequence[str], directory: Path) -> Path:
-    """The graph, with _STATISTICS of each tensor as further outputs (a scalar each)."""
+@dataclass
+class _Observed:
+    """A tensor that is looked at, and what was seen so far."""
+
+    name: str
+    module: str
+    elements: int
+    """Of one image."""
+    by_image: bool
+    """Its first dimension is the batch, and nothing else is in it: rows are images."""
+    accumulator: Accumulator | None
+    low: float = math.inf
+    high: float = -math.inf
+    widest: tuple[float, str] = (-1.0, "")
+    """Largest magnitude, and its image."""
+    others: float = 0.0
+    lock: Lock = field(default_factory=Lock)
+
+    def see(self, array: Float32Array, images: Sequence[ImageFile], worker: int) -> None:
+        """Take in the values of one batch. Several workers may, at the same time.
+
+        Raises:
+            BadInputError: they are not all finite.
+        """
+        rows = array.reshape(len(images), -1) if self.by_image else array.reshape(1, -1)
+        lows, highs = extremes(rows)
+        if np.isnan(lows).any():
+            raise BadInputError(
+                f"calibration: tensor {self.name!r} (module {self.module or 'unknown'}) is not finite on the "
+                "calibration images",
+                hint="check the weights and the preprocessing: FP32 itself overflows or makes NaN there",
+            )
+        with self.lock:
+            self.low, self.high = min(self.low, float(lows.min())), max(self.high, float(highs.max()))
+            if self.by_image:
+                for image, low, high in zip(images, lows.tolist(), highs.tolist(), strict=True):
+                    seen = (max(-low, high), image.sha256)
+                    self.others = max(self.others, min(self.widest, seen)[0])
+                    self.widest = max(self.widest, seen)
+        if self.accumulator is not None:
+            self.accumulator.add(rows, worker=worker, sampled=self.by_image)
+
+    def range(self) -> TensorRange:
+        return TensorRange(
+            min=self.low,
+            max=self.high,
+            module=self.module,
+            widest=self.widest[1],
+            others=max(self.others, 0.0),
+            histogram=self.accumulator.histogram(self.low, self.high).encode() if self.accumulator else "",
+        )
+
+
+def _observe(
+    model: ir.Model, histograms: Collection[str], crop: tuple[int, int], workers: int
+) -> list[_Observed]:
+    feed = model.graph.inputs[0]
+    batch = feed.shape[0] if feed.shape is not None else None
+    values = {
+        str(v.name): v for v in [*model.graph.inputs, *(v for node in model.graph for v in node.outputs)]
+    }
+    observed = []
+    for name in activation_tensors(model):
+        shape = list(values[name].shape or [])
+        known = [size for size in shape[1:] if isinstance(size, int)]
+        by_image = bool(shape) and shape[0] == batch and not isinstance(batch, int)
+        whole = by_image and len(known) == len(shape) - 1
+        observed.append(
+            _Observed(
+                name=name,
+                module=graph_io.module_of(values[name].producer()),
+                # What is not known is taken for as large as 16 channels of the image.
+                elements=math.prod(known) if whole else 16 * math.prod(crop),
+                by_image=by_image,
+                accumulator=Accumulator(workers) if name in histograms else None,
+            )
+        )
+    return observed
+
+
+def _passes(observed: Sequence[_Observed], budget: int) -> Iterator[list[_Observed]]:
+    """Tensors that are looked at together: as many as fit with one image."""
+    together: list[_Observed] = []
+    for tensor in observed:
+        if together and 4 * sum(t.elements for t in [*together, tensor]) > budget:
+            yield together
+            together = []
+        together.append(tensor)
+    if together:
+        yield together
+
+
+def _session(
+    graph: Path, tensors: Sequence[_Observed], threads: int, directory: Path
+) -> tuple[ort.InferenceSession, str]:
+    """The graph with the tensors as its outputs, and the name of its input."""
     model = graph_io.load(graph)
-    values = {v.name: v for v in model.graph.inputs}
-    for node in list(model.graph):
-        values.update((v.name, v) for v in node.outputs)
-    first = model.graph[0]
-    for index, name in enumerate(tensors):
-        producer = values[name].producer()
-        for op_type in _STATISTICS:
-            reduce = ir.node(op_type, [values[name]], {"keepdims": 0}, name=f"export_zoo_{op_type}_{index}")
-            output = reduce.outputs[0]
-            output.name = f"export_zoo_{op_type}_{index}_out"
-            output.dtype = ir.DataType.FLOAT
-            output.shape = ir.Shape([])
-            if producer is None:
-                model.graph.insert_before(first, reduce)
-            else:
-                model.graph.insert_after(producer, reduce)
-            model.graph.outputs.append(output)
+    values = {v.name: v for node in model.graph for v in node.outputs}
+    known = {v.name for v in model.graph.outputs}
+    model.graph.outputs.extend(values[t.name] for t in tensors if t.name in values and t.name not in known)
     path = directory / "observed.onnx"
     graph_io.save(model, path)
-    return path
-
-
-def collect_minmax(
-    graph: Path, images: ImageStream, *, threads: int = 0, progress: Progress = lambda _: None
-) -> Ranges:
-    """Run the images through the graph once and record each activation's exact minimum and maximum.
-
-    Args:
-        graph: ONNX file with one float32 input [N, 3, H, W].
-        images: the stream to calibrate on; its batches bound the memory.
-        threads: ONNX Runtime's intra-op threads, 0 for all cores.
-        progress: called with the number of images done.
-
-    Raises:
-        BadInputError: a tensor is not finite (named with its module path), or no image could be used.
-    """
-    model = graph_io.load(graph)
-    tensors = activation_tensors(model)
-    producers = {v.name: node for node in model.graph for v in node.outputs}
-    modules = {name: graph_io.module_of(producers.get(name)) for name in tensors}
-    lows = np.full(len(tensors), np.inf, dtype=np.float32)
-    highs = np.full(len(tensors), -np.inf, dtype=np.float32)
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    # Each reduction runs where it stands in the graph, behind its tensor. ORT's default order leaves them to the end
-    # and keeps all activations (vit_b_16, 8 images: 3.7 GB); so does its blocked layout, which is undone for each.
-    options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
-    with tempfile.TemporaryDirectory(prefix="export-zoo-") as directory:
-        observed = _with_range_outputs(graph, tensors, Path(directory))
-        session = ort.InferenceSession(
-            observed,
-            options,
-            providers=["CPUExecutionProvider"],
-            disabled_optimizers=["NchwcTransformer"],
-        )
-        feed = session.get_inputs()[0].name
-        names = [o.name for o in session.get_outputs()]
-        first = len(names) - len(_STATISTICS) * len(tensors)
-        for batch in images:
-            outputs = session.run(names[first:], {feed: normalize(batch, images.preprocess)})
-            low, high, total = np.array(outputs, dtype=np.float32).reshape(-1, len(_STATISTICS)).T
-            finite = np.isfinite(low) & np.isfinite(high) & ~np.isnan(total)
-            if not finite.all():
-                bad = tensors[int(np.flatnonzero(~finite)[0])]
-                raise BadInputError(
-                    f"calibration: tensor {bad!r} (module {modules[bad] or 'unknown'}) is not finite on the "
-                    "calibration images",
-                    hint="check the weights and the preprocessing: FP32 itself overflows or makes NaN there",
-                )
-            np.minimum(lows, low, out=lows)
-            np.maximum(highs, high, out=highs)
-            progress(len(batch))
+    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return session, str(model.graph.inputs[0].name)
+
+
+def _run(
+    session: ort.InferenceSession,
+    feed: str,
+    tensors: Sequence[_Observed],
+    images: ImageStream,
+    workers: int,
+    at_once: int,
+) -> Iterator[int]:
+    """Look at the tensors of all images, and yield the number of images as they are done.
+
+    Each worker runs the network and counts on one core, by itself: counting does not parallelize within a batch as well
+    as batches do.
+
+    Raises:
+        BadInputError: a tensor is not finite.
+    """
+    names = [tensor.name for tensor in tensors if tensor.name != feed]
+    idle: SimpleQueue[int] = SimpleQueue()
+    for worker in range(workers):
+        idle.put(worker)
+
+    def look(pixels: UInt8Array, files: Sequence[ImageFile]) -> int:
+        worker = idle.get()
+        try:
+            batch = normalize(pixels, images.preprocess)
+            arrays = session.run(names, {feed: batch}) if names else []
+            found = {feed: batch} | {n: np.asarray(a) for n, a in zip(names, arrays, strict=True)}
+            for tensor in tensors:
+                tensor.see(found[tensor.name], files, worker)
+        finally:
+            idle.put(worker)
+        return len(pixels)
+
+    running: deque[Future[int]] = deque()
+    done = 0
+    with ThreadPoolExecutor(workers) as pool:
+        for pixels in images:
+            files = images.images[done : done + len(pixels)]
+            done += len(pixels)
+            for start in range(0, len(pixels), at_once):
+                part = slice(start, start + at_once)
+                running.append(pool.submit(look, pixels[part], files[part]))
+                if len(running) > 2 * workers:
+                    yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
+
+
+def collect(
+    graph: Path,
+    images: ImageStream,
+    *,
+    histograms: Collection[str] = (),
+    threads: int = 0,
+    budget: int = BUDGET,
+    progress: Progress = lambda _: None,
+) -> Ranges:
+    """Run the images through the graph and record each activation's exact minimum and maximum, and histograms.
+
+    The result is the same to the bit for any batches, order and number of threads, and shards of the images merge to
+    what all of them give (`Ranges.merged`).
+
+    Args:
+        graph: ONNX file with one float32 input [N, 3, H, W].
+        images: the stream to calibrate on.
+        histograms: names of the tensors to count values of, those that will be quantized.
+        threads: threads of ONNX Runtime and of counting, 0 for all cores.
+        budget: bytes of activations to hold at once, see BUDGET.
+        progress: called with the number of images done.
+
+    Raises:
+        BadInputError: a tensor is not finite, or is to be quantized and 0 on all images (named with its module path);
+            or no image could be used.
+    """
+    threads = threads or usable_cores()
+    workers = min(threads, _WORKERS)
+    kernels()  # compiled once, before there are threads
+    p = images.preprocess
+    observed = _observe(graph_io.load(graph), histograms, (p.crop_height, p.crop_width), workers)
+    passes = list(_passes(observed, budget))
+    shown = 0
+    for index, tensors in enumerate(passes):
+        at_once = budget // workers // (4 * sum(t.elements for t in tensors))
+        with tempfile.TemporaryDirectory(prefix="export-zoo-") as directory:
+            session, feed = _session(graph, tensors, threads // workers, Path(directory))
+            done = 0
+            for count in _run(session, feed, tensors, images, workers, max(1, at_once)):
+                done += count
+                now = (index * len(images.files) + done) // len(passes)
+                progress(now - shown)
+                shown = now
+            del session
     if not images.images:
         raise BadInputError(f"{images.root}: no image could be used for calibration", hint="check the folder")
+    for tensor in observed:
+        if tensor.accumulator is not None and tensor.low == tensor.high == 0:
+            raise BadInputError(
+                f"calibration: tensor {tensor.name!r} (module {tensor.module or 'unknown'}) is 0 on all calibration "
+                "images: eight bits cannot be fitted to it",
+                hint="check the weights and the images, or leave what reads it unquantized: --keep-float",
+            )
     return Ranges(
-        method="minmax",
         graph_sha256=graph_io.sha256_of(graph),
         preprocess=images.preprocess,
         image_sha256=sorted(i.sha256 for i in images.images),
-        unreadable=[u.name for u in images.unreadable],
+        unreadable=sorted(u.name for u in images.unreadable),
         instruction_set=instruction_set(),
         versions=library_versions("onnxruntime", "numpy", "pillow"),
-        tensors={
-            name: TensorRange(min=float(low), max=float(high), module=modules[name])
-            for name, low, high in zip(tensors, lows, highs, strict=True)
-        },
+        tensors={tensor.name: tensor.range() for tensor in observed},
     )

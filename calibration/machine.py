@@ -50,10 +50,16 @@ def saturates(instructions: str) -> bool:
     return instructions in ("avx2", "avx512")
 
 
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def cpu_model() -> str:
     """`model name` of /proc/cpuinfo, and the number of usable cores."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{_cpu_info().get('model name', platform.processor() or platform.machine())}, {cores} cores"
+    return (
+        f"{_cpu_info().get('model name', platform.processor() or platform.machine())}, {usable_cores()} cores"
+    )
 
 
 def library_versions(*names: str) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The ranges file: what calibration found, with its provenance."""
+"""The ranges file: what calibration found, with its provenance. Any method can choose from it, and shards merge."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from calibration.errors import BadInputError
+from calibration.histogram import Histogram
 from calibration.preprocess import Preprocess
 
 
@@ -20,12 +21,34 @@ class TensorRange(BaseModel):
     min: float
     max: float
     module: str = ""
+    widest: str = Field(
+        "", description="SHA-256 of the image with the largest magnitude; empty if not known."
+    )
+    others: float = Field(0.0, description="Largest magnitude on all images but that one.")
+    histogram: str = Field("", description="See `calibration.histogram`; empty where none was collected.")
 
     @model_validator(mode="after")
-    def _ordered(self) -> TensorRange:
+    def _consistent(self) -> TensorRange:
         if self.min > self.max:
             raise ValueError(f"min {self.min} is above max {self.max}")
+        if self.histogram:
+            Histogram.decode(self.histogram)
         return self
+
+    def merged(self, other: TensorRange) -> TensorRange:
+        """Of both sets of images."""
+        first, second = sorted((self, other), key=lambda t: (max(-t.min, t.max), t.widest), reverse=True)
+        histogram = ""
+        if self.histogram and other.histogram:
+            histogram = Histogram.decode(self.histogram).merged(Histogram.decode(other.histogram)).encode()
+        return TensorRange(
+            min=min(self.min, other.min),
+            max=max(self.max, other.max),
+            module=self.module,
+            widest=first.widest,
+            others=max(first.others, -second.min, second.max),
+            histogram=histogram,
+        )
 
 
 class Ranges(BaseModel):
@@ -34,7 +57,6 @@ class Ranges(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     schema_version: Literal[1] = 1
-    method: Literal["minmax"]
     graph_sha256: str
     preprocess: Preprocess
     image_sha256: list[str] = Field(description="Hashes of the images that were used, sorted.")
@@ -50,6 +72,35 @@ class Ranges(BaseModel):
         head = json.dumps(document, indent=1, sort_keys=True)
         lines = ",\n".join(f"  {json.dumps(k)}: {json.dumps(tensors[k])}" for k in sorted(tensors))
         path.write_text(head[:-2] + ',\n "tensors": {\n' + lines + "\n }\n}\n", encoding="utf-8")
+
+    def merged(self, other: Ranges) -> Ranges:
+        """Of both sets of images: the same bits as one calibration on all of them.
+
+        Raises:
+            BadInputError: they are of other graphs, preprocessing or libraries, or share images.
+        """
+        for what in ("graph_sha256", "preprocess", "instruction_set", "versions"):
+            if getattr(self, what) != getattr(other, what):
+                raise BadInputError(
+                    f"ranges cannot be merged: {what} differs",
+                    hint="calibrate all shards with one graph and machine",
+                )
+        if self.tensors.keys() != other.tensors.keys():
+            raise BadInputError(
+                "ranges cannot be merged: they have other tensors", hint="calibrate them alike"
+            )
+        if shared := set(self.image_sha256) & set(other.image_sha256):
+            raise BadInputError(
+                f"ranges cannot be merged: {len(shared)} images are in both, and would count twice",
+                hint="divide the images among the shards",
+            )
+        return self.model_copy(
+            update={
+                "image_sha256": sorted(self.image_sha256 + other.image_sha256),
+                "unreadable": sorted(self.unreadable + other.unreadable),
+                "tensors": {name: found.merged(other.tensors[name]) for name, found in self.tensors.items()},
+            }
+        )
 
     @classmethod
     def read(cls, path: Path) -> Ranges:

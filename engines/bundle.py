@@ -109,6 +109,8 @@ def attestations(bundle: Path) -> list[m.Attestation]:
     sha256 = sha256_of(bundle / MANIFEST)
     found = []
     for path in sorted((bundle / ATTESTATIONS).glob("*.json"), reverse=True):  # named by time
+        if not path.is_file():  # a pipe would be waited for
+            continue
         with contextlib.suppress(OSError, ValueError):
             found.append(m.Attestation.model_validate_json(path.read_bytes()))
     return [attestation for attestation in found if attestation.manifest_sha256 == sha256]

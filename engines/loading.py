@@ -15,7 +15,7 @@ from engines import manifest as m
 from engines.bundle import attestations, checked, read_manifest
 from engines.gate import Runnable
 from engines.onnxruntime_engine import OnnxRuntimeEngine
-from engines.target import DISTRIBUTIONS, PRECISIONS, device_capability
+from engines.target import DISTRIBUTIONS, PRECISIONS, device_capability, driver_too_old
 from engines.tensorrt_engine import TensorRTEngine
 
 Float32Array = npt.NDArray[np.float32]
@@ -34,6 +34,8 @@ def why_not_here(target: str, plan: m.Plan | None) -> str:
     here = device_capability()
     if here is None:
         return "there is no CUDA device here"
+    if reason := driver_too_old():
+        return reason
     if here not in plan.compute_capabilities and not plan.hardware_compatible:
         return f"built for compute capability {', '.join(plan.compute_capabilities)}, this GPU has {here}"
     return ""

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from calibration.preprocess import Preprocess
 from engines.parity import METRICS
-from engines.target import MAX_BATCH, Precision
+from engines.target import MAX_BATCH, Precision, TargetName
 
 SCHEMA_VERSION: Literal[1] = 1
 WeightsKind = Literal["torchvision", "file", "random"]
@@ -157,7 +157,7 @@ class Plan(_Model):
 
 class Engine(_Model):
     name: str = Field(description="`<target>-<precision>`.")
-    target: str
+    target: TargetName
     precision: Precision
     file: File
     external_data: list[File] = Field(description="Weights files that the engine refers to (over 2 GiB).")
@@ -172,6 +172,22 @@ class Engine(_Model):
     instruction_set: str = Field(description="Of the machine that it was verified on.")
     gate: Gate
     latency: Latency | None
+
+    @model_validator(mode="after")
+    def _true(self) -> Engine:
+        if self.name != f"{self.target}-{self.precision}":
+            raise ValueError(f"engine {self.name} is not {self.target}-{self.precision}")
+        compiled = self.target != "onnxruntime"
+        if compiled != (self.plan is not None) or compiled != (self.graph is not None):
+            raise ValueError(
+                f"{self.name}: a plan and the graph it was compiled from are TensorRT's, and only its"
+            )
+        if compiled and self.file.path.endswith(".onnx"):
+            raise ValueError(f"{self.name}: {self.file.path} is not an engine of {self.target}")
+        reached = state_after(self.gate)
+        if STATES.index(self.state) > STATES.index(reached):
+            raise ValueError(f"{self.name} is called {self.state}, its gate makes it {reached}")
+        return self
 
     @property
     def size_bytes(self) -> int:
@@ -194,6 +210,13 @@ class Artifacts(_Model):
     created: str = Field(description="UTC, ISO 8601.")
     engines: list[Engine] = Field(min_length=1)
     held_out: HeldOut
+
+    @model_validator(mode="after")
+    def _each_once(self) -> Artifacts:
+        names = [engine.name for engine in self.engines]
+        if len(set(names)) < len(names):
+            raise ValueError(f"an engine is there twice: {', '.join(sorted(names))}")
+        return self
 
 
 class Manifest(_Model):

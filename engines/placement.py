@@ -249,3 +249,8 @@ POLICIES = {
     "tensorrt": place_tensorrt,
     "tensorrt-rtx": place_tensorrt,
 }
+
+
+def quantized_tensors(graph: ir.Graph) -> frozenset[str]:
+    """Activations that any target quantizes: one calibration serves them all."""
+    return frozenset(name for place in POLICIES.values() for name in place(graph).activations)

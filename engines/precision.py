@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,9 @@ import onnx_ir as ir
 
 from calibration import graph_io
 from calibration.errors import BadInputError, UsageError
-from calibration.ranges import Ranges
+from calibration.histogram import Histogram
+from calibration.methods import METHODS
+from calibration.ranges import Ranges, TensorRange
 from engines.first_conv import block_first_convolution
 from engines.half import LEAST_SCALE, halve
 from engines.keep_float import kept_float
@@ -132,6 +135,25 @@ def quantize_weight(
     return quantized, scale32, np.rint(bias.astype(np.float64) / unit).astype(np.int32)
 
 
+def _range_of(method: str, tensors: Mapping[str, TensorRange], symmetric: bool) -> tuple[float, float]:
+    """The range that a method chooses for tensors that share a scale: for all their values together.
+
+    Raises:
+        BadInputError: a histogram is missing.
+    """
+    low, high = min(t.min for t in tensors.values()), max(t.max for t in tensors.values())
+    if method == "minmax":
+        return low, high
+    for name, tensor in tensors.items():
+        if not tensor.histogram:
+            raise BadInputError(
+                f"the ranges file has no histogram of tensor {name!r}, which --method {method} needs",
+                hint="calibrate again with --precision int8",
+            )
+    found = [Histogram.decode(tensor.histogram) for tensor in tensors.values()]
+    return METHODS[method](reduce(Histogram.merged, found), low, high, symmetric)
+
+
 def _initializer(graph: ir.Graph, name: str, array: npt.NDArray[np.generic]) -> ir.Value:
     tensor = ir.tensor(array, name=name)
     value = ir.Value(
@@ -161,15 +183,21 @@ class _Quantizer:
     """Carries one placement out on one graph."""
 
     def __init__(
-        self, graph: ir.Graph, placement: Placement, ranges: Ranges, scheme: Scheme, reduce_range: bool
+        self,
+        graph: ir.Graph,
+        placement: Placement,
+        ranges: Ranges,
+        scheme: Scheme,
+        reduce_range: bool,
+        methods: Mapping[str, str],
     ) -> None:
         self.graph = graph
         self.placement = placement
         self.scheme = scheme
         self.reduce_range = reduce_range
-        self.scales = self._scales(ranges)
+        self.scales = self._scales(ranges, methods)
 
-    def _scales(self, ranges: Ranges) -> dict[str, ActivationScale]:
+    def _scales(self, ranges: Ranges, methods: Mapping[str, str]) -> dict[str, ActivationScale]:
         scales: dict[str, ActivationScale] = {}
         for members in self.placement.groups().values():
             missing = [name for name in members if name not in ranges.tensors]
@@ -178,9 +206,11 @@ class _Quantizer:
                     f"the ranges file has no range for tensor {missing[0]!r}",
                     hint="it was made for another graph: calibrate again",
                 )
-            found = [ranges.tensors[name] for name in members]
-            scale_of = symmetric_scale if self.scheme.symmetric else activation_scale
-            shared = scale_of(min(r.min for r in found), max(r.max for r in found))
+            chosen = next((methods[name] for name in members if name in methods), methods[""])
+            low, high = _range_of(
+                chosen, {name: ranges.tensors[name] for name in members}, self.scheme.symmetric
+            )
+            shared = symmetric_scale(low, high) if self.scheme.symmetric else activation_scale(low, high)
             scales.update(dict.fromkeys(members, shared))
         return scales
 
@@ -277,11 +307,15 @@ def quantize(
     target: str = "onnxruntime",
     reduce_range: bool = False,
     keep_float: Sequence[str] = (),
+    method: str = "minmax",
+    methods: Mapping[str, str] | None = None,
 ) -> list[Path]:
     """Write the INT8 precision graph of an FP32 graph for a target and return the files written.
 
     Args:
         keep_float: patterns of layers to leave unquantized, see `engines.keep_float`.
+        method: how ranges are chosen, see `calibration.methods`.
+        methods: another method for some activations, by tensor name; those that share its scale follow.
 
     Raises:
         BadInputError: the ranges are not those of this graph, or nothing in the graph can be quantized.
@@ -301,7 +335,7 @@ def quantize(
     if not placement.weights:
         raise BadInputError("INT8: no Conv, Gemm or MatMul with constant weights in the graph")
     scheme = SCHEMES[target]
-    _Quantizer(model.graph, placement, ranges, scheme, reduce_range).run()
+    _Quantizer(model.graph, placement, ranges, scheme, reduce_range, {**(methods or {}), "": method}).run()
     if scheme.half:
         halve(model.graph, ranges)
     if target == "onnxruntime":

@@ -14,10 +14,14 @@ from calibration.machine import library_versions
 
 Precision = Literal["fp32", "fp16", "int8"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
-TARGETS = ("onnxruntime", "tensorrt", "tensorrt-rtx")
+TargetName = Literal["onnxruntime", "tensorrt", "tensorrt-rtx"]
+TARGETS: tuple[TargetName, ...] = ("onnxruntime", "tensorrt", "tensorrt-rtx")
 AUTO = "auto"
 MAX_BATCH = 4096
 """A batch is run and compared at its largest: 2.5 GB of input at 224x224."""
+MAX_WORKSPACE_MB = 1 << 20
+CUDA = 13
+"""Major version of CUDA that the driver must support: TensorRT's since 11, TensorRT-RTX's since 1.7."""
 AUTOMATIC = TARGETS
 """What `auto` chooses from."""
 
@@ -34,7 +38,7 @@ MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 class Target:
     """A backend that engines are built for."""
 
-    name: str
+    name: TargetName
     unavailable: str = ""
     """Why it cannot be built here; empty where it can."""
 
@@ -59,17 +63,17 @@ class BuildOptions:
     timing_cache: Path | None = None
 
     def __post_init__(self) -> None:
-        if self.workspace_mb is not None and self.workspace_mb < 1:
+        if self.workspace_mb is not None and not 1 <= self.workspace_mb <= MAX_WORKSPACE_MB:
             raise UsageError(
-                f"--workspace {self.workspace_mb}: must be at least 1 (MiB)", hint="leave it out"
+                f"--workspace {self.workspace_mb}: must be 1 to {MAX_WORKSPACE_MB} (MiB)", hint="leave it out"
             )
         for text in self.compute_capabilities:
-            if not re.fullmatch(r"\d{1,2}\.\d", text):
+            if not re.fullmatch(r"[1-9][0-9]?\.[0-9]", text):
                 raise UsageError(f"--compute-capability {text!r}: not MAJOR.MINOR", hint="for example 8.9")
         if self.timing_cache is not None and not self.timing_cache.is_file():
             raise UsageError(
                 f"--timing-cache {self.timing_cache}: no such file",
-                hint="give the `.timing` file of an earlier bundle, or leave it out: every bundle gets one",
+                hint="give the `.timing` file of an earlier bundle that has a tensorrt engine, or leave it out",
             )
 
     def check(self, names: Collection[str]) -> None:
@@ -103,7 +107,14 @@ class BuildOptions:
     def of(self, name: str) -> BuildOptions:
         """Those that a target has."""
         if name == "tensorrt-rtx":
-            return replace(self, hardware_compatible=False, version_compatible=False, timing_cache=None)
+            capabilities = tuple(dict.fromkeys(self.compute_capabilities))
+            return replace(
+                self,
+                hardware_compatible=False,
+                version_compatible=False,
+                timing_cache=None,
+                compute_capabilities=capabilities,
+            )
         return replace(self, compute_capabilities=())
 
 
@@ -121,6 +132,8 @@ def targets() -> dict[str, Target]:
     }
     if not reasons["tensorrt"] and not has_cuda_device():
         reasons["tensorrt"] = "it builds on the GPU that it builds for, and there is no CUDA device here"
+    if not reasons["tensorrt"]:
+        reasons["tensorrt"] = driver_too_old()
     return {name: Target(name, reasons[name]) for name in TARGETS}
 
 
@@ -135,6 +148,15 @@ def _driver() -> ctypes.CDLL | None:
         if driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0:
             return driver
     return None
+
+
+def driver_too_old() -> str:
+    """Why the driver cannot run TensorRT; empty where it can, or where there is none."""
+    driver, version = _driver(), ctypes.c_int(0)
+    if driver is None or driver.cuDriverGetVersion(ctypes.byref(version)) != 0:
+        return ""
+    major, minor = version.value // 1000, version.value % 1000 // 10
+    return f"the NVIDIA driver supports CUDA {major}.{minor}, {CUDA}.0 is needed" if major < CUDA else ""
 
 
 def has_cuda_device() -> bool:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import signal
 import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -54,7 +55,7 @@ class Built:
 def _describe(stage: str, errors: list[dict[str, str]], logged: list[str], graph: Path) -> str:
     """What went wrong, with the node's module path where one is named."""
     nodes = {}
-    if any(error["node"] for error in errors):  # else the file may not be a graph at all
+    if stage == "build" or any(error["node"] for error in errors):  # else the file may not be a graph at all
         nodes = {node.name: node for node in graph_io.load(graph).graph}
     parts = []
     for error in errors[:_SHOWN]:
@@ -63,7 +64,11 @@ def _describe(stage: str, errors: list[dict[str, str]], logged: list[str], graph
         parts.append(f"{where}: {error['text']}" if where else error["text"])
     if len(errors) > _SHOWN:
         parts.append(f"and {len(errors) - _SHOWN} more")
-    return f"{stage}: " + ("; ".join(parts) or "; ".join(logged[-3:]) or "no reason was given")
+    if not parts:
+        parts = logged[-_SHOWN:] or ["no reason was given"]
+        named = [nodes[word] for word in re.findall(r"\w+", " ".join(parts)) if word in nodes]
+        parts += [graph_io.describe(node) for node in list(dict.fromkeys(named))[:_SHOWN]]
+    return f"{stage}: " + "; ".join(parts)
 
 
 def _ended(code: int, tail: str) -> str:
@@ -72,6 +77,51 @@ def _ended(code: int, tail: str) -> str:
         return "the builder was killed, most likely for want of memory"
     name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
     return f"the builder crashed ({name})" + (f": {tail}" if tail else "")
+
+
+def _worker(
+    request: dict[str, Any], steps: Steps
+) -> tuple[dict[str, Any], Counter[str], list[str], int, str]:
+    """Run the builder's process: its last event, its warnings, errors that it logged, exit code and end of stderr."""
+    root = Path(__file__).parent.parent
+    with tempfile.TemporaryFile() as stderr:
+        process = subprocess.Popen(
+            WORKER, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True
+        )
+        try:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            with process.stdin:
+                process.stdin.write(json.dumps(request))
+            final, warnings, logged = _follow(process.stdout, steps)
+            code = process.wait()
+        finally:
+            process.kill()
+            process.wait()
+        stderr.seek(0)
+        tail = " ".join(stderr.read().decode(errors="replace").strip().splitlines()[-2:])
+    return final, warnings, logged, code, tail
+
+
+def check_capabilities(options: BuildOptions, targets: Collection[str]) -> None:
+    """Ask TensorRT-RTX, before any work, whether it knows the compute capabilities that are to be built for.
+
+    Raises:
+        UsageError: one is unknown; names those there are.
+        EnvironmentFailureError: TensorRT-RTX cannot be loaded.
+    """
+    if not options.compute_capabilities or "tensorrt-rtx" not in targets:
+        return
+    request = {"what": "capabilities", "target": "tensorrt-rtx"}
+    final, _, _, code, tail = _worker(request, lambda done, total: None)
+    if "capabilities" not in final:
+        raise EnvironmentFailureError(f"tensorrt-rtx: {_ended(code, tail)}", hint="reinstall tensorrt-rtx")
+    for text in options.compute_capabilities:
+        if text not in final["capabilities"]:
+            raise UsageError(
+                f"--compute-capability {text}: unknown to this tensorrt-rtx",
+                hint=f"choose from {', '.join(final['capabilities'])}",
+            )
 
 
 def build_engine(
@@ -106,23 +156,7 @@ def build_engine(
         "target": target,
         "batch": batch,
     }
-    root = Path(__file__).parent.parent
-    with tempfile.TemporaryFile() as stderr:
-        process = subprocess.Popen(
-            WORKER, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True
-        )
-        try:
-            assert process.stdin is not None
-            assert process.stdout is not None
-            with process.stdin:
-                process.stdin.write(json.dumps(request))
-            final, warnings, logged = _follow(process.stdout, steps)
-            code = process.wait()
-        finally:
-            process.kill()
-            process.wait()
-        stderr.seek(0)
-        tail = " ".join(stderr.read().decode(errors="replace").strip().splitlines()[-2:])
+    final, warnings, logged, code, tail = _worker(request, steps)
     fatal = [text for text in warnings if any(bad in text for bad in FATAL_WARNINGS)]
     if final.get("event") == "done" and not fatal:
         return Built(final["version"], final["compute_capabilities"], dict(warnings))
@@ -132,6 +166,11 @@ def build_engine(
         raise EnvironmentFailureError(
             f"{target}: {_ended(code, tail)}",
             hint="try a smaller --batch or --workspace, or another --target",
+        )
+    if final["event"] == "error" and final["stage"] == "write":
+        raise EnvironmentFailureError(
+            f"{target}: {final['errors'][0]['text']}",
+            hint="free some space, or move the cache (EXPORT_ZOO_CACHE; with --no-cache, TMPDIR)",
         )
     if final["event"] == "error" and final["stage"] == "configure":
         raise UsageError(f"{target}: {final['errors'][0]['text']}", hint="`export-zoo export --help`")

@@ -88,13 +88,22 @@ def _configure(trt: Any, builder: Any, network: Any, request: dict[str, Any]) ->
     if request["compute_capabilities"]:  # RTX only
         config.num_compute_capabilities = len(request["compute_capabilities"])
         for index, text in enumerate(request["compute_capabilities"]):
-            capability = trt.ComputeCapability.__members__.get("SM" + text.replace(".", ""))
-            if capability is None or not config.set_compute_capability(capability, index):
-                known = [
-                    n[2:-1] + "." + n[-1] for n in trt.ComputeCapability.__members__ if n.startswith("SM")
-                ]
-                raise ValueError(f"no compute capability {text}: choose from {', '.join(known)}")
+            capability = trt.ComputeCapability.__members__["SM" + text.replace(".", "")]
+            if not config.set_compute_capability(capability, index):
+                raise ValueError(f"--compute-capability {text}: refused")
     return config
+
+
+def _capabilities(trt: Any) -> list[str]:
+    """Compute capabilities that TensorRT-RTX knows, "8.9" say."""
+    return [f"{name[2:-1]}.{name[-1]}" for name in trt.ComputeCapability.__members__ if name.startswith("SM")]
+
+
+def _write(path: Path, data: Any) -> None:
+    try:
+        path.write_bytes(data)
+    except OSError as error:  # a failed write does not name its file
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _use_timing_cache(config: Any, path: str | None) -> None:
@@ -129,9 +138,9 @@ def _build(request: dict[str, Any], emit: Any) -> dict[str, Any]:
     serialized = builder.build_serialized_network(network, config)
     if serialized is None:
         return {"event": "error", "stage": "build", "errors": []}
-    Path(request["out"]).write_bytes(serialized)
+    _write(Path(request["out"]), serialized)
     if request["target"] == "tensorrt":
-        Path(request["out"]).with_suffix(TIMING_SUFFIX).write_bytes(config.get_timing_cache().serialize())
+        _write(Path(request["out"]).with_suffix(TIMING_SUFFIX), config.get_timing_cache().serialize())
     capabilities = request["compute_capabilities"] or RTX_DEFAULT_CAPABILITIES
     if request["target"] == "tensorrt":
         capabilities = [device_capability()]
@@ -143,16 +152,21 @@ def main(request: TextIO, events: TextIO) -> None:
         events.write(json.dumps(event) + "\n")
         events.flush()
 
+    asked = json.load(request)
     try:
-        emit(_build(json.load(request), emit))
-    except ValueError as error:
-        emit(
-            {
-                "event": "error",
-                "stage": "configure",
-                "errors": [{"node": "", "operator": "", "text": str(error)}],
-            }
-        )
+        if asked.get("what") == "capabilities":
+            emit(
+                {
+                    "event": "done",
+                    "capabilities": _capabilities(importlib.import_module(MODULES[asked["target"]])),
+                }
+            )
+        else:
+            emit(_build(asked, emit))
+    except (ValueError, OSError) as error:
+        stage = "configure" if isinstance(error, ValueError) else "write"
+        text = str(error) if isinstance(error, ValueError) else f"{error.filename}: {error.strerror}"
+        emit({"event": "error", "stage": stage, "errors": [{"node": "", "operator": "", "text": text}]})
 
 
 if __name__ == "__main__":

@@ -129,7 +129,7 @@ def verify(bundle: Path | str, *, progress: Progress = lambda _: None) -> tuple[
 
 
 def _write_attestation(root: Path, attestation: m.Attestation) -> Path | None:
-    """None on read-only storage, as in a container: the figures stand all the same."""
+    """None where it cannot be written, as on read-only storage: the figures stand all the same."""
     directory = root / ATTESTATIONS
     stamp = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%S%fZ")
     path = directory / f"{stamp}.json"
@@ -141,7 +141,7 @@ def _write_attestation(root: Path, attestation: m.Attestation) -> Path | None:
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR):
             return None
         raise
     return path

@@ -13,7 +13,7 @@ from engines.half import to_half
 from engines.loading import why_not_here
 from engines.manifest import Plan
 from engines.precision import quantize
-from engines.target import DISTRIBUTIONS, Precision, Target
+from engines.target import DISTRIBUTIONS, Precision, Target, TargetName
 from engines.tensorrt_build import build_engine
 from engines.tensorrt_worker import TIMING_SUFFIX
 from exporter.context import Context
@@ -24,7 +24,7 @@ from exporter.stage_cache import StageResult
 class EngineFiles:
     """An engine that was built, and not yet compared with anything."""
 
-    target: str
+    target: TargetName
     precision: Precision
     file: Path
     graph: Path
@@ -56,6 +56,7 @@ def _precision_graph(
     if precision == "fp32":
         return graph, True
     reduce_range, keep_float = context.options.reduce_range, context.options.keep_float
+    method = context.options.method
 
     def make(directory: Path) -> None:
         out = directory / "engine.onnx"
@@ -63,7 +64,15 @@ def _precision_graph(
             to_half(graph, out, ranges)
         else:
             assert ranges is not None
-            quantize(graph, ranges, out, target=target, reduce_range=reduce_range, keep_float=keep_float)
+            quantize(
+                graph,
+                ranges,
+                out,
+                target=target,
+                reduce_range=reduce_range,
+                keep_float=keep_float,
+                method=method,
+            )
 
     key = context.key(
         "onnx_ir",
@@ -74,6 +83,7 @@ def _precision_graph(
         ranges=ranges.model_dump() if ranges is not None else None,
         reduce_range=reduce_range,
         keep_float=keep_float if precision == "int8" else [],
+        method=method if precision == "int8" else "",
     )
     result = context.cache.run("precision", key, make)
     return result.directory / "engine.onnx", result.cached

@@ -50,7 +50,9 @@ def verify(bundle: Path, json_path: Path | None, quiet: bool, verbose: bool) -> 
             images = f"{100 * top1:.1f} % of {gate.metrics['images']} images"
             click.echo(f"{name}: {state}, SQNR {sqnr:.1f} dB, top-1 agreement {images}")
     if not quiet:
-        click.echo(f"attestation: {path or 'not written, the bundle is read-only'}")
+        click.echo(
+            f"attestation: {path or f'not written, {bundle / room.ATTESTATIONS} cannot be written to'}"
+        )
     failures = [f"{name}: {text}" for name, gate in attestation.engines.items() for text in gate.failures]
     if failures:
         raise ParityError(

@@ -96,8 +96,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run() -> None:
-    """Entry point of the `export-zoo` console script. SIGTERM ends it as Ctrl-C does: cleanly."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    """Entry point of the `export-zoo` console script. Signals end it as Ctrl-C does: cleanly."""
+    for number in outcome.SIGNALS:
         signal.signal(number, outcome.on_signal)
     code = main()
     outcome.ignore_signals()  # libraries take most of a second to leave

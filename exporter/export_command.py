@@ -109,7 +109,11 @@ from exporter.report import ConsoleReporter, show_log
     help="State that every engine must reach.",
 )
 @click.option(
-    "--method", default="minmax", show_default=True, metavar="minmax", help="How INT8 ranges are chosen."
+    "--method",
+    default="minmax",
+    show_default=True,
+    metavar="NAME",
+    help="INT8 ranges: minmax, percentile, entropy or mse.",
 )
 @click.option(
     "--reduce-range", is_flag=True, help="7-bit weights, for CPUs without VNNI, where 8 bits can saturate."

@@ -11,7 +11,8 @@ from typing import Literal
 from calibration.errors import UsageError
 from engines.target import MAX_BATCH, PRECISIONS, TARGETS, BuildOptions, Precision
 
-METHODS = ("minmax",)
+METHODS = ("minmax", "percentile", "entropy", "mse")
+"""Those of `calibration.methods`, which loads NumPy."""
 MAX_SEED = 2**31 - 1
 REQUIREMENTS = ("graph", "verified")
 

@@ -31,6 +31,9 @@ class Outcome:
 
 _current = Outcome()
 _interrupted = False
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+"""Those that end a run: SIGHUP when the terminal goes."""
+
 _INTERRUPTED = {
     "kind": "interrupted",
     "message": "interrupted",
@@ -127,12 +130,7 @@ def execute(app: click.Command, given: Sequence[str]) -> int:
     except (KeyboardInterrupt, click.Abort):
         code, error = INTERRUPTED, dict(_INTERRUPTED)
     except MemoryError as failure:
-        code = EnvironmentFailureError.exit_code
-        error = {
-            "kind": EnvironmentFailureError.kind,
-            "message": f"out of memory: {failure}".removesuffix(": "),
-            "hint": "try a smaller --batch or --input-size, or a machine with more memory",
-        }
+        code, error = EnvironmentFailureError.exit_code, _out_of_memory(failure)
     except (BrokenPipeError, SystemExit):
         # Rich ends the program when nobody reads on. Output comes last: with results there, all else is done.
         code = 0 if _current.document else 1
@@ -149,6 +147,8 @@ def execute(app: click.Command, given: Sequence[str]) -> int:
     except Exception as failure:
         if _interrupted:  # while a library was being loaded, which made an error of its own of it
             return _end(INTERRUPTED, dict(_INTERRUPTED), json_path)
+        if isinstance(failure, ImportError) and "failed to map segment" in str(failure):
+            return _end(EnvironmentFailureError.exit_code, _out_of_memory(failure), json_path)
         code = 1
         if "-v" in given or "--verbose" in given:
             traceback.print_exc()
@@ -158,6 +158,14 @@ def execute(app: click.Command, given: Sequence[str]) -> int:
             "hint": "this is a defect: please report it, with the output of -v",
         }
     return _end(code, error, json_path)
+
+
+def _out_of_memory(failure: Exception) -> dict[str, str]:
+    return {
+        "kind": EnvironmentFailureError.kind,
+        "message": f"out of memory: {failure}".removesuffix(": "),
+        "hint": "try a smaller --batch or --input-size, or a machine with more memory",
+    }
 
 
 def _end(code: int, error: dict[str, str] | None, json_path: Path | None) -> int:
@@ -174,7 +182,7 @@ def _end(code: int, error: dict[str, str] | None, json_path: Path | None) -> int
 
 
 def on_signal(*_: object) -> None:
-    """Handler of SIGINT and SIGTERM: the first ends the run cleanly, more are ignored."""
+    """Handler of SIGNALS: the first ends the run cleanly, more are ignored."""
     global _interrupted
     _interrupted = True
     ignore_signals()
@@ -183,7 +191,7 @@ def on_signal(*_: object) -> None:
 
 def ignore_signals() -> None:
     """The verdict stands: nothing may change the exit code any more."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -18,6 +18,7 @@ from calibration.ranges import Ranges
 from engines import manifest, target
 from engines.bundle import HeldOut
 from engines.manifest import Engine
+from engines.tensorrt_build import check_capabilities
 from exporter import __version__, publish, stages
 from exporter.building import EngineFiles, build
 from exporter.context import Context
@@ -89,7 +90,7 @@ def _recipe(
     if calibrated is not None:
         stage, ranges = calibrated
         calibration = manifest.Calibration(
-            method=ranges.method,
+            method=context.options.method,
             images=len(ranges.image_sha256),
             synthetic=context.options.calib is None,
             unreadable=ranges.unreadable,
@@ -193,7 +194,9 @@ def _run(context: Context) -> ExportResult:
     options = context.options
     publish.check_destination(options.out_dir)
     chosen_targets = target.choose(options.targets)
-    options.build.check([t.name for t in chosen_targets])
+    names = [t.name for t in chosen_targets]
+    options.build.check(names)
+    check_capabilities(options.build, names)
     for option, folder in (("--calib", options.calib), ("--verify", options.verify)):
         if folder is not None:
             check_folder(folder, option)  # before weights are downloaded

@@ -135,17 +135,18 @@ def _is_ours(path: Path) -> bool:
 
 
 def _collect_garbage(directory: Path, manifest: Manifest) -> None:
-    """Remove what only an earlier manifest, or a killed run, needed; never a file that is not ours."""
+    """Remove what only an earlier manifest, or a killed run, needed; never a file that is not ours.
+
+    The new bundle is in place: what cannot be removed is left, and no reason to fail.
+    """
     kept = {Path(file.path).name for file in manifest.files()}
-    for path in (directory / FILES).iterdir():
-        if path.name not in kept and _is_ours(path):
-            path.unlink(missing_ok=True)
-    for path in directory.glob(f".{MANIFEST}.*"):
-        if _TEMPORARY.fullmatch(path.name):
-            path.unlink(missing_ok=True)
-    for path in (directory / ATTESTATIONS).glob("*.json"):
-        if _ATTESTATION.fullmatch(path.name):  # they attest the old manifest
-            path.unlink(missing_ok=True)
+    garbage = [p for p in (directory / FILES).iterdir() if p.name not in kept and _is_ours(p)]
+    garbage += [p for p in directory.glob(f".{MANIFEST}.*") if _TEMPORARY.fullmatch(p.name)]
+    # Attestations are of the old manifest.
+    garbage += [p for p in (directory / ATTESTATIONS).glob("*.json") if _ATTESTATION.fullmatch(p.name)]
+    for path in garbage:
+        with contextlib.suppress(OSError):
+            path.unlink()
     with contextlib.suppress(OSError):  # not there, or not empty
         (directory / ATTESTATIONS).rmdir()
 

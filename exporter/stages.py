@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from calibration import images
-from calibration.collect import collect_minmax
+from calibration import graph_io, images
+from calibration.collect import collect
+from calibration.doubts import doubts
 from calibration.errors import BadInputError
 from calibration.graph_io import sha256_of
 from calibration.images import ImageStream, SyntheticStream
@@ -18,6 +19,7 @@ from calibration.preprocess import normalize
 from calibration.ranges import Ranges
 from engines.bundle import HeldOut
 from engines.parity import check_reference
+from engines.placement import quantized_tensors
 from exporter.context import IMAGE_BATCH, Context
 from exporter.image_stage import SYNTHETIC_IMAGES, ChosenImages
 from exporter.stage_cache import StageResult
@@ -176,6 +178,9 @@ def calibrate(
     """Stream the calibrate set through the graph: `ranges.json`. Without images, FP16 makes do with synthetic ones."""
     files, root = chosen.splits["calibrate"], context.options.calib
     seed = spec.seed + 3
+    histograms = (
+        sorted(quantized_tensors(graph_io.load(graph).graph)) if "int8" in context.options.precisions else []
+    )
 
     def make(directory: Path) -> dict[str, Any]:
         stream = (
@@ -184,7 +189,7 @@ def calibrate(
             else SyntheticStream(images.MIN_CALIBRATE, seed, spec.preprocess, IMAGE_BATCH)
         )
         with context.reporter.bar("calibrate", len(files)) as progress:
-            ranges = collect_minmax(graph, stream, progress=progress)
+            ranges = collect(graph, stream, histograms=histograms, progress=progress)
         ranges.write(directory / "ranges.json")
         return {"unreadable": [(u.name, u.reason) for u in stream.unreadable]}
 
@@ -196,15 +201,16 @@ def calibrate(
             graph=sha256_of(graph),
             preprocess=spec.preprocess.model_dump(),
             images=sorted(i.sha256 for i in files) if root is not None else ["synthetic", seed],
-            method=context.options.method,
+            histograms=histograms,
             isa=instruction_set(),
         )
         result = context.cache.run("calibrate", key, make)
         ranges = Ranges.read(result.directory / "ranges.json")
         stage.cached = result.cached
-        stage.detail = (
-            f"{context.options.method}: {len(ranges.tensors)} tensors over {len(ranges.image_sha256)} "
-            f"{'' if root is not None else 'synthetic '}images"
-        )
+        kind = "images" if root is not None else "synthetic images"
+        stage.detail = f"{len(ranges.tensors)} tensors over {len(ranges.image_sha256)} {kind}"
     context.warn_unreadable(root, result.data["unreadable"])
+    if histograms:
+        for text in doubts(ranges, {file.sha256: file.name for file in files}):
+            context.reporter.warn(text)
     return result, ranges

@@ -86,6 +86,20 @@ def test_fastest_verified_engine_is_chosen_and_why_is_said(bundle, fastest):
     assert "3.25x" in engine.why
 
 
+def test_attestations_that_are_no_files_are_left_out(bundle):
+    place = bundle / "attestations"
+    (place / "29990101T000000000000Z.json").mkdir(parents=True)
+    os.mkfifo(place / "29990101T000000000001Z.json")
+    assert engines.load(bundle, engine="onnxruntime-int8").state == "verified"
+
+
+def test_verify_tells_what_it_found_where_no_attestation_can_be_written(bundle):
+    (bundle / "attestations").write_text("in the way")
+    attestation, path = verify(bundle)
+    assert attestation.status == "ok"
+    assert path is None
+
+
 @pytest.mark.parametrize("state", ["built", "graph verified"])
 def test_engine_that_was_not_verified_is_not_chosen_however_fast(bundle, state):
     def change(document):

@@ -192,7 +192,7 @@ USAGE_ERRORS = {
     "--calib-images": ["0", "15"],
     "--verify-images": ["0", "31"],
     "--precision": ["fp64", "int8"],
-    "--method": ["entropy"],
+    "--method": ["median"],
     "--require": ["built"],
     "--tolerance": ["sqnr", "sqnr=", "speed=3", "sqnr=fast", "sqnr=nan", "int8:speed=3", "=3", "a:b:sqnr=3"],
     # target.py

@@ -209,6 +209,35 @@ def test_gate_catches_a_fault_with_random_weights_too(cli, photos, tmp_path, mon
     assert done.code == 3, done.err
 
 
+@pytest.mark.parametrize("method", ["percentile", "entropy", "mse"])
+def test_every_method_reaches_a_verified_engine_with_ranges_of_its_own(method, digits, cli, tmp_path):
+    arguments = [*digits.arguments(), "--precision", "int8", "--calib", digits.images]
+    done = cli(*arguments, "--method", method, "--out", tmp_path / "out")
+    assert done.code == 0, done.err
+    assert done.json["recipe"]["calibration"]["method"] == method
+    assert done.json["engines"][0]["gate"]["metrics"]["sqnr"] > 30
+    plain = cli(*arguments, "--out", tmp_path / "plain")
+    assert next(s for s in plain.json["stages"] if s["name"] == "calibrate")["cached"], (
+        "collected once for all"
+    )
+    assert plain.json["engines"][0]["file"]["sha256"] != done.json["engines"][0]["file"]["sha256"]
+
+
+def test_few_images_to_calibrate_on_are_warned_of(digits, cli, tmp_path):
+    arguments = [
+        *digits.arguments(),
+        "--precision",
+        "int8",
+        "--calib",
+        digits.images,
+        "--out",
+        tmp_path / "out",
+    ]
+    done = cli(*arguments, "--calib-images", "20")
+    assert any("20 images" in warning and "300 to 1,000" in warning for warning in done.json["warnings"])
+    assert not any("300 to 1,000" in warning for warning in cli(*arguments).json["warnings"])
+
+
 def test_synthetic_images_are_used_and_named_where_no_folder_is_given(digits, cli, tmp_path):
     done = cli(*digits.arguments(), "--precision", "fp16", "--out", tmp_path / "out")
     assert done.code == 0, done.err

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import nn
 
 from calibration import images
-from calibration.collect import activation_tensors, collect_minmax
+from calibration.collect import activation_tensors, collect
 from calibration.errors import BadInputError
 from calibration.graph_io import load, save, sha256_of
 from calibration.preprocess import Preprocess, normalize
@@ -145,7 +145,7 @@ def case(tmp_path_factory):
             patch.setattr(simplify, "_run_onnxsim", lambda *_: "left out")
             simplify.simplify(exported, directory, inputs[:3])
         fp32, int8 = directory / "graph.onnx", directory / "int8.onnx"
-        ranges = collect_minmax(fp32, images.ImageStream(files, PREPROCESS, 8, folder))
+        ranges = collect(fp32, images.ImageStream(files, PREPROCESS, 8, folder))
         quantize(fp32, ranges, int8)
         nets = [Net(onnx.load(path)) for path in (fp32, int8)]
         return Case(fp32, int8, *nets, _optimized(int8), inputs, ranges)
@@ -467,7 +467,6 @@ def _graph(
 def _ranges(path: Path, **known: tuple[float, float]) -> Ranges:
     tensors = {name: known.get(name, (-3.0, 5.0)) for name in activation_tensors(load(path))}
     return Ranges(
-        method="minmax",
         graph_sha256=sha256_of(path),
         preprocess=PREPROCESS,
         image_sha256=[],
@@ -1094,7 +1093,7 @@ def _ranges_of(graph: Path, folder: Path, batch: np.ndarray) -> Ranges:
         Image.fromarray(pixels).save(folder / f"{index}.png")
     preprocess = PREPROCESS.model_copy(update={"resize_size": 8, "crop_height": 8, "crop_width": 8})
     files = images.scan(folder, option="--calib").images
-    return collect_minmax(graph, images.ImageStream(files, preprocess, 8, folder))
+    return collect(graph, images.ImageStream(files, preprocess, 8, folder))
 
 
 def test_overflow_of_half_shows_in_the_twin_and_not_in_onnxruntimes_half_graph(tmp_path):

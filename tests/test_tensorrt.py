@@ -14,7 +14,12 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import engines
-from calibration.errors import EnvironmentFailureError, ExportDefectError, TargetUnavailableError, UsageError
+from calibration.errors import (
+    BadInputError,
+    EnvironmentFailureError,
+    ExportDefectError,
+    TargetUnavailableError,
+)
 from engines import tensorrt_build
 from engines.bundle import read_manifest
 from engines.target import BuildOptions, choose, has_cuda_device, targets
@@ -166,9 +171,26 @@ def test_timing_cache_that_is_not_there_is_a_usage_error(cli, tmp_path):
     assert "no.timing: no such file" in done.json["error"]["message"]
 
 
-def test_a_compute_capability_that_there_is_not_is_refused(relu):
-    with pytest.raises(UsageError, match=r"9\.9"):
-        _build(relu, options=BuildOptions(compute_capabilities=("9.9",)))
+def test_a_full_disk_is_said_to_be_one(relu, tmp_path):
+    (tmp_path / "relu.plan").symlink_to("/dev/full")
+    with pytest.raises(EnvironmentFailureError, match=r"relu\.plan: No space left on device") as raised:
+        _build(relu)
+    assert "EXPORT_ZOO_CACHE" in raised.value.hint
+
+
+def test_what_the_builder_refuses_is_named_with_its_module(tmp_path):
+    """TensorRT-RTX has no FP32 matrix product for compute capability 7.5."""
+    weight = np.random.default_rng(0).normal(size=(8, 8)).astype(np.float32)
+    node = helper.make_node("MatMul", ["input", "weight"], ["logits"], name="node_product")
+    node.metadata_props.add(key="module", value="head.fc")
+    graph = _graph(tmp_path / "old.onnx", node, weight=weight)
+    with pytest.raises(ExportDefectError, match=r"MatMul 'node_product' \(module head\.fc\)"):
+        _build(graph, options=BuildOptions(compute_capabilities=("7.5",)))
+
+
+def test_compute_capabilities_count_once():
+    given = BuildOptions(compute_capabilities=("8.9", "12.1", "8.9"))
+    assert given.of("tensorrt-rtx").compute_capabilities == ("8.9", "12.1")
 
 
 # -- the main job ----------------------------------------------------------------------------------
@@ -277,7 +299,10 @@ def test_gate_catches_faults_in_the_tensorrt_graph(digits, cli, tmp_path, monkey
     ("given", "names"),
     [
         (["--workspace", "0"], "--workspace"),
+        (["--workspace", "1048577"], "--workspace"),
         (["--compute-capability", "89"], "--compute-capability"),
+        (["--compute-capability", "08.9"], "--compute-capability"),
+        (["--compute-capability", "٨.٩"], "--compute-capability"),
         (["--hardware-compatible"], "--hardware-compatible"),
         (["--version-compatible"], "--version-compatible"),
         (["--timing-cache", __file__], "--timing-cache"),
@@ -296,7 +321,9 @@ def test_compute_capabilities_reach_the_builder(cli, tmp_path):
     arguments = ["resnet18", "--weights", "none", "--input-size", "64", "--target", "tensorrt-rtx"]
     done = cli(*arguments, "--compute-capability", "9.9", "--out", tmp_path / "out")
     assert done.code == 2
-    assert "no compute capability 9.9: choose from 7.5" in done.json["error"]["message"]
+    assert "--compute-capability 9.9: unknown" in done.json["error"]["message"]
+    assert "7.5, 8.0" in done.json["error"]["hint"]
+    assert done.json["stages"] == [], "before any work"
     assert not (tmp_path / "out").exists()
 
 
@@ -431,6 +458,54 @@ def test_an_engine_that_only_an_attestation_calls_verified_is_chosen(bundle, tmp
     assert "-tensorrt-rtx-fp16." in opened[0].name
     monkeypatch.setattr(loading, "device_capability", lambda: "12.0")
     assert engines.load(copy).name.startswith("onnxruntime"), "another GPU than that which attested"
+
+
+def test_an_old_driver_is_told_before_an_engine_is_loaded(bundle, monkeypatch):
+    from engines import loading, target
+
+    class Old:
+        def cuDriverGetVersion(self, pointer):  # noqa: N802 (the driver's name)
+            pointer._obj.value = 12040
+            return 0
+
+    monkeypatch.setattr(target, "_driver", Old)
+    monkeypatch.setattr(loading, "device_capability", lambda: "8.9")
+    with pytest.raises(TargetUnavailableError, match=r"supports CUDA 12\.4, 13\.0 is needed"):
+        engines.load(bundle, engine="tensorrt-rtx-fp16")
+    assert engines.load(bundle).name.startswith("onnxruntime")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"state": "verified"}, "is called verified, its gate makes it graph verified"),
+        ({"plan": None}, "plan"),
+        ({"graph": None}, "graph"),
+        ({"target": "foo"}, "target"),
+        ({"name": "onnxruntime-int8"}, "onnxruntime-int8 is not"),
+        ({"name": "onnxruntime-int8", "target": "onnxruntime", "plan": None, "graph": None}, "there twice"),
+    ],
+)
+def test_a_manifest_that_calls_an_engine_what_it_is_not_is_refused(bundle, tmp_path, change, says):
+    import shutil
+
+    copy = shutil.copytree(bundle, tmp_path / "bundle")
+    document = json.loads((copy / "manifest.json").read_text())
+    next(e for e in document["artifacts"]["engines"] if e["name"] == "tensorrt-rtx-int8").update(change)
+    (copy / "manifest.json").write_text(json.dumps(document))
+    with pytest.raises(BadInputError, match=says):
+        read_manifest(copy)
+
+
+def test_an_engine_that_is_there_twice_is_refused(bundle, tmp_path):
+    import shutil
+
+    copy = shutil.copytree(bundle, tmp_path / "bundle")
+    document = json.loads((copy / "manifest.json").read_text())
+    document["artifacts"]["engines"].append(document["artifacts"]["engines"][0])
+    (copy / "manifest.json").write_text(json.dumps(document))
+    with pytest.raises(BadInputError, match="there twice"):
+        read_manifest(copy)
 
 
 @pytest.mark.skipif(has_cuda_device(), reason="there is a GPU here")
