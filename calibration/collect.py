@@ -21,7 +21,7 @@ from calibration.errors import BadInputError
 from calibration.histogram import Accumulator, Float32Array, extremes, kernels
 from calibration.images import ImageFile, ImageStream, Progress
 from calibration.machine import instruction_set, library_versions, usable_cores
-from calibration.preprocess import UInt8Array, normalize
+from calibration.preprocess import Preprocess, UInt8Array, normalize
 from calibration.ranges import Ranges, TensorRange
 
 _FUSED_ACTIVATIONS = frozenset({"Relu", "Clip"})
@@ -283,3 +283,29 @@ def collect(
         versions=library_versions("onnxruntime", "numpy", "pillow"),
         tensors={tensor.name: tensor.range() for tensor in observed},
     )
+
+
+def channel_magnitudes(
+    graph: Path, pixels: UInt8Array, preprocess: Preprocess, names: Collection[str]
+) -> dict[str, Float32Array]:
+    """Largest magnitude of each channel of some activations, over all images and places.
+
+    Args:
+        pixels: uint8 [N, H, W, 3]; they are run one by one, so memory is that of one image.
+        names: activations [N, C, H, W], or [N, C].
+
+    Returns float32 [C] by name.
+    """
+    tensors = [_Observed(name, "", 0, by_image=False, accumulator=None) for name in names]
+    found: dict[str, Float32Array] = {}
+    with tempfile.TemporaryDirectory(prefix="export-zoo-") as directory:
+        session, feed = _session(graph, tensors, usable_cores(), Path(directory))
+        wanted = [name for name in names if name != feed]
+        for index in range(len(pixels)):
+            batch = normalize(pixels[index : index + 1], preprocess)
+            arrays = [np.asarray(array) for array in session.run(wanted, {feed: batch})]
+            for name, array in [(feed, batch), *zip(wanted, arrays, strict=True)]:
+                if name in names:
+                    largest = np.abs(array).reshape(array.shape[1], -1).max(axis=1)
+                    found[name] = np.maximum(found[name], largest) if name in found else largest
+    return found

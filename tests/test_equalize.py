@@ -1,0 +1,282 @@
+"""Equalization keeps float logits to the bit, undoes any rescaling, and saves INT8 of networks that were rescaled."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from calibration import graph_io
+from calibration.collect import channel_magnitudes, collect
+from calibration.images import ImageFile, ImageStream
+from calibration.preprocess import Preprocess, normalize
+from engines.equalize import STRENGTHS, equalize, links, observed, scale
+from engines.onnxruntime_engine import OnnxRuntimeEngine
+from engines.parity import compare
+from engines.placement import quantized_tensors
+from engines.precision import quantize
+from engines.twin import write_twin
+
+PREPROCESS = Preprocess(
+    resize_size=16,
+    crop_height=16,
+    crop_width=16,
+    interpolation="bilinear",
+    mean=(0.5, 0.5, 0.5),
+    std=(0.25, 0.25, 0.25),
+    source="test",
+)
+
+
+def random(*shape: int, seed: int) -> np.ndarray:
+    return (np.random.default_rng(seed).normal(size=shape) * 0.4).astype(np.float32)
+
+
+def graph_of(path: Path, nodes: list[onnx.NodeProto], **weights: np.ndarray) -> Path:
+    graph = helper.make_graph(
+        nodes,
+        "main",
+        [helper.make_tensor_value_info("input", TensorProto.FLOAT, ["batch", 3, 16, 16])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(array, name) for name, array in weights.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    onnx.save(onnx.shape_inference.infer_shapes(model, strict_mode=True), path)
+    return path
+
+
+def conv(inputs: str, output: str, **attributes) -> onnx.NodeProto:
+    return helper.make_node("Conv", inputs.split(), [output], name=output, **attributes)
+
+
+def node(op_type: str, inputs: str, output: str, **attributes) -> onnx.NodeProto:
+    return helper.make_node(op_type, inputs.split(), [output], name=output, **attributes)
+
+
+def network(path: Path, kind: str) -> Path:
+    """A network in which `kind` stands between a first convolution of 8 channels and the logits."""
+    first = [conv("input w1 b1", "c1", pads=[1] * 4), node("Relu", "c1", "r1")]
+    weights = {"w1": random(8, 3, 3, 3, seed=1), "b1": random(8, seed=2)}
+    last = [node("GlobalAveragePool", "x", "p"), node("Flatten", "p", "f"), node("Gemm", "f wl bl", "logits")]
+    weights |= {"wl": random(8, 5, seed=3), "bl": random(5, seed=4)}
+    match kind:
+        case "conv":
+            middle = [conv("r1 w2 b2", "x")]
+            weights |= {"w2": random(8, 8, 3, 3, seed=5), "b2": random(8, seed=6)}
+        case "depthwise":
+            middle = [conv("r1 w2 b2", "d", group=8), node("Relu", "d", "e"), conv("e w3", "x")]
+            weights |= {
+                "w2": random(8, 1, 3, 3, seed=5),
+                "b2": random(8, seed=6),
+                "w3": random(8, 8, 1, 1, seed=7),
+            }
+        case "grouped":
+            middle = [conv("r1 w2", "x", group=2)]
+            weights |= {"w2": random(8, 4, 3, 3, seed=5)}
+        case "pooled":
+            middle = [node("MaxPool", "r1", "m", kernel_shape=[2, 2]), conv("m w2", "x")]
+            weights |= {"w2": random(8, 8, 3, 3, seed=5)}
+        case "two readers":
+            middle = [conv("r1 w2", "a"), conv("r1 w3", "b"), node("Add", "a b", "x")]
+            weights |= {"w2": random(8, 8, 1, 1, seed=5), "w3": random(8, 8, 1, 1, seed=6)}
+        case "concat":
+            middle = [
+                conv("input w4", "c4", pads=[1] * 4),
+                node("Relu", "c4", "r4"),
+                node("Concat", "r4 r1", "both", axis=1),
+                conv("both w2", "x"),
+            ]
+            weights |= {"w2": random(8, 14, 1, 1, seed=5), "w4": random(6, 3, 3, 3, seed=6)}
+        case "flat":
+            middle = []
+            last = [
+                node("MaxPool", "r1", "x", kernel_shape=[8, 8], strides=[8, 8]),
+                node("Flatten", "x", "f"),
+                node("Gemm", "f wl bl", "logits"),
+            ]
+            weights["wl"] = random(32, 5, seed=3)
+    return graph_of(path, [*first, *middle, *last], **weights)
+
+
+KINDS = {"conv": 2, "depthwise": 3, "grouped": 2, "pooled": 2, "two readers": 1, "concat": 3, "flat": 1}
+"""Networks, and how many of their layers can be scaled: the last convolution reaches the Gemm through the pooling."""
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (12, 16, 16, 3), dtype=np.uint8)
+
+
+def logits(path: Path, pixels: np.ndarray = PIXELS, preprocess: Preprocess = PREPROCESS) -> np.ndarray:
+    return OnnxRuntimeEngine(path, threads=1).run(normalize(pixels, preprocess))
+
+
+def rescaled(path: Path, seed: int = 0) -> Path:
+    """The same function, with powers of two moved across every link."""
+    model = graph_io.load(path)
+    rng = np.random.default_rng(seed)
+    for link in links(model.graph):
+        scale(model.graph, link, np.exp2(rng.integers(-5, 6, link.channels)).astype(np.float32))
+    out = path.with_name(f"{path.stem}-rescaled-{seed}.onnx")
+    graph_io.save(model, out)
+    return out
+
+
+def equalized(path: Path, strength: float, pixels=PIXELS, preprocess=PREPROCESS) -> Path:
+    model = graph_io.load(path)
+    found = channel_magnitudes(path, pixels, preprocess, observed(model.graph))
+    equalize(model.graph, found, strength)
+    out = path.with_name(f"{path.stem}-equalized-{strength}.onnx")
+    graph_io.save(model, out)
+    return out
+
+
+def constants(path: Path) -> list[bytes]:
+    return sorted(numpy_helper.to_array(tensor).tobytes() for tensor in onnx.load(path).graph.initializer)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scaling_keeps_the_logits_to_the_bit(kind, tmp_path):
+    path = network(tmp_path / "graph.onnx", kind)
+    assert len(list(links(graph_io.load(path).graph))) == KINDS[kind]
+    other = rescaled(path)
+    assert constants(other) != constants(path)
+    assert np.array_equal(logits(other), logits(path))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("strength", STRENGTHS)
+def test_equalization_keeps_the_logits_and_forgets_any_scaling(kind, strength, tmp_path):
+    path = network(tmp_path / "graph.onnx", kind)
+    done = equalized(path, strength)
+    assert np.array_equal(logits(done), logits(path))
+    for seed in (1, 2):
+        assert constants(equalized(rescaled(path, seed), strength)) == constants(done)
+
+
+def test_a_wrong_factor_would_be_seen(tmp_path):
+    path = network(tmp_path / "graph.onnx", "conv")
+    model = graph_io.load(path)
+    link = next(links(model.graph))
+    link.readers.clear()
+    scale(model.graph, link, np.full(8, 2, np.float32))
+    graph_io.save(model, tmp_path / "wrong.onnx")
+    assert not np.allclose(logits(tmp_path / "wrong.onnx"), logits(path))
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        [node("Sigmoid", "c1", "x")],
+        [node("Clip", "c1 low high", "x")],
+        [node("Relu", "c1", "r"), node("Add", "r c1", "x")],
+        [node("Relu", "c1", "r"), node("Mul", "r r", "x")],
+    ],
+)
+def test_what_is_not_homogeneous_or_has_another_reader_is_left_alone(between, tmp_path):
+    path = graph_of(
+        tmp_path / "graph.onnx",
+        [
+            conv("input w1", "c1"),
+            *between,
+            conv("x w2", "y"),
+            node("GlobalMaxPool", "y", "p"),
+            node("Flatten", "p", "logits"),
+        ],
+        w1=random(8, 3, 1, 1, seed=1),
+        w2=random(5, 8, 1, 1, seed=2),
+        low=np.float32(0),
+        high=np.float32(6),
+    )
+    assert list(links(graph_io.load(path).graph)) == []
+
+
+def test_channels_that_never_move_change_nothing_for_the_others(tmp_path):
+    path = network(tmp_path / "graph.onnx", "conv")
+    model = onnx.load(path)
+    for tensor in model.graph.initializer:
+        array = numpy_helper.to_array(tensor).copy()
+        if tensor.name == "w1":
+            array[2] = 0
+        elif tensor.name == "b1":
+            array[2] = -1  # 0 behind the Relu
+        elif tensor.name == "w2":
+            array[:, 2] = 1e4
+        tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
+    onnx.save(model, path)
+    done = equalized(path, 0.25)
+    assert np.array_equal(logits(done), logits(path))
+    weights = next(
+        numpy_helper.to_array(t) for t in onnx.load(done).graph.initializer if t.dims == [8, 8, 3, 3]
+    )
+    assert np.abs(weights[:, 2]).max() < 4 * np.median(np.abs(weights).max(axis=(0, 2, 3)))
+
+
+# -- trained networks --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(digits, tmp_path_factory) -> Path:
+    from exporter.cli import main
+
+    out = tmp_path_factory.mktemp("equalize") / "bundle"
+    assert main([*map(str, [*digits.arguments(), "--out", out])]) == 0
+    return next((out / "files").glob("resnet18.*.onnx"))
+
+
+@pytest.fixture(scope="module")
+def pixels() -> np.ndarray:
+    import digits as recipe
+
+    return recipe.digits()[0][1::2]
+
+
+DIGITS = PREPROCESS.model_copy(
+    update={
+        "resize_size": 32,
+        "crop_height": 32,
+        "crop_width": 32,
+        "mean": (0.485, 0.456, 0.406),
+        "std": (0.229, 0.224, 0.225),
+    }
+)
+
+
+class Pixels(ImageStream):
+    """A stream of pixels that are there already."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        files = [ImageFile(Path(), str(i), f"{i:064}", None) for i in range(len(array))]
+        super().__init__(files, DIGITS, 8, Path())
+        self.array = array
+
+    def __iter__(self):
+        self.images = list(self.files)
+        for start in range(0, len(self.array), 8):
+            yield self.array[start : start + 8]
+
+
+def int8_sqnr(path: Path, fp32: Path, pixels: np.ndarray, target: str) -> float:
+    """Of the INT8 graph of `path` to the float logits of `fp32`, in dB, on images not calibrated on."""
+    ranges = collect(path, Pixels(pixels[:400]), histograms=quantized_tensors(graph_io.load(path).graph))
+    out = path.with_name(f"{path.stem}-{target}.onnx")
+    quantize(path, ranges, out, target=target)
+    if target == "tensorrt":
+        write_twin(out, out.with_suffix(".twin.onnx"))
+        out = out.with_suffix(".twin.onnx")
+    held_out = normalize(pixels[400:700], DIGITS)
+    found = OnnxRuntimeEngine(out, fused=target != "tensorrt").run(held_out)
+    return compare(OnnxRuntimeEngine(fp32).run(held_out), found).sqnr
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])
+def test_a_rescaled_network_is_quantized_within_a_decibel_of_the_network_before(trained, pixels, target):
+    plain = int8_sqnr(trained, trained, pixels, target)
+    twin = rescaled(trained, 7)
+    assert np.array_equal(logits(twin, pixels[:32], DIGITS), logits(trained, pixels[:32], DIGITS))
+    assert int8_sqnr(twin, trained, pixels, target) < 5, "without equalization nothing is left"
+    saved = max(
+        int8_sqnr(equalized(twin, strength, pixels[:64], DIGITS), trained, pixels, target)
+        for strength in STRENGTHS
+    )
+    assert saved > plain - 1
