@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Literal
@@ -72,6 +73,10 @@ class Ranges(BaseModel):
         head = json.dumps(document, indent=1, sort_keys=True)
         lines = ",\n".join(f"  {json.dumps(k)}: {json.dumps(tensors[k])}" for k in sorted(tensors))
         path.write_text(head[:-2] + ',\n "tensors": {\n' + lines + "\n }\n}\n", encoding="utf-8")
+
+    def digest(self) -> str:
+        """Hex SHA-256 of all that it holds."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
 
     def merged(self, other: Ranges) -> Ranges:
         """Of both sets of images: the same bits as one calibration on all of them.

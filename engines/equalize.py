@@ -1,9 +1,9 @@
 """Cross-layer equalization: move powers of two between the channels of neighbouring layers.
 
 A layer's output channel times s, and what reads it divided by s, is the same function where all between the two is
-positively homogeneous (Nagel et al. 2019, "Data-Free Quantization Through Weight Equalization and Bias Correction", arXiv
-1906.04721, section 4.1). With powers of two no product and no sum is rounded otherwise: float logits stay the same to the
-bit. Only the ranges change, and with them what 8 bits make of a tensor whose channels differ.
+positively homogeneous (Nagel et al. 2019, "Data-Free Quantization Through Weight Equalization and Bias Correction",
+arXiv 1906.04721, section 4.1). With powers of two no product and no sum is rounded otherwise: float logits stay the
+same to the bit. Only the ranges change, and with them what 8 bits make of a tensor whose channels differ.
 """
 
 from __future__ import annotations
@@ -221,10 +221,11 @@ def _input(node: ir.Node) -> ir.Value:
 def equalize(graph: ir.Graph, magnitudes: Mapping[str, Float32Array], strength: float) -> int:
     """Scale the channels of every link by how much they matter to what reads them; returns how many layers changed.
 
-    The paper balances the weights of both layers. Ours have a scale per output channel, which leaves nothing to balance
-    in the first; what is balanced are an activation's channels, which share one scale, with the weights that read them,
-    which share one in each output channel. A channel's largest activation becomes a power of its need, the largest share
-    that it has in any output channel of what reads it; so the result does not depend on how channels were scaled before.
+    The paper balances the weights of both layers. Ours have a scale per output channel, which leaves nothing to
+    balance in the first; what is balanced are an activation's channels, which share one scale, with the weights that
+    read them, which share one in each output channel. A channel's largest activation becomes a power of its need, the
+    largest share that it has in any output channel of what reads it; so the result does not depend on how channels
+    were scaled before.
 
     Args:
         magnitudes: largest magnitude of each channel, float32 [channels], of the activations in `observed`, by name.

@@ -155,6 +155,21 @@ class Plan(_Model):
     workspace_mb: int | None
 
 
+class TuningStep(_Model):
+    """One choice, by the SQNR of its candidates on the select images."""
+
+    name: Literal["equalize", "method"]
+    chosen: str
+    sqnr: dict[str, float] = Field(description="Of each candidate, in dB to the FP32 graph's logits.")
+
+
+class Tuning(_Model):
+    """How INT8 was made better, on images that neither calibrate nor verify."""
+
+    images: int
+    steps: list[TuningStep]
+
+
 class Engine(_Model):
     name: str = Field(description="`<target>-<precision>`.")
     target: TargetName
@@ -167,6 +182,7 @@ class Engine(_Model):
         description="`tensorrt` only: the kernel timings that it was built with, for `--timing-cache`."
     )
     graph_external_data: list[File] = Field(description="Weights files of that graph (over 2 GiB).")
+    tuning: Tuning | None = Field(description="INT8 only, where anything was tried; else null.")
     state: State
     built_by: dict[str, str] = Field(description="Library versions that built it.")
     instruction_set: str = Field(description="Of the machine that it was verified on.")

@@ -11,13 +11,14 @@ from calibration.machine import library_versions
 from calibration.ranges import Ranges
 from engines.half import to_half
 from engines.loading import why_not_here
-from engines.manifest import Plan
+from engines.manifest import Plan, Tuning
 from engines.precision import quantize
 from engines.target import DISTRIBUTIONS, Precision, Target, TargetName
 from engines.tensorrt_build import build_engine
 from engines.tensorrt_worker import TIMING_SUFFIX
 from exporter.context import Context
 from exporter.stage_cache import StageResult
+from exporter.tuning import Tuned
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class EngineFiles:
     graph: Path
     """The precision graph: what TensorRT compiled; for ONNX Runtime, the engine itself."""
     built_by: dict[str, str]
+    tuning: Tuning | None = None
     plan: Plan | None = None
     timing_cache: Path | None = None
     """Kernel timings that TensorRT built it with."""
@@ -50,13 +52,12 @@ class EngineFiles:
 
 
 def _precision_graph(
-    context: Context, graph: Path, target: str, precision: Precision, ranges: Ranges | None
+    context: Context, graph: Path, target: str, precision: Precision, ranges: Ranges | None, method: str
 ) -> tuple[Path, bool]:
     """The graph that an engine is made of, and whether it was cached."""
     if precision == "fp32":
         return graph, True
     reduce_range, keep_float = context.options.reduce_range, context.options.keep_float
-    method = context.options.method
 
     def make(directory: Path) -> None:
         out = directory / "engine.onnx"
@@ -80,7 +81,7 @@ def _precision_graph(
         graph=sha256_of(graph),
         precision=precision,
         target=target if precision == "int8" else "any",
-        ranges=ranges.model_dump() if ranges is not None else None,
+        ranges=ranges.digest() if ranges is not None else None,
         reduce_range=reduce_range,
         keep_float=keep_float if precision == "int8" else [],
         method=method if precision == "int8" else "",
@@ -90,9 +91,17 @@ def _precision_graph(
 
 
 def build(
-    context: Context, graph: Path, target: Target, precision: Precision, ranges: Ranges | None
+    context: Context,
+    graph: Path,
+    target: Target,
+    precision: Precision,
+    ranges: Ranges | None,
+    tuned: Tuned | None,
 ) -> EngineFiles:
     """Build one engine. For ONNX Runtime the precision graph is the engine; TensorRT compiles it.
+
+    Args:
+        tuned: what INT8 is made of.
 
     Raises:
         ExportDefectError: TensorRT refuses the graph; names node and module.
@@ -100,12 +109,16 @@ def build(
     """
     name = f"{target.name}-{precision}"
     with context.reporter.stage("build") as stage:
-        precise, stage.cached = _precision_graph(context, graph, target.name, precision, ranges)
+        tuning, method = None, ""
+        if precision == "int8":
+            assert tuned is not None
+            graph, ranges, method, tuning = tuned.graph, tuned.ranges, tuned.method, tuned.tuning
+        precise, stage.cached = _precision_graph(context, graph, target.name, precision, ranges, method)
         if target.name == "onnxruntime":
             stage.detail = f"{name}: the simplified graph itself" if precision == "fp32" else name
             stage.cached = stage.cached and precision != "fp32"
             built_by = library_versions("onnxruntime", "onnx_ir", "numpy")
-            return EngineFiles(target.name, precision, precise, precise, built_by)
+            return EngineFiles(target.name, precision, precise, precise, built_by, tuning)
         compiled = _compile(context, precise, target)
         stage.cached, warnings = compiled.cached, compiled.data["warnings"]
         stage.detail = name
@@ -116,7 +129,7 @@ def build(
     file = compiled.directory / "engine.plan"
     timings = file.with_suffix(TIMING_SUFFIX)
     return EngineFiles(
-        target.name, precision, file, precise, built_by, plan, timings if timings.is_file() else None
+        target.name, precision, file, precise, built_by, tuning, plan, timings if timings.is_file() else None
     )
 
 

@@ -110,10 +110,17 @@ from exporter.report import ConsoleReporter, show_log
 )
 @click.option(
     "--method",
-    default="minmax",
+    default="auto",
     show_default=True,
     metavar="NAME",
-    help="INT8 ranges: minmax, percentile, entropy or mse.",
+    help="INT8 ranges: minmax, percentile, entropy, mse, or auto, the best of them on the select images.",
+)
+@click.option(
+    "--steps",
+    default="equalize",
+    show_default=True,
+    metavar="NAMES",
+    help="What is tried to make INT8 better: equalize, or none.",
 )
 @click.option(
     "--reduce-range", is_flag=True, help="7-bit weights, for CPUs without VNNI, where 8 bits can saturate."
@@ -188,6 +195,7 @@ def export(model: str, json_path: Path | None, quiet: bool, verbose: bool, **giv
         tolerances=tuple(options.Tolerance.parse(text) for text in given["tolerances"]),
         require=given["require"],
         method=given["method"],
+        steps=options.parse_steps(given["steps"]),
         reduce_range=given["reduce_range"],
         keep_float=tuple(given["keep_float"]),
         build=target.BuildOptions(

@@ -11,7 +11,10 @@ from typing import Literal
 from calibration.errors import UsageError
 from engines.target import MAX_BATCH, PRECISIONS, TARGETS, BuildOptions, Precision
 
-METHODS = ("minmax", "percentile", "entropy", "mse")
+STEPS = ("equalize",)
+"""What may be done to a network before it is quantized."""
+
+METHODS = ("auto", "minmax", "percentile", "entropy", "mse")
 """Those of `calibration.methods`, which loads NumPy."""
 MAX_SEED = 2**31 - 1
 REQUIREMENTS = ("graph", "verified")
@@ -130,6 +133,11 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2] or match[1])
 
 
+def parse_steps(text: str) -> tuple[str, ...]:
+    """`equalize`, several with commas between, or `none`."""
+    return () if text == "none" else tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+
+
 @dataclass(frozen=True)
 class ExportOptions:
     """What to export, to what, and how strictly to check it. Defaults and reasons: docs/usage.md.
@@ -157,7 +165,8 @@ class ExportOptions:
     batch: BatchRange = field(default_factory=BatchRange)
     tolerances: tuple[Tolerance, ...] = ()
     require: Literal["graph", "verified"] = "graph"
-    method: str = "minmax"
+    method: str = "auto"
+    steps: tuple[str, ...] = STEPS
     reduce_range: bool = False
     keep_float: tuple[str, ...] = ()
     build: BuildOptions = field(default_factory=BuildOptions)
@@ -175,6 +184,9 @@ class ExportOptions:
                 )
         if self.method not in METHODS:
             raise UsageError(f"--method {self.method}: unknown", hint=f"choose from {', '.join(METHODS)}")
+        for step in self.steps:
+            if step not in STEPS:
+                raise UsageError(f"--steps {step}: unknown", hint=f"choose from {', '.join(STEPS)}, none")
         if self.require not in REQUIREMENTS:
             raise UsageError(
                 f"--require {self.require}: unknown", hint=f"choose from {', '.join(REQUIREMENTS)}"

@@ -27,6 +27,7 @@ from exporter.judging import judge_engines, time_engines
 from exporter.options import ExportOptions
 from exporter.report import Reporter
 from exporter.stage_cache import StageCache, StageResult, default_root
+from exporter.tuning import Tuned, tune
 
 if TYPE_CHECKING:
     from exporter.zoo import ModelSpec
@@ -146,6 +147,7 @@ def _engine(
         file=graph if built.is_graph else contents.add(built.file, f"{model}-{built.name}"),
         external_data=graph_weights if built.is_graph else [],
         graph=None if built.is_graph else graph,
+        tuning=built.tuning,
         plan=built.plan,
         timing_cache=contents.add(built.timing_cache, f"{model}-{built.name}")
         if built.timing_cache
@@ -213,8 +215,12 @@ def _run(context: Context) -> ExportResult:
         calibrated = stages.calibrate(context, spec, graph, chosen)
         _refuse_overlap(calibrated[1], reference)
     ranges = calibrated[1] if calibrated is not None else None
+    tuned: dict[str, Tuned] = {}
+    if ranges is not None and "int8" in options.precisions:
+        random = spec.weights_kind == "random"
+        tuned = tune(context, graph, ranges, chosen, spec.preprocess, chosen_targets, random=random)
     built = [
-        build(context, graph, chosen_target, precision, ranges)
+        build(context, graph, chosen_target, precision, ranges, tuned.get(chosen_target.name))
         for chosen_target in chosen_targets
         for precision in options.unique_precisions()
     ]

@@ -193,6 +193,7 @@ USAGE_ERRORS = {
     "--verify-images": ["0", "31"],
     "--precision": ["fp64", "int8"],
     "--method": ["median"],
+    "--steps": ["retrain", "equalize,retrain", ""],
     "--require": ["built"],
     "--tolerance": ["sqnr", "sqnr=", "speed=3", "sqnr=fast", "sqnr=nan", "int8:speed=3", "=3", "a:b:sqnr=3"],
     # target.py

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 import engines
+from engines.target import targets
 
 
 def test_fp32_fp16_and_int8_are_verified_against_eager(digits, cli, tmp_path):
@@ -212,15 +215,75 @@ def test_gate_catches_a_fault_with_random_weights_too(cli, photos, tmp_path, mon
 @pytest.mark.parametrize("method", ["percentile", "entropy", "mse"])
 def test_every_method_reaches_a_verified_engine_with_ranges_of_its_own(method, digits, cli, tmp_path):
     arguments = [*digits.arguments(), "--precision", "int8", "--calib", digits.images]
+    arguments += ["--steps", "none"]
     done = cli(*arguments, "--method", method, "--out", tmp_path / "out")
     assert done.code == 0, done.err
     assert done.json["recipe"]["calibration"]["method"] == method
     assert done.json["engines"][0]["gate"]["metrics"]["sqnr"] > 30
-    plain = cli(*arguments, "--out", tmp_path / "plain")
+    plain = cli(*arguments, "--method", "minmax", "--out", tmp_path / "plain")
     assert next(s for s in plain.json["stages"] if s["name"] == "calibrate")["cached"], (
         "collected once for all"
     )
     assert plain.json["engines"][0]["file"]["sha256"] != done.json["engines"][0]["file"]["sha256"]
+
+
+def _rescaled(weights: Path, path: Path) -> Path:
+    """resnet18 with powers of two moved across the ReLU of each block: the same function to the bit."""
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(weights)
+    rng = np.random.default_rng(0)
+    for block in (f"layer{layer}.{index}" for layer in range(1, 5) for index in range(2)):
+        scales = torch.from_numpy(np.exp2(rng.integers(-5, 6, len(state[f"{block}.bn1.weight"])))).float()
+        state[f"{block}.bn1.weight"] *= scales
+        state[f"{block}.bn1.bias"] *= scales
+        state[f"{block}.conv2.weight"] /= scales.reshape(1, -1, 1, 1)
+    save_file(state, path)
+    return path
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt-rtx"])
+def test_int8_of_a_rescaled_network_is_as_good_as_before(target, digits, cli, tmp_path):
+    if why := targets()[target].unavailable:
+        pytest.skip(why)
+    twin = _rescaled(digits.weights["resnet18"], tmp_path / "twin.safetensors")
+    common = ["--precision", "int8", "--calib", digits.images, "--target", target]
+    model, option, _, *rest = digits.arguments()
+    plain = cli(model, option, digits.weights["resnet18"], *rest, *common, "--out", tmp_path / "plain")
+    saved = cli(model, option, twin, *rest, *common, "--out", tmp_path / "saved")
+    lost = cli(model, option, twin, *rest, *common, "--steps", "none", "--out", tmp_path / "lost")
+    assert (plain.code, saved.code, lost.code) == (0, 0, 3), saved.err
+    before, after, without = (done.json["engines"][0] for done in (plain, saved, lost))
+    assert after["gate"]["metrics"]["sqnr"] > before["gate"]["metrics"]["sqnr"] - 1
+    assert without["gate"]["metrics"]["sqnr"] < 5
+    (step, _) = after["tuning"]["steps"]
+    assert (step["name"], step["chosen"] != "off") == ("equalize", True)
+    assert step["sqnr"][step["chosen"]] > step["sqnr"]["off"] + 30
+    assert "equalized" in saved.err
+
+
+def test_what_was_tried_stands_in_the_manifest_and_the_best_is_taken(digits, cli, tmp_path):
+    arguments = [*digits.arguments("mobilenet_v2"), "--precision", "int8", "--calib", digits.images]
+    done = cli(*arguments, "--out", tmp_path / "out")
+    assert done.code == 0, done.err
+    tuning = done.json["engines"][0]["tuning"]
+    equalize, method = tuning["steps"]
+    assert tuning["images"] >= 64
+    assert set(method["sqnr"]) == {"minmax", "percentile", "entropy", "mse"}
+    for step, default in ((equalize, "off"), (method, "minmax")):
+        best = max(step["sqnr"].values())
+        gain = best - step["sqnr"][default]
+        assert step["sqnr"][step["chosen"]] == (best if gain >= 0.3 else step["sqnr"][default])
+    again = cli(*arguments, "--out", tmp_path / "out")
+    assert next(s for s in again.json["stages"] if s["name"] == "tune")["cached"]
+
+
+def test_random_weights_are_not_tuned(cli, photos, tmp_path):
+    arguments = "resnet18 --weights none --input-size 64 --precision int8".split()
+    done = cli(*arguments, "--calib", photos, "--out", tmp_path / "out")
+    assert done.code == 0, done.err
+    assert done.json["engines"][0]["tuning"] is None
+    assert "tune" not in [stage["name"] for stage in done.json["stages"]]
 
 
 def test_few_images_to_calibrate_on_are_warned_of(digits, cli, tmp_path):
