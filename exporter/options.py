@@ -186,7 +186,10 @@ class ExportOptions:
             raise UsageError(f"--method {self.method}: unknown", hint=f"choose from {', '.join(METHODS)}")
         for step in self.steps:
             if step not in STEPS:
-                raise UsageError(f"--steps {step}: unknown", hint=f"choose from {', '.join(STEPS)}, none")
+                given = ",".join(self.steps)
+                raise UsageError(
+                    f"--steps {given}: unknown step {step!r}", hint=f"choose from {', '.join(STEPS)}, none"
+                )
         if self.require not in REQUIREMENTS:
             raise UsageError(
                 f"--require {self.require}: unknown", hint=f"choose from {', '.join(REQUIREMENTS)}"
