@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 import click
+
+from exporter import options
 
 EXIT_CODES = """\b
 Exit codes:
@@ -29,3 +33,88 @@ quiet_option = click.option("-q", "--quiet", is_flag=True, help="Only warnings a
 verbose_option = click.option(
     "-v", "--verbose", is_flag=True, help="TensorRT's log, and tracebacks of unexpected errors."
 )
+
+_MODEL_OPTIONS = (
+    click.option(
+        "--calib",
+        type=click.Path(path_type=Path, readable=False),
+        metavar="DIR",
+        help="Images to calibrate on (INT8); divided into calibrate, select and verify sets.",
+    ),
+    click.option(
+        "--calib-images",
+        type=int,
+        default=options.DEFAULT_CALIB_IMAGES,
+        show_default=True,
+        metavar="N",
+        help="At most so many images calibrate.",
+    ),
+    click.option(
+        "--verify",
+        type=click.Path(path_type=Path, readable=False),
+        metavar="DIR",
+        help="Images to verify on. Default: a part of --calib.",
+    ),
+    click.option(
+        "--verify-images",
+        type=int,
+        default=options.DEFAULT_VERIFY_IMAGES,
+        show_default=True,
+        metavar="N",
+        help="At most so many images verify.",
+    ),
+    click.option(
+        "--weights",
+        default="DEFAULT",
+        show_default=True,
+        metavar="W",
+        help="DEFAULT, a name (IMAGENET1K_V1), a .pth or .safetensors file, or none (random).",
+    ),
+    click.option(
+        "--transforms",
+        metavar="NAME",
+        help="Preprocess as these torchvision weights do, for a file that does not tell.",
+    ),
+    click.option(
+        "--num-classes",
+        type=int,
+        metavar="N",
+        help="Classes of the head. Default: that of the zoo's weights.",
+    ),
+    click.option(
+        "--init-missing",
+        multiple=True,
+        metavar="PATTERN",
+        help="Parameters that the file may lack, as a glob; initialized at random. Repeatable.",
+    ),
+    click.option(
+        "--transform-input/--no-transform-input",
+        default=None,
+        help="googlenet, inception_v3: as trained. Default: on, off with --weights none.",
+    ),
+    click.option("--input-size", metavar="N|HxW", help="Input in pixels. Default: the weights' own."),
+    click.option(
+        "--resize-size",
+        type=int,
+        metavar="N",
+        help="Shorter side before the crop. Default: the weights' own, in proportion to --input-size.",
+    ),
+    click.option(
+        "--seed",
+        type=int,
+        default=0,
+        show_default=True,
+        metavar="N",
+        help="Of the splits, synthetic images and random weights.",
+    ),
+    click.option("--no-cache", is_flag=True, help="Make everything anew, and keep nothing."),
+)
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def model_options(command: Command) -> Command:
+    """Options that say which network on which images; `options.model_options` reads them."""
+    for option in reversed(_MODEL_OPTIONS):
+        command = option(command)
+    return command

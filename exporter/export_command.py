@@ -10,7 +10,7 @@ import click
 
 from calibration.errors import UsageError
 from exporter import options, outcome
-from exporter.common_options import EXIT_CODES, json_option, quiet_option, verbose_option
+from exporter.common_options import EXIT_CODES, json_option, model_options, quiet_option, verbose_option
 from exporter.report import ConsoleReporter, show_log
 
 
@@ -19,66 +19,12 @@ from exporter.report import ConsoleReporter, show_log
 @click.option(
     "--precision", "precisions", multiple=True, metavar="fp32|fp16|int8", help="Repeatable. Default: fp32."
 )
+@model_options
 @click.option(
-    "--calib",
-    type=click.Path(path_type=Path, readable=False),
-    metavar="DIR",
-    help="Images to calibrate on (INT8); divided into calibrate, select and verify sets.",
-)
-@click.option(
-    "--calib-images",
-    type=int,
-    default=options.DEFAULT_CALIB_IMAGES,
-    show_default=True,
-    metavar="N",
-    help="At most so many images calibrate.",
-)
-@click.option(
-    "--verify",
-    type=click.Path(path_type=Path, readable=False),
-    metavar="DIR",
-    help="Images to verify on. Default: a part of --calib.",
-)
-@click.option(
-    "--verify-images",
-    type=int,
-    default=options.DEFAULT_VERIFY_IMAGES,
-    show_default=True,
-    metavar="N",
-    help="At most so many images verify.",
-)
-@click.option(
-    "--weights",
-    default="DEFAULT",
-    show_default=True,
-    metavar="W",
-    help="DEFAULT, a name (IMAGENET1K_V1), a .pth or .safetensors file, or none (random).",
-)
-@click.option(
-    "--transforms",
-    metavar="NAME",
-    help="Preprocess as these torchvision weights do, for a file that does not tell.",
-)
-@click.option(
-    "--num-classes", type=int, metavar="N", help="Classes of the head. Default: that of the zoo's weights."
-)
-@click.option(
-    "--init-missing",
-    multiple=True,
-    metavar="PATTERN",
-    help="Parameters that the file may lack, as a glob; initialized at random. Repeatable.",
-)
-@click.option(
-    "--transform-input/--no-transform-input",
-    default=None,
-    help="googlenet, inception_v3: as trained. Default: on, off with --weights none.",
-)
-@click.option("--input-size", metavar="N|HxW", help="Input in pixels. Default: the weights' own.")
-@click.option(
-    "--resize-size",
-    type=int,
-    metavar="N",
-    help="Shorter side before the crop. Default: the weights' own, in proportion to --input-size.",
+    "--ranges",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Ranges of `export-zoo calibrate`, instead of calibrating.",
 )
 @click.option(
     "--batch",
@@ -158,15 +104,6 @@ from exporter.report import ConsoleReporter, show_log
 @click.option(
     "--out", type=click.Path(path_type=Path), metavar="DIR", help="The bundle. Default: ./MODEL.bundle."
 )
-@click.option(
-    "--seed",
-    type=int,
-    default=0,
-    show_default=True,
-    metavar="N",
-    help="Of the splits, synthetic images and random weights.",
-)
-@click.option("--no-cache", is_flag=True, help="Make everything anew, and keep nothing.")
 @json_option
 @quiet_option
 @verbose_option
@@ -180,17 +117,8 @@ def export(model: str, json_path: Path | None, quiet: bool, verbose: bool, **giv
         model=model,
         precisions=tuple(given["precisions"]) or ("fp32",),
         targets=tuple(given["targets"]) or ("auto",),
-        calib=given["calib"],
-        calib_images=given["calib_images"],
-        verify=given["verify"],
-        verify_images=given["verify_images"],
-        weights=given["weights"],
-        transforms=given["transforms"],
-        num_classes=given["num_classes"],
-        init_missing=tuple(given["init_missing"]),
-        transform_input=given["transform_input"],
-        input_size=options.parse_size(given["input_size"]) if given["input_size"] else None,
-        resize_size=given["resize_size"],
+        **options.model_options(given),
+        ranges=given["ranges"],
         batch=options.BatchRange.parse(given["batch"]),
         tolerances=tuple(options.Tolerance.parse(text) for text in given["tolerances"]),
         require=given["require"],
@@ -208,8 +136,6 @@ def export(model: str, json_path: Path | None, quiet: bool, verbose: bool, **giv
             timing_cache=given["timing_cache"],
         ),
         out=given["out"],
-        cache=not given["no_cache"],
-        seed=given["seed"],
     )
     if json_path is not None and chosen.out_dir.resolve() in json_path.resolve().parents:
         raise UsageError(f"--json {json_path}: lies inside the bundle", hint="write it beside --out")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from calibration.errors import UsageError
 from engines.target import MAX_BATCH, PRECISIONS, TARGETS, BuildOptions, Precision
@@ -133,6 +134,17 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2] or match[1])
 
 
+def model_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the command line's options, those that say which network on which images, as `ExportOptions` takes them."""
+    same = "calib calib_images verify verify_images weights transforms num_classes transform_input resize_size seed"
+    return {
+        **{name: given[name] for name in same.split()},
+        "init_missing": tuple(given["init_missing"]),
+        "input_size": parse_size(given["input_size"]) if given["input_size"] else None,
+        "cache": not given["no_cache"],
+    }
+
+
 def parse_steps(text: str) -> tuple[str, ...]:
     """`equalize`, several with commas between, or `none`."""
     return () if text == "none" else tuple(dict.fromkeys(part.strip() for part in text.split(",")))
@@ -153,6 +165,7 @@ class ExportOptions:
     targets: tuple[str, ...] = ("auto",)
     calib: Path | None = None
     calib_images: int = DEFAULT_CALIB_IMAGES
+    ranges: Path | None = None
     verify: Path | None = None
     verify_images: int = DEFAULT_VERIFY_IMAGES
     weights: str = "DEFAULT"
@@ -194,9 +207,11 @@ class ExportOptions:
             raise UsageError(
                 f"--require {self.require}: unknown", hint=f"choose from {', '.join(REQUIREMENTS)}"
             )
-        if "int8" in self.precisions and self.calib is None:
+        if self.ranges is not None and set(self.precisions) == {"fp32"}:
+            raise UsageError("--ranges has no effect on fp32", hint="add --precision int8")
+        if "int8" in self.precisions and self.calib is None and self.ranges is None:
             raise UsageError(
-                "--precision int8 needs --calib DIR",
+                "--precision int8 needs --calib DIR, or --ranges FILE",
                 hint="pass a folder of 300 to 1,000 images like those the network will see",
             )
         for option, value in (

@@ -82,20 +82,20 @@ def _recipe(
     chosen: ChosenImages,
     exported: StageResult,
     simplified: StageResult,
-    calibrated: tuple[StageResult, Ranges] | None,
+    calibrated: tuple[Path, Ranges] | None,
     contents: _Contents,
 ) -> manifest.Recipe:
     p, batch = spec.preprocess, context.options.batch
     graph = simplified.directory / "graph.onnx"
     calibration = None
     if calibrated is not None:
-        stage, ranges = calibrated
+        path, ranges = calibrated
         calibration = manifest.Calibration(
             method=context.options.method,
             images=len(ranges.image_sha256),
-            synthetic=context.options.calib is None,
+            synthetic=context.options.calib is None and context.options.ranges is None,
             unreadable=ranges.unreadable,
-            ranges=contents.add(stage.directory / "ranges.json", "ranges"),
+            ranges=contents.add(path, "ranges"),
         )
     return manifest.Recipe(
         source=manifest.Source(
@@ -199,6 +199,8 @@ def _run(context: Context) -> ExportResult:
     names = [t.name for t in chosen_targets]
     options.build.check(names)
     check_capabilities(options.build, names)
+    if options.ranges is not None:
+        Ranges.read(options.ranges)  # refused before any work
     for option, folder in (("--calib", options.calib), ("--verify", options.verify)):
         if folder is not None:
             check_folder(folder, option)  # before weights are downloaded
@@ -210,9 +212,10 @@ def _run(context: Context) -> ExportResult:
     graph = simplified.directory / "graph.onnx"
     reference, held = stages.run_reference(context, spec, model, chosen)
     del model  # gigabytes that the sessions of the next stages need
-    calibrated: tuple[StageResult, Ranges] | None = None
+    calibrated: tuple[Path, Ranges] | None = None
     if set(options.precisions) != {"fp32"}:
-        calibrated = stages.calibrate(context, spec, graph, chosen)
+        obtain = stages.calibrate if options.ranges is None else stages.read_ranges
+        calibrated = obtain(context, spec, graph, chosen)
         _refuse_overlap(calibrated[1], reference)
     ranges = calibrated[1] if calibrated is not None else None
     tuned: dict[str, Tuned] = {}

@@ -173,10 +173,14 @@ def run_reference(
 
 
 def calibrate(
-    context: Context, spec: ModelSpec, graph: Path, chosen: ChosenImages
-) -> tuple[StageResult, Ranges]:
-    """Stream the calibrate set through the graph: `ranges.json`. Without images, FP16 makes do with synthetic ones."""
-    files, root = chosen.splits["calibrate"], context.options.calib
+    context: Context, spec: ModelSpec, graph: Path, chosen: ChosenImages, shard: tuple[int, int] = (1, 1)
+) -> tuple[Path, Ranges]:
+    """Stream the calibrate set through the graph: a ranges file. Without images, FP16 makes do with synthetic ones.
+
+    Args:
+        shard: (i, n): only the i-th of n parts of the set.
+    """
+    files, root = chosen.splits["calibrate"][shard[0] - 1 :: shard[1]], context.options.calib
     seed = spec.seed + 3
     histograms = (
         sorted(quantized_tensors(graph_io.load(graph).graph)) if "int8" in context.options.precisions else []
@@ -213,4 +217,36 @@ def calibrate(
     if histograms:
         for text in doubts(ranges, {file.sha256: file.name for file in files}):
             context.reporter.warn(text)
-    return result, ranges
+    return result.directory / "ranges.json", ranges
+
+
+def read_ranges(context: Context, spec: ModelSpec, graph: Path, chosen: ChosenImages) -> tuple[Path, Ranges]:
+    """The ranges file of --ranges, refused where it is not of this graph, this preprocessing and these images.
+
+    Raises:
+        BadInputError: it is not a ranges file, or does not belong; names what differs.
+    """
+    path = context.options.ranges
+    assert path is not None
+    with context.reporter.stage("calibrate") as stage:
+        ranges = Ranges.read(path)
+        for what, have, want in (
+            ("graph (weights, input size, versions)", ranges.graph_sha256, sha256_of(graph)),
+            ("preprocessing", ranges.preprocess, spec.preprocess),
+        ):
+            if have != want:
+                raise BadInputError(
+                    f"--ranges {path}: is of another {what}",
+                    hint="calibrate this network: `export-zoo calibrate` with the same options",
+                )
+        used = set(ranges.image_sha256)
+        wanted = {file.sha256 for file in chosen.splits["calibrate"]}
+        if context.options.calib is not None and not used <= wanted:
+            raise BadInputError(
+                f"--ranges {path}: {len(used - wanted)} of its {len(used)} images are not among those of --calib "
+                f"{context.options.calib} that calibrate",
+                hint="use the folder, --calib-images, --verify-images and --seed that `calibrate` was given, "
+                "or leave out --calib and verify on --verify DIR",
+            )
+        stage.detail = f"--ranges {path}: {len(ranges.tensors)} tensors over {len(used)} images"
+    return path, ranges

@@ -152,7 +152,7 @@ def tune(
     """
     options = context.options
     wanted = "equalize" in options.steps or options.method == "auto"
-    if random or not wanted or len(chosen.splits["select"]) == 0:
+    if random or not wanted or options.calib is None:
         method = "minmax" if options.method == "auto" else options.method
         return {target.name: Tuned(graph, ranges, method, None) for target in targets}
     files = chosen.splits["select"][:MAX_SELECT]

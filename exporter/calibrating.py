@@ -1,0 +1,79 @@
+"""Calibrate alone: from a zoo model and images to a ranges file, whole or in shards that merge."""
+
+from __future__ import annotations
+
+import dataclasses
+import uuid
+from collections.abc import Sequence
+from functools import reduce
+from pathlib import Path
+
+from calibration.errors import EnvironmentFailureError, UsageError
+from calibration.images import check_folder
+from calibration.ranges import Ranges
+from exporter import stages
+from exporter.context import Context
+from exporter.image_stage import choose_images
+from exporter.options import ExportOptions
+from exporter.report import Reporter
+from exporter.stage_cache import StageCache, default_root
+
+
+def _write(ranges: Ranges, out: Path) -> None:
+    temporary = out.with_name(f".{out.name}.{uuid.uuid4().hex}")
+    try:
+        ranges.write(temporary)
+        temporary.replace(out)
+    except OSError as error:
+        raise EnvironmentFailureError(
+            f"--out {out}: cannot be written: {error.strerror}", hint="give a file in a writable directory"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def calibrate(
+    options: ExportOptions, out: Path, *, shard: tuple[int, int] = (1, 1), reporter: Reporter | None = None
+) -> Ranges:
+    """Calibrate a zoo model on the images that `export_zoo` would calibrate it on, and write the ranges file.
+
+    Args:
+        options: which network on which images; what is built of it does not matter.
+        shard: (i, n): only the i-th of n parts of these images.
+
+    Raises:
+        ExportZooError: as `export_zoo`.
+    """
+    if options.calib is None:
+        raise UsageError("calibrate needs --calib DIR", hint="pass a folder of 300 to 1,000 images")
+    if out.is_dir() or not out.absolute().parent.is_dir():
+        raise UsageError(
+            f"--out {out}: not a file in a directory that is there", hint="for example ranges.json"
+        )
+    check_folder(options.calib, "--calib")
+    options = dataclasses.replace(options, precisions=("int8",))
+    with StageCache(default_root() if options.cache else None) as cache:
+        context = Context(options, reporter or Reporter(), cache)
+        spec = stages.resolve_model(context)
+        chosen = choose_images(context, spec.labels, spec.num_classes)
+        if shard[1] > len(chosen.splits["calibrate"]):
+            raise UsageError(
+                f"--shard {shard[0]}/{shard[1]}: there are {len(chosen.splits['calibrate'])} images only",
+                hint="use fewer shards",
+            )
+        exported = stages.export_graph(context, spec, stages.EagerModel(spec))
+        simplified = stages.simplify_graph(context, spec, exported)
+        _, ranges = stages.calibrate(context, spec, simplified.directory / "graph.onnx", chosen, shard)
+        _write(ranges, out)
+    return ranges
+
+
+def merge(files: Sequence[Path], out: Path) -> Ranges:
+    """Merge the ranges files of shards: the same bits as one calibration on all their images.
+
+    Raises:
+        BadInputError: one is no ranges file, or they do not belong together.
+    """
+    ranges = reduce(Ranges.merged, (Ranges.read(path) for path in files))
+    _write(ranges, out)
+    return ranges

@@ -1,0 +1,140 @@
+"""`export-zoo calibrate`: ranges alone, in shards that merge to the same bytes, and their reuse."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from calibration.ranges import Ranges
+
+
+@pytest.fixture
+def arguments(digits) -> list:
+    return [*digits.arguments(), "--calib", digits.images]
+
+
+def calibrated(cli, arguments, out: Path, *more) -> Path:
+    done = cli("calibrate", *arguments, *more, "--out", out)
+    assert done.code == 0, done.err
+    return out
+
+
+def test_ranges_are_reused_for_the_same_engine(cli, arguments, tmp_path):
+    path = calibrated(cli, arguments, tmp_path / "digits.json")
+    export = [*arguments, "--precision", "int8"]
+    plain = cli(*export, "--out", tmp_path / "plain")
+    reused = cli(*export, "--ranges", path, "--out", tmp_path / "reused")
+    assert (plain.code, reused.code) == (0, 0), reused.err
+    assert f"--ranges {path}: 32 tensors over 512 images" in reused.err
+    first, second = (done.json["engines"][0]["file"]["sha256"] for done in (plain, reused))
+    assert first == second
+    assert plain.json["recipe"]["calibration"] == reused.json["recipe"]["calibration"]
+
+
+def test_shards_merge_to_the_bytes_of_the_whole(cli, arguments, tmp_path):
+    whole = calibrated(cli, arguments, tmp_path / "whole.json")
+    shards = [calibrated(cli, arguments, tmp_path / f"{i}.json", "--shard", f"{i}/3") for i in (1, 2, 3)]
+    counts = [len(Ranges.read(path).image_sha256) for path in shards]
+    assert sum(counts) == 512
+    assert max(counts) - min(counts) <= 1
+    done = cli("calibrate", "--merge", *reversed(shards), "--out", tmp_path / "merged.json")
+    assert done.code == 0, done.err
+    assert "512 images" in done.out
+    assert (tmp_path / "merged.json").read_bytes() == whole.read_bytes()
+
+
+def test_without_calib_ranges_are_enough_to_build_and_verify_elsewhere(cli, digits, arguments, tmp_path):
+    path = calibrated(cli, arguments, tmp_path / "digits.json")
+    used = set(Ranges.read(path).image_sha256)
+    from calibration.images import scan
+
+    for image in scan(digits.images, option="--calib").images:
+        if image.sha256 not in used:
+            (tmp_path / "verify" / str(image.folder)).mkdir(parents=True, exist_ok=True)
+            shutil.copy(image.path, tmp_path / "verify" / str(image.folder))
+    export = [*digits.arguments(), "--precision", "int8", "--ranges", path]
+    done = cli(*export, "--verify", tmp_path / "verify", "--out", tmp_path / "out")
+    assert done.code == 0, done.err
+    assert done.json["engines"][0]["state"] == "verified"
+    assert not done.json["recipe"]["calibration"]["synthetic"]
+    assert done.json["recipe"]["calibration"]["images"] == 512
+    overlapping = cli(*export, "--verify", digits.images, "--verify-images", "800", "--out", tmp_path / "bad")
+    assert overlapping.code == 3, "images that were calibrated on prove nothing"
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (["--seed", "1"], "images are not among those of --calib"),
+        (["--calib-images", "100"], "images are not among those of --calib"),
+        (["--input-size", "64"], "another graph"),
+        (["--resize-size", "40"], "another preprocessing"),
+    ],
+)
+def test_ranges_of_something_else_are_refused(cli, arguments, tmp_path, change, says):
+    path = calibrated(cli, arguments, tmp_path / "digits.json")
+    export = [*arguments, "--precision", "int8", "--ranges", path, "--out", tmp_path / "out"]
+    done = cli(*export, *change)
+    assert done.code == 5, done.err
+    assert says in done.json["error"]["message"]
+    assert str(path) in done.json["error"]["message"]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_is_none_is_refused_before_any_work(cli, arguments, tmp_path):
+    (tmp_path / "no.json").write_text("{}")
+    for name in ("no.json", "absent.json"):
+        done = cli(*arguments, "--precision", "int8", "--ranges", tmp_path / name, "--out", tmp_path / "out")
+        assert done.code == 5
+        assert name in done.json["error"]["message"]
+        assert done.json["stages"] == []
+
+
+def test_shards_that_do_not_belong_together_are_refused(cli, arguments, tmp_path):
+    first = calibrated(cli, arguments, tmp_path / "1.json", "--shard", "1/2")
+    done = cli("calibrate", "--merge", first, first, "--out", tmp_path / "merged.json")
+    assert done.code == 5
+    assert "images are in both" in done.json["error"]["message"]
+    assert not (tmp_path / "merged.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (["calibrate", "resnet18"], "--calib"),
+        (["calibrate", "--calib", "."], "one MODEL"),
+        (["calibrate", "resnet18", "--calib", ".", "--shard", "3/2"], "--shard 3/2"),
+        (["calibrate", "resnet18", "--calib", ".", "--shard", "half"], "--shard half"),
+        (["calibrate", "--merge", "a.json", "--out", "b.json"], "two ranges files"),
+        (["calibrate", "--merge", "a.json", "b.json"], "--out"),
+        (["resnet18", "--weights", "none", "--ranges", "a.json"], "--ranges"),
+    ],
+)
+def test_wrong_uses_are_usage_errors(cli, given, says):
+    done = cli(*given)
+    assert done.code == 2
+    assert says in done.json["error"]["message"]
+
+
+def test_more_shards_than_images_are_refused(cli, arguments, tmp_path):
+    done = cli("calibrate", *arguments, "--shard", "600/600", "--out", tmp_path / "r.json")
+    assert done.code == 2
+    assert "512 images only" in done.json["error"]["message"]
+
+
+def test_out_that_cannot_be_written_is_told_before_any_work(cli, arguments, tmp_path):
+    for out in (tmp_path, tmp_path / "absent" / "r.json"):
+        done = cli("calibrate", *arguments, "--out", out)
+        assert done.code == 2
+        assert str(out) in done.json["error"]["message"]
+        assert done.json["stages"] == []
+
+
+def test_the_document_tells_what_was_written(cli, arguments, tmp_path):
+    path = tmp_path / "digits.json"
+    done = cli("calibrate", *arguments, "--out", path)
+    assert (done.json["ranges"], done.json["images"], done.json["tensors"]) == (str(path), 512, 32)
+    assert json.loads(path.read_text())["schema_version"] == 1
