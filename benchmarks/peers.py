@@ -27,9 +27,15 @@ class _Batches(CalibrationDataReader):
 
 
 def quantize_with_onnxruntime(
-    fp32: Path, out: Path, batches: Iterable[np.ndarray], name: str = "input"
+    fp32: Path,
+    out: Path,
+    batches: Iterable[np.ndarray],
+    name: str = "input",
+    *,
+    method: str = "MinMax",
+    activations: str = "uint8",
 ) -> None:
-    """ONNX Runtime's static quantizer: Q/DQ, uint8 activations, int8 weights per channel, MinMax ranges.
+    """ONNX Runtime's static quantizer: Q/DQ, int8 weights per channel; by default uint8 activations, MinMax ranges.
 
     Its documented preprocessing (shape inference and graph optimization) comes first.
     """
@@ -42,7 +48,7 @@ def quantize_with_onnxruntime(
         _Batches(batches, name),
         quant_format=QuantFormat.QDQ,
         per_channel=True,
-        activation_type=QuantType.QUInt8,
+        activation_type=QuantType.QUInt8 if activations == "uint8" else QuantType.QInt8,
         weight_type=QuantType.QInt8,
-        calibrate_method=CalibrationMethod.MinMax,
+        calibrate_method=CalibrationMethod[method],
     )
