@@ -158,7 +158,7 @@ class Plan(_Model):
 class TuningStep(_Model):
     """One choice, by the SQNR of its candidates on the select images."""
 
-    name: Literal["equalize", "method"]
+    name: Literal["equalize", "bias", "method"]
     chosen: str
     sqnr: dict[str, float] = Field(description="Of each candidate, in dB to the FP32 graph's logits.")
 

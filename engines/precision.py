@@ -190,11 +190,13 @@ class _Quantizer:
         scheme: Scheme,
         reduce_range: bool,
         methods: Mapping[str, str],
+        means: Mapping[str, npt.NDArray[np.float64]],
     ) -> None:
         self.graph = graph
         self.placement = placement
         self.scheme = scheme
         self.reduce_range = reduce_range
+        self.means = means
         self.scales = self._scales(ranges, methods)
 
     def _scales(self, ranges: Ranges, methods: Mapping[str, str]) -> dict[str, ActivationScale]:
@@ -257,13 +259,15 @@ class _Quantizer:
         assert source is not None
         assert weight is not None
         assert weight.const_value is not None
+        input_scale = self.scales[str(source.name)].scale
+        array = weight.const_value.numpy().astype(np.float32)
+        if rule.bias_index is not None and node.name in self.means:
+            self._correct_bias(node, rule, array, input_scale)
         with_bias = rule.bias_index is not None and self.scheme.int32_bias
         bias = node.inputs[rule.bias_index] if with_bias and rule.bias_index is not None else None
         bias_array = None
         if bias is not None and bias.const_value is not None:
             bias_array = bias.const_value.numpy().astype(np.float32)
-        input_scale = self.scales[str(source.name)].scale
-        array = weight.const_value.numpy().astype(np.float32)
         quantized, scales, int_bias = quantize_weight(
             array,
             rule.axis,
@@ -298,6 +302,36 @@ class _Quantizer:
             self.graph.insert_before(node, dequantize)
             node.replace_input_with(rule.bias_index, dequantize.outputs[0])
 
+    def _correct_bias(
+        self, node: ir.Node, rule: QuantizedWeight, weight: npt.NDArray[np.float32], input_scale: np.float32
+    ) -> None:
+        """Take from the bias what rounding the weights adds to the mean of each output channel.
+
+        Nagel et al. 2019 (arXiv 1906.04721), section 4.2, with the mean inputs of calibration images.
+        """
+        assert rule.bias_index is not None
+        value = node.inputs[rule.bias_index]
+        assert value is not None
+        assert value.const_value is not None
+        bias = value.const_value.numpy().astype(np.float32)
+        quantized, scales, _ = quantize_weight(
+            weight, rule.axis, None, input_scale, reduce_range=self.reduce_range, half=self.scheme.half
+        )
+        shape = [1] * weight.ndim
+        shape[rule.axis] = -1
+        error = quantized * scales.astype(np.float64).reshape(shape) - weight
+        mean = self.means[str(node.name)]
+        if node.op_type == "Conv":
+            groups = node.attributes.get_int("group", 1)
+            by_group = error.reshape(groups, -1, *weight.shape[1:])
+            added = np.einsum("gocyx,gcyx->go", by_group, mean.reshape(groups, *weight.shape[1:])).ravel()
+        else:
+            added = np.moveaxis(error, rule.axis, 0) @ mean
+        corrected = (bias - added).astype(np.float32)
+        node.replace_input_with(
+            rule.bias_index, _initializer(self.graph, f"{node.name}_bias_corrected", corrected)
+        )
+
 
 def quantize(
     graph: Path,
@@ -309,12 +343,14 @@ def quantize(
     keep_float: Sequence[str] = (),
     method: str = "minmax",
     methods: Mapping[str, str] | None = None,
+    means: Mapping[str, npt.NDArray[np.float64]] | None = None,
 ) -> list[Path]:
     """Write the INT8 precision graph of an FP32 graph for a target and return the files written.
 
     Args:
         keep_float: patterns of layers to leave unquantized, see `engines.keep_float`.
         method: how ranges are chosen, see `calibration.methods`.
+        means: mean inputs of layers by node name (see `calibration.means`), to correct their biases with.
         methods: another method for some activations, by tensor name; those that share its scale follow.
 
     Raises:
@@ -335,7 +371,8 @@ def quantize(
     if not placement.weights:
         raise BadInputError("INT8: no Conv, Gemm or MatMul with constant weights in the graph")
     scheme = SCHEMES[target]
-    _Quantizer(model.graph, placement, ranges, scheme, reduce_range, {**(methods or {}), "": method}).run()
+    chosen = {**(methods or {}), "": method}
+    _Quantizer(model.graph, placement, ranges, scheme, reduce_range, chosen, means or {}).run()
     if scheme.half:
         halve(model.graph, ranges)
     if target == "onnxruntime":

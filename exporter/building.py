@@ -18,7 +18,7 @@ from engines.tensorrt_build import build_engine
 from engines.tensorrt_worker import TIMING_SUFFIX
 from exporter.context import Context
 from exporter.stage_cache import StageResult
-from exporter.tuning import Tuned
+from exporter.tuning import Tuned, read_means
 
 
 @dataclass(frozen=True)
@@ -51,42 +51,46 @@ class EngineFiles:
         return not why_not_here(self.target, self.plan)
 
 
-def _precision_graph(
-    context: Context, graph: Path, target: str, precision: Precision, ranges: Ranges | None, method: str
-) -> tuple[Path, bool]:
-    """The graph that an engine is made of, and whether it was cached."""
-    if precision == "fp32":
-        return graph, True
+def _int8_graph(context: Context, target: str, tuned: Tuned) -> tuple[Path, bool]:
+    """The INT8 graph of a target, and whether it was cached."""
     reduce_range, keep_float = context.options.reduce_range, context.options.keep_float
 
     def make(directory: Path) -> None:
-        out = directory / "engine.onnx"
-        if precision == "fp16":
-            to_half(graph, out, ranges)
-        else:
-            assert ranges is not None
-            quantize(
-                graph,
-                ranges,
-                out,
-                target=target,
-                reduce_range=reduce_range,
-                keep_float=keep_float,
-                method=method,
-            )
+        quantize(
+            tuned.graph,
+            tuned.ranges,
+            directory / "engine.onnx",
+            target=target,
+            reduce_range=reduce_range,
+            keep_float=keep_float,
+            method=tuned.method,
+            means=read_means(tuned.means),
+        )
 
     key = context.key(
         "onnx_ir",
         "numpy",
-        graph=sha256_of(graph),
-        precision=precision,
-        target=target if precision == "int8" else "any",
-        ranges=ranges.digest() if ranges is not None else None,
+        graph=sha256_of(tuned.graph),
+        target=target,
+        ranges=tuned.ranges.digest(),
         reduce_range=reduce_range,
-        keep_float=keep_float if precision == "int8" else [],
-        method=method if precision == "int8" else "",
+        keep_float=keep_float,
+        method=tuned.method,
+        means=sha256_of(tuned.means) if tuned.means is not None else None,
     )
-    result = context.cache.run("precision", key, make)
+    result = context.cache.run("int8", key, make)
+    return result.directory / "engine.onnx", result.cached
+
+
+def _half_graph(context: Context, graph: Path, ranges: Ranges | None) -> tuple[Path, bool]:
+    """The FP16 graph, the same for all targets, and whether it was cached."""
+
+    def make(directory: Path) -> None:
+        to_half(graph, directory / "engine.onnx", ranges)
+
+    found = ranges.digest() if ranges is not None else None
+    key = context.key("onnx_ir", "numpy", graph=sha256_of(graph), ranges=found)
+    result = context.cache.run("fp16", key, make)
     return result.directory / "engine.onnx", result.cached
 
 
@@ -109,11 +113,15 @@ def build(
     """
     name = f"{target.name}-{precision}"
     with context.reporter.stage("build") as stage:
-        tuning, method = None, ""
-        if precision == "int8":
+        tuning = None
+        if precision == "fp32":
+            precise, stage.cached = graph, True
+        elif precision == "fp16":
+            precise, stage.cached = _half_graph(context, graph, ranges)
+        else:
             assert tuned is not None
-            graph, ranges, method, tuning = tuned.graph, tuned.ranges, tuned.method, tuned.tuning
-        precise, stage.cached = _precision_graph(context, graph, target.name, precision, ranges, method)
+            tuning = tuned.tuning
+            precise, stage.cached = _int8_graph(context, target.name, tuned)
         if target.name == "onnxruntime":
             stage.detail = f"{name}: the simplified graph itself" if precision == "fp32" else name
             stage.cached = stage.cached and precision != "fp32"

@@ -63,10 +63,10 @@ from exporter.report import ConsoleReporter, show_log
 )
 @click.option(
     "--steps",
-    default="equalize",
+    default=",".join(options.STEPS),
     show_default=True,
     metavar="NAMES",
-    help="What is tried to make INT8 better: equalize, or none.",
+    help="What is tried to make INT8 better: equalize, bias, both, or none.",
 )
 @click.option(
     "--reduce-range", is_flag=True, help="7-bit weights, for CPUs without VNNI, where 8 bits can saturate."

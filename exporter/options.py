@@ -12,7 +12,7 @@ from typing import Any, Literal
 from calibration.errors import UsageError
 from engines.target import MAX_BATCH, PRECISIONS, TARGETS, BuildOptions, Precision
 
-STEPS = ("equalize",)
+STEPS = ("equalize", "bias")
 """What may be done to a network before it is quantized."""
 
 METHODS = ("auto", "minmax", "percentile", "entropy", "mse")

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from safetensors.numpy import load_file, save_file
 
 from calibration import graph_io
 from calibration.collect import channel_magnitudes, collect
 from calibration.images import ImageStream
 from calibration.machine import instruction_set
+from calibration.means import layer_means
 from calibration.methods import METHODS
 from calibration.preprocess import Preprocess, UInt8Array
 from calibration.ranges import Ranges
@@ -20,23 +25,24 @@ from engines.gate import Runnable, run_in_batches
 from engines.manifest import Tuning, TuningStep
 from engines.onnxruntime_engine import OnnxRuntimeEngine
 from engines.parity import compare
-from engines.placement import quantized_tensors
+from engines.placement import quantized_tensors, weight_of
 from engines.precision import quantize
 from engines.target import Target
 from engines.twin import write_twin
 from exporter.context import IMAGE_BATCH, Context
 from exporter.image_stage import ChosenImages
 
-MIN_GAIN = 0.3
-"""Decibels that a step must bring on the select images: less is luck."""
+MIN_GAIN = {"equalize": 1.0, "bias": 0.3, "method": 1.0}
+"""Decibels that a step must bring on the select images. Other ranges round other values up and down, and so a decibel
+more on some images may be as much less on others; correcting a bias takes a known error away."""
 
 MAX_SELECT = 128
 """Images that candidates are tried on, at most."""
 
-MAGNITUDE_IMAGES = 64
-"""Images that channels' magnitudes are taken from: equalization only needs to know about how large they are."""
+FEW_IMAGES = 64
+"""Images that channels' magnitudes and layers' mean inputs are taken from."""
 
-OFF = "off"
+OFF, ON = "off", "on"
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,15 @@ class Tuned:
     ranges: Ranges
     method: str
     tuning: Tuning | None
+    means: Path | None = None
+    """Mean inputs of layers, .safetensors by node name, where biases are corrected."""
+
+
+Means = Mapping[str, npt.NDArray[np.float64]]
+
+
+def read_means(path: Path | None) -> Means | None:
+    return load_file(path) if path is not None else None
 
 
 class _Bench:
@@ -59,7 +74,9 @@ class _Bench:
     def _run(self, engine: Runnable) -> Any:
         return run_in_batches(engine, self._pixels, self._preprocess, IMAGE_BATCH)
 
-    def sqnr(self, graph: Path, ranges: Ranges, target: str, method: str) -> float:
+    def sqnr(
+        self, graph: Path, ranges: Ranges, target: str, method: str, means: Means | None = None
+    ) -> float:
         """SQNR of one candidate on the select images."""
         with tempfile.TemporaryDirectory(prefix="export-zoo-") as directory:
             out, twin = Path(directory) / "candidate.onnx", Path(directory) / "twin.onnx"
@@ -71,6 +88,7 @@ class _Bench:
                 reduce_range=self._options.reduce_range,
                 keep_float=self._options.keep_float,
                 method=method,
+                means=means,
             )
             if target == "onnxruntime":
                 return compare(self._reference, self._run(OnnxRuntimeEngine(out))).sqnr
@@ -78,19 +96,24 @@ class _Bench:
             return compare(self._reference, self._run(OnnxRuntimeEngine(twin, fused=False))).sqnr
 
 
-def _chosen(figures: Mapping[str, float], default: str) -> str:
+def _step(name: Literal["equalize", "bias", "method"], figures: dict[str, float], default: str) -> TuningStep:
     """The best candidate where it is better than the default by more than luck, else the default."""
-    best = max(figures, key=lambda name: figures[name])
-    return best if figures[best] >= figures[default] + MIN_GAIN else default
+    best = max(figures, key=lambda candidate: figures[candidate])
+    chosen = best if figures[best] >= figures[default] + MIN_GAIN[name] else default
+    return TuningStep(name=name, chosen=chosen, sqnr=figures)
 
 
 def _variants(
-    context: Context, graph: Path, chosen: ChosenImages, preprocess: Preprocess, directory: Path
+    context: Context,
+    graph: Path,
+    chosen: ChosenImages,
+    preprocess: Preprocess,
+    some: UInt8Array,
+    directory: Path,
 ) -> dict[str, tuple[Path, Ranges]]:
     """Equalized graphs and their ranges, by strength; none where no layer can be scaled."""
     files, root = chosen.splits["calibrate"], context.options.calib
     assert root is not None
-    some = ImageStream(files[:MAGNITUDE_IMAGES], preprocess, IMAGE_BATCH, root).all()
     names = observed(graph_io.load(graph).graph)
     if not names:
         return {}
@@ -115,6 +138,7 @@ def _tune(
     target: str,
     base: tuple[Path, Ranges],
     variants: Mapping[str, tuple[Path, Ranges]],
+    means_of: Callable[[str, Path], Means] | None,
     method: str,
 ) -> dict[str, Any]:
     """The choices for one target, step by step, each with the figures of its candidates."""
@@ -126,14 +150,28 @@ def _tune(
         figures = {
             name: bench.sqnr(graph, ranges, target, first) for name, (graph, ranges) in candidates.items()
         }
-        strength = _chosen(figures, OFF)
-        steps.append(TuningStep(name="equalize", chosen=strength, sqnr=figures))
+        steps.append(_step("equalize", figures, OFF))
+        strength = steps[-1].chosen
+    graph, ranges = candidates[strength]
+    means: Means | None = None
+    if means_of is not None:
+        found = means_of(strength, graph)
+        figures = {
+            OFF: bench.sqnr(graph, ranges, target, first),
+            ON: bench.sqnr(graph, ranges, target, first, found),
+        }
+        steps.append(_step("bias", figures, OFF))
+        means = found if steps[-1].chosen == ON else None
     if method == "auto":
-        graph, ranges = candidates[strength]
-        figures = {name: bench.sqnr(graph, ranges, target, name) for name in METHODS}
-        first = _chosen(figures, "minmax")
-        steps.append(TuningStep(name="method", chosen=first, sqnr=figures))
-    return {"strength": strength, "method": first, "steps": [step.model_dump() for step in steps]}
+        figures = {name: bench.sqnr(graph, ranges, target, name, means) for name in METHODS}
+        steps.append(_step("method", figures, "minmax"))
+        first = steps[-1].chosen
+    return {
+        "strength": strength,
+        "means": means is not None,
+        "method": first,
+        "steps": [step.model_dump() for step in steps],
+    }
 
 
 def tune(
@@ -151,7 +189,7 @@ def tune(
     With random weights nothing is tried: figures would be of rounding errors in chaotic networks.
     """
     options = context.options
-    wanted = "equalize" in options.steps or options.method == "auto"
+    wanted = options.steps or options.method == "auto"
     if random or not wanted or options.calib is None:
         method = "minmax" if options.method == "auto" else options.method
         return {target.name: Tuned(graph, ranges, method, None) for target in targets}
@@ -160,11 +198,33 @@ def tune(
     def make(directory: Path) -> dict[str, Any]:
         assert options.calib is not None
         pixels = ImageStream(files, preprocess, IMAGE_BATCH, options.calib).all()
+        some = ImageStream(
+            chosen.splits["calibrate"][:FEW_IMAGES], preprocess, IMAGE_BATCH, options.calib
+        ).all()
         variants = {}
         if "equalize" in options.steps:
-            variants = _variants(context, graph, chosen, preprocess, directory)
+            variants = _variants(context, graph, chosen, preprocess, some, directory)
+
+        def means_of(strength: str, variant: Path) -> Means:
+            path = directory / f"means-{strength}.safetensors"
+            if not path.exists():
+                nodes = graph_io.load(variant).graph
+                layers = [str(node.name) for node in nodes if weight_of(node) is not None]
+                save_file(layer_means(variant, some, preprocess, layers), path)
+            return read_means(path) or {}
+
         bench = _Bench(context, graph, pixels, preprocess)
-        found = {t.name: _tune(bench, t.name, (graph, ranges), variants, options.method) for t in targets}
+        found = {
+            target.name: _tune(
+                bench,
+                target.name,
+                (graph, ranges),
+                variants,
+                means_of if "bias" in options.steps else None,
+                options.method,
+            )
+            for target in targets
+        }
         for strength in variants.keys() - {data["strength"] for data in found.values()}:
             (directory / f"equalized-{strength}.json").unlink()
             (directory / f"equalized-{strength}.onnx").unlink()
@@ -190,11 +250,13 @@ def tune(
         for name, data in result.data["targets"].items():
             steps = [TuningStep.model_validate(step) for step in data["steps"]]
             tuning = Tuning(images=result.data["images"], steps=steps)
+            means = result.directory / f"means-{data['strength']}.safetensors" if data["means"] else None
             if data["strength"] == OFF:
-                tuned[name] = Tuned(graph, ranges, data["method"], tuning)
+                tuned[name] = Tuned(graph, ranges, data["method"], tuning, means)
             else:
                 path = result.directory / f"equalized-{data['strength']}.onnx"
-                tuned[name] = Tuned(path, Ranges.read(path.with_suffix(".json")), data["method"], tuning)
+                equalized = Ranges.read(path.with_suffix(".json"))
+                tuned[name] = Tuned(path, equalized, data["method"], tuning, means)
         stage.detail = "; ".join(f"{name}-int8 {_describe(found)}" for name, found in tuned.items())
         stage.detail += f", on {result.data['images']} images"
     return tuned
@@ -204,10 +266,10 @@ def _describe(tuned: Tuned) -> str:
     assert tuned.tuning is not None
     parts = []
     for step in tuned.tuning.steps:
-        default = OFF if step.name == "equalize" else "minmax"
-        what = {"equalize": f"equalized {step.chosen}", "method": step.chosen}[step.name]
-        if step.chosen == default:
-            parts.append("not equalized" if step.name == "equalize" else "minmax")
-        else:
-            parts.append(f"{what} {step.sqnr[step.chosen] - step.sqnr[default]:+.1f} dB")
+        default = "minmax" if step.name == "method" else OFF
+        what = {"equalize": f"equalized {step.chosen}", "bias": "biases corrected", "method": step.chosen}
+        if step.chosen != default:
+            parts.append(f"{what[step.name]} {step.sqnr[step.chosen] - step.sqnr[default]:+.1f} dB")
+        elif step.name == "method":
+            parts.append(step.chosen)
     return ", ".join(parts)

@@ -256,7 +256,7 @@ def test_int8_of_a_rescaled_network_is_as_good_as_before(target, digits, cli, tm
     before, after, without = (done.json["engines"][0] for done in (plain, saved, lost))
     assert after["gate"]["metrics"]["sqnr"] > before["gate"]["metrics"]["sqnr"] - 1
     assert without["gate"]["metrics"]["sqnr"] < 5
-    (step, _) = after["tuning"]["steps"]
+    step, *_ = after["tuning"]["steps"]
     assert (step["name"], step["chosen"] != "off") == ("equalize", True)
     assert step["sqnr"][step["chosen"]] > step["sqnr"]["off"] + 30
     assert "equalized" in saved.err
@@ -267,13 +267,15 @@ def test_what_was_tried_stands_in_the_manifest_and_the_best_is_taken(digits, cli
     done = cli(*arguments, "--out", tmp_path / "out")
     assert done.code == 0, done.err
     tuning = done.json["engines"][0]["tuning"]
-    equalize, method = tuning["steps"]
+    equalize, bias, method = tuning["steps"]
+    assert set(bias["sqnr"]) == {"off", "on"}
     assert tuning["images"] >= 64
     assert set(method["sqnr"]) == {"minmax", "percentile", "entropy", "mse"}
-    for step, default in ((equalize, "off"), (method, "minmax")):
+    for step, default in ((equalize, "off"), (bias, "off"), (method, "minmax")):
         best = max(step["sqnr"].values())
         gain = best - step["sqnr"][default]
-        assert step["sqnr"][step["chosen"]] == (best if gain >= 0.3 else step["sqnr"][default])
+        least = {"equalize": 1.0, "bias": 0.3, "method": 1.0}[step["name"]]
+        assert step["sqnr"][step["chosen"]] == (best if gain >= least else step["sqnr"][default])
     again = cli(*arguments, "--out", tmp_path / "out")
     assert next(s for s in again.json["stages"] if s["name"] == "tune")["cached"]
 

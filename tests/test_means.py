@@ -1,0 +1,135 @@
+"""Bias correction takes from each output channel the mean that rounding the weights adds, and no more."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from calibration.graph_io import sha256_of
+from calibration.means import layer_means
+from calibration.preprocess import Preprocess, normalize
+from calibration.ranges import Ranges, TensorRange
+from engines.onnxruntime_engine import OnnxRuntimeEngine
+from engines.precision import quantize
+
+PREPROCESS = Preprocess(
+    resize_size=12,
+    crop_height=12,
+    crop_width=12,
+    interpolation="bilinear",
+    mean=(0.2, 0.3, 0.4),  # far from the images' mean, so that there is a bias to correct
+    std=(0.25, 0.25, 0.25),
+    source="test",
+)
+PIXELS = np.random.default_rng(0).integers(60, 256, (10, 12, 12, 3), dtype=np.uint8)
+
+LAYERS = {
+    "plain": ((7, 3, 3, 3), {}),
+    "padded": ((7, 3, 3, 3), {"pads": [1, 2, 0, 1]}),
+    "strided": ((7, 3, 5, 3), {"strides": [2, 3], "pads": [2, 1, 2, 1]}),
+    "dilated": ((7, 3, 3, 3), {"dilations": [2, 3]}),
+    "grouped": ((6, 1, 3, 3), {"group": 3, "pads": [1] * 4}),
+}
+
+
+def layer(path: Path, kind: str, weight: np.ndarray, bias: np.ndarray) -> Path:
+    """Convolution of `kind`, or a dense layer behind a Flatten, whose output is the graph's."""
+    if kind in LAYERS:
+        nodes = [helper.make_node("Conv", ["input", "w", "b"], ["logits"], name="layer", **LAYERS[kind][1])]
+    else:
+        nodes = [
+            helper.make_node("Flatten", ["input"], ["flat"], name="flatten"),
+            helper.make_node(
+                "Gemm", ["flat", "w", "b"], ["logits"], name="layer", transB=int(kind == "transposed")
+            ),
+        ]
+    graph = helper.make_graph(
+        nodes,
+        "main",
+        [helper.make_tensor_value_info("input", TensorProto.FLOAT, ["batch", 3, 12, 12])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(weight, "w"), numpy_helper.from_array(bias, "b")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    onnx.save(onnx.shape_inference.infer_shapes(model, strict_mode=True), path)
+    return path
+
+
+def by_channel(path: Path) -> np.ndarray:
+    """Mean of each output channel over images and places."""
+    found = OnnxRuntimeEngine(path, fused=False).run(normalize(PIXELS, PREPROCESS)).astype(np.float64)
+    return found.mean(axis=tuple(i for i in range(found.ndim) if i != 1))
+
+
+@pytest.mark.parametrize("kind", [*LAYERS, "gemm", "transposed"])
+@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])
+def test_means_of_output_channels_are_those_of_the_float_layer(kind, target, tmp_path):
+    rng = np.random.default_rng(1)
+    shape = LAYERS[kind][0] if kind in LAYERS else (5, 432) if kind == "transposed" else (432, 5)
+    weight = (rng.normal(size=shape) * 0.2).astype(np.float32)
+    channels = shape[1] if kind == "gemm" else shape[0]
+    bias = rng.normal(size=channels).astype(np.float32)
+    graph = layer(tmp_path / "graph.onnx", kind, weight, bias)
+    means = layer_means(graph, PIXELS, PREPROCESS, ["layer"])
+
+    # What is judged are the rounded weights: the layer, in float, with them and the bias that the INT8 graph has.
+    name = "flat" if kind not in LAYERS else "input"
+    ranges = Ranges(
+        graph_sha256=sha256_of(graph),
+        preprocess=PREPROCESS,
+        image_sha256=[],
+        unreadable=[],
+        instruction_set="any",
+        versions={},
+        tensors={n: TensorRange(min=-4.0, max=4.0) for n in ("input", name, "logits")},
+    )
+
+    def rounded(corrected: bool) -> np.ndarray:
+        out = tmp_path / f"{corrected}.onnx"
+        quantize(graph, ranges, out, target=target, means=means if corrected else None)
+        stored = {t.name: numpy_helper.to_array(t) for t in onnx.load(out).graph.initializer}
+        integers = next(a for n, a in stored.items() if n == "layer_weight_quantized")
+        scales = next(a for n, a in stored.items() if n.startswith("layer_weight_scale")).astype(np.float32)
+        axis = 1 if kind == "gemm" else 0
+        shaped = scales.reshape([-1 if i == axis else 1 for i in range(weight.ndim)])
+        if target == "onnxruntime":
+            kept = stored["layer_bias_quantized"] * stored["layer_bias_scale"]
+        else:
+            prefix = "layer_bias_corrected" if corrected else "b"
+            kept = next(a for n, a in stored.items() if n == prefix or n.startswith(f"{prefix}_"))
+        return by_channel(
+            layer(tmp_path / f"float-{corrected}.onnx", kind, integers * shaped, kept.astype(np.float32))
+        )
+
+    want = by_channel(graph)
+    before, after = (np.abs(rounded(corrected) - want).max() for corrected in (False, True))
+    half = 2e-3 if target == "tensorrt" else 0  # its bias is stored in half
+    assert after < 1e-4 + half
+    assert before > 3 * after
+
+
+def test_layers_that_share_an_input_have_means_of_their_own(tmp_path):
+    nodes = [
+        helper.make_node("Conv", ["input", "w", "b"], ["x"], name="first", pads=[1] * 4),
+        helper.make_node("Conv", ["input", "w", "b"], ["y"], name="second"),
+        helper.make_node("GlobalAveragePool", ["x"], ["logits"], name="pool"),
+    ]
+    weight = np.ones((2, 3, 3, 3), np.float32)
+    graph = helper.make_graph(
+        nodes,
+        "main",
+        [helper.make_tensor_value_info("input", TensorProto.FLOAT, ["batch", 3, 12, 12])],
+        [helper.make_empty_tensor_value_info(name) for name in ("logits", "y")],
+        [numpy_helper.from_array(weight, "w"), numpy_helper.from_array(np.zeros(2, np.float32), "b")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    onnx.save(onnx.shape_inference.infer_shapes(model, strict_mode=True), tmp_path / "graph.onnx")
+    means = layer_means(tmp_path / "graph.onnx", PIXELS, PREPROCESS, ["first", "second"])
+    inputs = normalize(PIXELS, PREPROCESS).astype(np.float64)
+    assert means["second"][:, 1, 1] == pytest.approx(inputs[:, :, 1:11, 1:11].mean(axis=(0, 2, 3)), rel=1e-6)
+    padded = np.pad(inputs, ((0, 0), (0, 0), (1, 1), (1, 1)))
+    assert means["first"][:, 0, 2] == pytest.approx(padded[:, :, :12, 2:14].mean(axis=(0, 2, 3)), rel=1e-6)
