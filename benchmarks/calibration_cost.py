@@ -4,8 +4,9 @@
     python benchmarks/calibration_cost.py --modelopt .venv-modelopt/bin/python --json result.json
 
 ONNX Runtime's calibrators come with it. NVIDIA ModelOpt patches ONNX Runtime's quantizer and pins old packages: give it
-an environment of its own (`pip install 'nvidia-modelopt[onnx]'`). Each calibration is a process of its own, on the same
-cores; plain passes are taken before and after each. Weights are random: calibration's cost does not depend on them.
+an environment of its own (`pip install 'nvidia-modelopt[onnx]'`). Each calibration is a process of its own with all
+cores, as its authors set it up; plain passes are taken before and after each. Weights are random: calibration's cost
+does not depend on them.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import numpy as np
 
 from calibration.images import synthetic_images
 from calibration.machine import cpu_model, library_versions
-from calibration.preprocess import normalize
+from calibration.preprocess import Preprocess, normalize
 from exporter import graph, simplify, zoo
 from exporter.options import ExportOptions
 
@@ -43,9 +44,9 @@ def prepare(model: str, count: int, directory: Path) -> tuple[Path, Path]:
     return directory / "graph.onnx", images(spec.preprocess, count, directory)
 
 
-def images(preprocess: Any, count: int, directory: Path) -> Path:
+def images(preprocess: Preprocess, count: int, directory: Path) -> Path:
     folder = directory / str(count)
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     few = synthetic_images(min(count, 64), preprocess.crop_height, preprocess.crop_width, 2)
     pixels = np.concatenate([few] * (count // len(few)))
     np.save(folder / "pixels.npy", pixels)
@@ -60,10 +61,10 @@ def images(preprocess: Any, count: int, directory: Path) -> Path:
 
 
 def measure(
-    python: str, who: str, method: str, graph: Path, inputs: Path, cores: int, rounds: int
+    python: str, who: str, method: str, graph: Path, inputs: Path, rounds: int
 ) -> dict[str, Any] | None:
     worker = Path(__file__).with_name("calibration_worker.py")
-    command = [python, worker, who, method, graph, inputs, "--cores", cores, "--rounds", rounds]
+    command = [python, worker, who, method, graph, inputs, "--rounds", rounds]
     root = Path(__file__).parent.parent
     done = subprocess.run(
         [*map(str, command)], capture_output=True, text=True, check=False, env={"PYTHONPATH": str(root)}
@@ -78,12 +79,11 @@ def measure(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=MODELS)
-    parser.add_argument("--images", type=int, default=256)
-    parser.add_argument("--cores", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--images", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=3, help="of our own; peers are measured once")
     parser.add_argument("--modelopt", help="Python of an environment that has nvidia-modelopt[onnx]")
     parser.add_argument("--no-peers", action="store_true")
-    parser.add_argument("--memory", type=int, nargs=2, default=(64, 1024), help="images")
+    parser.add_argument("--memory", type=int, nargs=2, default=[64, 1024], help="images")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     runs = [("ours", method, sys.executable) for method in OURS]
@@ -92,36 +92,32 @@ def main() -> None:
         runs += [("modelopt", method, options.modelopt) for method in MODELOPT if options.modelopt]
     rows = []
     print(f"{cpu_model()}; {library_versions('onnxruntime', 'numpy', 'numba')}")
-    print(f"{'model':<14}{'cores':>6}  {'calibrator':<24}{'x forward':>10}{'seconds':>9}{'peak MiB':>10}")
+    print(f"{'model':<14}{'calibrator':<24}{'x forward':>10}{'seconds':>9}{'peak MiB':>10}")
     for model in options.models:
         with tempfile.TemporaryDirectory() as directory:
             fp32, inputs = prepare(model, options.images, Path(directory))
-            for cores in options.cores:
-                for who, method, python in runs:
-                    rounds = options.rounds if who == "ours" else 1
-                    found = measure(python, who, method, fp32, inputs, cores, rounds)
-                    if found is None:
-                        continue
-                    rows.append({"model": model, "cores": cores, "who": who, "method": method, **found})
-                    print(
-                        f"{model:<14}{cores:>6}  {who + ' ' + method:<24}{found['ratio']:>9.2f}x"
-                        f"{found['seconds']:>9.1f}{found['peak_mib']:>10}",
-                        flush=True,
-                    )
-            few, many = options.memory
-            if many:
-                shapes = json.loads((inputs.parent / "preprocess.json").read_text())
-                peaks = []
-                for count in (few, many):
-                    from calibration.preprocess import Preprocess
-
-                    other = images(Preprocess.model_validate(shapes), count, Path(directory))
-                    found = measure(sys.executable, "ours", "entropy", fp32, other, max(options.cores), 0)
-                    peaks.append(found["peak_mib"] if found else float("nan"))
-                rows.append({"model": model, "memory_images": [few, many], "peak_mib": peaks})
+            for who, method, python in runs:
+                rounds = options.rounds if who == "ours" else 1
+                found = measure(python, who, method, fp32, inputs, rounds)
+                if found is None:
+                    continue
+                rows.append({"model": model, "who": who, "method": method, **found})
                 print(
-                    f"{model:<14}memory of {few} and {many} images: {peaks[0]} and {peaks[1]} MiB", flush=True
+                    f"{model:<14}{who + ' ' + method:<24}{found['ratio']:>9.2f}x"
+                    f"{found['seconds']:>9.1f}{found['peak_mib']:>10}",
+                    flush=True,
                 )
+            if options.memory[1]:
+                preprocess = Preprocess.model_validate_json(
+                    inputs.with_name("preprocess.json").read_text(encoding="utf-8")
+                )
+                peaks = []
+                for count in options.memory:
+                    other = images(preprocess, count, Path(directory))
+                    found = measure(sys.executable, "ours", "entropy", fp32, other, 0)
+                    peaks.append(found["peak_mib"] if found else None)
+                rows.append({"model": model, "memory_images": options.memory, "peak_mib": peaks})
+                print(f"{model:<14}peak MiB of {options.memory} images: {peaks}", flush=True)
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n")
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import tempfile
 import time
@@ -129,10 +128,8 @@ def main() -> None:
     parser.add_argument("method")
     parser.add_argument("graph", type=Path)
     parser.add_argument("inputs", type=Path)
-    parser.add_argument("--cores", type=int, required=True)
     parser.add_argument("--rounds", type=int, default=1, help="0: memory only")
     options = parser.parse_args()
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.cores])
     calibrate, graph, inputs, method = WHO[options.who], options.graph, options.inputs, options.method
     calibrate(graph, inputs, method)
     peak, pairs = _peak_mib(), []

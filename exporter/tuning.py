@@ -36,8 +36,8 @@ MIN_GAIN = {"equalize": 1.0, "bias": 0.3, "method": 1.0}
 """Decibels that a step must bring on the select images. Other ranges round other values up and down, and so a decibel
 more on some images may be as much less on others; correcting a bias takes a known error away."""
 
-MAX_SELECT = 128
-"""Images that candidates are tried on, at most."""
+MIN_SELECT, MAX_SELECT, MAX_PIXELS = 32, 128, 128 * 64 * 64
+"""Images that candidates are tried on: fewer where they are large, for TensorRT's graphs run unfused here."""
 
 FEW_IMAGES = 64
 """Images that channels' magnitudes and layers' mean inputs are taken from."""
@@ -70,6 +70,7 @@ class _Bench:
     def __init__(self, context: Context, fp32: Path, pixels: UInt8Array, preprocess: Preprocess) -> None:
         self._options, self._pixels, self._preprocess = context.options, pixels, preprocess
         self._reference = self._run(OnnxRuntimeEngine(fp32))
+        self._known: dict[tuple[Path, str, str, bool], float] = {}
 
     def _run(self, engine: Runnable) -> Any:
         return run_in_batches(engine, self._pixels, self._preprocess, IMAGE_BATCH)
@@ -78,6 +79,12 @@ class _Bench:
         self, graph: Path, ranges: Ranges, target: str, method: str, means: Means | None = None
     ) -> float:
         """SQNR of one candidate on the select images."""
+        key = (graph, target, method, means is not None)
+        if key not in self._known:
+            self._known[key] = self._measured(graph, ranges, target, method, means)
+        return self._known[key]
+
+    def _measured(self, graph: Path, ranges: Ranges, target: str, method: str, means: Means | None) -> float:
         with tempfile.TemporaryDirectory(prefix="export-zoo-") as directory:
             out, twin = Path(directory) / "candidate.onnx", Path(directory) / "twin.onnx"
             quantize(
@@ -193,7 +200,8 @@ def tune(
     if random or not wanted or options.calib is None:
         method = "minmax" if options.method == "auto" else options.method
         return {target.name: Tuned(graph, ranges, method, None) for target in targets}
-    files = chosen.splits["select"][:MAX_SELECT]
+    affordable = MAX_PIXELS // (preprocess.crop_height * preprocess.crop_width)
+    files = chosen.splits["select"][: min(MAX_SELECT, max(MIN_SELECT, affordable))]
 
     def make(directory: Path) -> dict[str, Any]:
         assert options.calib is not None
