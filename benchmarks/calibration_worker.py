@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,9 +24,17 @@ Batch = npt.NDArray[np.float32]
 
 def batches(inputs: Path) -> Iterator[Batch]:
     """Preprocessed images, float32 [N, 3, H, W] in a .npy file, eight at a time."""
-    array = np.load(inputs, mmap_mode="r")
-    for start in range(0, len(array), BATCH):
-        yield np.ascontiguousarray(array[start : start + BATCH])
+    for start in range(0, _length(inputs), BATCH):
+        yield _part(inputs, start)
+
+
+def _length(path: Path) -> int:
+    return len(np.load(path, mmap_mode="r"))
+
+
+def _part(path: Path, start: int) -> npt.NDArray[Any]:
+    """A batch, mapped and let go: pages of a mapped file count as the process's memory."""
+    return np.array(np.load(path, mmap_mode="r")[start : start + BATCH])
 
 
 def forward(graph: Path, inputs: Path) -> None:
@@ -47,13 +56,13 @@ def ours(graph: Path, inputs: Path, method: str) -> None:
     class Preprocessed(ImageStream):
         def __iter__(self) -> Iterator[npt.NDArray[np.uint8]]:
             self.images = list(self.files)
-            for start in range(0, len(pixels), BATCH):
-                yield pixels[start : start + BATCH]
+            for start in range(0, len(self.files), BATCH):
+                yield _part(pixels, start)
 
     # Our stream carries uint8 pixels and normalizes them: the same numbers as the peers', which get float32.
-    pixels = np.load(inputs.with_name("pixels.npy"), mmap_mode="r")
+    pixels = inputs.with_name("pixels.npy")
     preprocess = Preprocess.model_validate_json(inputs.with_name("preprocess.json").read_text())
-    files = [ImageFile(Path(), str(i), f"{i:064}", None) for i in range(len(pixels))]
+    files = [ImageFile(Path(), str(i), f"{i:064}", None) for i in range(_length(pixels))]
     names = quantized_tensors(load(graph).graph)
     ranges = collect(graph, Preprocessed(files, preprocess, BATCH, Path()), histograms=names)
     for name in names:
