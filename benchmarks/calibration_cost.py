@@ -20,12 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from networks import simplified
 
 from calibration.images import synthetic_images
 from calibration.machine import cpu_model, library_versions
 from calibration.preprocess import Preprocess, normalize
-from exporter import graph, simplify, zoo
-from exporter.options import ExportOptions
 
 MODELS = ("resnet18", "resnet50", "mobilenet_v2")
 OURS = ("minmax", "percentile", "entropy", "mse")
@@ -35,13 +34,8 @@ MODELOPT = ("minmax", "entropy")
 
 def prepare(model: str, count: int, directory: Path) -> tuple[Path, Path]:
     """The simplified graph of a model, and so many preprocessed images."""
-    spec = zoo.resolve(ExportOptions(model=model, weights="none"))
-    p = spec.preprocess
-    module, _ = zoo.build(spec)
-    inputs = normalize(synthetic_images(4, p.crop_height, p.crop_width, 1), p)
-    graph.export(module, p.crop_height, p.crop_width, directory / "model.onnx")
-    simplify.simplify(directory / "model.onnx", directory, inputs)
-    return directory / "graph.onnx", images(spec.preprocess, count, directory)
+    fp32, preprocess = simplified(model, directory)
+    return fp32, images(preprocess, count, directory)
 
 
 def images(preprocess: Preprocess, count: int, directory: Path) -> Path:

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from networks import simplified
 from peers import quantize_with_onnxruntime
 
 from calibration.collect import collect
@@ -24,19 +25,12 @@ from calibration.machine import cpu_model, instruction_set, library_versions
 from calibration.preprocess import Preprocess, normalize
 from engines.onnxruntime_engine import OnnxRuntimeEngine
 from engines.precision import quantize
-from exporter import graph, simplify, zoo
-from exporter.options import ExportOptions
 
 
 def prepare(model: str, directory: Path) -> tuple[dict[str, Path], Preprocess]:
     """FP32 graph, our INT8 graph and the peer's, by name."""
-    spec = zoo.resolve(ExportOptions(model=model, weights="none"))
-    p = spec.preprocess
-    module, _ = zoo.build(spec)
-    inputs = normalize(synthetic_images(3, p.crop_height, p.crop_width, 1), p)
-    graph.export(module, p.crop_height, p.crop_width, directory / "model.onnx")
-    simplify.simplify(directory / "model.onnx", directory, inputs)
-    fp32, ours, peer = directory / "graph.onnx", directory / "ours.onnx", directory / "peer.onnx"
+    fp32, p = simplified(model, directory)
+    ours, peer = directory / "ours.onnx", directory / "peer.onnx"
     stream = SyntheticStream(16, 0, p, 16)
     quantize(fp32, collect(fp32, stream), ours)
     quantize_with_onnxruntime(fp32, peer, [normalize(batch, p) for batch in stream])

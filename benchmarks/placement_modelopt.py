@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+from networks import simplified
 
 from calibration.collect import collect
 from calibration.images import SyntheticStream, synthetic_images
@@ -25,8 +26,6 @@ from engines.onnxruntime_engine import OnnxRuntimeEngine
 from engines.parity import compare
 from engines.precision import quantize
 from engines.twin import write_twin
-from exporter import graph, simplify, zoo
-from exporter.options import ExportOptions
 
 Operand = tuple[str, int]
 
@@ -52,13 +51,8 @@ def both(model: str, directory: Path) -> tuple[list[dict[Operand, str]], list[fl
     """Quantized operands of our graph and of ModelOpt's, and the SQNR of both in dB."""
     from modelopt.onnx.quantization import quantize as quantize_with_modelopt
 
-    spec = zoo.resolve(ExportOptions(model=model, weights="none"))
-    p = spec.preprocess
-    module, _ = zoo.build(spec)
-    inputs = normalize(synthetic_images(4, p.crop_height, p.crop_width, 1), p)
-    graph.export(module, p.crop_height, p.crop_width, directory / "model.onnx")
-    simplify.simplify(directory / "model.onnx", directory, inputs)
-    fp32, ours, theirs = (directory / f"{name}.onnx" for name in ("graph", "ours", "theirs"))
+    fp32, p = simplified(model, directory)
+    ours, theirs = directory / "ours.onnx", directory / "theirs.onnx"
     stream = SyntheticStream(16, 0, p, 8)
     quantize(fp32, collect(fp32, stream), ours, target="tensorrt")
     quantize_with_modelopt(

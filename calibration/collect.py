@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,13 +13,13 @@ from threading import Lock
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime as ort
 
 from calibration import graph_io
 from calibration.errors import BadInputError
 from calibration.histogram import Accumulator, Float32Array, extremes, kernels
 from calibration.images import ImageFile, ImageStream, Progress
 from calibration.machine import instruction_set, library_versions, usable_cores
+from calibration.observe import Observer
 from calibration.preprocess import Preprocess, UInt8Array, normalize
 from calibration.ranges import Ranges, TensorRange
 
@@ -156,26 +155,8 @@ def _passes(observed: Sequence[_Observed], budget: int) -> Iterator[list[_Observ
         yield together
 
 
-def _session(
-    graph: Path, tensors: Sequence[_Observed], threads: int, directory: Path
-) -> tuple[ort.InferenceSession, str]:
-    """The graph with the tensors as its outputs, and the name of its input."""
-    model = graph_io.load(graph)
-    values = {v.name: v for node in model.graph for v in node.outputs}
-    known = {v.name for v in model.graph.outputs}
-    model.graph.outputs.extend(values[t.name] for t in tensors if t.name in values and t.name not in known)
-    path = directory / "observed.onnx"
-    graph_io.save(model, path)
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return session, str(model.graph.inputs[0].name)
-
-
 def _run(
-    session: ort.InferenceSession,
-    feed: str,
+    observer: Observer,
     tensors: Sequence[_Observed],
     images: ImageStream,
     workers: int,
@@ -189,7 +170,6 @@ def _run(
     Raises:
         BadInputError: a tensor is not finite.
     """
-    names = [tensor.name for tensor in tensors if tensor.name != feed]
     idle: SimpleQueue[int] = SimpleQueue()
     for worker in range(workers):
         idle.put(worker)
@@ -197,9 +177,7 @@ def _run(
     def look(pixels: UInt8Array, files: Sequence[ImageFile]) -> int:
         worker = idle.get()
         try:
-            batch = normalize(pixels, images.preprocess)
-            arrays = session.run(names, {feed: batch}) if names else []
-            found = {feed: batch} | {n: np.asarray(a) for n, a in zip(names, arrays, strict=True)}
+            found = observer.run(normalize(pixels, images.preprocess))
             for tensor in tensors:
                 tensor.see(found[tensor.name], files, worker)
         finally:
@@ -256,15 +234,14 @@ def collect(
     shown = 0
     for index, tensors in enumerate(passes):
         at_once = budget // workers // (4 * sum(t.elements for t in tensors))
-        with tempfile.TemporaryDirectory(prefix="export-zoo-") as directory:
-            session, feed = _session(graph, tensors, threads // workers, Path(directory))
-            done = 0
-            for count in _run(session, feed, tensors, images, workers, max(1, at_once)):
-                done += count
-                now = (index * len(images.files) + done) // len(passes)
-                progress(now - shown)
-                shown = now
-            del session
+        observer = Observer(graph, (tensor.name for tensor in tensors), threads=threads // workers)
+        done = 0
+        for count in _run(observer, tensors, images, workers, max(1, at_once)):
+            done += count
+            now = (index * len(images.files) + done) // len(passes)
+            progress(now - shown)
+            shown = now
+        del observer  # before the next one is made
     if not images.images:
         raise BadInputError(f"{images.root}: no image could be used for calibration", hint="check the folder")
     for tensor in observed:
@@ -296,16 +273,9 @@ def channel_magnitudes(
 
     Returns float32 [C] by name.
     """
-    tensors = [_Observed(name, "", 0, by_image=False, accumulator=None) for name in names]
     found: dict[str, Float32Array] = {}
-    with tempfile.TemporaryDirectory(prefix="export-zoo-") as directory:
-        session, feed = _session(graph, tensors, usable_cores(), Path(directory))
-        wanted = [name for name in names if name != feed]
-        for index in range(len(pixels)):
-            batch = normalize(pixels[index : index + 1], preprocess)
-            arrays = [np.asarray(array) for array in session.run(wanted, {feed: batch})]
-            for name, array in [(feed, batch), *zip(wanted, arrays, strict=True)]:
-                if name in names:
-                    largest = np.abs(array).reshape(array.shape[1], -1).max(axis=1)
-                    found[name] = np.maximum(found[name], largest) if name in found else largest
+    for arrays in Observer(graph, names).one_by_one(pixels, preprocess):
+        for name in names:
+            largest = np.abs(arrays[name]).reshape(arrays[name].shape[1], -1).max(axis=1)
+            found[name] = np.maximum(found[name], largest) if name in found else largest
     return found

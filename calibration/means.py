@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-import onnxruntime as ort
 
 from calibration import graph_io
-from calibration.preprocess import Preprocess, UInt8Array, normalize
+from calibration.observe import Observer
+from calibration.preprocess import Preprocess, UInt8Array
 
 Float32Array = npt.NDArray[np.float32]
 Float64Array = npt.NDArray[np.float64]
@@ -52,29 +51,16 @@ def layer_means(
     """
     model = graph_io.load(graph)
     nodes = {str(node.name): node for node in model.graph if node.name in layers}
-    inputs = {name: _input(node) for name, node in nodes.items()}
-    feed = str(model.graph.inputs[0].name)
-    known = {value.name for value in model.graph.outputs} | {feed}
-    model.graph.outputs.extend(dict.fromkeys(v for v in inputs.values() if v.name not in known))
-    names = sorted({str(value.name) for value in inputs.values()} - {feed})
+    inputs = {name: str(_input(node).name) for name, node in nodes.items()}
     totals: dict[str, Float64Array] = {}
-    with tempfile.TemporaryDirectory(prefix="export-zoo-") as directory:
-        path = Path(directory) / "observed.onnx"
-        graph_io.save(model, path)
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        for index in range(len(pixels)):
-            batch = normalize(pixels[index : index + 1], preprocess)
-            arrays = session.run(names, {feed: batch}) if names else []
-            found = {feed: batch} | {n: np.asarray(a) for n, a in zip(names, arrays, strict=True)}
-            for name, node in nodes.items():
-                array = found[str(inputs[name].name)]
-                if node.op_type == "Conv":
-                    mean = _patches(node, array)
-                else:
-                    mean = array.reshape(-1, array.shape[-1]).mean(axis=0, dtype=np.float64)
-                totals[name] = totals[name] + mean if name in totals else mean
+    for arrays in Observer(graph, inputs.values()).one_by_one(pixels, preprocess):
+        for name, node in nodes.items():
+            array = arrays[inputs[name]]
+            if node.op_type == "Conv":
+                mean = _patches(node, array)
+            else:
+                mean = array.reshape(-1, array.shape[-1]).mean(axis=0, dtype=np.float64)
+            totals[name] = totals[name] + mean if name in totals else mean
     return {name: total / len(pixels) for name, total in totals.items()}
 
 

@@ -191,7 +191,8 @@ def load(
             hint="export again; allow_failed=True loads it to look into it",
         )
     engines = {e.name: e for e in manifest.artifacts.engines}
-    states = {e.name: _state_here(e, attestations(root)) for e in engines.values()}
+    attested = attestations(root)
+    states = {name: _state_here(e, attested) for name, e in engines.items()}
     if engine is not None:
         if engine not in engines:
             raise BadInputError(

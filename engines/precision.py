@@ -189,7 +189,7 @@ class _Quantizer:
         ranges: Ranges,
         scheme: Scheme,
         reduce_range: bool,
-        methods: Mapping[str, str],
+        method: str,
         means: Mapping[str, npt.NDArray[np.float64]],
     ) -> None:
         self.graph = graph
@@ -197,9 +197,9 @@ class _Quantizer:
         self.scheme = scheme
         self.reduce_range = reduce_range
         self.means = means
-        self.scales = self._scales(ranges, methods)
+        self.scales = self._scales(ranges, method)
 
-    def _scales(self, ranges: Ranges, methods: Mapping[str, str]) -> dict[str, ActivationScale]:
+    def _scales(self, ranges: Ranges, method: str) -> dict[str, ActivationScale]:
         scales: dict[str, ActivationScale] = {}
         for members in self.placement.groups().values():
             missing = [name for name in members if name not in ranges.tensors]
@@ -208,10 +208,8 @@ class _Quantizer:
                     f"the ranges file has no range for tensor {missing[0]!r}",
                     hint="it was made for another graph: calibrate again",
                 )
-            chosen = next((methods[name] for name in members if name in methods), methods[""])
-            low, high = _range_of(
-                chosen, {name: ranges.tensors[name] for name in members}, self.scheme.symmetric
-            )
+            tensors = {name: ranges.tensors[name] for name in members}
+            low, high = _range_of(method, tensors, self.scheme.symmetric)
             shared = symmetric_scale(low, high) if self.scheme.symmetric else activation_scale(low, high)
             scales.update(dict.fromkeys(members, shared))
         return scales
@@ -342,7 +340,6 @@ def quantize(
     reduce_range: bool = False,
     keep_float: Sequence[str] = (),
     method: str = "minmax",
-    methods: Mapping[str, str] | None = None,
     means: Mapping[str, npt.NDArray[np.float64]] | None = None,
 ) -> list[Path]:
     """Write the INT8 precision graph of an FP32 graph for a target and return the files written.
@@ -351,7 +348,6 @@ def quantize(
         keep_float: patterns of layers to leave unquantized, see `engines.keep_float`.
         method: how ranges are chosen, see `calibration.methods`.
         means: mean inputs of layers by node name (see `calibration.means`), to correct their biases with.
-        methods: another method for some activations, by tensor name; those that share its scale follow.
 
     Raises:
         BadInputError: the ranges are not those of this graph, or nothing in the graph can be quantized.
@@ -371,8 +367,7 @@ def quantize(
     if not placement.weights:
         raise BadInputError("INT8: no Conv, Gemm or MatMul with constant weights in the graph")
     scheme = SCHEMES[target]
-    chosen = {**(methods or {}), "": method}
-    _Quantizer(model.graph, placement, ranges, scheme, reduce_range, chosen, means or {}).run()
+    _Quantizer(model.graph, placement, ranges, scheme, reduce_range, method, means or {}).run()
     if scheme.half:
         halve(model.graph, ranges)
     if target == "onnxruntime":
