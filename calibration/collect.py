@@ -249,7 +249,8 @@ def collect(
             raise BadInputError(
                 f"calibration: tensor {tensor.name!r} (module {tensor.module or 'unknown'}) is 0 on all calibration "
                 "images: eight bits cannot be fitted to it",
-                hint="check the weights and the images, or leave what reads it unquantized: --keep-float",
+                hint="check the weights and the images, or leave the layers that write and read it unquantized: "
+                f"--keep-float {tensor.module.rpartition('.')[0] or 'PATTERN'}",
             )
     return Ranges(
         graph_sha256=graph_io.sha256_of(graph),

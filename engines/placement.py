@@ -251,6 +251,6 @@ POLICIES = {
 }
 
 
-def quantized_tensors(graph: ir.Graph) -> frozenset[str]:
+def quantized_tensors(graph: ir.Graph, kept: Set[str] = frozenset()) -> frozenset[str]:
     """Activations that any target quantizes: one calibration serves them all."""
-    return frozenset(name for place in POLICIES.values() for name in place(graph).activations)
+    return frozenset(name for place in POLICIES.values() for name in place(graph, kept).activations)

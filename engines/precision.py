@@ -148,7 +148,7 @@ def _range_of(method: str, tensors: Mapping[str, TensorRange], symmetric: bool) 
         if not tensor.histogram:
             raise BadInputError(
                 f"the ranges file has no histogram of tensor {name!r}, which --method {method} needs",
-                hint="calibrate again with --precision int8",
+                hint="calibrate again with --precision int8 and the same --keep-float",
             )
     found = [Histogram.decode(tensor.histogram) for tensor in tensors.values()]
     return METHODS[method](reduce(Histogram.merged, found), low, high, symmetric)

@@ -10,7 +10,14 @@ import click
 
 from calibration.errors import UsageError
 from exporter import options, outcome
-from exporter.common_options import EXIT_CODES, json_option, model_options, quiet_option, verbose_option
+from exporter.common_options import (
+    EXIT_CODES,
+    json_option,
+    keep_float_option,
+    model_options,
+    quiet_option,
+    verbose_option,
+)
 from exporter.report import ConsoleReporter
 
 
@@ -32,6 +39,7 @@ def _shard(text: str) -> tuple[int, int]:
     help="Default: ./MODEL.ranges.json; --merge needs it.",
 )
 @model_options
+@keep_float_option
 @json_option
 @quiet_option
 @verbose_option
@@ -62,7 +70,9 @@ def calibrate(
         if len(what) != 1:
             raise UsageError("calibrate needs one MODEL", hint="`export-zoo list` shows all")
         part = _shard(shard)
-        chosen = options.ExportOptions(model=what[0], **options.model_options(given))
+        chosen = options.ExportOptions(
+            model=what[0], keep_float=tuple(given["keep_float"]), **options.model_options(given)
+        )
         out = out if out is not None else Path(f"{what[0]}.ranges.json")
         from exporter.calibrating import calibrate as run
 

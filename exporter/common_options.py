@@ -33,6 +33,12 @@ quiet_option = click.option("-q", "--quiet", is_flag=True, help="Only warnings a
 verbose_option = click.option(
     "-v", "--verbose", is_flag=True, help="TensorRT's log, and tracebacks of unexpected errors."
 )
+keep_float_option = click.option(
+    "--keep-float",
+    multiple=True,
+    metavar="PATTERN",
+    help="INT8: layers to leave unquantized: a glob over module paths or nodes, @depthwise, @few-channels. Repeatable.",
+)
 
 _MODEL_OPTIONS = (
     click.option(

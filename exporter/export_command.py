@@ -10,7 +10,14 @@ import click
 
 from calibration.errors import UsageError
 from exporter import options, outcome
-from exporter.common_options import EXIT_CODES, json_option, model_options, quiet_option, verbose_option
+from exporter.common_options import (
+    EXIT_CODES,
+    json_option,
+    keep_float_option,
+    model_options,
+    quiet_option,
+    verbose_option,
+)
 from exporter.report import ConsoleReporter, show_log
 
 
@@ -71,12 +78,7 @@ from exporter.report import ConsoleReporter, show_log
 @click.option(
     "--reduce-range", is_flag=True, help="7-bit weights, for CPUs without VNNI, where 8 bits can saturate."
 )
-@click.option(
-    "--keep-float",
-    multiple=True,
-    metavar="PATTERN",
-    help="INT8: layers to leave unquantized: a glob over module paths or nodes, @depthwise, @few-channels. Repeatable.",
-)
+@keep_float_option
 @click.option(
     "--workspace",
     "workspace_mb",

@@ -18,6 +18,7 @@ from calibration.machine import instruction_set
 from calibration.preprocess import normalize
 from calibration.ranges import Ranges
 from engines.bundle import HeldOut
+from engines.keep_float import kept_float
 from engines.parity import check_reference
 from engines.placement import quantized_tensors
 from exporter.context import IMAGE_BATCH, Context
@@ -182,9 +183,10 @@ def calibrate(
     """
     files, root = chosen.splits["calibrate"][shard[0] - 1 :: shard[1]], context.options.calib
     seed = spec.seed + 3
-    histograms = (
-        sorted(quantized_tensors(graph_io.load(graph).graph)) if "int8" in context.options.precisions else []
-    )
+    histograms: list[str] = []
+    if "int8" in context.options.precisions:
+        model = graph_io.load(graph).graph
+        histograms = sorted(quantized_tensors(model, kept_float(model, context.options.keep_float)))
 
     def make(directory: Path) -> dict[str, Any]:
         stream = (

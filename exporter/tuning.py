@@ -22,6 +22,7 @@ from calibration.preprocess import Preprocess, UInt8Array
 from calibration.ranges import Ranges
 from engines.equalize import STRENGTHS, equalize, observed
 from engines.gate import Runnable, run_in_batches
+from engines.keep_float import kept_float
 from engines.manifest import Tuning, TuningStep
 from engines.onnxruntime_engine import OnnxRuntimeEngine
 from engines.parity import compare
@@ -134,7 +135,9 @@ def _variants(
         graph_io.save(model, path)
         stream = ImageStream(files, preprocess, IMAGE_BATCH, root)
         with context.reporter.bar(f"tune {strength}", len(files)) as progress:
-            ranges = collect(path, stream, histograms=quantized_tensors(model.graph), progress=progress)
+            kept = kept_float(model.graph, context.options.keep_float)
+            wanted = quantized_tensors(model.graph, kept)
+            ranges = collect(path, stream, histograms=wanted, progress=progress)
         ranges.write(path.with_suffix(".json"))
         found[str(strength)] = path, ranges
     return found

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from calibration.ranges import Ranges
 
@@ -131,6 +132,31 @@ def test_out_that_cannot_be_written_is_told_before_any_work(cli, arguments, tmp_
         assert done.code == 2
         assert str(out) in done.json["error"]["message"]
         assert done.json["stages"] == []
+
+
+def test_a_dead_layer_is_an_error_until_it_is_kept_float(cli, digits, arguments, tmp_path):
+    state = load_file(digits.weights["resnet18"])
+    state["layer1.0.bn1.weight"][:], state["layer1.0.bn1.bias"][:] = 0, -1
+    save_file(state, tmp_path / "dead.safetensors")
+    given = [*arguments, "--weights", tmp_path / "dead.safetensors"]
+    for command in (["calibrate", *given], [*given, "--precision", "int8"]):
+        refused = cli(*command, "--out", tmp_path / "out")
+        assert refused.code == 5
+        assert "layer1.0.relu) is 0 on all" in refused.json["error"]["message"]
+        assert "--keep-float layer1.0" in refused.json["error"]["hint"]
+        assert not (tmp_path / "out").exists()
+    kept = ["--keep-float", "layer1.0"]
+    path = calibrated(cli, given, tmp_path / "r.json", *kept)
+    export = [*given, "--precision", "int8", "--tolerance", "accuracy_drop=1", *kept]
+    done = cli(*export, "--out", tmp_path / "kept")
+    assert done.code == 0, done.err
+    reused = cli(*export, "--ranges", path, "--out", tmp_path / "reused")
+    assert reused.json["engines"][0]["file"]["sha256"] == done.json["engines"][0]["file"]["sha256"]
+    other = cli(
+        *export[:-2], "--steps", "none", "--method", "mse", "--ranges", path, "--out", tmp_path / "other"
+    )
+    assert other.code == 5
+    assert "the same --keep-float" in other.json["error"]["hint"]
 
 
 def test_the_document_tells_what_was_written(cli, arguments, tmp_path):
