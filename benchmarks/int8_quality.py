@@ -6,7 +6,9 @@
 A rescaled twin has powers of two (2^-5 to 2^5 a channel) moved between the channels of neighbouring layers: the same
 function to the bit, in PyTorch, too. Ours is what `export-zoo` makes with its defaults. Peers get the same FP32 graph
 and the same images to calibrate on; all are judged on the same held-out images, by SQNR to eager PyTorch's logits and
-by top-1 agreement. ModelOpt patches ONNX Runtime's quantizer: it has an environment of its own.
+by top-1 agreement. ModelOpt patches ONNX Runtime's quantizer: it has an environment of its own. What it leaves
+unquantized is FP16, its default, and its graphs are run as ours of TensorRT are: on the CPU, rounding to half where an
+engine would.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ from engines import bundle, equalize  # noqa: E402
 from engines.gate import run_in_batches  # noqa: E402
 from engines.onnxruntime_engine import OnnxRuntimeEngine  # noqa: E402
 from engines.parity import compare  # noqa: E402
+from engines.twin import write_twin  # noqa: E402
 from exporter import ExportOptions, export_zoo  # noqa: E402
 from exporter.options import BatchRange, Tolerance  # noqa: E402
 from exporter.pipeline import KeptError  # noqa: E402
@@ -119,8 +122,13 @@ def theirs(place: Path, folder: Path, modelopt: str | None) -> Iterator[tuple[st
     pixels = images.ImageStream(splits["calibrate"], p, 8, folder).all()
     graph = place / manifest.recipe.graph.path
 
-    def judge(path: Path, *, fused: bool) -> dict[str, Any]:
-        found = run_in_batches(OnnxRuntimeEngine(path, fused=fused), held.pixels, p, 8)
+    def judge(path: Path, *, half: bool) -> dict[str, Any]:
+        if half:
+            write_twin(path, path.with_suffix(".twin.onnx"))
+            engine = OnnxRuntimeEngine(path.with_suffix(".twin.onnx"), fused=False)
+        else:
+            engine = OnnxRuntimeEngine(path)
+        found = run_in_batches(engine, held.pixels, p, 8)
         metrics = compare(held.logits, found)
         return {"sqnr": metrics.sqnr, "top1": metrics.top1}
 
@@ -130,7 +138,7 @@ def theirs(place: Path, folder: Path, modelopt: str | None) -> Iterator[tuple[st
             for method in ("MinMax", "Entropy", "Percentile"):
                 batches = (normalize(pixels[start : start + 8], p) for start in range(0, len(pixels), 8))
                 quantize_with_onnxruntime(graph, out, batches, method=method, activations=activations)
-                yield "onnxruntime", f"onnxruntime {method} {activations}", judge(out, fused=True)
+                yield "onnxruntime", f"onnxruntime {method} {activations}", judge(out, half=False)
         if modelopt:
             inputs = Path(directory) / "inputs.npy"
             np.save(inputs, normalize(pixels, p))
@@ -138,7 +146,7 @@ def theirs(place: Path, folder: Path, modelopt: str | None) -> Iterator[tuple[st
                 worker = Path(__file__).with_name("modelopt_worker.py")
                 command = [modelopt, worker, graph, inputs, method, out]
                 subprocess.run([*map(str, command)], check=True, capture_output=True)
-                yield "tensorrt-rtx", f"modelopt {method}", judge(out, fused=False)
+                yield "tensorrt-rtx", f"modelopt {method}", judge(out, half=True)
 
 
 def rows(model: str, seed: int, modelopt: str | None, directory: Path) -> Iterator[dict[str, Any]]:

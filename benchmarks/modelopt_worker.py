@@ -16,7 +16,7 @@ quantize(
     calibration_data={name: np.load(inputs)},
     calibration_method=method,
     calibration_eps=["cpu"],
-    high_precision_dtype="fp32",
+    high_precision_dtype="fp16",
     output_path=out,
     log_level="ERROR",
 )

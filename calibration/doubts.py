@@ -3,27 +3,36 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from calibration.ranges import Ranges
 
 FEW = 100
 """Images below which min/max still moves a lot from one set to another."""
 
+MANY_ALIKE = 0.05
+"""Share of images that look like another one from which the others are outweighed."""
+
 ALONE = 2.0
 """A range so many times as wide as without one image costs all others a bit."""
 
 
-def doubts(ranges: Ranges, names: Mapping[str, str]) -> list[str]:
-    """Warnings for people: too few images, and images that alone widen the ranges of quantized tensors.
+def doubts(ranges: Ranges, names: Mapping[str, str], alike: Sequence[Sequence[str]] = ()) -> list[str]:
+    """Warnings for people: too few images, many that look alike, those that alone widen ranges of quantized tensors.
 
     Args:
         names: of the images, by SHA-256.
+        alike: names of images that look like another one, and of that one.
     """
     found = []
     count = len(ranges.image_sha256)
     if count < FEW:
         found.append(f"calibrated on {count} images only: 300 to 1,000 are usual")
+    if len(alike) > MANY_ALIKE * count:
+        found.append(
+            f"{len(alike)} of {count} images look like another one, {alike[0][0]} like {alike[0][1]} for example: "
+            "they calibrate as fewer would. Frames of a video, or copies?"
+        )
     widened: dict[str, list[tuple[float, str]]] = defaultdict(list)
     for name, tensor in ranges.tensors.items():
         magnitude = max(-tensor.min, tensor.max)

@@ -88,6 +88,12 @@ def mse(histogram: Histogram, low: float, high: float, symmetric: bool) -> Range
     return low, high
 
 
+def squared_error(histogram: Histogram, low: float, high: float, symmetric: bool) -> float:
+    """Mean squared error between the values and what 8 bits of a range make of them; of [0, 0], their mean square."""
+    error = _SquaredError(histogram)
+    return float(error(np.array([low]), np.array([high]), 254 if symmetric else 255)[0])
+
+
 class _SquaredError:
     """Mean squared error of quantizing a histogram's values, for many candidate ranges at once."""
 

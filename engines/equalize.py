@@ -32,6 +32,9 @@ MAX_EXPONENT = 24
 STRENGTHS = (0.25, 0.75)
 """Powers of the need that are tried: with 0 each channel fills the range, with 1 the weights that read it are alike."""
 
+HEADROOM = 0.8
+"""Part of a ReLU6's ceiling that calibrated magnitudes may reach: other images have larger ones."""
+
 LEAST_NEED = 2.0**-16
 """Of a channel that nothing reads."""
 
@@ -55,23 +58,33 @@ class Link:
     activation: ir.Value
     """The producer's output, behind its Relu where it has one."""
     channels: int
+    ceiling: float | None
+    """What the activation is cut off at: 6 of a ReLU6."""
     readers: list[Reader] = field(default_factory=list)
 
 
-def links(graph: ir.Graph) -> Iterator[Link]:
-    """Every layer whose output reaches weighted layers only, through homogeneous operators only."""
+def links(graph: ir.Graph, *, approximate: bool = False) -> Iterator[Link]:
+    """Every layer whose output reaches weighted layers only, through homogeneous operators only.
+
+    Args:
+        approximate: through a ReLU6 right behind the layer, too.
+    """
     for node in graph:
         weight = weight_of(node)
         if weight is None or node.op_type != "Conv":
             continue
         output = node.outputs[0]
         following = readers(output)
-        behind = following[0].outputs[0] if len(following) == 1 and following[0].op_type == "Relu" else output
+        behind, ceiling = output, None
+        if len(following) == 1 and not output.is_graph_output():
+            ceiling = _ceiling(following[0]) if approximate else None
+            if following[0].op_type == "Relu" or ceiling is not None:
+                behind = following[0].outputs[0]
         value = node.inputs[1]
         assert value is not None
         assert value.shape is not None
-        link = Link(node, behind, int(value.shape.numpy()[0]))
-        if _trace(output, 0, 1, link) and link.readers:
+        link = Link(node, behind, int(value.shape.numpy()[0]), ceiling)
+        if _trace(behind, 0, 1, link) and link.readers:
             yield link
 
 
@@ -97,6 +110,14 @@ def _trace(value: ir.Value, offset: int, repeat: int, link: Link) -> bool:
         else:
             return False
     return True
+
+
+def _ceiling(node: ir.Node) -> float | None:
+    """Of a Clip from 0 on; None of anything else."""
+    if node.op_type != "Clip" or len(node.inputs) < 3 or not all(map(constant, node.inputs[1:3])):
+        return None
+    low, high = (float(_array(node, index)) for index in (1, 2))
+    return high if low == 0 < high else None
 
 
 def _size(value: ir.Value | None, axis: int) -> int | None:
@@ -205,10 +226,18 @@ def powers_of_two(scales: npt.NDArray[np.floating]) -> Float32Array:
     return np.asarray(np.exp2(exponents), dtype=np.float32)
 
 
-def observed(graph: ir.Graph) -> list[str]:
+def _below(ceiling: float, have: Float64Array, scales: Float64Array) -> Float32Array:
+    """Powers of two that leave alone what reaches the ceiling, and bring nothing else to more than HEADROOM of it."""
+    free = (have > 0) & (have < HEADROOM * ceiling)
+    most = np.exp2(np.floor(np.log2(HEADROOM * ceiling / np.where(free, have, 1.0))))
+    return np.where(free, np.minimum(powers_of_two(scales), most), 1.0).astype(np.float32)
+
+
+def observed(graph: ir.Graph, *, approximate: bool = False) -> list[str]:
     """Activations whose channels `equalize` wants to know the magnitudes of."""
-    names = {str(link.activation.name) for link in links(graph)}
-    names |= {str(_input(reader.node).name) for link in links(graph) for reader in link.readers}
+    found = list(links(graph, approximate=approximate))
+    names = {str(link.activation.name) for link in found}
+    names |= {str(_input(reader.node).name) for link in found for reader in link.readers}
     return sorted(names)
 
 
@@ -218,7 +247,9 @@ def _input(node: ir.Node) -> ir.Value:
     return value
 
 
-def equalize(graph: ir.Graph, magnitudes: Mapping[str, Float32Array], strength: float) -> int:
+def equalize(
+    graph: ir.Graph, magnitudes: Mapping[str, Float32Array], strength: float, *, approximate: bool = False
+) -> int:
     """Scale the channels of every link by how much they matter to what reads them; returns how many layers changed.
 
     The paper balances the weights of both layers. Ours have a scale per output channel, which leaves nothing to
@@ -230,11 +261,13 @@ def equalize(graph: ir.Graph, magnitudes: Mapping[str, Float32Array], strength: 
     Args:
         magnitudes: largest magnitude of each channel, float32 [channels], of the activations in `observed`, by name.
         strength: that power, 0 to 1, see STRENGTHS.
+        approximate: scale through ReLU6, too: channels whose magnitude stays under its ceiling, to under it. On images
+            with larger ones the function is another one.
     """
     changed = 0
     known = {name: array.astype(np.float64) for name, array in magnitudes.items()}
     decided: list[tuple[Link, Float32Array]] = []
-    for link in links(graph):
+    for link in links(graph, approximate=approximate):
         have = known[str(link.activation.name)]
         reads, needs = [], []
         for reader in link.readers:
@@ -249,7 +282,10 @@ def equalize(graph: ir.Graph, magnitudes: Mapping[str, Float32Array], strength: 
         usual = np.median(need[alive] ** (1 - strength))
         idle = np.where(read > 0, read / usual, 1.0)
         scales = np.where(alive, need**strength / np.where(alive, have, 1.0), idle)
-        decided.append((link, powers_of_two(scales)))
+        if link.ceiling is None:
+            decided.append((link, powers_of_two(scales)))
+        else:
+            decided.append((link, _below(link.ceiling, have, scales * have.max())))
     for link, chosen in decided:
         if (chosen != 1).any():
             scale(graph, link, chosen)

@@ -155,12 +155,19 @@ class Plan(_Model):
     workspace_mb: int | None
 
 
+StepName = Literal["equalize", "relu6", "round", "bias", "method", "float"]
+
+
 class TuningStep(_Model):
     """One choice, by the SQNR of its candidates on the select images."""
 
-    name: Literal["equalize", "bias", "method"]
+    name: StepName
     chosen: str
     sqnr: dict[str, float] = Field(description="Of each candidate, in dB to the FP32 graph's logits.")
+    names: list[str] = Field(
+        default_factory=list,
+        description="`method`: tensors whose range is `mse`'s; `float`: layers (globs over nodes) left unquantized.",
+    )
 
 
 class Tuning(_Model):

@@ -93,6 +93,14 @@ def _plain_gemm(node: ir.Node) -> bool:
     return not scaled and not attributes.get_int("transA", 0)
 
 
+def classifier_layers(graph: ir.Graph) -> tuple[str, ...]:
+    """Names of the weighted layers behind the last convolution; that convolution, where it makes the logits itself."""
+    layers = [node for node in graph if weight_of(node) is not None]
+    convolutions = [i for i, node in enumerate(layers) if node.op_type == "Conv"]
+    last = convolutions[-1] if convolutions else -1
+    return tuple(_name(node) for node in layers[min(last + 1, len(layers) - 1) :])
+
+
 class _Groups:
     """Union-find over tensor names."""
 

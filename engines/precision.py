@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -96,6 +96,11 @@ def activation_scale(low: float, high: float) -> ActivationScale:
     return ActivationScale(scale, np.uint8(zero_point))
 
 
+def weight_levels(reduce_range: bool) -> int:
+    """Largest integer of a weight."""
+    return 63 if reduce_range else 127
+
+
 def quantize_weight(
     weight: npt.NDArray[np.float32],
     axis: int,
@@ -117,7 +122,7 @@ def quantize_weight(
         reduce_range: use 7 bits, so that sums of two uint8 x int8 products fit 16 bits (AVX2 without VNNI).
         half: round the scales to FP16 first.
     """
-    levels = 63 if reduce_range else 127
+    levels = weight_levels(reduce_range)
     rest = tuple(i for i in range(weight.ndim) if i != axis)
     scale = np.abs(weight).max(axis=rest).astype(np.float64) / levels
     if bias is not None:
@@ -191,15 +196,18 @@ class _Quantizer:
         reduce_range: bool,
         method: str,
         means: Mapping[str, npt.NDArray[np.float64]],
+        rounding: Mapping[str, npt.NDArray[np.int8]],
+        clipped: Collection[str],
     ) -> None:
         self.graph = graph
         self.placement = placement
         self.scheme = scheme
         self.reduce_range = reduce_range
         self.means = means
-        self.scales = self._scales(ranges, method)
+        self.rounding = rounding
+        self.scales = self._scales(ranges, method, clipped)
 
-    def _scales(self, ranges: Ranges, method: str) -> dict[str, ActivationScale]:
+    def _scales(self, ranges: Ranges, method: str, clipped: Collection[str]) -> dict[str, ActivationScale]:
         scales: dict[str, ActivationScale] = {}
         for members in self.placement.groups().values():
             missing = [name for name in members if name not in ranges.tensors]
@@ -209,7 +217,8 @@ class _Quantizer:
                     hint="it was made for another graph: calibrate again",
                 )
             tensors = {name: ranges.tensors[name] for name in members}
-            low, high = _range_of(method, tensors, self.scheme.symmetric)
+            chosen = method if tensors.keys().isdisjoint(clipped) else "mse"
+            low, high = _range_of(chosen, tensors, self.scheme.symmetric)
             shared = symmetric_scale(low, high) if self.scheme.symmetric else activation_scale(low, high)
             scales.update(dict.fromkeys(members, shared))
         return scales
@@ -266,14 +275,7 @@ class _Quantizer:
         bias_array = None
         if bias is not None and bias.const_value is not None:
             bias_array = bias.const_value.numpy().astype(np.float32)
-        quantized, scales, int_bias = quantize_weight(
-            array,
-            rule.axis,
-            bias_array,
-            input_scale,
-            reduce_range=self.reduce_range,
-            half=self.scheme.half,
-        )
+        quantized, scales, int_bias = self._quantized(node, rule, array, bias_array, input_scale)
         prefix, module = f"{node.name}_weight", graph_io.module_of(node)
         scale_value = _initializer(self.graph, f"{prefix}_scale", scales)
         zeros = _initializer(self.graph, f"{prefix}_zero_point", np.zeros(scales.shape, dtype=np.int8))
@@ -300,6 +302,22 @@ class _Quantizer:
             self.graph.insert_before(node, dequantize)
             node.replace_input_with(rule.bias_index, dequantize.outputs[0])
 
+    def _quantized(
+        self,
+        node: ir.Node,
+        rule: QuantizedWeight,
+        weight: npt.NDArray[np.float32],
+        bias: npt.NDArray[np.float32] | None,
+        input_scale: np.float32,
+    ) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32], npt.NDArray[np.int32] | None]:
+        quantized, scales, int_bias = quantize_weight(
+            weight, rule.axis, bias, input_scale, reduce_range=self.reduce_range, half=self.scheme.half
+        )
+        if (steps := self.rounding.get(str(node.name))) is not None:
+            levels = weight_levels(self.reduce_range)
+            quantized = np.clip(quantized.astype(np.int16) + steps, -levels, levels).astype(np.int8)
+        return quantized, scales, int_bias
+
     def _correct_bias(
         self, node: ir.Node, rule: QuantizedWeight, weight: npt.NDArray[np.float32], input_scale: np.float32
     ) -> None:
@@ -312,9 +330,7 @@ class _Quantizer:
         assert value is not None
         assert value.const_value is not None
         bias = value.const_value.numpy().astype(np.float32)
-        quantized, scales, _ = quantize_weight(
-            weight, rule.axis, None, input_scale, reduce_range=self.reduce_range, half=self.scheme.half
-        )
+        quantized, scales, _ = self._quantized(node, rule, weight, None, input_scale)
         shape = [1] * weight.ndim
         shape[rule.axis] = -1
         error = quantized * scales.astype(np.float64).reshape(shape) - weight
@@ -340,14 +356,18 @@ def quantize(
     reduce_range: bool = False,
     keep_float: Sequence[str] = (),
     method: str = "minmax",
+    clipped: Collection[str] = (),
     means: Mapping[str, npt.NDArray[np.float64]] | None = None,
+    rounding: Mapping[str, npt.NDArray[np.int8]] | None = None,
 ) -> list[Path]:
     """Write the INT8 precision graph of an FP32 graph for a target and return the files written.
 
     Args:
         keep_float: patterns of layers to leave unquantized, see `engines.keep_float`.
         method: how ranges are chosen, see `calibration.methods`.
-        means: mean inputs of layers by node name (see `calibration.means`), to correct their biases with.
+        clipped: tensors whose range, and that of all which share their scale, the method `mse` chooses instead.
+        means: mean inputs of layers by node name (see `calibration.layer_inputs`), to correct their biases with.
+        rounding: steps from the nearest integer by node name, see `engines.rounding`.
 
     Raises:
         BadInputError: the ranges are not those of this graph, or nothing in the graph can be quantized.
@@ -367,7 +387,9 @@ def quantize(
     if not placement.weights:
         raise BadInputError("INT8: no Conv, Gemm or MatMul with constant weights in the graph")
     scheme = SCHEMES[target]
-    _Quantizer(model.graph, placement, ranges, scheme, reduce_range, method, means or {}).run()
+    _Quantizer(
+        model.graph, placement, ranges, scheme, reduce_range, method, means or {}, rounding or {}, clipped
+    ).run()
     if scheme.half:
         halve(model.graph, ranges)
     if target == "onnxruntime":

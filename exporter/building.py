@@ -12,13 +12,13 @@ from calibration.ranges import Ranges
 from engines.half import to_half
 from engines.loading import why_not_here
 from engines.manifest import Plan, Tuning
-from engines.precision import quantize
 from engines.target import DISTRIBUTIONS, Precision, Target, TargetName
 from engines.tensorrt_build import build_engine
 from engines.tensorrt_worker import TIMING_SUFFIX
 from exporter.context import Context
+from exporter.int8 import Int8Parts
 from exporter.stage_cache import StageResult
-from exporter.tuning import Tuned, read_means
+from exporter.tuning import Tuned
 
 
 @dataclass(frozen=True)
@@ -51,33 +51,13 @@ class EngineFiles:
         return not why_not_here(self.target, self.plan)
 
 
-def _int8_graph(context: Context, target: str, tuned: Tuned) -> tuple[Path, bool]:
+def _int8_graph(context: Context, target: str, parts: Int8Parts) -> tuple[Path, bool]:
     """The INT8 graph of a target, and whether it was cached."""
-    reduce_range, keep_float = context.options.reduce_range, context.options.keep_float
 
     def make(directory: Path) -> None:
-        quantize(
-            tuned.graph,
-            tuned.ranges,
-            directory / "engine.onnx",
-            target=target,
-            reduce_range=reduce_range,
-            keep_float=keep_float,
-            method=tuned.method,
-            means=read_means(tuned.means),
-        )
+        parts.write(directory / "engine.onnx", target, context.options)
 
-    key = context.key(
-        "onnx_ir",
-        "numpy",
-        graph=sha256_of(tuned.graph),
-        target=target,
-        ranges=tuned.ranges.digest(),
-        reduce_range=reduce_range,
-        keep_float=keep_float,
-        method=tuned.method,
-        means=sha256_of(tuned.means) if tuned.means is not None else None,
-    )
+    key = context.key("onnx_ir", "numpy", **parts.key(target, context.options))
     result = context.cache.run("int8", key, make)
     return result.directory / "engine.onnx", result.cached
 
@@ -121,7 +101,7 @@ def build(
         else:
             assert tuned is not None
             tuning = tuned.tuning
-            precise, stage.cached = _int8_graph(context, target.name, tuned)
+            precise, stage.cached = _int8_graph(context, target.name, tuned.parts)
         if target.name == "onnxruntime":
             stage.detail = f"{name}: the simplified graph itself" if precision == "fp32" else name
             stage.cached = stage.cached and precision != "fp32"

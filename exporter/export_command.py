@@ -73,7 +73,7 @@ from exporter.report import ConsoleReporter, show_log
     default=",".join(options.STEPS),
     show_default=True,
     metavar="NAMES",
-    help="What is tried to make INT8 better: equalize, bias, both, or none.",
+    help="What is tried to make INT8 better: names with commas between, or none.",
 )
 @click.option(
     "--reduce-range", is_flag=True, help="7-bit weights, for CPUs without VNNI, where 8 bits can saturate."

@@ -12,8 +12,8 @@ from typing import Any, Literal
 from calibration.errors import UsageError
 from engines.target import MAX_BATCH, PRECISIONS, TARGETS, BuildOptions, Precision
 
-STEPS = ("equalize", "bias")
-"""What may be done to a network before it is quantized."""
+STEPS = ("equalize", "round", "bias", "float")
+"""What may be tried to make INT8 better, in this order."""
 
 METHODS = ("auto", "minmax", "percentile", "entropy", "mse")
 """Those of `calibration.methods`, which loads NumPy."""
@@ -201,7 +201,8 @@ class ExportOptions:
             if step not in STEPS:
                 given = ",".join(self.steps)
                 raise UsageError(
-                    f"--steps {given}: unknown step {step!r}", hint=f"choose from {', '.join(STEPS)}, none"
+                    f"--steps {given}: unknown step {step!r}",
+                    hint=f"choose from {', '.join(STEPS)}, none",
                 )
         if self.require not in REQUIREMENTS:
             raise UsageError(

@@ -14,6 +14,7 @@ from calibration.doubts import doubts
 from calibration.errors import BadInputError
 from calibration.graph_io import sha256_of
 from calibration.images import ImageStream, SyntheticStream
+from calibration.likeness import FingerprintedStream
 from calibration.machine import instruction_set
 from calibration.preprocess import normalize
 from calibration.ranges import Ranges
@@ -190,14 +191,15 @@ def calibrate(
 
     def make(directory: Path) -> dict[str, Any]:
         stream = (
-            ImageStream(files, spec.preprocess, IMAGE_BATCH, root)
+            FingerprintedStream(files, spec.preprocess, IMAGE_BATCH, root)
             if root is not None
             else SyntheticStream(images.MIN_CALIBRATE, seed, spec.preprocess, IMAGE_BATCH)
         )
         with context.reporter.bar("calibrate", len(files)) as progress:
             ranges = collect(graph, stream, histograms=histograms, progress=progress)
         ranges.write(directory / "ranges.json")
-        return {"unreadable": [(u.name, u.reason) for u in stream.unreadable]}
+        pairs = stream.alike() if isinstance(stream, FingerprintedStream) else []
+        return {"unreadable": [(u.name, u.reason) for u in stream.unreadable], "alike": pairs}
 
     with context.reporter.stage("calibrate") as stage:
         key = context.key(
@@ -217,7 +219,8 @@ def calibrate(
         stage.detail = f"{len(ranges.tensors)} tensors over {len(ranges.image_sha256)} {kind}"
     context.warn_unreadable(root, result.data["unreadable"])
     if histograms:
-        for text in doubts(ranges, {file.sha256: file.name for file in files}):
+        names = {file.sha256: file.name for file in files}
+        for text in doubts(ranges, names, alike=result.data["alike"]):
             context.reporter.warn(text)
     return result.directory / "ranges.json", ranges
 

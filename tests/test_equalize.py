@@ -191,6 +191,46 @@ def test_what_is_not_homogeneous_or_has_another_reader_is_left_alone(between, tm
     assert list(links(graph_io.load(path).graph)) == []
 
 
+def through_relu6(path: Path) -> Path:
+    """Two convolutions with a ReLU6 between them, of whose 8 channels the first half reach 6."""
+    weight = random(8, 3, 1, 1, seed=1)
+    weight[:4] *= 40
+    weight[4:] /= 8
+    return graph_of(
+        path,
+        [
+            conv("input w1 b1", "c1"),
+            node("Clip", "c1 low high", "x"),
+            conv("x w2", "y"),
+            node("GlobalMaxPool", "y", "p"),
+            node("Flatten", "p", "logits"),
+        ],
+        w1=weight,
+        b1=np.abs(random(8, seed=3)) / 8,
+        w2=random(5, 8, 1, 1, seed=2),
+        low=np.float32(0),
+        high=np.float32(6),
+    )
+
+
+@pytest.mark.parametrize("strength", STRENGTHS)
+def test_through_relu6_only_what_stays_under_it_is_scaled_and_only_where_asked_for(strength, tmp_path):
+    path = through_relu6(tmp_path / "graph.onnx")
+    model = graph_io.load(path)
+    names = observed(model.graph, approximate=True)
+    found = channel_magnitudes(path, PIXELS, PREPROCESS, names)
+    assert equalize(model.graph, found, strength) == 0
+    assert equalize(model.graph, found, strength, approximate=True) == 1
+    graph_io.save(model, tmp_path / "done.onnx")
+    after = channel_magnitudes(tmp_path / "done.onnx", PIXELS, PREPROCESS, names)["x"]
+    full = found["x"] >= 6
+    assert 0 < full.sum() < 8
+    assert np.array_equal(after[full], found["x"][full])
+    assert (after[~full] > found["x"][~full]).any()
+    assert after[~full].max() <= 0.8 * 6
+    assert np.array_equal(logits(tmp_path / "done.onnx"), logits(path)), "on the images it was calibrated on"
+
+
 def test_channels_that_never_move_change_nothing_for_the_others(tmp_path):
     path = network(tmp_path / "graph.onnx", "conv")
     model = onnx.load(path)

@@ -66,17 +66,18 @@ def test_python_api_runs_without_a_command_line(digits, digits_bundle, tmp_path)
 @pytest.fixture
 def gate_case(digits, tmp_path):
     """A tiny pipeline up to the gate: `run(fault)` applies a fault to the INT8 graph and exports again."""
-    from exporter import building
+    from exporter import int8
 
     def run(cli, monkeypatch, fault):
-        real = building.quantize
+        real = int8.quantize
 
         def faulty(graph, ranges, out, **options):
             files = real(graph, ranges, out, **options)
-            fault(out)
+            if out.name == "engine.onnx":  # not a candidate of the tuning
+                fault(out)
             return files
 
-        monkeypatch.setattr(building, "quantize", faulty)
+        monkeypatch.setattr(int8, "quantize", faulty)
         out = tmp_path / "out"
         arguments = [*digits.arguments(), "--precision", "int8", "--calib", digits.images]
         return cli(*arguments, "--out", out, "--no-cache"), out
@@ -267,17 +268,78 @@ def test_what_was_tried_stands_in_the_manifest_and_the_best_is_taken(digits, cli
     done = cli(*arguments, "--out", tmp_path / "out")
     assert done.code == 0, done.err
     tuning = done.json["engines"][0]["tuning"]
-    equalize, bias, method = tuning["steps"]
-    assert set(bias["sqnr"]) == {"off", "on"}
+    assert [step["name"] for step in tuning["steps"]] == ["equalize", "relu6", "round", "bias", "method"]
+    equalize, relu6, rounded, bias, method = tuning["steps"]
     assert tuning["images"] >= 64
-    assert set(method["sqnr"]) == {"minmax", "percentile", "entropy", "mse"}
-    for step, default in ((equalize, "off"), (bias, "off"), (method, "minmax")):
-        best = max(step["sqnr"].values())
-        gain = best - step["sqnr"][default]
-        least = {"equalize": 1.0, "bias": 0.3, "method": 1.0}[step["name"]]
-        assert step["sqnr"][step["chosen"]] == (best if gain >= least else step["sqnr"][default])
+    assert all(set(step["sqnr"]) == {"off", "on"} for step in (relu6, rounded, bias))
+    assert {"minmax", "percentile", "entropy", "mse", "mse on 1", "mse on 16"} <= set(method["sqnr"])
+    least = {"equalize": 1.0, "relu6": 1.0, "round": -0.3, "bias": 0.3, "method": 2.0}
+    for step in tuning["steps"]:
+        default = "minmax" if step["name"] == "method" else "off"
+        others = {name: sqnr for name, sqnr in step["sqnr"].items() if name != default}
+        best = max(others, key=others.get)
+        enough = others[best] >= step["sqnr"][default] + least[step["name"]]
+        assert step["chosen"] == (best if enough else default)
+    assert equalize["sqnr"][equalize["chosen"]] == relu6["sqnr"]["off"], (
+        "each step starts where the last one ended"
+    )
+    assert rounded["sqnr"][rounded["chosen"]] == bias["sqnr"]["off"]
+    assert bias["sqnr"][bias["chosen"]] == method["sqnr"]["minmax"]
     again = cli(*arguments, "--out", tmp_path / "out")
     assert next(s for s in again.json["stages"] if s["name"] == "tune")["cached"]
+
+
+@pytest.mark.parametrize(
+    ("target", "step", "concerned"),
+    [
+        ("tensorrt-rtx", "float", {"node_linear"}),
+        ("onnxruntime", "float", None),
+        ("onnxruntime", "method", {"input"}),
+        ("onnxruntime", "round", set()),
+    ],
+)
+def test_what_a_step_chooses_is_in_the_engine(target, step, concerned, digits, cli, tmp_path, monkeypatch):
+    if why := targets()[target].unavailable:
+        pytest.skip(why)
+    from engines import bundle
+    from exporter import candidates, tuning
+
+    monkeypatch.setitem(tuning.MIN_GAIN, step, -100)  # take it, whatever it brings
+    monkeypatch.setattr(candidates, "worth_clipping", lambda *_: ["input", "relu"])
+    if step == "method":
+        monkeypatch.setattr(tuning, "METHODS", ("minmax",))
+    arguments = [*digits.arguments(), "--precision", "int8", "--calib", digits.images, "--target", target]
+    steps = ["--steps", "none", "--method", "auto"] if step == "method" else ["--steps", step]
+    done = cli(*arguments, *steps, "--no-cache", "--out", tmp_path / "with")
+    without = cli(*arguments, "--steps", "none", "--method", "minmax", "--out", tmp_path / "without")
+    assert (done.code, without.code) == (0, 0), done.err
+    found = [s for s in done.json["engines"][0]["tuning"]["steps"] if s["name"] == step]
+    if concerned is None:
+        assert found == [], "float layers on the CPU would cost speed"
+        return
+    assert found[0]["chosen"] in ("on", "1 layer", "mse on 1")
+    assert set(found[0]["names"]) == concerned
+
+    def constants(out: Path) -> dict:
+        import onnx
+        from onnx import numpy_helper
+
+        engine = bundle.read_manifest(out).artifacts.engines[0]
+        model = onnx.load(out / (engine.graph or engine.file).path)
+        return {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+
+    first, second = constants(tmp_path / "with"), constants(tmp_path / "without")
+    if step == "float":
+        assert not any(name.startswith("node_linear_weight") for name in first)
+        assert any(name.startswith("node_linear_weight") for name in second)
+    elif step == "method":
+        different = {name for name in first if not np.array_equal(first[name], second[name])}
+        assert "input_scale" in different
+        assert not any(name.startswith("relu") for name in different)
+    else:
+        name = "node_linear_weight_quantized"
+        assert 0 < np.count_nonzero(first[name] != second[name]) < first[name].size / 2
+        assert np.abs(first[name].astype(int) - second[name]).max() <= 2
 
 
 def test_random_weights_are_not_tuned(cli, photos, tmp_path):

@@ -10,7 +10,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from calibration.graph_io import sha256_of
-from calibration.means import layer_means
+from calibration.layer_inputs import layer_means
 from calibration.preprocess import Preprocess, normalize
 from calibration.ranges import Ranges, TensorRange
 from engines.onnxruntime_engine import OnnxRuntimeEngine

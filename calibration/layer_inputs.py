@@ -1,0 +1,181 @@
+"""What layers read: the mean of their inputs, and how inputs vary together. Bias correction and rounding ask for it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from math import gcd
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from calibration import graph_io
+from calibration.observe import Observer
+from calibration.preprocess import Preprocess, UInt8Array
+
+Float32Array = npt.NDArray[np.float32]
+Float64Array = npt.NDArray[np.float64]
+
+PLACES = 16
+"""Of an image, at which the input of a convolution is looked at for its second moments."""
+
+MOMENTS = 512 << 20
+"""Bytes of second moments that are held at once; a network with more is run several times."""
+
+_AT_ONCE = 1024
+"""Inputs of a layer that are multiplied at once."""
+
+
+class _Windows:
+    """The patches of a padded input that a Conv (explicit pads) multiplies with its weight."""
+
+    def __init__(self, node: ir.Node) -> None:
+        weight = node.inputs[1]
+        assert weight is not None
+        assert weight.shape is not None
+        self._kernel = weight.shape.numpy()[2:]
+        self._strides = node.attributes.get_ints("strides", [1, 1])
+        self._dilations = node.attributes.get_ints("dilations", [1, 1])
+        self._pads = node.attributes.get_ints("pads", [0, 0, 0, 0])
+
+    def of(self, array: Float32Array) -> Float32Array:
+        """[N, C, H, W] -> a view [N, C, oH, oW, kH, kW] of the padded array."""
+        top, left, bottom, right = self._pads
+        padded = np.pad(array, ((0, 0), (0, 0), (top, bottom), (left, right)))
+        spans = [(size - 1) * step + 1 for size, step in zip(self._kernel, self._dilations, strict=True)]
+        view = np.lib.stride_tricks.sliding_window_view(padded, spans, axis=(2, 3))
+        rows, columns = self._dilations
+        return view[:, :, :: self._strides[0], :: self._strides[1], ::rows, ::columns]
+
+
+def _mean(node: ir.Node, array: Float32Array) -> Float64Array:
+    """Of one batch, over all its images and places."""
+    if node.op_type != "Conv":
+        return np.asarray(array.reshape(-1, array.shape[-1]).mean(axis=0, dtype=np.float64))
+    view = _Windows(node).of(array)
+    means = np.empty((view.shape[1], *view.shape[4:]))
+    for y, x in np.ndindex(
+        *view.shape[4:]
+    ):  # one place of the kernel after the other: the view is never copied
+        means[:, y, x] = view[..., y, x].mean(axis=(0, 2, 3), dtype=np.float64)
+    return means
+
+
+def layer_means(
+    graph: Path, pixels: UInt8Array, preprocess: Preprocess, layers: Collection[str]
+) -> dict[str, Float64Array]:
+    """Mean input of each layer, over the images and all places at which its weight is applied.
+
+    Args:
+        pixels: uint8 [N, H, W, 3]; run one by one, so that memory is that of one image.
+        layers: names of Conv (explicit pads), Gemm and MatMul nodes.
+
+    Returns float64 by node name: [C, kH, kW] for a Conv, with zeros where it pads; [K] for the others.
+    """
+    nodes = _nodes(graph, layers)
+    totals: dict[str, Float64Array] = {}
+    for arrays in Observer(graph, map(_input_name, nodes.values())).one_by_one(pixels, preprocess):
+        for name, node in nodes.items():
+            mean = _mean(node, arrays[_input_name(node)])
+            totals[name] = totals[name] + mean if name in totals else mean
+    return {name: total / len(pixels) for name, total in totals.items()}
+
+
+def _samples(node: ir.Node, array: Float32Array) -> Float32Array:
+    """Inputs of a layer at PLACES places of each image: [groups, samples, K]."""
+    if node.op_type != "Conv":
+        return array.reshape(1, -1, array.shape[-1])
+    view = _Windows(node).of(array)
+    groups = node.attributes.get_int("group", 1)
+    count = view.shape[2] * view.shape[3]
+    step = max(1, count // PLACES)
+    while gcd(step, count) != 1:  # no row or column is left out
+        step += 1
+    rows, columns = np.divmod(np.arange(0, count, step)[:PLACES], view.shape[3])
+    chosen = np.moveaxis(view[:, :, rows, columns], 2, 1)  # [N, places, C, kH, kW]
+    flat = chosen.reshape(-1, groups, view.shape[1] // groups * view.shape[4] * view.shape[5])
+    return np.moveaxis(flat, 1, 0)
+
+
+class _Moments:
+    """Sums up x xᵀ, of many samples at once."""
+
+    def __init__(self, groups: int, size: int) -> None:
+        self._total = np.zeros((groups, size, size))
+        self._waiting: list[Float32Array] = []
+        self._count = 0
+
+    def add(self, samples: Float32Array) -> None:
+        self._waiting.append(samples)
+        if sum(x.shape[1] for x in self._waiting) >= _AT_ONCE:
+            self._take()
+
+    def _take(self) -> None:
+        x = np.concatenate(self._waiting, axis=1)
+        self._total += x.swapaxes(1, 2) @ x
+        self._count += x.shape[1]
+        self._waiting = []
+
+    def mean(self) -> Float64Array:
+        if self._waiting:
+            self._take()
+        return self._total / self._count
+
+
+def input_sizes(graph: Path, layers: Collection[str]) -> dict[str, tuple[int, int]]:
+    """Groups of each layer, and inputs of one output channel: `layer_moments` has as many matrices of that size."""
+    sizes = {}
+    for name, node in _nodes(graph, layers).items():
+        weight = node.inputs[1]
+        assert weight is not None
+        assert weight.shape is not None
+        shape = weight.shape.numpy()
+        if node.op_type == "Conv":
+            sizes[name] = node.attributes.get_int("group", 1), int(np.prod(shape[1:]))
+        else:
+            sizes[name] = 1, shape[1] if node.attributes.get_int("transB", 0) else shape[0]
+    return sizes
+
+
+def layer_moments(
+    graph: Path,
+    pixels: UInt8Array,
+    preprocess: Preprocess,
+    layers: Collection[str],
+    *,
+    budget: int = MOMENTS,
+) -> Iterator[tuple[str, Float64Array]]:
+    """Second moments E[x xᵀ] of each layer's inputs x, over the images and at PLACES places of each.
+
+    Args:
+        pixels: uint8 [N, H, W, 3]; run one by one.
+        layers: names of Conv (explicit pads), Gemm and MatMul nodes.
+        budget: bytes of moments to hold at once; one layer may need more.
+
+    Yields a layer's name and float64 [groups, K, K], K as the weight's operands lie in one row: C, kH, kW of a Conv.
+    """
+    nodes, sizes = _nodes(graph, layers), input_sizes(graph, layers)
+    together: list[str] = []
+    for name in [*nodes, ""]:
+        held = sum(8 * groups * size**2 for groups, size in (sizes[n] for n in (*together, name) if n))
+        if together and (not name or held > budget):
+            sums = {n: _Moments(*sizes[n]) for n in together}
+            inputs = {_input_name(nodes[n]) for n in together}
+            for arrays in Observer(graph, inputs).one_by_one(pixels, preprocess):
+                for layer, moments in sums.items():
+                    moments.add(_samples(nodes[layer], arrays[_input_name(nodes[layer])]))
+            for layer in together:
+                yield layer, sums.pop(layer).mean()
+            together = []
+        together.append(name)
+
+
+def _nodes(graph: Path, layers: Collection[str]) -> dict[str, ir.Node]:
+    return {str(node.name): node for node in graph_io.load(graph).graph if node.name in layers}
+
+
+def _input_name(node: ir.Node) -> str:
+    value = node.inputs[0]
+    assert value is not None
+    return str(value.name)

@@ -1,0 +1,114 @@
+"""Round weights up or down so that a layer's output changes least, instead of each to the nearest integer.
+
+What counts is the error of the output, (ŵ - w)ᵀ E[x xᵀ] (ŵ - w) for each output channel (Nagel et al. 2020, "Up or
+Down? Adaptive Rounding for Post-Training Quantization", arXiv 2004.10568, section 3.2), which they relax and descend.
+Here it is solved greedily, in one pass over the inputs: each is rounded, and its error is made up for by those that are
+left (Frantar et al. 2022, "GPTQ", arXiv 2210.17323, section 3; in the form that Chee et al. 2023, "QuIP", arXiv
+2307.13304, section 3, show to be the same: it needs one Cholesky factor and no inverse). The same every time, and
+bounded: inputs³ / 3 operations a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from engines.placement import weight_of
+from engines.precision import SCHEMES, quantize_weight, weight_levels
+
+Int8Array = npt.NDArray[np.int8]
+Float64Array = npt.NDArray[np.float64]
+
+DAMPING = 0.01
+"""Of the mean second moment, added to each: what few samples say of inputs that vary together is not all believed."""
+
+LARGEST = 8192
+"""Inputs of an output channel above which a layer stays rounded to nearest: its matrix would be 512 MiB and more."""
+
+_BLOCK = 128
+
+
+def round_to_least_error(scaled: Float64Array, moments: Float64Array, levels: int) -> Float64Array:
+    """Integers for the weights of some output channels that read the same inputs.
+
+    Args:
+        scaled: weights over their channel's scale, float64 [channels, K].
+        moments: second moments of the inputs, float64 [K, K].
+        levels: integers are -levels to levels.
+
+    Returns float64 [channels, K]; no channel's error is larger than with nearest rounding.
+    """
+    nearest = np.clip(np.rint(scaled), -levels, levels)
+    damped = moments + np.eye(len(moments)) * max(DAMPING * np.trace(moments) / len(moments), 1e-12)
+    order = np.argsort(
+        -np.diag(damped), kind="stable"
+    )  # what matters most first, while others can make up for it
+    # H = (I + U) D (I + U)ᵀ with U strictly upper: the error is a sum of D_k (e_k + sum over j < k of e_j U_jk)², each
+    # term of which is made least when its own integer is chosen. Read backwards, that is a Cholesky factor.
+    factor = np.linalg.cholesky(damped[np.ix_(order[::-1], order[::-1])])[::-1, ::-1]
+    feedback = factor / np.diag(factor)
+    ordered = scaled[:, order]
+    found, errors = np.empty_like(ordered), np.empty_like(ordered)
+    for start in range(0, len(order), _BLOCK):
+        end = min(start + _BLOCK, len(order))
+        wanted = ordered[:, start:end] + errors[:, :start] @ feedback[:start, start:end]
+        for i in range(start, end):
+            target = wanted[:, i - start] + errors[:, start:i] @ feedback[start:i, i]
+            found[:, i] = np.clip(np.rint(target), -levels, levels)
+            errors[:, i] = ordered[:, i] - found[:, i]
+    rounded = np.empty_like(found)
+    rounded[:, order] = found
+    better = output_error(rounded - scaled, moments) < output_error(nearest - scaled, moments)
+    return np.where(better[:, None], rounded, nearest)
+
+
+def output_error(difference: Float64Array, moments: Float64Array) -> Float64Array:
+    """Mean squared error of each output channel, float64 [channels], for weights that differ so [channels, K]."""
+    return np.asarray(((difference @ moments) * difference).sum(axis=1))
+
+
+def rounding(
+    graph: ir.Graph,
+    moments: Iterable[tuple[str, Float64Array]],
+    target: str,
+    *,
+    reduce_range: bool = False,
+    progress: Callable[[int], None] = lambda _: None,
+) -> dict[str, Int8Array]:
+    """How far each weight of some layers is to be rounded from its nearest integer, int8 in the weight's own shape.
+
+    Args:
+        moments: of layers' inputs, [groups, K, K] by node name, see `calibration.layer_inputs.layer_moments`.
+        target: whose scales the weights have.
+        progress: called with 1 for each layer done.
+    """
+    nodes = {str(node.name): node for node in graph}
+    found = {}
+    for name, matrices in moments:
+        rule = weight_of(nodes[name])
+        assert rule is not None
+        value = nodes[name].inputs[rule.index]
+        assert value is not None
+        assert value.const_value is not None
+        weight = value.const_value.numpy().astype(np.float32)
+        nearest, scales, _ = quantize_weight(
+            weight, rule.axis, None, np.float32(1), reduce_range=reduce_range, half=SCHEMES[target].half
+        )
+        rows = np.moveaxis(weight, rule.axis, 0).reshape(len(scales), -1) / scales.astype(np.float64)[:, None]
+        per_group = len(rows) // len(matrices)
+        integers = np.concatenate(
+            [
+                round_to_least_error(
+                    rows[i * per_group : (i + 1) * per_group], matrix, weight_levels(reduce_range)
+                )
+                for i, matrix in enumerate(matrices)
+            ]
+        )
+        shape = np.moveaxis(weight, rule.axis, 0).shape
+        steps = np.moveaxis(integers.reshape(shape), 0, rule.axis) - nearest
+        found[name] = np.clip(steps, -127, 127).astype(np.int8)
+        progress(1)
+    return found

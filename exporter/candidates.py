@@ -1,0 +1,231 @@
+"""Candidates for INT8 of a target: what each is made of, made once, and how good it is on the select images."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from glob import escape
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict
+from safetensors.numpy import save_file
+
+from calibration import graph_io
+from calibration.collect import channel_magnitudes, collect
+from calibration.images import ImageStream
+from calibration.layer_inputs import input_sizes, layer_means, layer_moments
+from calibration.preprocess import Preprocess, UInt8Array
+from calibration.ranges import Ranges
+from engines.clipping import worth_clipping
+from engines.equalize import STRENGTHS, equalize, observed
+from engines.gate import Runnable, run_in_batches
+from engines.keep_float import kept_float
+from engines.onnxruntime_engine import OnnxRuntimeEngine
+from engines.parity import compare
+from engines.placement import classifier_layers, quantized_tensors, weight_of
+from engines.precision import SCHEMES
+from engines.rounding import LARGEST, rounding
+from engines.twin import write_twin
+from exporter.context import IMAGE_BATCH, Context
+from exporter.image_stage import ChosenImages
+from exporter.int8 import Int8Parts
+
+OFF = "off"
+
+APPROXIMATE = "0.75 approximate"
+"""Strength with which layers are equalized through ReLU6, too, which is not the same function on all images."""
+
+FEW_IMAGES = 64
+"""Images that channels' magnitudes and layers' mean inputs are taken from."""
+
+MOMENT_IMAGES = 256
+"""Images that second moments of layers' inputs are taken from: they have more to tell, and less to tell it with."""
+
+
+class Candidate(BaseModel):
+    """One way to make INT8 of a target; see `exporter.int8.Int8Parts` for the parts."""
+
+    model_config = ConfigDict(frozen=True)
+
+    strength: str = OFF
+    """Of equalization."""
+    bias: bool = False
+    method: str = "minmax"
+    clipped: tuple[str, ...] = ()
+    rounded: bool = False
+    kept: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Store:
+    """Where the parts of candidates lie, so that a cached stage finds them again."""
+
+    directory: Path
+    graph: Path
+    ranges: Ranges
+    _read: dict[str, Ranges] = field(default_factory=dict)
+    """By strength."""
+
+    def __post_init__(self) -> None:
+        self._read[OFF] = self.ranges
+
+    def equalized(self, strength: str) -> Path:
+        return self.directory / f"equalized-{_file(strength)}.onnx"
+
+    def means(self, strength: str) -> Path:
+        return self.directory / f"means-{_file(strength)}.safetensors"
+
+    def rounding(self, strength: str, target: str) -> Path:
+        """Targets differ only in how scales are rounded."""
+        scales = "half" if SCHEMES[target].half else "float"
+        return self.directory / f"rounding-{_file(strength)}-{scales}.safetensors"
+
+    def graph_of(self, strength: str) -> Path:
+        return self.graph if strength == OFF else self.equalized(strength)
+
+    def ranges_of(self, strength: str) -> Ranges:
+        if strength not in self._read:
+            self._read[strength] = Ranges.read(self.equalized(strength).with_suffix(".json"))
+        return self._read[strength]
+
+    def keep(self, chosen: Iterable[tuple[Candidate, str]]) -> None:
+        """Delete what no chosen candidate (with its target) is made of."""
+        kept = set()
+        for candidate, target in chosen:
+            parts = self.parts(candidate, target)
+            kept |= {parts.graph, parts.graph.with_suffix(".json"), parts.means, parts.rounding}
+        for path in self.directory.iterdir():
+            if path not in kept and path.name.startswith(("equalized-", "means-", "rounding-")):
+                path.unlink()
+
+    def parts(self, candidate: Candidate, target: str) -> Int8Parts:
+        return Int8Parts(
+            self.graph_of(candidate.strength),
+            self.ranges_of(candidate.strength),
+            candidate.method,
+            candidate.clipped,
+            self.means(candidate.strength) if candidate.bias else None,
+            self.rounding(candidate.strength, target) if candidate.rounded else None,
+            candidate.kept,
+        )
+
+
+class Workshop:
+    """Makes the parts of candidates, and measures candidates by the SQNR of their logits to the FP32 graph's.
+
+    Args:
+        select: images to measure on, uint8 [N, H, W, 3].
+    """
+
+    def __init__(
+        self, context: Context, store: Store, chosen: ChosenImages, preprocess: Preprocess, select: UInt8Array
+    ) -> None:
+        self._context, self._store, self._preprocess = context, store, preprocess
+        root = context.options.calib
+        assert root is not None
+        self._root, self._files = root, chosen.splits["calibrate"]
+        self._select = select
+        self._reference = self._run(OnnxRuntimeEngine(store.graph))
+        self._known: dict[tuple[Candidate, str], float] = {}
+        self._made = {graph_io.sha256_of(store.graph)}
+        self._strengths: list[str] | None = None
+        self._approximated: bool | None = None
+
+    def _pixels(self, count: int) -> UInt8Array:
+        return ImageStream(self._files[:count], self._preprocess, IMAGE_BATCH, self._root).all()
+
+    def _run(self, engine: Runnable) -> npt.NDArray[np.float32]:
+        return run_in_batches(engine, self._select, self._preprocess, IMAGE_BATCH)
+
+    def sqnr(self, candidate: Candidate, target: str) -> float:
+        """Of a candidate whose parts have been made, in dB."""
+        if (candidate, target) not in self._known:
+            with tempfile.TemporaryDirectory(prefix="export-zoo-") as directory:
+                graph, twin = Path(directory) / "candidate.onnx", Path(directory) / "twin.onnx"
+                self._store.parts(candidate, target).write(graph, target, self._context.options)
+                if target == "onnxruntime":
+                    found = self._run(OnnxRuntimeEngine(graph))
+                else:
+                    write_twin(graph, twin)
+                    found = self._run(OnnxRuntimeEngine(twin, fused=False))
+            self._known[candidate, target] = compare(self._reference, found).sqnr
+        return self._known[candidate, target]
+
+    def equalized(self) -> list[str]:
+        """Strengths with which layers can be equalized; makes the graphs, and calibrates each."""
+        if self._strengths is None:
+            self._strengths = [s for s in map(str, STRENGTHS) if self._equalize(s)]
+        return self._strengths
+
+    def approximated(self) -> bool:
+        """Whether there are more layers to be equalized through ReLU6; makes that graph, and calibrates it."""
+        if self._approximated is None:
+            self._approximated = self._equalize(APPROXIMATE)
+        return self._approximated
+
+    def _equalize(self, strength: str) -> bool:
+        model = graph_io.load(self._store.graph)
+        approximate = strength == APPROXIMATE
+        names = observed(model.graph, approximate=approximate)
+        if not names or (approximate and names == observed(model.graph)):
+            return False
+        magnitudes = channel_magnitudes(self._store.graph, self._pixels(FEW_IMAGES), self._preprocess, names)
+        power = float(strength.split()[0])
+        if not equalize(model.graph, magnitudes, power, approximate=approximate):
+            return False
+        path = self._store.equalized(strength)
+        graph_io.save(model, path)
+        if graph_io.sha256_of(path) in self._made:  # another strength came to the same powers of two
+            return False
+        self._made.add(graph_io.sha256_of(path))
+        stream = ImageStream(self._files, self._preprocess, IMAGE_BATCH, self._root)
+        wanted = quantized_tensors(model.graph, kept_float(model.graph, self._context.options.keep_float))
+        with self._context.reporter.bar("tune", len(self._files)) as progress:
+            ranges = collect(path, stream, histograms=wanted, progress=progress)
+        ranges.write(path.with_suffix(".json"))
+        return True
+
+    def means(self, strength: str) -> None:
+        """Have mean inputs of layers."""
+        path = self._store.means(strength)
+        if not path.exists():
+            graph = self._store.graph_of(strength)
+            save_file(layer_means(graph, self._pixels(FEW_IMAGES), self._preprocess, _layers(graph)), path)
+
+    def rounding(self, strength: str, target: str) -> None:
+        """Have weights rounded; the longest of all steps."""
+        path = self._store.rounding(strength, target)
+        if path.exists():
+            return
+        graph = self._store.graph_of(strength)
+        sizes = input_sizes(graph, _layers(graph))
+        layers = [name for name, (_, size) in sizes.items() if size <= LARGEST]
+        moments = layer_moments(graph, self._pixels(MOMENT_IMAGES), self._preprocess, layers)
+        reduce_range = self._context.options.reduce_range
+        with self._context.reporter.bar("tune rounding", len(layers)) as progress:
+            steps = rounding(
+                graph_io.load(graph).graph, moments, target, reduce_range=reduce_range, progress=progress
+            )
+        save_file(steps, path)
+
+    def clipped(self, strength: str, target: str) -> list[str]:
+        """Tensors that gain by clipping, most first."""
+        graph, ranges = self._store.graph_of(strength), self._store.ranges_of(strength)
+        return worth_clipping(graph_io.load(graph).graph, ranges, target, self._context.options.keep_float)
+
+    def classifiers(self) -> list[tuple[str, ...]]:
+        """Patterns of the layer that makes the logits, and of it with all behind the last convolution."""
+        layers = classifier_layers(graph_io.load(self._store.graph).graph)
+        return [tuple(map(escape, some)) for some in dict.fromkeys((layers[-1:], layers)) if some]
+
+
+def _file(strength: str) -> str:
+    return strength.replace(" ", "-")
+
+
+def _layers(graph: Path) -> list[str]:
+    """Names of the nodes with an int8 weight."""
+    return [str(node.name) for node in graph_io.load(graph).graph if weight_of(node) is not None]

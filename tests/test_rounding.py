@@ -1,0 +1,146 @@
+"""Weights are rounded so that a layer's output changes least: never worse than to nearest, near the best there is."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import numpy_helper
+from test_layer_inputs import LAYERS, PIXELS, PREPROCESS, layer
+
+from calibration import graph_io
+from calibration.graph_io import sha256_of
+from calibration.layer_inputs import input_sizes, layer_moments
+from calibration.preprocess import normalize
+from calibration.ranges import Ranges, TensorRange
+from engines.precision import quantize
+from engines.rounding import output_error, round_to_least_error, rounding
+
+
+def correlated(size: int, seed: int) -> np.ndarray:
+    """Second moments of inputs that have a common part."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(200, size)) + 2 * rng.normal(size=(200, 1))
+    return x.T @ x / len(x)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(0, 10**6), st.integers(1, 150), st.integers(1, 6), st.sampled_from([7, 63, 127]))
+def test_no_channel_is_worse_than_rounded_to_nearest(seed, size, channels, levels):
+    rng = np.random.default_rng(seed)
+    scaled = rng.uniform(-levels, levels, size=(channels, size))
+    moments = correlated(size, seed)
+    found = round_to_least_error(scaled, moments, levels)
+    assert np.array_equal(found, np.rint(found))
+    assert np.abs(found).max() <= levels
+    nearest = np.rint(scaled)
+    assert (output_error(found - scaled, moments) <= output_error(nearest - scaled, moments)).all()
+
+
+def test_the_error_is_near_the_least_of_all_roundings_up_and_down():
+    scaled = np.random.default_rng(0).uniform(-100, 100, size=(40, 8))
+    moments = correlated(8, 1)
+    up_or_down = np.array(list(itertools.product((0, 1), repeat=8)))
+    best = np.array(
+        [output_error(np.floor(row) + up_or_down - row, moments).min() for row in scaled]
+    )  # all 256 of each channel
+    found = output_error(round_to_least_error(scaled, moments, 127) - scaled, moments)
+    nearest = output_error(np.rint(scaled) - scaled, moments)
+    assert found.mean() < 1.5 * best.mean()
+    assert nearest.mean() > 2 * best.mean()
+
+
+def test_inputs_that_do_not_vary_together_are_rounded_to_nearest():
+    scaled = np.random.default_rng(0).uniform(-100, 100, size=(5, 300))
+    assert np.array_equal(round_to_least_error(scaled, np.diag(np.arange(300.0)), 127), np.rint(scaled))
+
+
+def inputs_of(kind: str, pixels: np.ndarray) -> np.ndarray:
+    """[groups, samples, K], by definition: one place after the other."""
+    x = normalize(pixels, PREPROCESS).astype(np.float64)
+    if kind not in LAYERS:
+        return x.reshape(1, len(x), -1)
+    (channels, per_group, height, width), attributes = LAYERS[kind]
+    del channels
+    (top, left, bottom, right), (down, across) = (
+        attributes.get("pads", [0] * 4),
+        attributes.get("strides", [1, 1]),
+    )
+    rows, columns = attributes.get("dilations", [1, 1])
+    x = np.pad(x, ((0, 0), (0, 0), (top, bottom), (left, right)))
+    found = []
+    for y in range(0, x.shape[2] - (height - 1) * rows, down):
+        for z in range(0, x.shape[3] - (width - 1) * columns, across):
+            patch = x[
+                :, :, y : y + (height - 1) * rows + 1 : rows, z : z + (width - 1) * columns + 1 : columns
+            ]
+            found.append(patch.reshape(len(x), 3 // per_group, -1))
+    return np.concatenate(found).swapaxes(0, 1)
+
+
+def network(path, kind: str):
+    rng = np.random.default_rng(1)
+    shape = LAYERS[kind][0] if kind in LAYERS else (5, 432) if kind == "transposed" else (432, 5)
+    weight = (rng.normal(size=shape) * 0.2).astype(np.float32)
+    bias = rng.normal(size=shape[1] if kind == "gemm" else shape[0]).astype(np.float32)
+    return layer(path, kind, weight, bias), weight
+
+
+@pytest.mark.parametrize("kind", [*LAYERS, "gemm", "transposed"])
+def test_moments_are_those_of_all_places(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr("calibration.layer_inputs.PLACES", 1000)
+    graph, _ = network(tmp_path / "graph.onnx", kind)
+    want = inputs_of(kind, PIXELS)
+    ((name, found),) = layer_moments(graph, PIXELS, PREPROCESS, ["layer"])
+    assert name == "layer"
+    assert input_sizes(graph, ["layer"]) == {"layer": (len(want), want.shape[2])}
+    assert found == pytest.approx(want.swapaxes(1, 2) @ want / want.shape[1], rel=1e-4, abs=1e-4)
+
+
+def test_moments_of_some_places_resemble_those_of_all(tmp_path):
+    graph, _ = network(tmp_path / "graph.onnx", "padded")
+    ((_, found),) = layer_moments(graph, PIXELS, PREPROCESS, ["layer"])
+    want = inputs_of("padded", PIXELS)
+    want = want.swapaxes(1, 2) @ want / want.shape[1]
+    assert 0 < np.linalg.norm(found - want) < 0.3 * np.linalg.norm(want)
+
+
+@pytest.mark.parametrize("kind", [*LAYERS, "gemm", "transposed"])
+@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])
+@pytest.mark.parametrize("reduce_range", [False, True])
+def test_the_graph_has_the_rounded_weights_and_its_layer_is_nearer(kind, target, reduce_range, tmp_path):
+    graph, weight = network(tmp_path / "graph.onnx", kind)
+    coarse = np.random.default_rng(2).integers(0, 256, (120, 4, 4, 3), dtype=np.uint8)
+    pixels = coarse.repeat(3, axis=1).repeat(3, axis=2)  # neighbours resemble each other
+    moments = layer_moments(graph, pixels[:80], PREPROCESS, ["layer"])
+    steps = rounding(graph_io.load(graph).graph, moments, target, reduce_range=reduce_range)
+    ranges = Ranges(
+        graph_sha256=sha256_of(graph),
+        preprocess=PREPROCESS,
+        image_sha256=[],
+        unreadable=[],
+        instruction_set="any",
+        versions={},
+        tensors={n: TensorRange(min=-4.0, max=4.0) for n in ("input", "flat", "logits")},
+    )
+
+    def error(**options) -> float:
+        """Mean squared error of the layer's output, of inputs that it was not rounded for, and of float ones."""
+        out = tmp_path / "int8.onnx"
+        quantize(graph, ranges, out, target=target, reduce_range=reduce_range, **options)
+        stored = {t.name: numpy_helper.to_array(t) for t in onnx.load(out).graph.initializer}
+        integers = stored["layer_weight_quantized"].astype(np.float64)
+        scales = next(a for n, a in stored.items() if n.startswith("layer_weight_scale")).astype(np.float64)
+        assert np.abs(integers).max() <= (63 if reduce_range else 127)
+        axis = 1 if kind == "gemm" else 0
+        shaped = scales.reshape([-1 if i == axis else 1 for i in range(weight.ndim)])
+        difference = np.moveaxis(integers * shaped - weight, axis, 0).reshape(weight.shape[axis], -1)
+        x = inputs_of(kind, pixels[80:])
+        by_group = difference.reshape(len(x), -1, x.shape[2])
+        return float(((x @ by_group.swapaxes(1, 2)) ** 2).mean())
+
+    assert error(rounding=steps) < 0.8 * error()
