@@ -17,17 +17,20 @@ ALONE = 2.0
 """A range so many times as wide as without one image costs all others a bit."""
 
 
-def doubts(ranges: Ranges, names: Mapping[str, str], alike: Sequence[Sequence[str]] = ()) -> list[str]:
+def doubts(
+    ranges: Ranges, names: Mapping[str, str], alike: Sequence[Sequence[str]] = (), *, whole: bool = True
+) -> list[str]:
     """Warnings for people: too few images, many that look alike, those that alone widen ranges of quantized tensors.
 
     Args:
         names: of the images, by SHA-256.
         alike: names of images that look like another one, and of that one.
+        whole: not a shard, whose images need not be enough.
     """
     found = []
     count = len(ranges.image_sha256)
-    if count < FEW:
-        found.append(f"calibrated on {count} images only: 300 to 1,000 are usual")
+    if whole and count < FEW:
+        found.append(f"calibrated on {count} image{'s' if count > 1 else ''} only: 300 to 1,000 are usual")
     if len(alike) > MANY_ALIKE * count:
         found.append(
             f"{len(alike)} of {count} images look like another one, {alike[0][0]} like {alike[0][1]} for example: "

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 from math import gcd
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from calibration import graph_io
+from calibration.machine import one_blas_thread, usable_cores
 from calibration.observe import Observer
 from calibration.preprocess import Preprocess, UInt8Array
 
@@ -106,20 +109,22 @@ class _Moments:
         self._waiting: list[Float32Array] = []
         self._count = 0
 
-    def add(self, samples: Float32Array) -> None:
-        self._waiting.append(samples)
+    def look(self, node: ir.Node, arrays: Mapping[str, Float32Array]) -> None:
+        """Take in what the layer reads of one image."""
+        self._waiting.append(_samples(node, arrays[_input_name(node)]))
         if sum(x.shape[1] for x in self._waiting) >= _AT_ONCE:
-            self._take()
+            self.take()
 
-    def _take(self) -> None:
+    def take(self) -> None:
+        """Add up what was waiting."""
+        if not self._waiting:
+            return
         x = np.concatenate(self._waiting, axis=1)
         self._total += x.swapaxes(1, 2) @ x
         self._count += x.shape[1]
         self._waiting = []
 
     def mean(self) -> Float64Array:
-        if self._waiting:
-            self._take()
         return self._total / self._count
 
 
@@ -153,6 +158,8 @@ def layer_moments(
         layers: names of Conv (explicit pads), Gemm and MatMul nodes.
         budget: bytes of moments to hold at once; one layer may need more.
 
+    As many layers at a time as there are cores, each on one: the bits do not depend on how many those are.
+
     Yields a layer's name and float64 [groups, K, K], K as the weight's operands lie in one row: C, kH, kW of a Conv.
     """
     nodes, sizes = _nodes(graph, layers), input_sizes(graph, layers)
@@ -162,9 +169,10 @@ def layer_moments(
         if together and (not name or held > budget):
             sums = {n: _Moments(*sizes[n]) for n in together}
             inputs = {_input_name(nodes[n]) for n in together}
-            for arrays in Observer(graph, inputs).one_by_one(pixels, preprocess):
-                for layer, moments in sums.items():
-                    moments.add(_samples(nodes[layer], arrays[_input_name(nodes[layer])]))
+            with one_blas_thread(), ThreadPoolExecutor(usable_cores()) as pool:
+                for arrays in Observer(graph, inputs).one_by_one(pixels, preprocess):
+                    list(pool.map(_Moments.look, sums.values(), (nodes[n] for n in together), repeat(arrays)))
+                list(pool.map(_Moments.take, sums.values()))
             for layer in together:
                 yield layer, sums.pop(layer).mean()
             together = []

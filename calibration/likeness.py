@@ -20,14 +20,18 @@ ALIKE = 0.995
 """Correlation from which two images look alike: the same one compressed, darkened, or a frame later. Of 1,797
 handwritten digits, scaled up from 8x8, two reach it."""
 
+_FLAT = 0.1
+"""Length of a fingerprint, in levels of brightness, below which an image is of one colour."""
+
 
 def fingerprints(pixels: UInt8Array) -> Float32Array:
-    """Brightness of CELLS x CELLS cells, less its mean and of length 1: no matter how bright.
+    """Brightness of CELLS x CELLS cells, less its mean and of length 1: no matter how bright. Images of one colour are
+    all alike.
 
     Args:
         pixels: uint8 [N, H, W, 3].
 
-    Returns float32 [N, up to CELLS²]; 0 for an image of one colour.
+    Returns float32 [N, 1 + up to CELLS²]; the first is 1 for an image of one colour.
     """
     grey = pixels.mean(axis=3, dtype=np.float32)
     edges = [np.unique(np.linspace(0, size, CELLS, endpoint=False).astype(int)) for size in grey.shape[1:]]
@@ -35,7 +39,11 @@ def fingerprints(pixels: UInt8Array) -> Float32Array:
     sizes = [np.diff(starts, append=size) for starts, size in zip(edges, grey.shape[1:], strict=True)]
     cells = (sums / np.outer(*sizes)).reshape(len(pixels), -1)
     cells -= cells.mean(axis=1, keepdims=True)
-    return np.asarray(cells / np.maximum(np.linalg.norm(cells, axis=1, keepdims=True), 1e-3))
+    length = np.linalg.norm(cells, axis=1, keepdims=True)
+    flat = length < _FLAT
+    return np.concatenate(
+        [flat, np.where(flat, 0, cells / np.maximum(length, _FLAT))], axis=1, dtype=np.float32
+    )
 
 
 def alike(found: Float32Array) -> dict[int, int]:

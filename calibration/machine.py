@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -48,6 +50,14 @@ def instruction_set() -> str:
 def saturates(instructions: str) -> bool:
     """True where uint8 x int8 products are summed in saturating 16 bits (`vpmaddubsw`)."""
     return instructions in ("avx2", "avx512")
+
+
+def one_blas_thread() -> AbstractContextManager[object]:
+    """A context in which NumPy's matrix products use one thread: how many share a sum shows in its last bit."""
+    import threadpoolctl
+
+    limit: Callable[..., AbstractContextManager[object]] = threadpoolctl.threadpool_limits
+    return limit(limits=1, user_api="blas")
 
 
 def usable_cores() -> int:

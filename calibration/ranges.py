@@ -60,7 +60,7 @@ class Ranges(BaseModel):
     schema_version: Literal[1] = 1
     graph_sha256: str
     preprocess: Preprocess
-    image_sha256: list[str] = Field(description="Hashes of the images that were used, sorted.")
+    image_sha256: list[str] = Field(description="Hashes of the images that were used, sorted; at least one.")
     unreadable: list[str] = Field(description="Names of images that could not be decoded.")
     instruction_set: str
     versions: dict[str, str]
@@ -110,9 +110,17 @@ class Ranges(BaseModel):
     @classmethod
     def read(cls, path: Path) -> Ranges:
         """Raises BadInputError when the file is not a ranges file."""
+        again = "run `export-zoo calibrate` again"
         try:
-            return cls.model_validate_json(path.read_text(encoding="utf-8"))
-        except (ValidationError, OSError, UnicodeDecodeError) as error:
-            raise BadInputError(
-                f"{path}: not a ranges file: {error}", hint="run the calibration again"
-            ) from error
+            found = cls.model_validate_json(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise BadInputError(f"{path}: cannot be read: {error.strerror}", hint=again) from error
+        except UnicodeDecodeError as error:
+            raise BadInputError(f"{path}: not a ranges file: not text", hint=again) from error
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "the whole"
+            raise BadInputError(f"{path}: not a ranges file: {where}: {first['msg']}", hint=again) from error
+        if not found.image_sha256 or len(set(found.image_sha256)) < len(found.image_sha256):
+            raise BadInputError(f"{path}: no images, or one of them twice: edited by hand?", hint=again)
+        return found

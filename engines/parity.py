@@ -136,7 +136,8 @@ def check_reference(reference: Logits) -> None:
         raise ParityError(
             f"nothing to compare: the eager logits hardly vary between images (spread {spread:.2e}, largest "
             f"logit {size:.2e})",
-            hint="random or collapsed weights do this; use trained weights (--weights DEFAULT or a file)",
+            hint="images that are all alike do this, and random or collapsed weights: look at the images, use trained "
+            "weights (--weights DEFAULT or a file)",
         )
 
 

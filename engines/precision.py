@@ -14,6 +14,7 @@ import onnx_ir as ir
 from calibration import graph_io
 from calibration.errors import BadInputError, UsageError
 from calibration.histogram import Histogram
+from calibration.machine import one_blas_thread
 from calibration.methods import METHODS
 from calibration.ranges import Ranges, TensorRange
 from engines.first_conv import block_first_convolution
@@ -387,9 +388,10 @@ def quantize(
     if not placement.weights:
         raise BadInputError("INT8: no Conv, Gemm or MatMul with constant weights in the graph")
     scheme = SCHEMES[target]
-    _Quantizer(
-        model.graph, placement, ranges, scheme, reduce_range, method, means or {}, rounding or {}, clipped
-    ).run()
+    with one_blas_thread():
+        _Quantizer(
+            model.graph, placement, ranges, scheme, reduce_range, method, means or {}, rounding or {}, clipped
+        ).run()
     if scheme.half:
         halve(model.graph, ranges)
     if target == "onnxruntime":

@@ -10,12 +10,15 @@ bounded: inputs³ / 3 operations a layer.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from calibration.machine import one_blas_thread, usable_cores
 from engines.placement import weight_of
 from engines.precision import SCHEMES, quantize_weight, weight_levels
 
@@ -80,14 +83,17 @@ def rounding(
 ) -> dict[str, Int8Array]:
     """How far each weight of some layers is to be rounded from its nearest integer, int8 in the weight's own shape.
 
+    As many layers at a time as there are cores, each on one: the bits do not depend on how many those are.
+
     Args:
         moments: of layers' inputs, [groups, K, K] by node name, see `calibration.layer_inputs.layer_moments`.
         target: whose scales the weights have.
         progress: called with 1 for each layer done.
     """
     nodes = {str(node.name): node for node in graph}
-    found = {}
-    for name, matrices in moments:
+    levels, half = weight_levels(reduce_range), SCHEMES[target].half
+
+    def steps(name: str, matrices: Float64Array) -> Int8Array:
         rule = weight_of(nodes[name])
         assert rule is not None
         value = nodes[name].inputs[rule.index]
@@ -95,20 +101,32 @@ def rounding(
         assert value.const_value is not None
         weight = value.const_value.numpy().astype(np.float32)
         nearest, scales, _ = quantize_weight(
-            weight, rule.axis, None, np.float32(1), reduce_range=reduce_range, half=SCHEMES[target].half
+            weight, rule.axis, None, np.float32(1), reduce_range=reduce_range, half=half
         )
-        rows = np.moveaxis(weight, rule.axis, 0).reshape(len(scales), -1) / scales.astype(np.float64)[:, None]
-        per_group = len(rows) // len(matrices)
-        integers = np.concatenate(
-            [
-                round_to_least_error(
-                    rows[i * per_group : (i + 1) * per_group], matrix, weight_levels(reduce_range)
-                )
-                for i, matrix in enumerate(matrices)
-            ]
-        )
-        shape = np.moveaxis(weight, rule.axis, 0).shape
-        steps = np.moveaxis(integers.reshape(shape), 0, rule.axis) - nearest
-        found[name] = np.clip(steps, -127, 127).astype(np.int8)
+        channels = np.moveaxis(weight, rule.axis, 0)
+        rows = channels.reshape(len(scales), -1) / scales.astype(np.float64)[:, None]
+        groups = np.split(rows, len(matrices))
+        integers = [
+            round_to_least_error(group, matrix, levels)
+            for group, matrix in zip(groups, matrices, strict=True)
+        ]
+        rounded = np.moveaxis(np.concatenate(integers).reshape(channels.shape), 0, rule.axis)
+        return np.clip(rounded - nearest, -127, 127).astype(np.int8)
+
+    found: dict[str, Int8Array] = {}
+    running: deque[tuple[str, Future[Int8Array]]] = deque()
+
+    def take() -> None:
+        name, future = running.popleft()
+        found[name] = future.result()
         progress(1)
+
+    workers = usable_cores()
+    with one_blas_thread(), ThreadPoolExecutor(workers) as pool:
+        for name, matrices in moments:  # few at once: they are large
+            if len(running) == workers:
+                take()
+            running.append((name, pool.submit(steps, name, matrices)))
+        while running:
+            take()
     return found

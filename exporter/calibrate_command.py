@@ -12,9 +12,11 @@ from calibration.errors import UsageError
 from exporter import options, outcome
 from exporter.common_options import (
     EXIT_CODES,
+    given_options,
     json_option,
     keep_float_option,
     model_options,
+    option_name,
     quiet_option,
     verbose_option,
 )
@@ -61,11 +63,18 @@ def calibrate(
     now = outcome.current()
     now.reporter = ConsoleReporter(quiet=quiet)
     if merging:
-        if len(what) < 2 or out is None:
-            raise UsageError("--merge needs two ranges files or more, and --out", hint="--merge A B --out C")
+        if len(what) < 2:
+            raise UsageError("--merge needs two ranges files or more", hint="--merge A B --out C")
+        if out is None:
+            raise UsageError("--merge needs --out", hint="--merge A B --out C")
+        if others := given_options() - {"merging", "out", "json_path", "quiet", "verbose", "what"}:
+            raise UsageError(
+                f"--merge has no use for {', '.join(sorted(option_name(name) for name in others))}",
+                hint="images and weights stand in the files",
+            )
         from exporter.calibrating import merge
 
-        ranges = merge([Path(name) for name in what], out)
+        ranges = merge([Path(name) for name in what], out, reporter=now.reporter)
     else:
         if len(what) != 1:
             raise UsageError("calibrate needs one MODEL", hint="`export-zoo list` shows all")

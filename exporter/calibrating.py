@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from functools import reduce
 from pathlib import Path
 
+from calibration.doubts import doubts
 from calibration.errors import EnvironmentFailureError, UsageError
 from calibration.images import check_folder
 from calibration.ranges import Ranges
@@ -32,6 +33,13 @@ def _write(ranges: Ranges, out: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def _check_out(out: Path) -> None:
+    if out.is_dir() or not out.absolute().parent.is_dir():
+        raise UsageError(
+            f"--out {out}: not a file in a directory that is there", hint="for example ranges.json"
+        )
+
+
 def calibrate(
     options: ExportOptions, out: Path, *, shard: tuple[int, int] = (1, 1), reporter: Reporter | None = None
 ) -> Ranges:
@@ -46,10 +54,7 @@ def calibrate(
     """
     if options.calib is None:
         raise UsageError("calibrate needs --calib DIR", hint="pass a folder of 300 to 1,000 images")
-    if out.is_dir() or not out.absolute().parent.is_dir():
-        raise UsageError(
-            f"--out {out}: not a file in a directory that is there", hint="for example ranges.json"
-        )
+    _check_out(out)
     check_folder(options.calib, "--calib")
     options = dataclasses.replace(options, precisions=("int8",))
     with StageCache(default_root() if options.cache else None) as cache:
@@ -68,12 +73,16 @@ def calibrate(
     return ranges
 
 
-def merge(files: Sequence[Path], out: Path) -> Ranges:
+def merge(files: Sequence[Path], out: Path, *, reporter: Reporter | None = None) -> Ranges:
     """Merge the ranges files of shards: the same bits as one calibration on all their images.
 
     Raises:
+        UsageError: `out` is no file in a directory that is there.
         BadInputError: one is no ranges file, or they do not belong together.
     """
+    _check_out(out)
     ranges = reduce(Ranges.merged, (Ranges.read(path) for path in files))
     _write(ranges, out)
+    for text in doubts(ranges, {}):
+        (reporter or Reporter()).warn(text)
     return ranges

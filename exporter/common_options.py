@@ -33,6 +33,21 @@ quiet_option = click.option("-q", "--quiet", is_flag=True, help="Only warnings a
 verbose_option = click.option(
     "-v", "--verbose", is_flag=True, help="TensorRT's log, and tracebacks of unexpected errors."
 )
+
+
+def given_options() -> set[str]:
+    """Parameters of the running command that stand on the command line."""
+    context = click.get_current_context()
+    given = click.core.ParameterSource.COMMANDLINE
+    return {name for name in context.params if context.get_parameter_source(name) is given}
+
+
+def option_name(parameter: str) -> str:
+    """`--keep-float` of `keep_float`."""
+    command = click.get_current_context().command
+    return next((p.opts[0] for p in command.params if p.name == parameter), parameter)
+
+
 keep_float_option = click.option(
     "--keep-float",
     multiple=True,

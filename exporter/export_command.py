@@ -12,9 +12,11 @@ from calibration.errors import UsageError
 from exporter import options, outcome
 from exporter.common_options import (
     EXIT_CODES,
+    given_options,
     json_option,
     keep_float_option,
     model_options,
+    option_name,
     quiet_option,
     verbose_option,
 )
@@ -115,6 +117,9 @@ def export(model: str, json_path: Path | None, quiet: bool, verbose: bool, **giv
         show_log()
     from engines import target
 
+    if "int8" not in given["precisions"]:
+        for name in sorted(given_options() & {"method", "steps", "keep_float", "reduce_range"}):
+            raise UsageError(f"{option_name(name)} has an effect on INT8 only", hint="add --precision int8")
     chosen = options.ExportOptions(
         model=model,
         precisions=tuple(given["precisions"]) or ("fp32",),

@@ -37,7 +37,7 @@ SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP"
 _INTERRUPTED = {
     "kind": "interrupted",
     "message": "interrupted",
-    "hint": "finished stages are cached: run it again",
+    "hint": "run it again; finished stages are cached, but for --no-cache",
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -83,6 +83,7 @@ def _recipe(
     exported: StageResult,
     simplified: StageResult,
     calibrated: tuple[Path, Ranges] | None,
+    tuned: Mapping[str, Tuned],
     contents: _Contents,
 ) -> manifest.Recipe:
     p, batch = spec.preprocess, context.options.batch
@@ -90,8 +91,10 @@ def _recipe(
     calibration = None
     if calibrated is not None:
         path, ranges = calibrated
+        untuned = {found.parts.method for found in tuned.values() if found.tuning is None}
+        method = untuned.pop() if untuned else context.options.method
         calibration = manifest.Calibration(
-            method=context.options.method,
+            method=method,
             images=len(ranges.image_sha256),
             synthetic=context.options.calib is None and context.options.ranges is None,
             unreadable=ranges.unreadable,
@@ -228,7 +231,7 @@ def _run(context: Context) -> ExportResult:
         for precision in options.unique_precisions()
     ]
     contents = _Contents()
-    recipe = _recipe(context, spec, chosen, exported, simplified, calibrated, contents)
+    recipe = _recipe(context, spec, chosen, exported, simplified, calibrated, tuned, contents)
     latencies = time_engines(context, built, graph, recipe, held)
     gates = judge_engines(context, built, recipe, held, reference)
     engines = [_engine(b, gates[b.name], latencies.get(b.name), spec.name, contents) for b in built]

@@ -29,7 +29,7 @@ from calibration.graph_io import sha256_of
 CACHE_VARIABLE = "EXPORT_ZOO_CACHE"
 LIMIT_VARIABLE = "EXPORT_ZOO_CACHE_GB"
 DEFAULT_LIMIT_GB = 20.0
-_ABANDONED_SECONDS = 24 * 3600
+_ABANDONED_SECONDS, _GRACE_SECONDS = 24 * 3600, 60
 _ENTRY = "entry.json"
 _TEMPORARY, _MARKER = "export-zoo-", ".export-zoo-work"  # marked, so that nobody else's are taken for ours
 
@@ -88,12 +88,37 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
+def _lock(directory: Path) -> int | None:
+    """Mark a work directory as one of a living process; the lock goes with it. None where it is another's.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+    try:
+        import fcntl
+    except ImportError:  # on Windows age alone tells
+        return None
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
 def _remove_abandoned(works: Iterable[Path]) -> None:
     """Work directories of runs that were killed. Those of other users in /tmp stay: they cannot be removed."""
     for old in works:
         with contextlib.suppress(OSError):  # another run may have removed it
-            if time.time() - old.stat().st_mtime > _ABANDONED_SECONDS:
+            age = time.time() - old.stat().st_mtime
+            if age <= _GRACE_SECONDS:  # it may not have come to its lock yet
+                continue
+            descriptor = _lock(old)
+            if descriptor is not None or age > _ABANDONED_SECONDS:
                 shutil.rmtree(old, ignore_errors=True)
+            if descriptor is not None:
+                os.close(descriptor)
 
 
 class StageCache:
@@ -107,6 +132,7 @@ class StageCache:
         self._root = root
         self._work = Path()
         self._limit = 0.0
+        self._descriptor: int | None = None
 
     def __enter__(self) -> StageCache:
         self._limit = _limit_bytes()
@@ -121,12 +147,17 @@ class StageCache:
             _remove_abandoned(works.iterdir())
             self._work = works / uuid.uuid4().hex
             self._work.mkdir()
+        with contextlib.suppress(OSError):  # a file system without locks: age alone tells
+            self._descriptor = _lock(self._work)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         shutil.rmtree(self._work, ignore_errors=True)
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
         if self._root is not None and kind is None:
             self._prune(self._root)
 

@@ -11,7 +11,7 @@ import numpy as np
 from calibration import graph_io, images
 from calibration.collect import collect
 from calibration.doubts import doubts
-from calibration.errors import BadInputError
+from calibration.errors import BadInputError, UsageError
 from calibration.graph_io import sha256_of
 from calibration.images import ImageStream, SyntheticStream
 from calibration.likeness import FingerprintedStream
@@ -186,8 +186,7 @@ def calibrate(
     seed = spec.seed + 3
     histograms: list[str] = []
     if "int8" in context.options.precisions:
-        model = graph_io.load(graph).graph
-        histograms = sorted(quantized_tensors(model, kept_float(model, context.options.keep_float)))
+        histograms = _quantized(context, graph)
 
     def make(directory: Path) -> dict[str, Any]:
         stream = (
@@ -220,9 +219,25 @@ def calibrate(
     context.warn_unreadable(root, result.data["unreadable"])
     if histograms:
         names = {file.sha256: file.name for file in files}
-        for text in doubts(ranges, names, alike=result.data["alike"]):
+        for text in doubts(ranges, names, alike=result.data["alike"], whole=shard[1] == 1):
             context.reporter.warn(text)
     return result.directory / "ranges.json", ranges
+
+
+def _quantized(context: Context, graph: Path) -> list[str]:
+    """Tensors that INT8 quantizes for any target.
+
+    Raises:
+        UsageError: --keep-float names nothing, or leaves nothing to quantize.
+    """
+    model = graph_io.load(graph).graph
+    found = sorted(quantized_tensors(model, kept_float(model, context.options.keep_float)))
+    if context.options.keep_float and not found:
+        raise UsageError(
+            f"--keep-float {', '.join(context.options.keep_float)}: leaves nothing to quantize",
+            hint="use --precision fp16",
+        )
+    return found
 
 
 def read_ranges(context: Context, spec: ModelSpec, graph: Path, chosen: ChosenImages) -> tuple[Path, Ranges]:
@@ -253,5 +268,34 @@ def read_ranges(context: Context, spec: ModelSpec, graph: Path, chosen: ChosenIm
                 hint="use the folder, --calib-images, --verify-images and --seed that `calibrate` was given, "
                 "or leave out --calib and verify on --verify DIR",
             )
+        if len(used) < images.MIN_CALIBRATE:
+            raise BadInputError(
+                f"--ranges {path}: of {len(used)} images, at least {images.MIN_CALIBRATE} are needed",
+                hint="merge all shards (`export-zoo calibrate --merge`), or calibrate on more images",
+            )
+        if "int8" in context.options.precisions:
+            _check_tensors(context, ranges, _quantized(context, graph))
         stage.detail = f"--ranges {path}: {len(ranges.tensors)} tensors over {len(used)} images"
+    if context.options.calib is not None and len(used) < len(wanted) - len(ranges.unreadable):
+        context.reporter.warn(
+            f"--ranges {path}: of {len(used)} of the {len(wanted)} images that calibrate: is a shard missing?"
+        )
+    if "int8" in context.options.precisions:
+        for text in doubts(ranges, {file.sha256: file.name for file in chosen.splits["calibrate"]}):
+            context.reporter.warn(text)
     return path, ranges
+
+
+def _check_tensors(context: Context, ranges: Ranges, wanted: list[str]) -> None:
+    path, method = context.options.ranges, context.options.method
+    for name in wanted:
+        if name not in ranges.tensors:
+            raise BadInputError(
+                f"--ranges {path}: has no range of tensor {name!r}: edited by hand?", hint="calibrate again"
+            )
+        tried = method != "minmax" if context.options.calib is not None else method not in ("minmax", "auto")
+        if tried and not ranges.tensors[name].histogram:
+            raise BadInputError(
+                f"--ranges {path}: has no histogram of tensor {name!r}, which --method {method} needs",
+                hint="calibrate again with the same --keep-float, or use --method minmax",
+            )

@@ -116,6 +116,10 @@ def tune(
     options = context.options
     wanted = options.steps or options.method == "auto"
     if random or not wanted or options.calib is None:
+        if wanted and not random:
+            context.reporter.warn(
+                "without --calib there are no images to select on: INT8 is not tuned (--steps, --method auto)"
+            )
         parts = Int8Parts(graph, ranges, "minmax" if options.method == "auto" else options.method)
         return {target.name: Tuned(parts, None) for target in targets}
     affordable = MAX_PIXELS // (preprocess.crop_height * preprocess.crop_width)

@@ -60,6 +60,22 @@ def test_without_calib_ranges_are_enough_to_build_and_verify_elsewhere(cli, digi
     done = cli(*export, "--verify", tmp_path / "verify", "--out", tmp_path / "out")
     assert done.code == 0, done.err
     assert done.json["engines"][0]["state"] == "verified"
+    assert done.json["engines"][0]["tuning"] is None
+    assert done.json["recipe"]["calibration"]["method"] == "minmax"
+    assert any("no images to select on" in warning for warning in done.json["warnings"])
+    chosen = cli(
+        *export,
+        "--verify",
+        tmp_path / "verify",
+        "--out",
+        tmp_path / "o",
+        "--method",
+        "mse",
+        "--steps",
+        "none",
+    )
+    assert chosen.json["recipe"]["calibration"]["method"] == "mse"
+    assert not any("select on" in warning for warning in chosen.json["warnings"])
     assert not done.json["recipe"]["calibration"]["synthetic"]
     assert done.json["recipe"]["calibration"]["images"] == 512
     overlapping = cli(*export, "--verify", digits.images, "--verify-images", "800", "--out", tmp_path / "bad")
@@ -83,6 +99,50 @@ def test_ranges_of_something_else_are_refused(cli, arguments, tmp_path, change, 
     assert says in done.json["error"]["message"]
     assert str(path) in done.json["error"]["message"]
     assert not (tmp_path / "out").exists()
+
+
+def test_a_shard_alone_is_warned_of_and_one_of_too_few_images_refused(cli, arguments, tmp_path):
+    quarter = calibrated(cli, arguments, tmp_path / "1.json", "--shard", "1/4")
+    export = [*arguments, "--precision", "int8", "--steps", "none", "--method", "minmax"]
+    done = cli(*export, "--ranges", quarter, "--out", tmp_path / "out")
+    assert done.code == 0, done.err
+    assert any("128 of the 512 images" in warning for warning in done.json["warnings"])
+    few = calibrated(cli, arguments, tmp_path / "few.json", "--shard", "1/50")
+    refused = cli(*export, "--ranges", few, "--out", tmp_path / "few")
+    assert refused.code == 5
+    assert "at least 16" in refused.json["error"]["message"]
+    assert "--merge" in refused.json["error"]["hint"]
+    assert not any(
+        "images only" in warning
+        for warning in cli("calibrate", *arguments, "--shard", "1/50").json["warnings"]
+    )
+    other = calibrated(cli, arguments, tmp_path / "other.json", "--shard", "2/50")
+    merged = cli("calibrate", "--merge", few, other, "--out", tmp_path / "merged.json")
+    assert any("22 images only" in warning for warning in merged.json["warnings"])
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda d: d.update(image_sha256=[]), "no images"),
+        (lambda d: d["image_sha256"].append(d["image_sha256"][0]), "one of them twice"),
+        (lambda d: d["tensors"].pop("relu"), "no range of tensor 'relu'"),
+        (lambda d: d["tensors"]["relu"].update(histogram=""), "no histogram of tensor 'relu'"),
+        (lambda d: d["tensors"]["relu"].update(histogram="!"), "tensors.relu"),
+        (lambda d: d["tensors"]["relu"].update(min=1e9), "tensors.relu"),
+        (lambda d: d.pop("versions"), "versions: Field required"),
+    ],
+)
+def test_a_file_edited_by_hand_is_refused_by_name(cli, arguments, tmp_path, change, says):
+    path = calibrated(cli, arguments, tmp_path / "r.json")
+    document = json.loads(path.read_text())
+    change(document)
+    path.write_text(json.dumps(document))
+    done = cli(*arguments, "--precision", "int8", "--ranges", path, "--out", tmp_path / "out")
+    assert done.code == 5, done.err
+    assert str(path) in done.json["error"]["message"]
+    assert says in done.json["error"]["message"]
+    assert "pydantic" not in done.err
 
 
 def test_a_file_that_is_none_is_refused_before_any_work(cli, arguments, tmp_path):
@@ -111,6 +171,19 @@ def test_shards_that_do_not_belong_together_are_refused(cli, arguments, tmp_path
         (["calibrate", "resnet18", "--calib", ".", "--shard", "half"], "--shard half"),
         (["calibrate", "--merge", "a.json", "--out", "b.json"], "two ranges files"),
         (["calibrate", "--merge", "a.json", "b.json"], "--out"),
+        (["calibrate", "--merge", "a.json", "b.json", "--out", "."], "--out ."),
+        (
+            ["calibrate", "--merge", "a.json", "b.json", "--out", "c.json", "--keep-float", "x"],
+            "--keep-float",
+        ),
+        (["calibrate", "--merge", "a.json", "b.json", "--out", "c.json", "--shard", "1/2"], "--shard"),
+        (["resnet18", "--weights", "none", "--steps", "round"], "--steps has an effect on INT8 only"),
+        (
+            ["resnet18", "--weights", "none", "--precision", "fp16", "--method", "mse"],
+            "--method has an effect",
+        ),
+        (["resnet18", "--weights", "none", "--keep-float", "fc"], "--keep-float has an effect"),
+        (["resnet18", "--weights", "none", "--reduce-range"], "--reduce-range has an effect"),
         (["resnet18", "--weights", "none", "--ranges", "a.json"], "--ranges"),
     ],
 )
@@ -124,6 +197,13 @@ def test_more_shards_than_images_are_refused(cli, arguments, tmp_path):
     done = cli("calibrate", *arguments, "--shard", "600/600", "--out", tmp_path / "r.json")
     assert done.code == 2
     assert "512 images only" in done.json["error"]["message"]
+
+
+def test_keeping_all_in_float_leaves_nothing_to_calibrate(cli, arguments, tmp_path):
+    done = cli("calibrate", *arguments, "--keep-float", "*", "--out", tmp_path / "r.json")
+    assert done.code == 2
+    assert "leaves nothing to quantize" in done.json["error"]["message"]
+    assert not (tmp_path / "r.json").exists()
 
 
 def test_out_that_cannot_be_written_is_told_before_any_work(cli, arguments, tmp_path):

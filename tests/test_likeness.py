@@ -53,12 +53,14 @@ def test_different_images_do_not_look_alike(pictures):
 
 
 @pytest.mark.parametrize("size", [(1, 1), (5, 3), (8, 8), (9, 300)])
-def test_any_size_has_a_fingerprint_and_one_colour_resembles_nothing(size):
+def test_any_size_has_a_fingerprint_and_images_of_one_colour_are_alike(size):
     pixels = np.random.default_rng(0).integers(0, 256, (3, *size, 3), dtype=np.uint8)
     found = fingerprints(pixels)
-    assert found.shape == (3, min(size[0], 8) * min(size[1], 8))
+    assert found.shape == (3, 1 + min(size[0], 8) * min(size[1], 8))
     assert np.isfinite(found).all()
-    assert alike(fingerprints(np.full((4, *size, 3), 77, np.uint8))) == {}
+    black_and_white = np.stack([np.full((*size, 3), value, np.uint8) for value in (0, 255)])
+    assert alike(fingerprints(black_and_white)) == {1: 0}
+    assert size == (1, 1) or alike(fingerprints(np.concatenate([pixels[:1], black_and_white]))) == {2: 1}
 
 
 def test_calibrating_on_copies_is_warned_of_with_an_example(cli, digits, tmp_path):

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import numpy_helper
 from test_layer_inputs import LAYERS, PIXELS, PREPROCESS, layer
+from threadpoolctl import threadpool_limits
 
 from calibration import graph_io
 from calibration.graph_io import sha256_of
@@ -99,6 +100,22 @@ def test_moments_are_those_of_all_places(kind, tmp_path, monkeypatch):
     assert name == "layer"
     assert input_sizes(graph, ["layer"]) == {"layer": (len(want), want.shape[2])}
     assert found == pytest.approx(want.swapaxes(1, 2) @ want / want.shape[1], rel=1e-4, abs=1e-4)
+
+
+def test_how_many_cores_there_are_does_not_show(tmp_path, monkeypatch):
+    graph, _ = network(tmp_path / "graph.onnx", "transposed")
+    found = []
+    for cores in (1, 4):
+        monkeypatch.setattr("calibration.layer_inputs.usable_cores", lambda cores=cores: cores)
+        monkeypatch.setattr("engines.rounding.usable_cores", lambda cores=cores: cores)
+        with threadpool_limits(limits=cores, user_api="blas"):
+            moments = list(layer_moments(graph, PIXELS.repeat(20, axis=0), PREPROCESS, ["layer"]))
+            found.append(
+                (moments[0][1].tobytes(), rounding(graph_io.load(graph).graph, moments, "onnxruntime"))
+            )
+    (first, one), (second, four) = found
+    assert first == second
+    assert np.array_equal(one["layer"], four["layer"])
 
 
 def test_moments_of_some_places_resemble_those_of_all(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import json
 import os
@@ -202,16 +203,21 @@ def test_the_work_directory_is_removed_after_an_error_too(root):
     assert works(root) == []
 
 
-def test_the_work_of_a_run_that_was_killed_long_ago_is_removed_and_other_work_kept(root):
-    for name, age in (("old", 25 * 3600), ("recent", 3600)):
+def test_the_work_of_dead_runs_is_removed_and_that_of_living_ones_kept(root):
+    ages = {"old": 25 * 3600, "dead": 3600, "living": 3600, "starting": 10}
+    for name, age in ages.items():
         directory = root / "work" / name
         directory.mkdir(parents=True)
         (directory / "weights.bin").write_bytes(b"x")
         when = directory.stat().st_mtime - age
         os.utime(directory, (when, when))
+    descriptor = os.open(root / "work" / "living", os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
     with StageCache(root):
-        assert not (root / "work" / "old").exists()
-        assert (root / "work" / "recent" / "weights.bin").exists()
+        assert {path.name for path in works(root)} > {"living", "starting"}
+        assert (root / "work" / "living" / "weights.bin").exists()
+        assert not {path.name for path in works(root)} & {"old", "dead"}
+    os.close(descriptor)
 
 
 def test_work_that_vanishes_while_it_is_looked_at_is_no_error(root):
@@ -549,7 +555,7 @@ def test_full_disk_names_the_cache_and_what_moves_it(tmp_path, cached):
     assert "TMPDIR" in raised.value.hint
 
 
-def test_what_a_killed_run_without_a_cache_left_is_removed_after_a_day(tmp_path, monkeypatch):
+def test_what_a_killed_run_without_a_cache_left_is_removed(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     StageCache(None).__enter__()  # killed: it never leaves
     (abandoned,) = tmp_path.iterdir()
