@@ -25,8 +25,8 @@ BINS = 1 << (32 - SHIFT)
 _SIGN = BINS >> 1
 _INFINITY = 0x7F800000
 
-SAMPLES = 32768
-"""Elements of one image that are counted at most. Larger tensors are sampled at a stride: 300 images still give ten
+SAMPLES = 16384
+"""Elements of one image that are counted at most. Larger tensors are sampled at a stride: 300 images still give five
 million. Minimum and maximum are always of all elements."""
 
 Float32Array = npt.NDArray[np.float32]

@@ -88,7 +88,7 @@ def layer_means(
 def _samples(node: ir.Node, array: Float32Array) -> Float32Array:
     """Inputs of a layer at PLACES places of each image: [groups, samples, K]."""
     if node.op_type != "Conv":
-        return array.reshape(1, -1, array.shape[-1])
+        return array.reshape(1, -1, array.shape[-1]).copy()  # it will be overwritten before it is used
     view = _Windows(node).of(array)
     groups = node.attributes.get_int("group", 1)
     count = view.shape[2] * view.shape[3]

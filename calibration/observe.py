@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from threading import local
 
 import numpy as np
 import numpy.typing as npt
@@ -38,14 +39,40 @@ class Observer:
             path = Path(directory) / "observed.onnx"
             graph_io.save(model, path)
             self._session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        (feed,) = self._session.get_inputs()
+        self._shapes = {out.name: out.shape for out in self._session.get_outputs() if out.name in self._names}
+        self._known = all(
+            shape[:1] == feed.shape[:1] and all(isinstance(size, int) for size in shape[1:])
+            for shape in self._shapes.values()
+        )
+        self._own = local()
 
     def run(self, batch: Float32Array) -> Mapping[str, Float32Array]:
-        """The tensors, and the input, by name, for one batch of preprocessed images, float32 [N, 3, H, W]."""
-        arrays = self._session.run(self._names, {self._feed: batch}) if self._names else []
-        found = {name: np.asarray(array) for name, array in zip(self._names, arrays, strict=True)}
-        return {self._feed: batch, **found}
+        """The tensors, and the input, by name, for one batch of preprocessed images, float32 [N, 3, H, W].
+
+        They are valid until the same thread's next call: ONNX Runtime writes them into the same memory again, for new
+        memory, and its copy, would take up to an eighth of the time.
+        """
+        if not self._names:
+            return {self._feed: batch}
+        if not self._known:
+            arrays = self._session.run(self._names, {self._feed: batch})
+            return {self._feed: batch, **dict(zip(self._names, map(np.asarray, arrays), strict=True))}
+        batch = np.ascontiguousarray(batch)
+        if getattr(self._own, "size", None) != len(batch):
+            self._own.size = len(batch)
+            self._own.found = {}
+            self._own.binding = self._session.io_binding()
+            for name, shape in self._shapes.items():
+                array = self._own.found[name] = np.empty([len(batch), *shape[1:]], dtype=np.float32)
+                self._own.binding.bind_output(name, "cpu", 0, np.float32, array.shape, array.ctypes.data)
+        self._own.binding.bind_input(self._feed, "cpu", 0, np.float32, batch.shape, batch.ctypes.data)
+        run: Callable[[object], None] = self._session.run_with_iobinding
+        run(self._own.binding)
+        return {self._feed: batch, **self._own.found}
 
     def one_by_one(self, pixels: UInt8Array, preprocess: Preprocess) -> Iterator[Mapping[str, Float32Array]]:
-        """`run` on each image of uint8 [N, H, W, 3] by itself, so that memory is that of one."""
+        """`run` on each image of uint8 [N, H, W, 3] by itself, so that memory is that of one, and each valid until the
+        next."""
         for index in range(len(pixels)):
             yield self.run(normalize(pixels[index : index + 1], preprocess))
