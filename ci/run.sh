@@ -22,6 +22,9 @@ make demo
 step "wheel"
 bash ci/wheel.sh
 
+step "C++ library and ctest"
+bash ci/cpp.sh
+
 # Last, so that the closing line of the log is that of the tests.
 step "README commands: make test"
 make test

@@ -1,0 +1,68 @@
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <memory>
+#include <span>
+#include <string>
+
+#include <export_zoo/metadata.hpp>
+#include <export_zoo/visibility.hpp>
+
+namespace export_zoo {
+
+struct Options {
+  std::string engine;              ///< name of an engine; empty: the fastest of those that may be loaded here
+  State least = State::verified;   ///< weakest state that may be loaded
+  bool allow_failed = false;       ///< load from a bundle that failed its gate, to look into it
+  int threads = 0;                 ///< of ONNX Runtime, 0: all cores
+  int device = 0;                  ///< CUDA device of TensorRT
+  std::filesystem::path onnxruntime;  ///< libonnxruntime.so.1; empty: $EXPORT_ZOO_ONNXRUNTIME, then the system's
+  std::filesystem::path tensorrt;     ///< libnvinfer or libtensorrt_rtx; empty: $EXPORT_ZOO_TENSORRT, then the system's
+};
+
+namespace detail {
+class EngineState;
+class ContextState;
+}  // namespace detail
+
+/// What one thread runs an engine with: it owns the buffers and, on a GPU, the stream. Not to be shared.
+class EXPORT_ZOO_API Context {
+ public:
+  Context(Context&&) noexcept;
+  Context& operator=(Context&&) noexcept;
+  ~Context();
+
+  /// Logits of `batch` preprocessed images, batch * classes values, image by image.
+  ///
+  /// `input` holds batch * 3 * height * width values. The result is valid until the next call or the context's end.
+  /// Throws Error: shape before anything is run, runtime if the backend fails.
+  [[nodiscard]] std::span<const float> infer(std::span<const float> input, std::int64_t batch);
+
+ private:
+  friend class Engine;
+  explicit Context(std::unique_ptr<detail::ContextState> state);
+  std::unique_ptr<detail::ContextState> state_;
+};
+
+/// A loaded engine: immutable, cheap to copy, shared by all threads.
+class EXPORT_ZOO_API Engine {
+ public:
+  /// Load an engine after checking its files' hashes. Throws Error.
+  [[nodiscard]] static Engine load(const std::filesystem::path& bundle, const Options& options = {});
+
+  /// A context for one thread. Throws Error (runtime, device). It keeps the engine alive.
+  [[nodiscard]] Context context() const;
+
+  [[nodiscard]] const Metadata& metadata() const noexcept;
+  [[nodiscard]] const EngineInfo& info() const noexcept;
+
+  /// Name and version of the library that runs it: "ONNX Runtime 1.31.1".
+  [[nodiscard]] const std::string& backend() const noexcept;
+
+ private:
+  explicit Engine(std::shared_ptr<const detail::EngineState> state);
+  std::shared_ptr<const detail::EngineState> state_;
+};
+
+}  // namespace export_zoo

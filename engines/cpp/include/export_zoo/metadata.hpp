@@ -1,0 +1,76 @@
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <filesystem>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include <export_zoo/visibility.hpp>
+
+namespace export_zoo {
+
+/// How far an engine was compared with eager PyTorch, weakest first.
+enum class State {
+  built,           ///< never run, or outside its tolerance
+  graph_verified,  ///< the graph that it was compiled from was run and compared
+  verified,        ///< the engine itself was run and compared
+};
+
+[[nodiscard]] EXPORT_ZOO_API const char* name(State state) noexcept;
+
+/// An input or output. `shape[0]`, the batch, is -1.
+struct Port {
+  std::string name;
+  std::string dtype;   ///< "float32"
+  std::string layout;  ///< "NCHW", RGB
+  std::vector<std::int64_t> shape;
+};
+
+/// What turns an image into the input: decode, EXIF orientation, RGB, resize of the shorter side (antialiased),
+/// centre crop, x / 255, (x - mean) / std, NCHW.
+struct PreprocessOptions {
+  enum class Interpolation { bilinear, bicubic };
+
+  int resize_size = 0;  ///< shorter side after the resize, in pixels
+  int crop_height = 0;
+  int crop_width = 0;
+  Interpolation interpolation = Interpolation::bilinear;
+  std::array<float, 3> mean{};     ///< RGB, on the 0..1 scale
+  std::array<float, 3> std_dev{};  ///< RGB, on the 0..1 scale
+  int pillow = 0;                  ///< major version of the Pillow that preprocessed at export
+};
+
+struct EngineInfo {
+  std::string name;       ///< "onnxruntime-int8"
+  std::string target;     ///< "onnxruntime", "tensorrt", "tensorrt-rtx"
+  std::string precision;  ///< "fp32", "fp16", "int8"
+  State state = State::built;
+  std::uint64_t size_bytes = 0;
+  std::string built_by;           ///< of TensorRT: the version, which must be the same to run it
+  std::vector<std::string> compute_capabilities;  ///< of TensorRT: GPUs that it was built for, "8.9"
+  bool hardware_compatible = false;               ///< of TensorRT: runs on other GPUs, too
+  bool version_compatible = false;                ///< of TensorRT: runs with later versions, too
+  bool has_weights = true;                        ///< of TensorRT: false for a plan that must be refitted, in Python
+  std::optional<double> speedup;  ///< over FP32, as measured at export
+};
+
+/// What a bundle holds, read without loading anything.
+struct Metadata {
+  std::string model;  ///< "resnet50"
+  bool ok = false;    ///< false: the bundle failed its gate and is not to be served
+  Port input;
+  Port output;
+  std::int64_t batch_min = 1;  ///< batches that were verified
+  std::int64_t batch_opt = 1;
+  std::int64_t batch_max = 1;
+  std::vector<std::string> labels;  ///< class names by index; empty where they are not known
+  PreprocessOptions preprocess;
+  std::vector<EngineInfo> engines;
+};
+
+/// Read a bundle's manifest. Throws Error (bundle).
+[[nodiscard]] EXPORT_ZOO_API Metadata read_metadata(const std::filesystem::path& bundle);
+
+}  // namespace export_zoo

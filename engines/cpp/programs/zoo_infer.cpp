@@ -1,0 +1,152 @@
+// zoo-infer: a bundle and images to classes or raw logits, for shells and tests.
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdio>
+#include <fstream>
+#include <iostream>
+#include <iterator>
+#include <map>
+#include <string>
+#include <vector>
+
+#include <CLI/CLI.hpp>
+#include <nlohmann/json.hpp>
+
+#include <export_zoo/engine.hpp>
+#include <export_zoo/error.hpp>
+#include <export_zoo/postprocess.hpp>
+#include <export_zoo/preprocess.hpp>
+
+namespace {
+
+namespace ez = export_zoo;
+
+struct Arguments {
+  std::string bundle;
+  std::vector<std::string> images;
+  ez::Options options;
+  std::size_t top = 5;
+  std::int64_t batch = 0;
+  std::string logits;
+  std::string inputs;
+  bool json = false;
+};
+
+std::vector<std::byte> read(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  std::vector<char> bytes((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
+  if (!file) throw ez::Error(ez::ErrorCode::image, "cannot be read");
+  const auto* begin = reinterpret_cast<const std::byte*>(bytes.data());
+  return {begin, begin + bytes.size()};
+}
+
+// NumPy's .npy, version 1.0, float32, C order.
+void write_npy(const std::string& path, const std::vector<float>& values, const std::vector<std::size_t>& shape) {
+  std::string header = "{'descr': '<f4', 'fortran_order': False, 'shape': (";
+  for (const auto size : shape) header += std::to_string(size) + ", ";
+  header += "), }";
+  header.resize((10 + header.size() + 1 + 63) / 64 * 64 - 10 - 1, ' ');
+  header += '\n';
+  std::ofstream file(path, std::ios::binary);
+  file.write("\x93NUMPY\x01\x00", 8);
+  file.put(static_cast<char>(header.size() & 0xFF)).put(static_cast<char>(header.size() >> 8));
+  file << header;
+  file.write(reinterpret_cast<const char*>(values.data()), static_cast<std::streamsize>(values.size() * sizeof(float)));
+  if (!file) throw ez::Error(ez::ErrorCode::runtime, path + ": cannot be written");
+}
+
+void print(const Arguments& arguments, const ez::Engine& engine, const std::vector<float>& logits) {
+  const auto& labels = engine.metadata().labels;
+  const auto classes = logits.size() / arguments.images.size();
+  auto document = nlohmann::json::array();
+  for (std::size_t i = 0; i < arguments.images.size(); ++i) {
+    const auto scores = ez::softmax(std::span(logits).subspan(i * classes, classes));
+    auto entry = nlohmann::json{{"image", arguments.images[i]}, {"classes", nlohmann::json::array()}};
+    if (!arguments.json) std::cout << arguments.images[i] << '\n';
+    for (const auto& found : ez::top_k(scores, arguments.top)) {
+      const auto label = found.index < labels.size() ? labels[found.index] : std::to_string(found.index);
+      entry["classes"].push_back({{"index", found.index}, {"label", label}, {"probability", found.score}});
+      if (!arguments.json) std::printf("  %6.2f %%  %s\n", 100 * static_cast<double>(found.score), label.c_str());
+      std::fflush(stdout);
+    }
+    document.push_back(std::move(entry));
+  }
+  if (arguments.json) {
+    const auto& info = engine.info();
+    std::cout << nlohmann::json{{"engine", info.name}, {"state", name(info.state)}, {"backend", engine.backend()},
+                                {"images", document}}
+                     .dump(1)
+              << '\n';
+  }
+}
+
+int run(const Arguments& arguments) {
+  const auto engine = ez::Engine::load(arguments.bundle, arguments.options);
+  const auto& metadata = engine.metadata();
+  const ez::Preprocessor preprocess(metadata.preprocess);
+  const auto count = arguments.images.size();
+  std::vector<float> inputs(count * preprocess.size());
+  for (std::size_t i = 0; i < count; ++i) {
+    try {
+      preprocess(read(arguments.images[i]), std::span(inputs).subspan(i * preprocess.size(), preprocess.size()));
+    } catch (const ez::Error& error) {
+      throw ez::Error(error.code(), arguments.images[i] + ": " + error.what());
+    }
+  }
+  auto context = engine.context();
+  const auto at_once = static_cast<std::size_t>(arguments.batch > 0 ? arguments.batch : metadata.batch_opt);
+  std::vector<float> logits;
+  for (std::size_t start = 0; start < count; start += at_once) {
+    const auto some = std::min(at_once, count - start);
+    const auto part = std::span(inputs).subspan(start * preprocess.size(), some * preprocess.size());
+    const auto found = context.infer(part, static_cast<std::int64_t>(some));
+    logits.insert(logits.end(), found.begin(), found.end());
+  }
+  if (!arguments.logits.empty()) write_npy(arguments.logits, logits, {count, logits.size() / count});
+  if (!arguments.inputs.empty()) {
+    const auto& shape = metadata.input.shape;
+    write_npy(arguments.inputs, inputs,
+              {count, static_cast<std::size_t>(shape[1]), static_cast<std::size_t>(shape[2]),
+               static_cast<std::size_t>(shape[3])});
+  }
+  print(arguments, engine, logits);
+  return 0;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  Arguments arguments;
+  CLI::App app("Classify images with an engine of a bundle.", "zoo-infer");
+  app.add_option("bundle", arguments.bundle, "Directory that `export-zoo export` wrote")->required();
+  app.add_option("images", arguments.images, "JPEG or PNG files")->required();
+  app.add_option("--engine", arguments.options.engine, "Name, such as onnxruntime-int8 (default: the fastest)");
+  app.add_option("--threads", arguments.options.threads, "Of ONNX Runtime (default: all cores)")
+      ->check(CLI::NonNegativeNumber);
+  app.add_option("--batch", arguments.batch, "Images at once (default: the bundle's optimum)")
+      ->check(CLI::PositiveNumber);
+  app.add_option("--top", arguments.top, "Classes to print")->check(CLI::PositiveNumber)->capture_default_str();
+  app.add_option("--logits", arguments.logits, "Write raw logits here, .npy, float32 [N, classes]");
+  app.add_option("--inputs", arguments.inputs, "Write preprocessed inputs here, .npy, float32 [N, 3, H, W]");
+  const std::map<std::string, ez::State> states{
+      {"built", ez::State::built}, {"graph", ez::State::graph_verified}, {"verified", ez::State::verified}};
+  app.add_option("--state", arguments.options.least, "Weakest state to load: built, graph or verified (default)")
+      ->transform(CLI::CheckedTransformer(states));
+  app.add_option("--tensorrt", arguments.options.tensorrt, "libnvinfer or libtensorrt_rtx to load");
+  app.add_option("--onnxruntime", arguments.options.onnxruntime, "libonnxruntime.so.1 to load");
+  app.add_flag("--json", arguments.json, "Print JSON");
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& error) {
+    return app.exit(error) == 0 ? 0 : 2;
+  }
+  try {
+    return run(arguments);
+  } catch (const ez::Error& error) {
+    std::cerr << "zoo-infer: " << error.what() << " (" << name(error.code()) << ")\n";
+  } catch (const std::exception& error) {
+    std::cerr << "zoo-infer: " << error.what() << '\n';
+  }
+  return 1;
+}

@@ -1,0 +1,45 @@
+// What runs an engine file: ONNX Runtime or TensorRT, each loaded with dlopen.
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <memory>
+#include <span>
+#include <string>
+
+#include <export_zoo/engine.hpp>
+
+namespace export_zoo::detail {
+
+// Buffers, stream and execution context of one thread.
+class Runner {
+ public:
+  Runner() = default;
+  Runner(const Runner&) = delete;
+  Runner& operator=(const Runner&) = delete;
+  virtual ~Runner() = default;
+
+  // `input` holds `batch` images, `output` as many rows of logits; both were checked. Throws Error.
+  virtual void run(std::span<const float> input, std::int64_t batch, std::span<float> output) = 0;
+};
+
+class Backend {
+ public:
+  Backend() = default;
+  Backend(const Backend&) = delete;
+  Backend& operator=(const Backend&) = delete;
+  virtual ~Backend() = default;
+
+  [[nodiscard]] virtual std::unique_ptr<Runner> runner() const = 0;
+  [[nodiscard]] virtual const std::string& description() const noexcept = 0;
+};
+
+// Throw Error: backend_missing, backend_version, runtime.
+std::unique_ptr<Backend> open_onnxruntime(const std::filesystem::path& engine, const EngineInfo& info,
+                                          const Metadata& metadata, const Options& options);
+
+// Only where EXPORT_ZOO_WITH_TENSORRT is defined; also device.
+std::unique_ptr<Backend> open_tensorrt(const std::filesystem::path& plan, const EngineInfo& info,
+                                       const Metadata& metadata, const Options& options);
+
+}  // namespace export_zoo::detail

@@ -1,0 +1,53 @@
+#include <array>
+#include <fstream>
+#include <memory>
+
+#include <openssl/evp.h>
+
+#include <export_zoo/error.hpp>
+
+#include "manifest.hpp"
+
+namespace export_zoo::detail {
+
+namespace {
+
+// Hex SHA-256 of a file; empty if it cannot be read.
+std::string sha256_of(const std::filesystem::path& path) {
+  std::ifstream file(path, std::ios::binary);
+  const std::unique_ptr<EVP_MD_CTX, decltype(&EVP_MD_CTX_free)> context(EVP_MD_CTX_new(), &EVP_MD_CTX_free);
+  if (!file || !context || EVP_DigestInit_ex(context.get(), EVP_sha256(), nullptr) != 1) return {};
+  std::array<char, 1 << 16> buffer;
+  while (file.read(buffer.data(), buffer.size()) || file.gcount() > 0) {
+    if (EVP_DigestUpdate(context.get(), buffer.data(), static_cast<std::size_t>(file.gcount())) != 1) return {};
+  }
+  std::array<unsigned char, EVP_MAX_MD_SIZE> digest;
+  unsigned int size = 0;
+  if (EVP_DigestFinal_ex(context.get(), digest.data(), &size) != 1) return {};
+  std::string hex;
+  for (unsigned int i = 0; i < size; ++i) {
+    constexpr const char* kDigits = "0123456789abcdef";
+    hex += kDigits[digest.at(i) >> 4];
+    hex += kDigits[digest.at(i) & 15];
+  }
+  return hex;
+}
+
+}  // namespace
+
+std::filesystem::path checked(const std::filesystem::path& bundle, const File& file) {
+  auto path = bundle / file.path;
+  std::error_code error;
+  const auto size = std::filesystem::file_size(path, error);
+  if (error) {
+    throw Error(ErrorCode::checksum, path.string() + ": missing from the bundle: copy it again, files/ included");
+  }
+  if (size != file.size_bytes || sha256_of(path) != file.sha256) {
+    throw Error(ErrorCode::checksum, path.string() +
+                                         ": checksum mismatch: not the file that the manifest describes: copy or "
+                                         "export the bundle again");
+  }
+  return path;
+}
+
+}  // namespace export_zoo::detail

@@ -1,0 +1,123 @@
+#include <algorithm>
+#include <csetjmp>
+#include <cstring>
+#include <optional>
+#include <string_view>
+#include <vector>
+
+#include <png.h>
+
+#include <export_zoo/error.hpp>
+
+#include "decode.hpp"
+#include "exif.hpp"
+
+namespace export_zoo::detail {
+
+namespace {
+
+struct Source {
+  std::span<const std::uint8_t> rest;
+  char message[256] = "";
+};
+
+void read_bytes(png_structp png, png_bytep to, std::size_t size) {
+  auto* source = static_cast<Source*>(png_get_io_ptr(png));
+  if (size > source->rest.size()) png_error(png, "the file is truncated");
+  std::memcpy(to, source->rest.data(), size);
+  source->rest = source->rest.subspan(size);
+}
+
+[[noreturn]] void fail(png_structp png, png_const_charp message) {
+  auto* source = static_cast<Source*>(png_get_error_ptr(png));
+  std::strncpy(source->message, message, sizeof source->message - 1);
+  png_longjmp(png, 1);
+}
+
+void quiet(png_structp, png_const_charp) {}
+
+struct Png {
+  Source source;
+  png_structp png = nullptr;
+  png_infop info = nullptr;
+  Png() = default;
+  Png(const Png&) = delete;
+  Png& operator=(const Png&) = delete;
+  ~Png() { png_destroy_read_struct(&png, &info, nullptr); }
+};
+
+// All that setjmp may return into: nothing here has a destructor.
+bool read_header(Png& reader) {
+  reader.png = png_create_read_struct(PNG_LIBPNG_VER_STRING, &reader.source, fail, quiet);
+  if (reader.png == nullptr) return false;
+  reader.info = png_create_info_struct(reader.png);
+  if (reader.info == nullptr) return false;
+  if (setjmp(png_jmpbuf(reader.png)) != 0) return false;
+  png_set_read_fn(reader.png, &reader.source, read_bytes);
+  png_set_user_limits(reader.png, 0x7FFFFFFF, 0x7FFFFFFF);
+  png_read_info(reader.png, reader.info);
+  // Without gamma or background: the bytes as they are stored, widened or cut to 8 bits, alpha dropped.
+  png_set_palette_to_rgb(reader.png);
+  png_set_expand_gray_1_2_4_to_8(reader.png);
+  png_set_strip_16(reader.png);
+  png_set_strip_alpha(reader.png);
+  png_set_gray_to_rgb(reader.png);
+  png_set_interlace_handling(reader.png);
+  png_read_update_info(reader.png, reader.info);
+  return true;
+}
+
+bool read_rows(Png& reader, png_bytepp rows) {
+  if (setjmp(png_jmpbuf(reader.png)) != 0) return false;
+  png_read_image(reader.png, rows);
+  return true;
+}
+
+// What lies behind the pixels: text and orientation. Damage there says nothing about the pixels.
+void read_end(Png& reader) {
+  if (setjmp(png_jmpbuf(reader.png)) != 0) return;
+  png_read_end(reader.png, reader.info);
+}
+
+std::optional<int> orientation_of(Png& reader) {
+  png_uint_32 size = 0;
+  png_bytep exif = nullptr;
+  if (png_get_eXIf_1(reader.png, reader.info, &size, &exif) != 0 && exif != nullptr) {
+    std::span<const std::uint8_t> tiff(exif, size);
+    if (const auto found = exif_orientation(tiff)) return found;
+  }
+  png_textp texts = nullptr;
+  int count = 0;
+  png_get_text(reader.png, reader.info, &texts, &count);
+  for (int i = 0; i < count; ++i) {
+    if (std::string_view(texts[i].key) == "XML:com.adobe.xmp" && texts[i].text != nullptr) {
+      return xmp_orientation(texts[i].text);
+    }
+  }
+  return std::nullopt;
+}
+
+}  // namespace
+
+Image decode_png(std::span<const std::uint8_t> file) {
+  Png reader;
+  reader.source.rest = file;
+  const auto check = [&](bool good) {
+    if (!good) throw Error(ErrorCode::image, std::string("damaged PNG: ") + reader.source.message);
+  };
+  check(read_header(reader));
+  const auto width = png_get_image_width(reader.png, reader.info);
+  const auto height = png_get_image_height(reader.png, reader.info);
+  refuse_bomb(width, height);
+  const std::size_t stride = std::size_t{width} * 3;
+  if (png_get_rowbytes(reader.png, reader.info) != stride) throw Error(ErrorCode::image, "PNG of an unknown kind");
+  Image image{static_cast<int>(width), static_cast<int>(height), {}};
+  image.rgb.resize(stride * height);
+  std::vector<png_bytep> rows(height);
+  for (std::size_t y = 0; y < height; ++y) rows[y] = image.rgb.data() + y * stride;
+  check(read_rows(reader, rows.data()));
+  read_end(reader);
+  return upright(std::move(image), orientation_of(reader).value_or(1));
+}
+
+}  // namespace export_zoo::detail

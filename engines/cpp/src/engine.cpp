@@ -1,0 +1,141 @@
+#include <export_zoo/engine.hpp>
+
+#include <algorithm>
+#include <tuple>
+#include <vector>
+
+#include <export_zoo/error.hpp>
+
+#include "backend.hpp"
+#include "manifest.hpp"
+
+namespace export_zoo {
+
+namespace detail {
+
+class EngineState {
+ public:
+  Metadata metadata;
+  EngineInfo info;
+  std::unique_ptr<Backend> backend;
+
+  [[nodiscard]] std::size_t image_size() const {
+    const auto& shape = metadata.input.shape;
+    return static_cast<std::size_t>(shape[1] * shape[2] * shape[3]);
+  }
+  [[nodiscard]] std::size_t classes() const { return static_cast<std::size_t>(metadata.output.shape[1]); }
+};
+
+class ContextState {
+ public:
+  std::shared_ptr<const EngineState> engine;
+  std::unique_ptr<Runner> runner;
+  std::vector<float> logits;
+};
+
+}  // namespace detail
+
+namespace {
+
+// Why an engine cannot be loaded, from its description alone; empty where it can.
+std::string why_not(const EngineInfo& info, const Options& options) {
+  if (info.target != "onnxruntime") {
+#ifndef EXPORT_ZOO_WITH_TENSORRT
+    return "this library was built without TensorRT";
+#else
+    if (!info.has_weights) return "its plan has no weights: refit it in Python";
+#endif
+  }
+  if (info.state < options.least) return std::string(name(info.state)) + ", not " + name(options.least);
+  return {};
+}
+
+// The fastest of those that can be loaded, or the one that is asked for. Throws Error.
+std::size_t choose(const std::filesystem::path& bundle, const Metadata& metadata, const Options& options) {
+  std::string reasons;
+  std::size_t best = metadata.engines.size();
+  for (std::size_t i = 0; i < metadata.engines.size(); ++i) {
+    const auto& info = metadata.engines[i];
+    if (!options.engine.empty() && info.name != options.engine) continue;
+    const auto reason = why_not(info, options);
+    if (!reason.empty()) {
+      reasons += (reasons.empty() ? "" : "; ") + info.name + ": " + reason;
+    } else if (best == metadata.engines.size() ||
+               info.speedup.value_or(0) > metadata.engines[best].speedup.value_or(0)) {
+      best = i;
+    }
+  }
+  if (best < metadata.engines.size()) return best;
+  if (reasons.empty()) {
+    std::string names;
+    for (const auto& info : metadata.engines) names += (names.empty() ? "" : ", ") + info.name;
+    throw Error(ErrorCode::bundle, bundle.string() + ": no engine '" + options.engine + "': it has " + names);
+  }
+  throw Error(ErrorCode::state, bundle.string() + ": no engine that may be loaded here: " + reasons +
+                                    ": `export-zoo verify` it here, or lower Options::least");
+}
+
+}  // namespace
+
+Engine::Engine(std::shared_ptr<const detail::EngineState> state) : state_(std::move(state)) {}
+
+Engine Engine::load(const std::filesystem::path& bundle, const Options& options) {
+  auto manifest = detail::read_manifest(bundle);
+  if (!manifest.metadata.ok && !options.allow_failed) {
+    throw Error(ErrorCode::state, bundle.string() +
+                                      ": this bundle failed its parity gate, or an engine did not reach the state asked "
+                                      "for: export again, or set Options::allow_failed to look into it");
+  }
+  const auto chosen = choose(bundle, manifest.metadata, options);
+  const auto& files = manifest.files[chosen];
+  for (const auto& file : files.beside) detail::checked(bundle, file);
+  const auto path = detail::checked(bundle, files.engine);
+  auto state = std::make_shared<detail::EngineState>();
+  state->info = manifest.metadata.engines[chosen];
+  state->metadata = std::move(manifest.metadata);
+#ifdef EXPORT_ZOO_WITH_TENSORRT
+  const auto open = state->info.target == "onnxruntime" ? detail::open_onnxruntime : detail::open_tensorrt;
+#else
+  const auto open = detail::open_onnxruntime;
+#endif
+  state->backend = open(path, state->info, state->metadata, options);
+  return Engine(std::move(state));
+}
+
+Context Engine::context() const {
+  auto context = std::make_unique<detail::ContextState>();
+  context->engine = state_;
+  context->runner = state_->backend->runner();
+  return Context(std::move(context));
+}
+
+const Metadata& Engine::metadata() const noexcept { return state_->metadata; }
+const EngineInfo& Engine::info() const noexcept { return state_->info; }
+const std::string& Engine::backend() const noexcept { return state_->backend->description(); }
+
+Context::Context(std::unique_ptr<detail::ContextState> state) : state_(std::move(state)) {}
+Context::Context(Context&&) noexcept = default;
+Context& Context::operator=(Context&&) noexcept = default;
+Context::~Context() = default;
+
+std::span<const float> Context::infer(std::span<const float> input, std::int64_t batch) {
+  const auto& engine = *state_->engine;
+  const auto& metadata = engine.metadata;
+  if (batch < metadata.batch_min || batch > metadata.batch_max) {
+    throw Error(ErrorCode::shape, "batch " + std::to_string(batch) + " is outside this bundle's range " +
+                                      std::to_string(metadata.batch_min) + " to " +
+                                      std::to_string(metadata.batch_max) +
+                                      ": split it, or export with a wider --batch MIN:OPT:MAX");
+  }
+  const auto count = static_cast<std::size_t>(batch);
+  if (input.size() != count * engine.image_size()) {
+    throw Error(ErrorCode::shape, "input has " + std::to_string(input.size()) + " values, batch " +
+                                      std::to_string(batch) + " needs " +
+                                      std::to_string(count * engine.image_size()));
+  }
+  state_->logits.resize(count * engine.classes());
+  state_->runner->run(input, batch, state_->logits);
+  return state_->logits;
+}
+
+}  // namespace export_zoo

@@ -1,0 +1,27 @@
+// A shared library, loaded with dlopen and kept for good.
+#pragma once
+
+#include <filesystem>
+#include <span>
+#include <string>
+
+namespace export_zoo::detail {
+
+class Library {
+ public:
+  // The library at `given`, else the one that the environment variable names, else the first of `names` that the
+  // system's loader finds. Throws Error (backend_missing) with what was tried.
+  Library(const std::filesystem::path& given, const char* variable, std::span<const char* const> names,
+          const std::string& what);
+
+  // Throws Error (backend_version) if the library lacks the symbol.
+  [[nodiscard]] void* symbol(const char* name) const;
+
+  [[nodiscard]] const std::string& path() const noexcept { return path_; }
+
+ private:
+  void* handle_ = nullptr;
+  std::string path_;
+};
+
+}  // namespace export_zoo::detail

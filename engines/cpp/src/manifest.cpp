@@ -1,0 +1,169 @@
+#include "manifest.hpp"
+
+#include <charconv>
+#include <fstream>
+#include <sstream>
+
+#include <nlohmann/json.hpp>
+
+#include <export_zoo/error.hpp>
+
+namespace export_zoo {
+
+namespace {
+
+using nlohmann::json;
+namespace fs = std::filesystem;
+
+constexpr int kSchemaVersion = 1;
+
+[[noreturn]] void refuse(const fs::path& path, const std::string& why) {
+  throw Error(ErrorCode::bundle, path.string() + ": " + why + ": export the bundle again");
+}
+
+State parse_state(const std::string& text) {
+  if (text == "built") return State::built;
+  if (text == "graph verified") return State::graph_verified;
+  if (text == "verified") return State::verified;
+  throw std::invalid_argument("unknown state '" + text + "'");
+}
+
+detail::File parse_file(const json& document) {
+  detail::File file{document.at("path"), document.at("sha256"), document.at("size_bytes")};
+  const fs::path path(file.path);
+  if (file.path.empty() || path.is_absolute()) throw std::invalid_argument("'" + file.path + "' points outside");
+  for (const auto& part : path) {
+    if (part == "..") throw std::invalid_argument("'" + file.path + "' points outside");
+  }
+  return file;
+}
+
+Port parse_port(const json& document) {
+  Port port{document.at("name"), document.at("dtype"), document.at("layout"), {}};
+  if (port.dtype != "float32") throw std::invalid_argument("dtype " + port.dtype + " of " + port.name);
+  for (const auto& size : document.at("shape")) {
+    port.shape.push_back(size.is_string() ? -1 : size.get<std::int64_t>());
+  }
+  for (std::size_t i = 0; i < port.shape.size(); ++i) {
+    if (i == 0 ? port.shape[i] != -1 : port.shape[i] < 1) throw std::invalid_argument("shape of " + port.name);
+  }
+  return port;
+}
+
+PreprocessOptions parse_preprocess(const json& document, const json& versions) {
+  PreprocessOptions found;
+  found.resize_size = document.at("resize_size");
+  found.crop_height = document.at("crop_height");
+  found.crop_width = document.at("crop_width");
+  const std::string interpolation = document.at("interpolation");
+  if (interpolation == "bicubic") {
+    found.interpolation = PreprocessOptions::Interpolation::bicubic;
+  } else if (interpolation != "bilinear") {
+    throw std::invalid_argument("interpolation " + interpolation);
+  }
+  for (std::size_t channel = 0; channel < 3; ++channel) {
+    // As NumPy does: the decimal becomes a double, and that a float.
+    found.mean.at(channel) = static_cast<float>(document.at("mean").at(channel).get<double>());
+    found.std_dev.at(channel) = static_cast<float>(document.at("std").at(channel).get<double>());
+  }
+  if (found.resize_size < 1 || found.crop_height < 1 || found.crop_width < 1) {
+    throw std::invalid_argument("sizes of preprocess");
+  }
+  const std::string pillow = versions.value("pillow", "");
+  std::from_chars(pillow.data(), pillow.data() + pillow.size(), found.pillow);
+  return found;
+}
+
+EngineInfo parse_engine(const json& document, detail::EngineFiles& files) {
+  EngineInfo engine;
+  engine.name = document.at("name");
+  engine.target = document.at("target");
+  engine.precision = document.at("precision");
+  engine.state = parse_state(document.at("state"));
+  files.engine = parse_file(document.at("file"));
+  engine.size_bytes = files.engine.size_bytes;
+  for (const auto& file : document.at("external_data")) {
+    files.beside.push_back(parse_file(file));
+    engine.size_bytes += files.beside.back().size_bytes;
+  }
+  if (const auto& plan = document.at("plan"); !plan.is_null()) {
+    engine.built_by = plan.at("version");
+    engine.compute_capabilities = plan.at("compute_capabilities").get<std::vector<std::string>>();
+    engine.hardware_compatible = plan.at("hardware_compatible");
+    engine.version_compatible = plan.at("version_compatible");
+    engine.has_weights = !plan.at("strip_weights").get<bool>();
+  }
+  if (const auto& latency = document.at("latency"); !latency.is_null()) engine.speedup = latency.at("speedup");
+  return engine;
+}
+
+detail::Manifest parse(const json& document) {
+  detail::Manifest found;
+  auto& metadata = found.metadata;
+  const auto& recipe = document.at("recipe");
+  metadata.model = recipe.at("source").at("name");
+  metadata.ok = document.at("status").get<std::string>() == "ok";
+  metadata.input = parse_port(recipe.at("input"));
+  metadata.output = parse_port(recipe.at("output"));
+  metadata.batch_min = recipe.at("batch").at("min");
+  metadata.batch_opt = recipe.at("batch").at("opt");
+  metadata.batch_max = recipe.at("batch").at("max");
+  metadata.labels = recipe.at("labels").get<std::vector<std::string>>();
+  metadata.preprocess = parse_preprocess(recipe.at("preprocess"), recipe.at("versions"));
+  const auto& shape = metadata.input.shape;
+  if (shape.size() != 4 || shape[1] != 3 || shape[2] != metadata.preprocess.crop_height ||
+      shape[3] != metadata.preprocess.crop_width || metadata.output.shape.size() != 2) {
+    throw std::invalid_argument("shapes of input, output and preprocess do not belong together");
+  }
+  if (metadata.batch_min < 1 || metadata.batch_min > metadata.batch_opt ||
+      metadata.batch_opt > metadata.batch_max) {
+    throw std::invalid_argument("batch range");
+  }
+  for (const auto& engine : document.at("artifacts").at("engines")) {
+    detail::EngineFiles files;
+    metadata.engines.push_back(parse_engine(engine, files));
+    found.files.push_back(std::move(files));
+  }
+  return found;
+}
+
+}  // namespace
+
+const char* name(State state) noexcept {
+  switch (state) {
+    case State::built:
+      return "built";
+    case State::graph_verified:
+      return "graph verified";
+    case State::verified:
+      return "verified";
+  }
+  return "unknown";
+}
+
+detail::Manifest detail::read_manifest(const fs::path& bundle) {
+  const auto path = bundle / "manifest.json";
+  std::ifstream file(path, std::ios::binary);
+  if (!file) {
+    throw Error(ErrorCode::bundle, bundle.string() +
+                                       ": not a bundle (no manifest.json that can be read): pass the directory that "
+                                       "`export-zoo export` wrote");
+  }
+  try {
+    const auto document = json::parse(file);
+    const auto version = document.at("schema_version").get<int>();
+    if (version != kSchemaVersion) {
+      refuse(path, "schema version " + std::to_string(version) + ", this library reads " +
+                       std::to_string(kSchemaVersion));
+    }
+    return parse(document);
+  } catch (const json::exception& error) {
+    refuse(path, std::string("damaged manifest: ") + error.what());
+  } catch (const std::invalid_argument& error) {
+    refuse(path, std::string("damaged manifest: ") + error.what());
+  }
+}
+
+Metadata read_metadata(const fs::path& bundle) { return detail::read_manifest(bundle).metadata; }
+
+}  // namespace export_zoo

@@ -1,0 +1,133 @@
+#include <array>
+#include <mutex>
+#include <vector>
+
+#define ORT_API_MANUAL_INIT
+#include <onnxruntime_cxx_api.h>
+
+#include <export_zoo/error.hpp>
+
+#include "backend.hpp"
+#include "library.hpp"
+
+namespace export_zoo::detail {
+
+namespace {
+
+constexpr std::array<const char*, 2> kNames{"libonnxruntime.so.1", "libonnxruntime.so"};
+
+// One ONNX Runtime for the whole process: its C++ API keeps the function table in a global.
+struct Runtime {
+  Ort::Env env{nullptr};
+  std::string path;
+  std::string version;
+};
+
+const Runtime& runtime(const std::filesystem::path& given) {
+  static std::mutex mutex;
+  static std::unique_ptr<Runtime> loaded;
+  const std::lock_guard lock(mutex);
+  if (loaded) {
+    if (!given.empty() && std::filesystem::path(loaded->path) != given) {
+      throw Error(ErrorCode::backend_version, "this process runs ONNX Runtime from " + loaded->path + ", and cannot load " +
+                                                  given.string() + " beside it: give the same path everywhere");
+    }
+    return *loaded;
+  }
+  const Library library(given, "EXPORT_ZOO_ONNXRUNTIME", kNames, "ONNX Runtime");
+  const auto get_base = reinterpret_cast<const OrtApiBase* (*)()>(library.symbol("OrtGetApiBase"));
+  const OrtApiBase* base = get_base();
+  const OrtApi* api = base->GetApi(ORT_API_VERSION);
+  if (api == nullptr) {
+    throw Error(ErrorCode::backend_version, library.path() + ": ONNX Runtime " + base->GetVersionString() +
+                                                " is too old, 1." + std::to_string(ORT_API_VERSION) +
+                                                " or newer is needed");
+  }
+  Ort::InitApi(api);
+  auto fresh = std::make_unique<Runtime>();
+  fresh->env = Ort::Env(ORT_LOGGING_LEVEL_ERROR, "export_zoo");
+  fresh->path = library.path();
+  fresh->version = base->GetVersionString();
+  loaded = std::move(fresh);
+  return *loaded;
+}
+
+class OnnxRuntimeRunner final : public Runner {
+ public:
+  OnnxRuntimeRunner(Ort::Session& session, const Metadata& metadata)
+      : session_(session),
+        memory_(Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault)),
+        input_name_(metadata.input.name),
+        output_name_(metadata.output.name),
+        input_shape_(metadata.input.shape),
+        output_shape_(metadata.output.shape) {}
+
+  void run(std::span<const float> input, std::int64_t batch, std::span<float> output) override {
+    input_shape_[0] = output_shape_[0] = batch;
+    try {
+      // ONNX Runtime takes inputs as mutable, and does not write to them.
+      const auto in = Ort::Value::CreateTensor<float>(memory_, const_cast<float*>(input.data()), input.size(),
+                                                      input_shape_.data(), input_shape_.size());
+      auto out = Ort::Value::CreateTensor<float>(memory_, output.data(), output.size(), output_shape_.data(),
+                                                 output_shape_.size());
+      const char* input_name = input_name_.c_str();
+      const char* output_name = output_name_.c_str();
+      session_.Run(Ort::RunOptions{nullptr}, &input_name, &in, 1, &output_name, &out, 1);
+    } catch (const Ort::Exception& error) {
+      throw Error(ErrorCode::runtime, std::string("ONNX Runtime failed at batch ") + std::to_string(batch) + ": " +
+                                          error.what());
+    }
+  }
+
+ private:
+  Ort::Session& session_;
+  Ort::MemoryInfo memory_;
+  std::string input_name_;
+  std::string output_name_;
+  std::vector<std::int64_t> input_shape_;
+  std::vector<std::int64_t> output_shape_;
+};
+
+class OnnxRuntimeBackend final : public Backend {
+ public:
+  OnnxRuntimeBackend(const std::filesystem::path& engine, const EngineInfo& info, const Metadata& metadata,
+                     const Options& options)
+      : metadata_(metadata) {
+    const auto& here = runtime(options.onnxruntime);
+    description_ = "ONNX Runtime " + here.version;
+    try {
+      Ort::SessionOptions session;
+      session.SetIntraOpNumThreads(options.threads);
+      // Or idle threads of one engine spin on the cores of the next.
+      session.AddConfigEntry("session.force_spinning_stop", "1");
+      // The FP16 layout pass of ONNX Runtime 1.31 crashes on transformers; Python leaves it out, too.
+      if (info.precision == "fp16") {
+        session.AddConfigEntry("optimization.disable_specified_optimizers", "NchwcTransformer");
+      }
+      session_ = std::make_unique<Ort::Session>(here.env, engine.c_str(), session);
+    } catch (const Ort::Exception& error) {
+      throw Error(ErrorCode::runtime, engine.string() + ": " + description_ + " cannot load it: " + error.what());
+    }
+  }
+
+  std::unique_ptr<Runner> runner() const override {
+    // Ort::Session::Run is safe to call from several threads, though not const.
+    return std::make_unique<OnnxRuntimeRunner>(*session_, metadata_);
+  }
+
+  const std::string& description() const noexcept override { return description_; }
+
+ private:
+  Metadata metadata_;
+  std::string description_;
+  std::unique_ptr<Ort::Session> session_;  // even an empty Ort::Session needs the library to be destroyed
+};
+
+}  // namespace
+
+std::unique_ptr<Backend> open_onnxruntime(const std::filesystem::path& engine, const EngineInfo& info,
+                                          const Metadata& metadata, const Options& options) {
+  return std::make_unique<OnnxRuntimeBackend>(engine, info, metadata, options);
+}
+
+}  // namespace export_zoo::detail

@@ -1,0 +1,35 @@
+#include <export_zoo/postprocess.hpp>
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+
+namespace export_zoo {
+
+std::vector<float> softmax(std::span<const float> logits) {
+  std::vector<float> found(logits.begin(), logits.end());
+  if (found.empty()) return found;
+  const float largest = *std::max_element(found.begin(), found.end());
+  double sum = 0;
+  for (auto& value : found) {
+    value = std::exp(value - largest);
+    sum += value;
+  }
+  for (auto& value : found) value = static_cast<float>(value / sum);
+  return found;
+}
+
+std::vector<Class> top_k(std::span<const float> scores, std::size_t k) {
+  std::vector<std::size_t> order(scores.size());
+  std::iota(order.begin(), order.end(), std::size_t{0});
+  k = std::min(k, order.size());
+  std::partial_sort(order.begin(), order.begin() + static_cast<std::ptrdiff_t>(k), order.end(),
+                    [&](std::size_t a, std::size_t b) {
+                      return scores[a] != scores[b] ? scores[a] > scores[b] : a < b;
+                    });
+  std::vector<Class> found;
+  for (std::size_t i = 0; i < k; ++i) found.push_back({order[i], scores[order[i]]});
+  return found;
+}
+
+}  // namespace export_zoo

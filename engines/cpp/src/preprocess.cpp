@@ -1,0 +1,85 @@
+#include <export_zoo/preprocess.hpp>
+
+#include <algorithm>
+#include <cmath>
+
+#include <export_zoo/error.hpp>
+
+#include "resize.hpp"
+
+namespace export_zoo {
+
+namespace {
+
+// JPEG's own limit; a strip of 1 x 30,000 would become gigabytes.
+constexpr std::int64_t kMaxSide = 65500;
+
+}  // namespace
+
+Preprocessor::Preprocessor(const PreprocessOptions& options) : options_(options), table_(3 * 256) {
+  for (std::size_t channel = 0; channel < 3; ++channel) {
+    for (std::size_t value = 0; value < 256; ++value) {
+      // Each step rounded to float, as torchvision does.
+      const float scaled = static_cast<float>(value) / 255.0F;
+      const float centred = scaled - options.mean.at(channel);
+      table_[channel * 256 + value] = centred / options.std_dev.at(channel);
+    }
+  }
+}
+
+std::size_t Preprocessor::size() const noexcept {
+  return std::size_t{3} * static_cast<std::size_t>(options_.crop_height) *
+         static_cast<std::size_t>(options_.crop_width);
+}
+
+void Preprocessor::operator()(const Image& image, std::span<float> out) const {
+  if (out.size() != size()) {
+    throw Error(ErrorCode::shape, "room for " + std::to_string(out.size()) + " values, one image needs " +
+                                      std::to_string(size()));
+  }
+  if (image.width < 1 || image.height < 1 ||
+      image.rgb.size() != std::size_t{3} * static_cast<std::size_t>(image.width) *
+                              static_cast<std::size_t>(image.height)) {
+    throw Error(ErrorCode::image, "an image of " + std::to_string(image.width) + "x" + std::to_string(image.height) +
+                                      " has " + std::to_string(image.rgb.size()) + " bytes");
+  }
+  const std::int64_t longer = std::max(image.width, image.height);
+  const std::int64_t shorter = std::min(image.width, image.height);
+  // torchvision divides as floating-point numbers and cuts off.
+  const auto resized = static_cast<std::int64_t>(static_cast<double>(options_.resize_size * longer) /
+                                                 static_cast<double>(shorter));
+  if (resized > kMaxSide) {
+    throw Error(ErrorCode::image, std::to_string(image.width) + "x" + std::to_string(image.height) +
+                                      " is too narrow: the resize would make it " + std::to_string(resized) + " long");
+  }
+  const int width = image.width <= image.height ? options_.resize_size : static_cast<int>(resized);
+  const int height = image.width <= image.height ? static_cast<int>(resized) : options_.resize_size;
+  const int crop_height = options_.crop_height;
+  const int crop_width = options_.crop_width;
+  // Where an image is smaller than the crop it has a black border, the odd pixel below and to the right.
+  const int above = std::max(crop_height - height, 0) / 2;
+  const int before = std::max(crop_width - width, 0) / 2;
+  const int rows = std::min(height, crop_height);
+  const int columns = std::min(width, crop_width);
+  // Half to even, as Python rounds.
+  const int top = static_cast<int>(std::nearbyint((height - rows) / 2.0));
+  const int left = static_cast<int>(std::nearbyint((width - columns) / 2.0));
+  const auto pixels =
+      detail::resize(image, width, height, top, left, rows, columns, options_.interpolation, options_.pillow);
+  const auto area = static_cast<std::size_t>(crop_height) * static_cast<std::size_t>(crop_width);
+  for (std::size_t channel = 0; channel < 3; ++channel) {
+    const float* table = table_.data() + channel * 256;
+    float* plane = out.data() + channel * area;
+    if (rows < crop_height || columns < crop_width) std::fill_n(plane, area, table[0]);
+    for (int y = 0; y < rows; ++y) {
+      const auto* from = pixels.data() + (static_cast<std::size_t>(y) * static_cast<std::size_t>(columns)) * 3 + channel;
+      float* to = plane + static_cast<std::size_t>(above + y) * static_cast<std::size_t>(crop_width) +
+                  static_cast<std::size_t>(before);
+      for (int x = 0; x < columns; ++x) to[x] = table[from[static_cast<std::size_t>(x) * 3]];
+    }
+  }
+}
+
+void Preprocessor::operator()(std::span<const std::byte> file, std::span<float> out) const { (*this)(decode(file), out); }
+
+}  // namespace export_zoo

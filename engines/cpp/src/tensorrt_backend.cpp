@@ -1,0 +1,310 @@
+// TensorRT and TensorRT-RTX. Compiled where NVIDIA's headers are found; their libraries and CUDA's runtime are loaded with
+// dlopen. Never run on a GPU so far: see docs/cpp.md.
+
+#include <algorithm>
+#include <array>
+#include <fstream>
+#include <iterator>
+#include <map>
+#include <mutex>
+#include <vector>
+
+#include <NvInferRuntime.h>
+#include <cuda_runtime_api.h>
+
+#include <export_zoo/error.hpp>
+
+#include "backend.hpp"
+#include "library.hpp"
+
+namespace export_zoo::detail {
+
+namespace {
+
+constexpr std::array<const char*, 2> kTensorRT{"libnvinfer.so.11", "libnvinfer.so"};
+constexpr std::array<const char*, 2> kTensorRTRTX{"libtensorrt_rtx.so.1", "libtensorrt_rtx.so"};
+constexpr std::array<const char*, 3> kCudart{"libcudart.so.13", "libcudart.so.12", "libcudart.so"};
+
+// CUDA's runtime, as far as it is needed.
+struct Cuda {
+  Library library;
+#define EXPORT_ZOO_CUDA(name) decltype(&::name) name = reinterpret_cast<decltype(&::name)>(library.symbol(#name))
+  EXPORT_ZOO_CUDA(cudaGetErrorString);
+  EXPORT_ZOO_CUDA(cudaGetDeviceCount);
+  EXPORT_ZOO_CUDA(cudaSetDevice);
+  EXPORT_ZOO_CUDA(cudaDeviceGetAttribute);
+  EXPORT_ZOO_CUDA(cudaMalloc);
+  EXPORT_ZOO_CUDA(cudaFree);
+  EXPORT_ZOO_CUDA(cudaFreeHost);
+  EXPORT_ZOO_CUDA(cudaMemcpyAsync);
+  EXPORT_ZOO_CUDA(cudaStreamCreateWithFlags);
+  EXPORT_ZOO_CUDA(cudaStreamDestroy);
+  EXPORT_ZOO_CUDA(cudaStreamSynchronize);
+  EXPORT_ZOO_CUDA(cudaStreamBeginCapture);
+  EXPORT_ZOO_CUDA(cudaStreamEndCapture);
+  EXPORT_ZOO_CUDA(cudaGraphDestroy);
+  EXPORT_ZOO_CUDA(cudaGraphExecDestroy);
+  EXPORT_ZOO_CUDA(cudaGraphLaunch);
+#undef EXPORT_ZOO_CUDA
+  // Overloaded or inline in C++ headers: by their C signature.
+  cudaError_t (*cudaHostAlloc)(void**, std::size_t, unsigned int) =
+      reinterpret_cast<decltype(cudaHostAlloc)>(library.symbol("cudaHostAlloc"));
+  cudaError_t (*cudaGraphInstantiate)(cudaGraphExec_t*, cudaGraph_t, unsigned long long) =
+      reinterpret_cast<decltype(cudaGraphInstantiate)>(library.symbol("cudaGraphInstantiate"));
+
+  explicit Cuda() : library({}, "EXPORT_ZOO_CUDART", kCudart, "CUDA's runtime") {}
+
+  void check(cudaError_t status, const char* what, ErrorCode code = ErrorCode::runtime) const {
+    if (status != cudaSuccess) throw Error(code, std::string("CUDA: ") + what + ": " + cudaGetErrorString(status));
+  }
+};
+
+class Logger final : public nvinfer1::ILogger {
+ public:
+  void log(Severity severity, const char* message) noexcept override {
+    if (severity > Severity::kERROR) return;
+    const std::lock_guard lock(mutex_);
+    last_ = message;
+  }
+  [[nodiscard]] std::string last() const {
+    const std::lock_guard lock(mutex_);
+    return last_.empty() ? "no reason given" : last_;
+  }
+
+ private:
+  mutable std::mutex mutex_;
+  std::string last_;
+};
+
+// "11.1.0" of getInferLibVersion's number.
+std::string version_text(int version) {
+  return std::to_string(version / 10000) + "." + std::to_string(version / 100 % 100) + "." +
+         std::to_string(version % 100);
+}
+
+// Memory on the device or, pinned, on the host.
+class Buffer {
+ public:
+  Buffer(const Cuda& cuda, std::size_t bytes, bool pinned) : cuda_(cuda), pinned_(pinned) {
+    if (pinned) {
+      cuda.check(cuda.cudaHostAlloc(&data_, bytes, cudaHostAllocDefault), "pinned memory");
+    } else {
+      cuda.check(cuda.cudaMalloc(&data_, bytes), "device memory");
+    }
+  }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  ~Buffer() { static_cast<void>(pinned_ ? cuda_.cudaFreeHost(data_) : cuda_.cudaFree(data_)); }
+
+  [[nodiscard]] void* data() const { return data_; }
+
+ private:
+  const Cuda& cuda_;
+  void* data_ = nullptr;
+  bool pinned_;
+};
+
+class Stream {
+ public:
+  explicit Stream(const Cuda& cuda) : cuda_(cuda) {
+    cuda.check(cuda.cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "stream");
+  }
+  Stream(const Stream&) = delete;
+  Stream& operator=(const Stream&) = delete;
+  ~Stream() { static_cast<void>(cuda_.cudaStreamDestroy(stream_)); }
+
+  [[nodiscard]] cudaStream_t get() const { return stream_; }
+
+ private:
+  const Cuda& cuda_;
+  cudaStream_t stream_ = nullptr;
+};
+
+class TensorRTRunner final : public Runner {
+ public:
+  TensorRTRunner(const Cuda& cuda, const Logger& logger, nvinfer1::ICudaEngine& engine, const Metadata& metadata,
+                 int device)
+      : cuda_(cuda),
+        logger_(logger),
+        metadata_(metadata),
+        device_(device),
+        in_host_(cuda, bytes_of(metadata.input), true),
+        in_(cuda, bytes_of(metadata.input), false),
+        out_host_(cuda, bytes_of(metadata.output), true),
+        out_(cuda, bytes_of(metadata.output), false),
+        stream_(cuda),
+        context_(engine.createExecutionContext()) {
+    if (!context_) throw Error(ErrorCode::runtime, "TensorRT: no execution context: " + logger.last());
+    if (!context_->setTensorAddress(metadata.input.name.c_str(), in_.data()) ||
+        !context_->setTensorAddress(metadata.output.name.c_str(), out_.data())) {
+      throw Error(ErrorCode::runtime, "TensorRT: the plan's tensors are not those of the manifest: " + logger.last());
+    }
+  }
+  TensorRTRunner(const TensorRTRunner&) = delete;
+  TensorRTRunner& operator=(const TensorRTRunner&) = delete;
+  ~TensorRTRunner() override {
+    for (const auto& [batch, graph] : graphs_) {
+      if (graph != nullptr) static_cast<void>(cuda_.cudaGraphExecDestroy(graph));
+    }
+  }
+
+  void run(std::span<const float> input, std::int64_t batch, std::span<float> output) override {
+    cuda_.check(cuda_.cudaSetDevice(device_), "device", ErrorCode::device);
+    std::copy(input.begin(), input.end(), static_cast<float*>(in_host_.data()));
+    const auto known = graphs_.find(batch);
+    if (known != graphs_.end() && known->second != nullptr) {
+      cuda_.check(cuda_.cudaGraphLaunch(known->second, stream_.get()), "graph");
+    } else {
+      shape(batch);
+      enqueue(input.size_bytes(), output.size_bytes());
+      // The first run of a batch size lets the library set up; the second is recorded, and replayed from then on.
+      if (known == graphs_.end()) {
+        cuda_.check(cuda_.cudaStreamSynchronize(stream_.get()), "run");
+        graphs_[batch] = capture(input.size_bytes(), output.size_bytes());
+      }
+    }
+    cuda_.check(cuda_.cudaStreamSynchronize(stream_.get()), "run");
+    std::copy_n(static_cast<const float*>(out_host_.data()), output.size(), output.begin());
+  }
+
+ private:
+  [[nodiscard]] std::size_t bytes_of(const Port& port) const {
+    std::int64_t count = metadata_.batch_max;
+    for (std::size_t i = 1; i < port.shape.size(); ++i) count *= port.shape[i];
+    return static_cast<std::size_t>(count) * sizeof(float);
+  }
+
+  void shape(std::int64_t batch) {
+    nvinfer1::Dims dims{};
+    dims.nbDims = static_cast<int>(metadata_.input.shape.size());
+    for (std::size_t i = 0; i < metadata_.input.shape.size(); ++i) {
+      dims.d[i] = i == 0 ? batch : metadata_.input.shape[i];
+    }
+    if (!context_->setInputShape(metadata_.input.name.c_str(), dims)) {
+      throw Error(ErrorCode::runtime, "TensorRT refuses batch " + std::to_string(batch) + ": " + logger_.last());
+    }
+  }
+
+  void enqueue(std::size_t in, std::size_t out) {
+    const auto stream = stream_.get();
+    cuda_.check(cuda_.cudaMemcpyAsync(in_.data(), in_host_.data(), in, cudaMemcpyHostToDevice, stream), "copy");
+    if (!context_->enqueueV3(stream)) throw Error(ErrorCode::runtime, "TensorRT: " + logger_.last());
+    cuda_.check(cuda_.cudaMemcpyAsync(out_host_.data(), out_.data(), out, cudaMemcpyDeviceToHost, stream), "copy");
+  }
+
+  // A CUDA graph of one run; null where it cannot be recorded, and then each run is enqueued.
+  cudaGraphExec_t capture(std::size_t in, std::size_t out) {
+    const auto stream = stream_.get();
+    cudaGraph_t graph = nullptr;
+    cudaGraphExec_t executable = nullptr;
+    if (cuda_.cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal) != cudaSuccess) return nullptr;
+    bool good = true;
+    try {
+      enqueue(in, out);
+    } catch (const Error&) {
+      good = false;
+    }
+    if (cuda_.cudaStreamEndCapture(stream, &graph) != cudaSuccess || !good || graph == nullptr) return nullptr;
+    if (cuda_.cudaGraphInstantiate(&executable, graph, 0) != cudaSuccess) executable = nullptr;
+    static_cast<void>(cuda_.cudaGraphDestroy(graph));
+    return executable;
+  }
+
+  const Cuda& cuda_;
+  const Logger& logger_;
+  const Metadata& metadata_;
+  int device_;
+  Buffer in_host_;
+  Buffer in_;
+  Buffer out_host_;
+  Buffer out_;
+  Stream stream_;
+  std::unique_ptr<nvinfer1::IExecutionContext> context_;
+  std::map<std::int64_t, cudaGraphExec_t> graphs_;
+};
+
+class TensorRTBackend final : public Backend {
+ public:
+  TensorRTBackend(const std::filesystem::path& path, const EngineInfo& info, const Metadata& metadata,
+                  const Options& options)
+      : metadata_(metadata),
+        device_(options.device),
+        library_(options.tensorrt, "EXPORT_ZOO_TENSORRT",
+                 info.target == "tensorrt-rtx" ? std::span<const char* const>(kTensorRTRTX) : kTensorRT,
+                 info.target == "tensorrt-rtx" ? "TensorRT-RTX" : "TensorRT") {
+    check_version(info);
+    check_device(info);
+    const auto create =
+        reinterpret_cast<void* (*)(void*, int)>(library_.symbol("createInferRuntime_INTERNAL"));
+    runtime_.reset(static_cast<nvinfer1::IRuntime*>(create(&logger_, NV_TENSORRT_VERSION)));
+    if (!runtime_) throw Error(ErrorCode::runtime, description_ + ": " + logger_.last());
+    std::ifstream file(path, std::ios::binary);
+    const std::vector<char> plan((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
+    if (!file) throw Error(ErrorCode::runtime, path.string() + ": cannot be read");
+    engine_.reset(runtime_->deserializeCudaEngine(plan.data(), plan.size()));
+    if (!engine_) throw Error(ErrorCode::runtime, description_ + " cannot load " + info.name + ": " + logger_.last());
+  }
+
+  std::unique_ptr<Runner> runner() const override {
+    cuda_.check(cuda_.cudaSetDevice(device_), "device", ErrorCode::device);
+    return std::make_unique<TensorRTRunner>(cuda_, logger_, *engine_, metadata_, device_);
+  }
+
+  const std::string& description() const noexcept override { return description_; }
+
+ private:
+  // Before any virtual call: another version's table of functions is another one.
+  void check_version(const EngineInfo& info) {
+    const auto version = reinterpret_cast<int (*)()>(library_.symbol("getInferLibVersion"))();
+    const auto here = version_text(version);
+    description_ = (info.target == "tensorrt-rtx" ? "TensorRT-RTX " : "TensorRT ") + here;
+    if (info.target == "tensorrt" && version / 10000 != NV_TENSORRT_MAJOR) {
+      throw Error(ErrorCode::backend_version, library_.path() + " is " + description_ + ", this library was built for " +
+                                                  std::to_string(NV_TENSORRT_MAJOR));
+    }
+    if (!info.version_compatible && !info.built_by.starts_with(here)) {
+      throw Error(ErrorCode::backend_version, library_.path() + " is " + description_ + ", " + info.name +
+                                                  " was built by " + info.built_by +
+                                                  ": install that version, or export again");
+    }
+  }
+
+  void check_device(const EngineInfo& info) const {
+    int count = 0;
+    cuda_.check(cuda_.cudaGetDeviceCount(&count), "no device", ErrorCode::device);
+    if (device_ < 0 || device_ >= count) {
+      throw Error(ErrorCode::device, "CUDA device " + std::to_string(device_) + ": there are " + std::to_string(count));
+    }
+    int major = 0;
+    int minor = 0;
+    cuda_.check(cuda_.cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device_), "device");
+    cuda_.check(cuda_.cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device_), "device");
+    const auto here = std::to_string(major) + "." + std::to_string(minor);
+    const auto& built = info.compute_capabilities;
+    if (!info.hardware_compatible && std::find(built.begin(), built.end(), here) == built.end()) {
+      std::string listed;
+      for (const auto& capability : built) listed += (listed.empty() ? "" : ", ") + capability;
+      throw Error(ErrorCode::device, info.name + " was built for compute capability " + listed + ", this GPU has " +
+                                         here + ": export again for it");
+    }
+    cuda_.check(cuda_.cudaSetDevice(device_), "device", ErrorCode::device);
+  }
+
+  Metadata metadata_;
+  int device_;
+  Library library_;
+  Cuda cuda_;
+  Logger logger_;
+  std::string description_;
+  std::unique_ptr<nvinfer1::IRuntime> runtime_;
+  std::unique_ptr<nvinfer1::ICudaEngine> engine_;  // after the runtime: it goes first
+};
+
+}  // namespace
+
+std::unique_ptr<Backend> open_tensorrt(const std::filesystem::path& plan, const EngineInfo& info,
+                                       const Metadata& metadata, const Options& options) {
+  return std::make_unique<TensorRTBackend>(plan, info, metadata, options);
+}
+
+}  // namespace export_zoo::detail

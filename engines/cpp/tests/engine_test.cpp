@@ -1,0 +1,189 @@
+// Engines give Python's logits to the bit, from many threads, and refuse what they cannot do before they try.
+
+#include <algorithm>
+#include <thread>
+
+#include <gmock/gmock.h>
+#include <nlohmann/json.hpp>
+
+#include <export_zoo/engine.hpp>
+#include <export_zoo/preprocess.hpp>
+
+#include "support.hpp"
+
+namespace {
+
+namespace ez = export_zoo;
+namespace fs = std::filesystem;
+using support::bundles;
+using support::error_of;
+using testing::HasSubstr;
+
+class Engine : public support::WithBundles {
+ protected:
+  // A copy of a bundle that may be damaged.
+  fs::path copy(const std::string& model = "resnet18") const {
+    const auto to = directory_.path() / (model + ".bundle");
+    fs::copy(bundles() / (model + ".bundle"), to, fs::copy_options::recursive);
+    return to;
+  }
+
+  static void change(const fs::path& bundle, const char* pointer, const nlohmann::json& value) {
+    auto document = nlohmann::json::parse(support::read(bundle / "manifest.json"));
+    document[nlohmann::json::json_pointer(pointer)] = value;
+    support::write(bundle / "manifest.json", document.dump());
+  }
+
+  static std::vector<fs::path> images() {
+    std::vector<fs::path> found;
+    for (const auto& entry : fs::directory_iterator(bundles() / "images")) found.push_back(entry.path());
+    std::sort(found.begin(), found.end());
+    return found;
+  }
+
+  support::Temporary directory_;
+};
+
+class EveryEngine : public Engine, public testing::WithParamInterface<std::tuple<const char*, const char*>> {};
+
+TEST_P(EveryEngine, GivesTheLogitsOfPythonToTheBit) {
+  const auto [model, name] = GetParam();
+  ez::Options options;
+  options.engine = name;
+  const auto engine = ez::Engine::load(bundles() / (std::string(model) + ".bundle"), options);
+  EXPECT_EQ(engine.info().name, name);
+  EXPECT_THAT(engine.backend(), HasSubstr("ONNX Runtime 1."));
+  const ez::Preprocessor preprocess(engine.metadata().preprocess);
+  const auto files = images();
+  std::vector<float> inputs(files.size() * preprocess.size());
+  for (std::size_t i = 0; i < files.size(); ++i) {
+    const auto bytes = support::read(files[i]);
+    preprocess(std::as_bytes(std::span(bytes)), std::span(inputs).subspan(i * preprocess.size(), preprocess.size()));
+  }
+  EXPECT_EQ(inputs, support::read_npy(bundles() / (std::string(model) + "-inputs.npy")));
+  const auto want = support::read_npy(bundles() / (std::string(model) + "-" + name + ".npy"));
+  auto context = engine.context();
+  for (const std::size_t batch : {4, 1, 8, 3}) {
+    std::vector<float> logits;
+    for (std::size_t start = 0; start < files.size(); start += batch) {
+      const auto count = std::min(batch, files.size() - start);
+      const auto part = std::span(inputs).subspan(start * preprocess.size(), count * preprocess.size());
+      const auto found = context.infer(part, static_cast<std::int64_t>(count));
+      logits.insert(logits.end(), found.begin(), found.end());
+    }
+    EXPECT_EQ(logits, want) << "batch " << batch;
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(OnTheCpu, EveryEngine,
+                         testing::Combine(testing::Values("resnet18", "mobilenet_v2", "squeezenet1_1"),
+                                          testing::Values("onnxruntime-fp32", "onnxruntime-int8")));
+
+TEST_F(Engine, TakesTheFastestVerifiedOneUnlessOneIsAskedFor) {
+  const auto bundle = copy();
+  change(bundle, "/artifacts/engines/1/latency/speedup", 2.5);
+  EXPECT_EQ(ez::Engine::load(bundle).info().name, "onnxruntime-int8");
+  change(bundle, "/artifacts/engines/1/latency/speedup", 0.5);
+  EXPECT_EQ(ez::Engine::load(bundle).info().name, "onnxruntime-fp32");
+  change(bundle, "/artifacts/engines/0/state", "built");
+  EXPECT_EQ(ez::Engine::load(bundle).info().name, "onnxruntime-int8");
+}
+
+TEST_F(Engine, ThatIsNotVerifiedIsLoadedOnlyWhenAskedFor) {
+  const auto bundle = copy();
+  for (const auto* pointer : {"/artifacts/engines/0/state", "/artifacts/engines/1/state"}) change(bundle, pointer, "built");
+  const auto [code, message] = error_of([&] { static_cast<void>(ez::Engine::load(bundle)); });
+  EXPECT_EQ(code, ez::ErrorCode::state);
+  EXPECT_THAT(message, HasSubstr("onnxruntime-int8: built, not verified"));
+  ez::Options options;
+  options.least = ez::State::built;
+  EXPECT_EQ(ez::Engine::load(bundle, options).info().state, ez::State::built);
+}
+
+TEST_F(Engine, OfABundleThatFailedIsLoadedOnlyWhenAskedFor) {
+  const auto bundle = copy();
+  change(bundle, "/status", "failed");
+  EXPECT_EQ(error_of([&] { static_cast<void>(ez::Engine::load(bundle)); }).first, ez::ErrorCode::state);
+  ez::Options options;
+  options.allow_failed = true;
+  EXPECT_NO_THROW(static_cast<void>(ez::Engine::load(bundle, options)));
+}
+
+TEST_F(Engine, ThatIsNotThereIsRefusedWithThoseThatAre) {
+  ez::Options options;
+  options.engine = "onnxruntime-fp64";
+  const auto [code, message] =
+      error_of([&] { static_cast<void>(ez::Engine::load(bundles() / "resnet18.bundle", options)); });
+  EXPECT_EQ(code, ez::ErrorCode::bundle);
+  EXPECT_THAT(message, HasSubstr("onnxruntime-fp32, onnxruntime-int8"));
+}
+
+TEST_F(Engine, OfTensorRTIsNotReplacedByTheCpuInSilence) {
+  const auto bundle = copy();
+  change(bundle, "/artifacts/engines/1/target", "tensorrt");
+  ez::Options options;
+  options.engine = "onnxruntime-int8";
+  EXPECT_EQ(error_of([&] { static_cast<void>(ez::Engine::load(bundle, options)); }).first, ez::ErrorCode::state);
+}
+
+TEST_F(Engine, WhoseFileWasChangedIsRefused) {
+  const auto bundle = copy();
+  const auto info = nlohmann::json::parse(support::read(bundle / "manifest.json"))["artifacts"]["engines"][1];
+  const auto path = bundle / info["file"]["path"].get<std::string>();
+  auto bytes = support::read(path);
+  bytes[bytes.size() / 2] = static_cast<char>(bytes[bytes.size() / 2] ^ 1);
+  support::write(path, {bytes.begin(), bytes.end()});
+  ez::Options options;
+  options.engine = "onnxruntime-int8";
+  auto [code, message] = error_of([&] { static_cast<void>(ez::Engine::load(bundle, options)); });
+  EXPECT_EQ(code, ez::ErrorCode::checksum);
+  EXPECT_THAT(message, HasSubstr(path.string()));
+  fs::remove(path);
+  std::tie(code, message) = error_of([&] { static_cast<void>(ez::Engine::load(bundle, options)); });
+  EXPECT_EQ(code, ez::ErrorCode::checksum);
+  EXPECT_THAT(message, HasSubstr("missing"));
+}
+
+TEST_F(Engine, RefusesWrongSizesAndBatchesBeforeItRuns) {
+  const auto engine = ez::Engine::load(bundles() / "resnet18.bundle");
+  auto context = engine.context();
+  const std::vector<float> nine(std::size_t{9} * 3 * 64 * 64);
+  const auto infer = [&](std::size_t values, std::int64_t batch) {
+    return error_of([&] { static_cast<void>(context.infer(std::span(nine).first(values), batch)); });
+  };
+  EXPECT_THAT(infer(nine.size(), 9).second, HasSubstr("range 1 to 8"));
+  EXPECT_EQ(infer(0, 0).first, ez::ErrorCode::shape);
+  EXPECT_EQ(infer(0, -1).first, ez::ErrorCode::shape);
+  EXPECT_EQ(infer(0, INT64_MIN).first, ez::ErrorCode::shape);
+  EXPECT_EQ(infer(nine.size() / 9, 2).first, ez::ErrorCode::shape);
+  EXPECT_EQ(infer(nine.size() / 9 * 2 - 1, 2).first, ez::ErrorCode::shape);
+  EXPECT_EQ(context.infer(std::span(nine).first(nine.size() / 9), 1).size(), 1000U) << "usable afterwards";
+}
+
+TEST_F(Engine, IsSharedByManyThreadsAndOutlivedByItsContexts) {
+  const auto want = support::read_npy(bundles() / "resnet18-onnxruntime-int8.npy");
+  const auto inputs = support::read_npy(bundles() / "resnet18-inputs.npy");
+  std::vector<std::thread> threads;
+  std::vector<int> wrong(8);
+  {
+    ez::Options options;
+    options.engine = "onnxruntime-int8";
+    const auto engine = ez::Engine::load(bundles() / "resnet18.bundle", options);
+    for (std::size_t t = 0; t < wrong.size(); ++t) {
+      threads.emplace_back([&, t, context = engine.context()]() mutable {
+        const std::size_t size = std::size_t{3} * 64 * 64;
+        for (std::size_t i = 0; i < 20; ++i) {
+          const auto start = (t + i) % 12;
+          const auto count = 1 + i % 4;
+          const auto found =
+              context.infer(std::span(inputs).subspan(start * size, count * size), static_cast<std::int64_t>(count));
+          wrong[t] += !std::equal(found.begin(), found.end(), want.begin() + static_cast<std::ptrdiff_t>(start * 1000));
+        }
+      });
+    }
+  }
+  for (auto& thread : threads) thread.join();
+  EXPECT_THAT(wrong, testing::Each(0));
+}
+
+}  // namespace

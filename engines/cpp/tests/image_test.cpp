@@ -1,0 +1,86 @@
+// Images that cannot be decoded are refused; odd ones have a defined outcome. Bit-equality: check_preprocess.py.
+
+#include <gmock/gmock.h>
+
+#include <export_zoo/postprocess.hpp>
+#include <export_zoo/preprocess.hpp>
+
+#include "support.hpp"
+
+namespace {
+
+namespace ez = export_zoo;
+using support::error_of;
+using testing::ElementsAre;
+using testing::HasSubstr;
+
+ez::PreprocessOptions options_of(int resize, int height, int width) {
+  ez::PreprocessOptions options;
+  options.resize_size = resize;
+  options.crop_height = height;
+  options.crop_width = width;
+  options.std_dev = {1, 1, 1};
+  options.pillow = 13;
+  return options;
+}
+
+ez::Image image_of(int width, int height, std::uint8_t value) {
+  return {width, height, std::vector<std::uint8_t>(static_cast<std::size_t>(width * height * 3), value)};
+}
+
+TEST(Decode, RefusesWhatIsNoImage) {
+  for (const std::string text : {"", "hello", "GIF89a", "\xff\xd8\xff", "\x89PNG\r\n\x1a\n"}) {
+    const auto [code, message] =
+        error_of([&] { static_cast<void>(ez::decode(std::as_bytes(std::span(text)))); });
+    EXPECT_EQ(code, ez::ErrorCode::image) << text;
+    EXPECT_FALSE(message.empty());
+  }
+}
+
+TEST(Decode, RefusesBombsByTheirHeader) {
+  // A PNG header of 60,000 x 60,000 pixels, and nothing behind it.
+  const unsigned char header[] = {0x89, 'P',  'N',  'G',  '\r', '\n', 0x1a, '\n', 0,    0,    0,    13,
+                                  'I',  'H',  'D',  'R',  0,    0,    0xea, 0x60, 0,    0,    0xea, 0x60,
+                                  8,    2,    0,    0,    0,    0x8d, 0x7b, 0x1c, 0x15, 0,    0,    0,
+                                  0,    'I',  'D',  'A',  'T',  0x35, 0xaf, 0x06, 0x1e};
+  const auto [code, message] = error_of([&] { static_cast<void>(ez::decode(std::as_bytes(std::span(header)))); });
+  EXPECT_EQ(code, ez::ErrorCode::image);
+}
+
+TEST(Preprocess, RefusesRoomOfTheWrongSizeAndImagesThatAreNone) {
+  const ez::Preprocessor preprocess(options_of(8, 8, 8));
+  std::vector<float> out(preprocess.size() - 1);
+  EXPECT_EQ(error_of([&] { preprocess(image_of(9, 9, 1), out); }).first, ez::ErrorCode::shape);
+  out.resize(preprocess.size());
+  EXPECT_EQ(error_of([&] { preprocess(ez::Image{9, 9, {1, 2, 3}}, out); }).first, ez::ErrorCode::image);
+  EXPECT_EQ(error_of([&] { preprocess(ez::Image{}, out); }).first, ez::ErrorCode::image);
+  EXPECT_THAT(error_of([&] { preprocess(image_of(1, 70000, 1), out); }).second, HasSubstr("too narrow"));
+}
+
+TEST(Preprocess, PutsABlackBorderAroundSmallImages) {
+  const ez::Preprocessor preprocess(options_of(2, 5, 4));
+  std::vector<float> out(preprocess.size());
+  preprocess(image_of(2, 2, 255), out);
+  EXPECT_THAT(std::vector<float>(out.begin(), out.begin() + 20),
+              ElementsAre(0, 0, 0, 0, 0, 1, 1, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0));
+}
+
+TEST(Postprocess, SoftmaxAddsUpToOneWithoutOverflow) {
+  const std::vector<float> logits{1000.0F, 1001.0F, -1000.0F};
+  const auto found = ez::softmax(logits);
+  EXPECT_FLOAT_EQ(found[0] + found[1] + found[2], 1);
+  EXPECT_FLOAT_EQ(found[1] / found[0], std::exp(1.0F));
+  EXPECT_TRUE(ez::softmax({}).empty());
+}
+
+TEST(Postprocess, TopKIsOrderedAndNeverLongerThanThereAreClasses) {
+  const std::vector<float> scores{0.1F, 0.4F, 0.4F, 0.05F};
+  const auto found = ez::top_k(scores, 3);
+  ASSERT_EQ(found.size(), 3U);
+  EXPECT_EQ(found[0].index, 1U);
+  EXPECT_EQ(found[1].index, 2U);
+  EXPECT_EQ(found[2].index, 0U);
+  EXPECT_EQ(ez::top_k(scores, 10).size(), 4U);
+}
+
+}  // namespace

@@ -1,0 +1,88 @@
+"""Bundles, images, and what Python makes of them, for the C++ tests: make_bundles.py DIR.
+
+Writes DIR/<model>.bundle (FP32 and INT8 engines, random weights, 64x64), DIR/images, and for each engine
+DIR/<model>-<engine>.npy, the logits of all images, and DIR/<model>-inputs.npy.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+ROOT = Path(__file__).parents[3]
+sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
+
+import photos  # noqa: E402
+
+import engines  # noqa: E402
+from exporter import ExportOptions, export_zoo  # noqa: E402
+from exporter.options import BatchRange, Tolerance  # noqa: E402
+
+MODELS = ("resnet18", "mobilenet_v2", "squeezenet1_1")
+
+
+def write_images(folder: Path) -> list[Path]:
+    """Photographs as they come: JPEG of all kinds, PNG, turned, gray, CMYK."""
+    folder.mkdir(parents=True, exist_ok=True)
+    kinds = {
+        "baseline.jpg": lambda im: (im, {"quality": 90}),
+        "progressive.jpg": lambda im: (im, {"quality": 70, "progressive": True}),
+        "444.jpg": lambda im: (im, {"quality": 95, "subsampling": 0}),
+        "gray.jpg": lambda im: (im.convert("L"), {}),
+        "cmyk.jpg": lambda im: (im.convert("CMYK"), {}),
+        "plain.png": lambda im: (im, {}),
+        "palette.png": lambda im: (im.convert("P"), {}),
+        "alpha.png": lambda im: (im.convert("RGBA"), {}),
+        **{f"turned{o}.jpg": lambda im, o=o: (im, {"exif": turned(o)}) for o in range(1, 9)},
+    }
+    pictures = photos.photographs()
+    paths = []
+    for index, (name, kind) in enumerate(kinds.items()):
+        picture = pictures[index % len(pictures)]
+        width, height = picture.size
+        image, options = kind(picture.crop((0, 0, min(width, 180 + 7 * index), min(height, 250 - 9 * index))))
+        paths.append(folder / f"{index:02}-{name}")
+        image.save(paths[-1], **options)
+    return sorted(paths)
+
+
+def turned(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
+
+
+def main() -> None:
+    out = Path(sys.argv[1])
+    out.mkdir(parents=True, exist_ok=True)
+    paths = write_images(out / "images")
+    photos.write(out / "calibration", 80)
+    for model in MODELS:
+        bundle = out / f"{model}.bundle"
+        export_zoo(
+            ExportOptions(
+                model,
+                precisions=("fp32", "int8"),
+                targets=("onnxruntime",),
+                calib=out / "calibration",
+                weights="none",
+                input_size=(64, 64),
+                batch=BatchRange.parse("1:4:8"),
+                # Of random weights nothing is expected but the same logits in C++ and Python.
+                tolerances=tuple(Tolerance.parse(f"int8:{m}") for m in ("sqnr=0", "top1=0", "cosine=0")),
+                out=bundle,
+            )
+        )
+        for name in ("onnxruntime-fp32", "onnxruntime-int8"):
+            engine = engines.load(bundle, engine=name)
+            inputs = engine.preprocess(paths)
+            np.save(out / f"{model}-inputs.npy", inputs)
+            logits = [engine.run(inputs[start : start + 4]) for start in range(0, len(inputs), 4)]
+            np.save(out / f"{model}-{name}.npy", np.concatenate(logits))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+// Manifests are read in full, and damaged ones refused with what is wrong.
+
+#include <gmock/gmock.h>
+#include <nlohmann/json.hpp>
+
+#include <export_zoo/metadata.hpp>
+
+#include "support.hpp"
+
+namespace {
+
+namespace ez = export_zoo;
+using nlohmann::json;
+using support::error_of;
+using testing::HasSubstr;
+
+class Metadata : public support::WithBundles {
+ protected:
+  static json manifest() { return json::parse(support::read(support::bundles() / "resnet18.bundle/manifest.json")); }
+
+  // What reading a bundle with this manifest throws.
+  std::pair<ez::ErrorCode, std::string> error_with(const std::string& text) const {
+    support::write(directory_.path() / "manifest.json", text);
+    return error_of([&] { static_cast<void>(ez::read_metadata(directory_.path())); });
+  }
+
+  support::Temporary directory_;
+};
+
+TEST_F(Metadata, IsWhatTheManifestSays) {
+  const auto found = ez::read_metadata(support::bundles() / "resnet18.bundle");
+  EXPECT_EQ(found.model, "resnet18");
+  EXPECT_TRUE(found.ok);
+  EXPECT_EQ(found.input.shape, (std::vector<std::int64_t>{-1, 3, 64, 64}));
+  EXPECT_EQ(found.output.shape, (std::vector<std::int64_t>{-1, 1000}));
+  EXPECT_EQ(found.input.dtype, "float32");
+  EXPECT_EQ(found.batch_min, 1);
+  EXPECT_EQ(found.batch_opt, 4);
+  EXPECT_EQ(found.batch_max, 8);
+  EXPECT_TRUE(found.labels.empty()) << "random weights have none";
+  EXPECT_EQ(found.preprocess.crop_height, 64);
+  EXPECT_EQ(found.preprocess.interpolation, ez::PreprocessOptions::Interpolation::bilinear);
+  EXPECT_FLOAT_EQ(found.preprocess.mean[0], 0.485F);
+  EXPECT_GE(found.preprocess.pillow, 10);
+  ASSERT_EQ(found.engines.size(), 2U);
+  EXPECT_EQ(found.engines[1].name, "onnxruntime-int8");
+  EXPECT_EQ(found.engines[1].precision, "int8");
+  EXPECT_EQ(found.engines[1].state, ez::State::verified);
+  EXPECT_GT(found.engines[1].speedup.value_or(0), 0);
+  EXPECT_GT(found.engines[1].size_bytes, 1000000U);
+}
+
+TEST_F(Metadata, OfNoBundleIsRefused) {
+  const auto [code, message] = error_of([&] { static_cast<void>(ez::read_metadata(directory_.path())); });
+  EXPECT_EQ(code, ez::ErrorCode::bundle);
+  EXPECT_THAT(message, HasSubstr(directory_.path().string()));
+  EXPECT_THAT(message, HasSubstr("not a bundle"));
+}
+
+TEST_F(Metadata, ThatIsNoJsonIsRefused) {
+  for (const std::string text : {"", "{", "[]", "null", "\xff\xfe"}) {
+    EXPECT_EQ(error_with(text).first, ez::ErrorCode::bundle) << text;
+  }
+}
+
+TEST_F(Metadata, OfAnotherVersionIsRefused) {
+  auto document = manifest();
+  document["schema_version"] = 2;
+  const auto [code, message] = error_with(document.dump());
+  EXPECT_EQ(code, ez::ErrorCode::bundle);
+  EXPECT_THAT(message, HasSubstr("schema version 2"));
+}
+
+TEST_F(Metadata, WithoutOrWithAWrongEntryIsRefused) {
+  for (const auto* pointer :
+       {"/recipe", "/recipe/input/shape", "/recipe/preprocess/mean", "/recipe/batch/max", "/artifacts/engines",
+        "/artifacts/engines/0/file/sha256", "/artifacts/engines/0/state", "/status"}) {
+    auto document = manifest();
+    document[json::json_pointer(pointer)] = json::object({{"surprise", true}});
+    EXPECT_EQ(error_with(document.dump()).first, ez::ErrorCode::bundle) << pointer;
+    document = manifest();
+    const json::json_pointer at(pointer);
+    document[at.parent_pointer()].erase(at.back());
+    EXPECT_EQ(error_with(document.dump()).first, ez::ErrorCode::bundle) << pointer;
+  }
+}
+
+TEST_F(Metadata, ThatPointsOutsideTheBundleIsRefused) {
+  for (const auto* path : {"/etc/passwd", "../other.onnx", "files/../../other.onnx", ""}) {
+    auto document = manifest();
+    document["artifacts"]["engines"][0]["file"]["path"] = path;
+    const auto [code, message] = error_with(document.dump());
+    EXPECT_EQ(code, ez::ErrorCode::bundle);
+    EXPECT_THAT(message, HasSubstr("points outside"));
+  }
+}
+
+TEST_F(Metadata, WithValuesThatCannotBeIsRefused) {
+  const std::vector<std::pair<const char*, json>> changes{
+      {"/recipe/input/shape", {"batch", 3, 64, 63}}, {"/recipe/input/shape", {4, 3, 64, 64}},
+      {"/recipe/output/shape", {"batch", -5}},       {"/recipe/batch/min", 9},
+      {"/recipe/preprocess/crop_height", 0},         {"/recipe/preprocess/interpolation", "lanczos"},
+      {"/recipe/input/dtype", "float16"},            {"/artifacts/engines/0/state", "excellent"},
+  };
+  for (const auto& [pointer, value] : changes) {
+    auto document = manifest();
+    document[json::json_pointer(pointer)] = value;
+    EXPECT_EQ(error_with(document.dump()).first, ez::ErrorCode::bundle) << pointer << " " << value;
+  }
+}
+
+}  // namespace

@@ -1,0 +1,78 @@
+#pragma once
+
+#include <cstdlib>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <iterator>
+#include <string>
+#include <vector>
+
+#include <gtest/gtest.h>
+
+#include <export_zoo/error.hpp>
+
+namespace support {
+
+namespace fs = std::filesystem;
+
+// The directory that make_bundles.py wrote.
+inline fs::path bundles() { return EXPORT_ZOO_TEST_BUNDLES; }
+
+inline std::vector<char> read(const fs::path& path) {
+  std::ifstream file(path, std::ios::binary);
+  return {std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
+}
+
+inline void write(const fs::path& path, const std::string& text) {
+  std::ofstream(path, std::ios::binary) << text;
+}
+
+// The values of a float32 .npy file.
+inline std::vector<float> read_npy(const fs::path& path) {
+  const auto bytes = read(path);
+  const auto header = static_cast<unsigned char>(bytes.at(8)) + 256 * static_cast<unsigned char>(bytes.at(9));
+  const auto begin = static_cast<std::size_t>(10 + header);
+  std::vector<float> values((bytes.size() - begin) / sizeof(float));
+  std::memcpy(values.data(), bytes.data() + begin, values.size() * sizeof(float));
+  return values;
+}
+
+// A directory of the test's own, removed afterwards.
+class Temporary {
+ public:
+  Temporary() {
+    auto pattern = (fs::temp_directory_path() / "export-zoo-XXXXXX").string();
+    path_ = mkdtemp(pattern.data());
+  }
+  Temporary(const Temporary&) = delete;
+  Temporary& operator=(const Temporary&) = delete;
+  ~Temporary() {
+    std::error_code error;
+    fs::remove_all(path_, error);
+  }
+  [[nodiscard]] const fs::path& path() const { return path_; }
+
+ private:
+  fs::path path_;
+};
+
+// The error that a call throws: its code and its message.
+template <typename Call>
+std::pair<export_zoo::ErrorCode, std::string> error_of(Call call) {
+  try {
+    call();
+  } catch (const export_zoo::Error& error) {
+    return {error.code(), error.what()};
+  }
+  ADD_FAILURE() << "nothing was thrown";
+  return {export_zoo::ErrorCode::runtime, ""};
+}
+
+// Tests with bundles; the fixtures of ctest make them.
+class WithBundles : public testing::Test {
+ protected:
+  void SetUp() override { ASSERT_TRUE(fs::is_directory(bundles())) << "make_bundles.py has not run: run ctest"; }
+};
+
+}  // namespace support
