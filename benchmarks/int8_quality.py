@@ -208,14 +208,14 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as directory:
                 for row in rows(model, seed, options.modelopt, Path(directory)):
                     found.append(row)
+                    if options.json:  # as it goes: a run takes an hour
+                        options.json.write_text(json.dumps(found, indent=1) + "\n")
                     print(
                         f"  {row['model']} seed {row['seed']} {row['kind']:<6}{row['policy']:<14}{row['who']:<28}"
                         f"{row['sqnr']:>6.1f} dB {100 * row['top1']:>6.1f} %",
                         flush=True,
                     )
     table(found)
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
