@@ -1,4 +1,4 @@
-"""`export-zoo verify BUNDLE` and `export-zoo inspect BUNDLE`. Never import PyTorch."""
+"""`export-zoo verify`, `inspect` and `triton`: commands that take a bundle. Never import PyTorch."""
 
 from __future__ import annotations
 
@@ -103,3 +103,46 @@ def inspect(bundle: Path, json_path: Path | None, quiet: bool, verbose: bool) ->
     for warning in manifest.warnings:
         click.echo(f"{'warning':<12} {warning}")
     print_table(manifest.artifacts.engines, random=trained.random)
+
+
+@click.command(epilog=EXIT_CODES)
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("repository", type=click.Path(path_type=Path, file_okay=False))
+@click.option(
+    "--engine", metavar="NAME", help="Default: the fastest verified one of onnxruntime and tensorrt."
+)
+@click.option("--name", metavar="NAME", help="Of the model. Default: the network's.")
+@click.option("--version", type=int, default=1, show_default=True, metavar="N", help="Folder of the version.")
+@click.option(
+    "--queue-delay",
+    "delay_us",
+    type=click.IntRange(0, 10**7),
+    default=1000,
+    show_default=True,
+    metavar="US",
+    help="Microseconds that a request waits for others to make a batch with.",
+)
+@json_option
+@quiet_option
+@verbose_option
+def triton(
+    bundle: Path,
+    repository: Path,
+    engine: str | None,
+    name: str | None,
+    version: int,
+    delay_us: int,
+    json_path: Path | None,
+    quiet: bool,
+    verbose: bool,
+) -> None:
+    """Add a bundle's engine to a model repository of the Triton Inference Server."""
+    del json_path, verbose
+    from engines.triton import write_repository
+
+    model = write_repository(bundle, repository, engine=engine, name=name, version=version, delay_us=delay_us)
+    outcome.current().document |= {"bundle": str(bundle), "model": str(model), "version": version}
+    if not quiet:
+        click.echo(
+            f"{model}: version {version}; serve it with `tritonserver --model-repository {repository}`"
+        )

@@ -13,7 +13,7 @@ import click
 
 from calibration.errors import UsageError
 from exporter import __version__, outcome
-from exporter.bundle_commands import inspect, verify
+from exporter.bundle_commands import inspect, triton, verify
 from exporter.calibrate_command import calibrate
 from exporter.common_options import EXIT_CODES, json_option, quiet_option, verbose_option
 from exporter.export_command import export
@@ -87,7 +87,7 @@ def list_models(pattern: str, json_path: Path | None, quiet: bool, verbose: bool
         listing.print_models(found)
 
 
-for command in (export, calibrate, verify, inspect):
+for command in (export, calibrate, verify, inspect, triton):
     app.add_command(command)
 
 

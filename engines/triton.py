@@ -1,0 +1,155 @@
+"""A bundle's engine as a model of a Triton Inference Server repository.
+
+    REPOSITORY/<name>/config.pbtxt
+    REPOSITORY/<name>/labels.txt
+    REPOSITORY/<name>/<version>/model.onnx or model.plan
+
+Source: NVIDIA Triton Inference Server, "Model Repository" and "Model Configuration" of the user guide.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import uuid
+from pathlib import Path
+
+from calibration.errors import (
+    BadInputError,
+    EnvironmentFailureError,
+    ParityError,
+    TargetUnavailableError,
+    UsageError,
+)
+from engines import manifest as m
+from engines.bundle import checked, read_manifest
+
+QUEUE_DELAY_US = 1000
+"""Microseconds that a request waits for others to make a batch with."""
+
+_PLATFORMS = {
+    "onnxruntime": ("onnxruntime_onnx", "model.onnx", "KIND_CPU"),
+    "tensorrt": ("tensorrt_plan", "model.plan", "KIND_GPU"),
+}
+
+
+def _quoted(text: str) -> str:
+    """A string literal of protobuf's text format."""
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
+
+
+def config(manifest: m.Manifest, engine: m.Engine, name: str, *, delay_us: int = QUEUE_DELAY_US) -> str:
+    """config.pbtxt: shapes without the batch, which Triton adds, and dynamic batching up to the verified batch."""
+    recipe, (platform, _, kind) = manifest.recipe, _PLATFORMS[engine.target]
+
+    def port(port: m.Port, more: str = "") -> str:
+        dims = ", ".join(map(str, port.shape[1:]))
+        return f"  {{\n    name: {_quoted(port.name)}\n    data_type: TYPE_FP32\n    dims: [ {dims} ]\n{more}  }}\n"
+
+    labels = '    label_filename: "labels.txt"\n' if recipe.labels else ""
+    text = f"name: {_quoted(name)}\nplatform: {_quoted(platform)}\nmax_batch_size: {recipe.batch.max}\n"
+    text += f"input [\n{port(recipe.input)}]\noutput [\n{port(recipe.output, labels)}]\n"
+    text += f"instance_group [\n  {{\n    count: 1\n    kind: {kind}\n  }}\n]\n"
+    if recipe.batch.max > 1:
+        text += (
+            f"dynamic_batching {{\n  preferred_batch_size: [ {recipe.batch.opt} ]\n"
+            f"  max_queue_delay_microseconds: {delay_us}\n}}\n"
+        )
+    return text
+
+
+def _chosen(bundle: Path, manifest: m.Manifest, wanted: str | None) -> m.Engine:
+    """The engine that is asked for, or the fastest verified one that Triton has a backend for."""
+    engines = {engine.name: engine for engine in manifest.artifacts.engines}
+    if wanted is not None:
+        if wanted not in engines:
+            raise BadInputError(f"{bundle}: no engine {wanted!r}", hint=f"it has: {', '.join(engines)}")
+        if engines[wanted].target not in _PLATFORMS:
+            raise TargetUnavailableError(
+                f"--engine {wanted}: Triton has no backend for {engines[wanted].target}",
+                hint="use an engine of onnxruntime or tensorrt",
+            )
+        return engines[wanted]
+    served = [e for e in engines.values() if e.target in _PLATFORMS and e.state == "verified"]
+    if not served:
+        raise TargetUnavailableError(
+            f"{bundle}: no verified engine of onnxruntime or tensorrt",
+            hint="name one with --engine, or export with --target onnxruntime",
+        )
+    return max(served, key=lambda engine: engine.latency.speedup if engine.latency is not None else 0.0)
+
+
+def write_repository(
+    bundle: Path,
+    repository: Path,
+    *,
+    engine: str | None = None,
+    name: str | None = None,
+    version: int = 1,
+    delay_us: int = QUEUE_DELAY_US,
+) -> Path:
+    """Add an engine to a Triton model repository, whole or not at all; returns the model's directory.
+
+    Args:
+        engine: its name; default the fastest verified one.
+        name: of the model; default the network's.
+        version: its folder. Another version of a model that is there must have the same configuration.
+        delay_us: microseconds that a request waits for others.
+
+    Raises:
+        UsageError: a name or version that Triton does not take, or that is there already.
+        BadInputError: not a bundle, damaged, or no such engine.
+        ParityError: the bundle failed its parity gate.
+        TargetUnavailableError: no engine that Triton can serve.
+        EnvironmentFailureError: the repository cannot be written to.
+    """
+    manifest = read_manifest(bundle)
+    if manifest.status != "ok":
+        raise ParityError(f"{bundle}: this bundle failed its parity gate", hint="export it again")
+    chosen = _chosen(bundle, manifest, engine)
+    name = name if name is not None else manifest.recipe.source.name
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
+        raise UsageError(
+            f"--name {name!r}: letters, digits, _, - and . only", hint="for example resnet50-int8"
+        )
+    if version < 1:
+        raise UsageError(f"--version {version}: must be at least 1", hint="leave it out for 1")
+    files = {_PLATFORMS[chosen.target][1]: checked(bundle, chosen.file)}
+    # Weights beside an ONNX file keep the name that it refers to.
+    files |= {Path(file.path).name: checked(bundle, file) for file in chosen.external_data}
+    described = {"config.pbtxt": config(manifest, chosen, name, delay_us=delay_us)}
+    if manifest.recipe.labels:
+        described["labels.txt"] = "".join(f"{label}\n" for label in manifest.recipe.labels)
+    model = repository / name
+    _refuse_other(model, described, version)
+    temporary = repository / f".{name}.{uuid.uuid4().hex}"
+    try:
+        (temporary / str(version)).mkdir(parents=True)
+        for file, path in files.items():
+            shutil.copyfile(path, temporary / str(version) / file)
+        if model.exists():
+            (temporary / str(version)).rename(model / str(version))
+        else:
+            for file, text in described.items():
+                (temporary / file).write_text(text, encoding="utf-8")
+            temporary.rename(model)
+    except OSError as error:
+        raise EnvironmentFailureError(
+            f"{repository}: cannot be written: {error.strerror}", hint="give a directory that is writable"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return model
+
+
+def _refuse_other(model: Path, described: dict[str, str], version: int) -> None:
+    if not model.exists():
+        return
+    if (model / str(version)).exists():
+        raise UsageError(f"{model}/{version}: is there already", hint="give another --version or --name")
+    for file, text in described.items():
+        if not (model / file).is_file() or (model / file).read_text(encoding="utf-8") != text:
+            raise UsageError(
+                f"{model}/{file}: of another configuration than this engine's",
+                hint="versions of a model share it: give another --name",
+            )

@@ -1,0 +1,125 @@
+"""`export-zoo triton`: a repository whose configuration Triton's own protobuf reads, and whose model is the engine."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from google.protobuf import text_format
+from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
+
+from engines.bundle import read_manifest
+from engines.loading import load
+
+
+def read(model) -> ModelConfig:
+    return text_format.Parse((model / "config.pbtxt").read_text(), ModelConfig())
+
+
+def changed(bundle, tmp_path, change):
+    """A copy of a bundle with a changed manifest."""
+    copy = tmp_path / "changed.bundle"
+    shutil.copytree(bundle, copy)
+    document = json.loads((copy / "manifest.json").read_text())
+    change(document)
+    (copy / "manifest.json").write_text(json.dumps(document))
+    return copy
+
+
+def test_a_repository_is_what_triton_reads_and_serves_the_verified_engine(cli, digits_bundle, tmp_path):
+    done = cli("triton", digits_bundle, tmp_path / "models")
+    assert done.code == 0, done.err
+    model = tmp_path / "models" / "resnet18"
+    assert done.json["model"] == str(model)
+    found = read(model)
+    assert (found.name, found.platform, found.max_batch_size) == ("resnet18", "onnxruntime_onnx", 32)
+    (feed,), (logits,) = found.input, found.output
+    assert (feed.name, list(feed.dims), feed.data_type) == ("input", [3, 32, 32], 11)  # TYPE_FP32
+    assert (logits.name, list(logits.dims), logits.data_type) == ("logits", [10], 11)
+    assert logits.label_filename == "labels.txt"
+    assert (model / "labels.txt").read_text().splitlines() == list("0123456789")
+    assert list(found.dynamic_batching.preferred_batch_size) == [8]
+    assert found.dynamic_batching.max_queue_delay_microseconds == 1000
+    assert found.instance_group[0].kind == ModelInstanceGroup.KIND_CPU
+    best = load(digits_bundle)
+    engine = next(e for e in best.manifest.artifacts.engines if e.name == best.name)
+    assert (model / "1" / "model.onnx").read_bytes() == (digits_bundle / engine.file.path).read_bytes()
+    assert {path.name for path in (tmp_path / "models").iterdir()} == {"resnet18"}
+
+
+def test_versions_share_a_configuration(cli, digits_bundle, tmp_path):
+    models = tmp_path / "models"
+    assert cli("triton", digits_bundle, models, "--engine", "onnxruntime-fp32").code == 0
+    assert cli("triton", digits_bundle, models, "--engine", "onnxruntime-int8", "--version", "2").code == 0
+    first, second = (models / "resnet18" / v / "model.onnx" for v in "12")
+    assert first.stat().st_size > 3 * second.stat().st_size
+    again = cli("triton", digits_bundle, models, "--version", "2")
+    assert again.code == 2
+    assert "is there already" in again.json["error"]["message"]
+    other = cli("triton", digits_bundle, models, "--version", "3", "--queue-delay", "0")
+    assert other.code == 2
+    assert "another configuration" in other.json["error"]["message"]
+    named = cli("triton", digits_bundle, models, "--name", "digits", "--queue-delay", "0")
+    assert named.code == 0
+    assert read(models / "digits").dynamic_batching.max_queue_delay_microseconds == 0
+    assert {path.name for path in (models / "resnet18").iterdir()} == {"1", "2", "config.pbtxt", "labels.txt"}
+
+
+def test_a_plan_is_served_by_the_tensorrt_backend_on_a_gpu(digits_bundle):
+    from engines.triton import config
+
+    manifest = read_manifest(digits_bundle)
+    engine = manifest.artifacts.engines[0].model_copy(update={"target": "tensorrt"})
+    found = text_format.Parse(config(manifest, engine, 'a "name"\\'), ModelConfig())
+    assert (found.name, found.platform) == ('a "name"\\', "tensorrt_plan")
+    assert found.instance_group[0].kind == ModelInstanceGroup.KIND_GPU
+
+
+@pytest.mark.parametrize(
+    ("given", "code", "says"),
+    [
+        (["--engine", "onnxruntime-fp64"], 5, "no engine 'onnxruntime-fp64'"),
+        (["--name", "../evil"], 2, "--name"),
+        (["--name", ""], 2, "--name"),
+        (["--version", "0"], 2, "--version 0"),
+        (["--queue-delay", "-1"], 2, "--queue-delay"),
+    ],
+)
+def test_what_triton_would_not_take_is_refused(cli, digits_bundle, tmp_path, given, code, says):
+    done = cli("triton", digits_bundle, tmp_path / "models", *given)
+    assert done.code == code
+    assert says in done.json["error"]["message"]
+    assert not (tmp_path / "models").exists()
+
+
+def test_bundles_that_are_not_to_be_served_are_refused(cli, digits_bundle, tmp_path):
+    failed = changed(digits_bundle, tmp_path, lambda d: d.update(status="failed"))
+    done = cli("triton", failed, tmp_path / "models")
+    assert (done.code, done.json["error"]["kind"]) == (3, "parity")
+    shutil.rmtree(failed)
+
+    def unverify(document):
+        for engine in document["artifacts"]["engines"]:
+            engine["state"] = "built"
+
+    built = changed(digits_bundle, tmp_path, unverify)
+    done = cli("triton", built, tmp_path / "models")
+    assert done.code == 4
+    assert "no verified engine" in done.json["error"]["message"]
+    assert not (tmp_path / "models").exists()
+
+
+def test_a_damaged_engine_and_a_place_that_cannot_be_written_leave_nothing(cli, digits_bundle, tmp_path):
+    copy = tmp_path / "copy.bundle"
+    shutil.copytree(digits_bundle, copy)
+    for path in (copy / "files").glob("*int8*.onnx"):
+        path.write_bytes(path.read_bytes()[:-1])
+    done = cli("triton", copy, tmp_path / "models", "--engine", "onnxruntime-int8")
+    assert done.code == 5
+    assert "checksum mismatch" in done.json["error"]["message"]
+    assert not (tmp_path / "models").exists()
+    (tmp_path / "file").write_text("")
+    done = cli("triton", digits_bundle, tmp_path / "file" / "models")
+    assert done.code == 7
+    assert str(tmp_path / "file" / "models") in done.json["error"]["message"]
