@@ -131,7 +131,7 @@ int main(int argc, char** argv) {
   app.add_option("--inputs", arguments.inputs, "Write preprocessed inputs here, .npy, float32 [N, 3, H, W]");
   const std::map<std::string, ez::State> states{
       {"built", ez::State::built}, {"graph", ez::State::graph_verified}, {"verified", ez::State::verified}};
-  app.add_option("--state", arguments.options.least, "Weakest state to load: built, graph or verified (default)")
+  app.add_option("--state", arguments.options.least, "Weakest state to load: built, graph (default) or verified")
       ->transform(CLI::CheckedTransformer(states));
   app.add_option("--tensorrt", arguments.options.tensorrt, "libnvinfer or libtensorrt_rtx to load");
   app.add_option("--onnxruntime", arguments.options.onnxruntime, "libonnxruntime.so.1 to load");

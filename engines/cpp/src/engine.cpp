@@ -50,7 +50,10 @@ std::string why_not(const EngineInfo& info, const Options& options) {
   return {};
 }
 
-// The fastest of those that can be loaded, or the one that is asked for. Throws Error.
+// What was run and compared comes before what is faster.
+std::tuple<State, double> rank(const EngineInfo& info) { return {info.state, info.speedup.value_or(0)}; }
+
+// The best of those that can be loaded, or the one that is asked for. Throws Error.
 std::size_t choose(const std::filesystem::path& bundle, const Metadata& metadata, const Options& options) {
   std::string reasons;
   std::size_t best = metadata.engines.size();
@@ -60,8 +63,7 @@ std::size_t choose(const std::filesystem::path& bundle, const Metadata& metadata
     const auto reason = why_not(info, options);
     if (!reason.empty()) {
       reasons += (reasons.empty() ? "" : "; ") + info.name + ": " + reason;
-    } else if (best == metadata.engines.size() ||
-               info.speedup.value_or(0) > metadata.engines[best].speedup.value_or(0)) {
+    } else if (best == metadata.engines.size() || rank(info) > rank(metadata.engines[best])) {
       best = i;
     }
   }

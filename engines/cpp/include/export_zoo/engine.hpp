@@ -12,8 +12,8 @@
 namespace export_zoo {
 
 struct Options {
-  std::string engine;              ///< name of an engine; empty: the fastest of those that may be loaded here
-  State least = State::verified;   ///< weakest state that may be loaded
+  std::string engine;  ///< name of an engine; empty: the fastest of those in the strongest state that may be loaded here
+  State least = State::graph_verified;  ///< weakest state that may be loaded
   bool allow_failed = false;       ///< load from a bundle that failed its gate, to look into it
   int threads = 0;                 ///< of ONNX Runtime, 0: all cores
   int device = 0;                  ///< CUDA device of TensorRT
