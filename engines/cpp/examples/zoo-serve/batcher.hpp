@@ -1,0 +1,66 @@
+// Requests of many threads, run together in batches by one.
+#pragma once
+
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstdint>
+#include <deque>
+#include <future>
+#include <mutex>
+#include <stdexcept>
+#include <thread>
+#include <vector>
+
+#include <export_zoo/engine.hpp>
+
+namespace zoo_serve {
+
+// The queue is full, or the server is going down: try again later.
+struct Busy : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+struct Limits {
+  std::size_t batch = 8;                  // most images at once
+  std::chrono::microseconds wait{2000};   // longest that one waits for others
+  std::size_t queue = 256;                // most that wait
+};
+
+class Batcher {
+ public:
+  Batcher(const export_zoo::Engine& engine, Limits limits);
+  Batcher(const Batcher&) = delete;
+  Batcher& operator=(const Batcher&) = delete;
+  // Answers all that wait, then stops.
+  ~Batcher();
+
+  // Logits of one preprocessed image. Throws Busy.
+  std::future<std::vector<float>> submit(std::vector<float> input);
+
+  [[nodiscard]] std::size_t waiting() const;
+  [[nodiscard]] std::uint64_t batches() const noexcept { return batches_; }
+  [[nodiscard]] std::uint64_t images() const noexcept { return images_; }
+
+ private:
+  struct Item {
+    std::vector<float> input;
+    std::promise<std::vector<float>> logits;
+  };
+
+  // The next batch; empty when all is done.
+  std::vector<Item> next();
+  void work();
+
+  Limits limits_;
+  export_zoo::Context context_;
+  mutable std::mutex mutex_;
+  std::condition_variable changed_;
+  std::deque<Item> queue_;
+  bool closing_ = false;
+  std::atomic<std::uint64_t> batches_{0};
+  std::atomic<std::uint64_t> images_{0};
+  std::thread thread_;  // last: it uses all of the above
+};
+
+}  // namespace zoo_serve

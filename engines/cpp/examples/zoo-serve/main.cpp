@@ -1,0 +1,270 @@
+// zoo-serve: a small HTTP service to start from.
+//
+//   POST /v1/predict   a JPEG or PNG as the body -> classes as JSON; ?top=5, ?logits=1
+//   GET  /healthz      200 while it serves
+//   GET  /metrics      for Prometheus
+
+#include <array>
+#include <atomic>
+#include <charconv>
+#include <chrono>
+#include <csignal>
+#include <cstdint>
+#include <iostream>
+#include <map>
+#include <mutex>
+#include <optional>
+#include <sstream>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include <unistd.h>
+
+#include <CLI/CLI.hpp>
+#include <httplib.h>
+#include <nlohmann/json.hpp>
+
+#include <export_zoo/engine.hpp>
+#include <export_zoo/error.hpp>
+#include <export_zoo/postprocess.hpp>
+#include <export_zoo/preprocess.hpp>
+
+#include "batcher.hpp"
+
+namespace {
+
+namespace ez = export_zoo;
+using Clock = std::chrono::steady_clock;
+
+struct Settings {
+  std::string bundle;
+  std::string host = "127.0.0.1";
+  int port = 8080;
+  ez::Options engine;
+  std::size_t batch = 0;
+  int wait_us = 2000;
+  std::size_t queue = 256;
+  std::size_t max_bytes = 10 << 20;
+  std::size_t threads = 32;
+  int timeout_s = 5;
+};
+
+// What /metrics tells.
+class Metrics {
+ public:
+  void answered(int status, Clock::duration time) {
+    const std::lock_guard lock(mutex_);
+    ++answers_[status];
+    const double seconds = std::chrono::duration<double>(time).count();
+    seconds_ += seconds;
+    for (std::size_t i = 0; i < kBounds.size(); ++i) counts_.at(i) += seconds <= kBounds.at(i);
+    ++count_;
+  }
+
+  std::string text(const zoo_serve::Batcher& batcher) const {
+    const std::lock_guard lock(mutex_);
+    std::ostringstream out;
+    out << "# TYPE zoo_serve_requests_total counter\n";
+    for (const auto& [status, count] : answers_) {
+      out << "zoo_serve_requests_total{status=\"" << status << "\"} " << count << '\n';
+    }
+    out << "# TYPE zoo_serve_request_seconds histogram\n";
+    for (std::size_t i = 0; i < kBounds.size(); ++i) {
+      out << "zoo_serve_request_seconds_bucket{le=\"" << kBounds.at(i) << "\"} " << counts_.at(i) << '\n';
+    }
+    out << "zoo_serve_request_seconds_bucket{le=\"+Inf\"} " << count_ << '\n';
+    out << "zoo_serve_request_seconds_sum " << seconds_ << "\nzoo_serve_request_seconds_count " << count_ << '\n';
+    out << "# TYPE zoo_serve_batches_total counter\nzoo_serve_batches_total " << batcher.batches() << '\n';
+    out << "# TYPE zoo_serve_images_total counter\nzoo_serve_images_total " << batcher.images() << '\n';
+    out << "# TYPE zoo_serve_waiting gauge\nzoo_serve_waiting " << batcher.waiting() << '\n';
+    return out.str();
+  }
+
+ private:
+  static constexpr std::array<double, 9> kBounds{0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 2.5};
+  mutable std::mutex mutex_;
+  std::map<int, std::uint64_t> answers_;
+  std::array<std::uint64_t, kBounds.size()> counts_{};
+  std::uint64_t count_ = 0;
+  double seconds_ = 0;
+};
+
+// httplib lets five connections wait; a burst of more would be reset.
+class Server : public httplib::Server {
+ public:
+  void widen() { ::listen(svr_sock_, SOMAXCONN); }
+};
+
+class Service {
+ public:
+  explicit Service(const Settings& settings)
+      : settings_(settings),
+        engine_(ez::Engine::load(settings.bundle, settings.engine)),
+        preprocess_(engine_.metadata().preprocess),
+        batcher_(engine_, limits()) {
+    server_.new_task_queue = [this] { return new httplib::ThreadPool(settings_.threads); };
+    server_.set_payload_max_length(settings.max_bytes);
+    server_.set_read_timeout(settings.timeout_s);
+    server_.set_write_timeout(settings.timeout_s);
+    // With a reader of its own: a body that curl calls a form would be cut at 8 KiB.
+    server_.Post("/v1/predict", [this](const httplib::Request& request, httplib::Response& response,
+                                       const httplib::ContentReader& reader) { predict(request, response, reader); });
+    server_.Get("/healthz", [this](const auto&, auto& response) {
+      response.status = stopping_ ? 503 : 200;
+      reply(response, {{"status", stopping_ ? "stopping" : "ok"},
+                       {"model", engine_.metadata().model},
+                       {"engine", engine_.info().name},
+                       {"state", name(engine_.info().state)},
+                       {"backend", engine_.backend()}});
+    });
+    server_.Get("/metrics", [this](const auto&, auto& response) {
+      response.set_content(metrics_.text(batcher_), "text/plain; version=0.0.4");
+    });
+    server_.set_error_handler([](const auto&, auto& response) {
+      if (response.body.empty()) reply(response, {{"error", "HTTP " + std::to_string(response.status)}});
+    });
+  }
+
+  // Until stop() is called. False if the port cannot be had.
+  bool run() {
+    if (!server_.bind_to_port(settings_.host.c_str(), settings_.port)) return false;
+    server_.widen();
+    const auto& info = engine_.info();
+    std::cout << "zoo-serve: " << engine_.metadata().model << ' ' << info.name << " (" << name(info.state) << ", "
+              << engine_.backend() << ") on http://" << settings_.host << ':' << settings_.port << std::endl;
+    return server_.listen_after_bind();
+  }
+
+  void stop() {
+    stopping_ = true;
+    server_.stop();
+  }
+
+ private:
+  static void reply(httplib::Response& response, const nlohmann::json& document) {
+    response.set_content(document.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace) + "\n",
+                         "application/json");
+  }
+
+  zoo_serve::Limits limits() const {
+    const auto& metadata = engine_.metadata();
+    const auto most = static_cast<std::size_t>(metadata.batch_max);
+    const auto wanted = settings_.batch > 0 ? settings_.batch : static_cast<std::size_t>(metadata.batch_opt);
+    if (wanted > most || metadata.batch_min > 1) {
+      throw ez::Error(ez::ErrorCode::shape, "--max-batch " + std::to_string(wanted) + ": the bundle was verified at " +
+                                                std::to_string(metadata.batch_min) + " to " + std::to_string(most) +
+                                                "; serving needs 1, too");
+    }
+    return {wanted, std::chrono::microseconds(settings_.wait_us), settings_.queue};
+  }
+
+  void predict(const httplib::Request& request, httplib::Response& response, const httplib::ContentReader& reader) {
+    std::string body;
+    const bool whole = reader([&](const char* data, std::size_t size) {
+      body.append(data, size);
+      return body.size() <= settings_.max_bytes;
+    });
+    const auto start = Clock::now();
+    if (!whole) {  // too large, or the client is gone
+      if (response.status == -1) response.status = body.size() > settings_.max_bytes ? 413 : 400;
+      reply(response, {{"error", "HTTP " + std::to_string(response.status)}});
+      metrics_.answered(response.status, Clock::now() - start);
+      return;
+    }
+    try {
+      std::vector<float> input(preprocess_.size());
+      preprocess_(std::as_bytes(std::span(body)), input);
+      const auto logits = batcher_.submit(std::move(input)).get();
+      reply(response, answer(request, logits));
+    } catch (const zoo_serve::Busy& error) {
+      response.status = 503;
+      response.set_header("Retry-After", "1");
+      reply(response, {{"error", error.what()}});
+    } catch (const ez::Error& error) {
+      response.status = error.code() == ez::ErrorCode::image ? 400 : 500;
+      reply(response, {{"error", error.what()}, {"code", name(error.code())}});
+    } catch (const std::bad_alloc&) {
+      response.status = 503;
+      response.set_header("Retry-After", "1");
+      reply(response, {{"error", "out of memory"}});
+    }
+    metrics_.answered(response.status == -1 ? 200 : response.status, Clock::now() - start);
+  }
+
+  nlohmann::json answer(const httplib::Request& request, const std::vector<float>& logits) const {
+    std::size_t top = 5;
+    if (request.has_param("top")) {
+      const auto text = request.get_param_value("top");
+      const auto* end = text.data() + text.size();
+      if (std::from_chars(text.data(), end, top).ptr != end || top < 1) {
+        throw ez::Error(ez::ErrorCode::image, "top=" + text + " is no number of classes");
+      }
+    }
+    const auto& labels = engine_.metadata().labels;
+    nlohmann::json document{{"engine", engine_.info().name}, {"classes", nlohmann::json::array()}};
+    for (const auto& found : ez::top_k(ez::softmax(logits), top)) {
+      const auto label = found.index < labels.size() ? labels[found.index] : std::to_string(found.index);
+      document["classes"].push_back({{"index", found.index}, {"label", label}, {"probability", found.score}});
+    }
+    if (request.has_param("logits")) document["logits"] = logits;
+    return document;
+  }
+
+  Settings settings_;
+  ez::Engine engine_;
+  ez::Preprocessor preprocess_;
+  Metrics metrics_;
+  std::atomic<bool> stopping_ = false;
+  zoo_serve::Batcher batcher_;
+  Server server_;
+};
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  Settings settings;
+  CLI::App app("Serve an engine of a bundle over HTTP.", "zoo-serve");
+  app.add_option("bundle", settings.bundle, "Directory that `export-zoo export` wrote")->required();
+  app.add_option("--host", settings.host, "Address to listen on")->capture_default_str();
+  app.add_option("--port", settings.port, "Port to listen on")->check(CLI::Range(1, 65535))->capture_default_str();
+  app.add_option("--engine", settings.engine.engine, "Name, such as onnxruntime-int8 (default: the fastest verified)");
+  app.add_option("--ort-threads", settings.engine.threads, "Of ONNX Runtime (default: all cores)");
+  app.add_option("--max-batch", settings.batch, "Most images at once (default: the bundle's optimum)");
+  app.add_option("--max-wait-us", settings.wait_us, "Longest that one waits for others")
+      ->check(CLI::Range(0, 10000000))
+      ->capture_default_str();
+  app.add_option("--queue", settings.queue, "Most requests that wait")->check(CLI::PositiveNumber)->capture_default_str();
+  app.add_option("--max-bytes", settings.max_bytes, "Largest body")->check(CLI::PositiveNumber)->capture_default_str();
+  app.add_option("--threads", settings.threads, "Connections at once")->check(CLI::PositiveNumber)->capture_default_str();
+  app.add_option("--timeout", settings.timeout_s, "Seconds for a slow client")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  CLI11_PARSE(app, argc, argv);
+
+  // Signals are waited for by one thread; all others inherit the mask.
+  sigset_t signals;
+  sigemptyset(&signals);
+  sigaddset(&signals, SIGINT);
+  sigaddset(&signals, SIGTERM);
+  pthread_sigmask(SIG_BLOCK, &signals, nullptr);
+  try {
+    Service service(settings);
+    std::thread waiter([&] {
+      int signal = 0;
+      sigwait(&signals, &signal);
+      service.stop();
+    });
+    const bool served = service.run();
+    if (!served) kill(getpid(), SIGTERM);  // wakes the waiter
+    waiter.join();
+    if (!served) {
+      std::cerr << "zoo-serve: cannot listen on " << settings.host << ':' << settings.port << '\n';
+      return 1;
+    }
+  } catch (const ez::Error& error) {
+    std::cerr << "zoo-serve: " << error.what() << " (" << name(error.code()) << ")\n";
+    return 1;
+  }
+  return 0;
+}

@@ -1,0 +1,121 @@
+"""Thousands of requests, valid and hostile, to zoo-serve: stress_serve.py ZOO_SERVE BUNDLES [COUNT].
+
+Each valid one must be answered with Python's logits to the bit, or with 503; each hostile one with 4xx; and the server must
+end cleanly on SIGTERM.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+AT_ONCE = 200
+MODEL = "resnet18"
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+async def post(port: int, body: bytes, query: str = "logits=1", *, kind: str = "") -> tuple[int, bytes]:
+    """Status and body; 0 where the client hangs up in the middle."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        head = f"POST /v1/predict?{query} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
+        writer.write(head.encode())
+        if kind == "cut":
+            writer.write(body[: len(body) // 2])
+            await writer.drain()
+            return 0, b""
+        if kind == "slow":
+            writer.write(body[:100])
+            await writer.drain()
+            await asyncio.sleep(0.5)
+            body = body[100:]
+        writer.write(body)
+        await writer.drain()
+        status = int((await reader.readuntil(b"\r\n\r\n")).split()[1])
+        return status, await reader.read()
+    finally:
+        writer.close()
+
+
+async def stress(port: int, bundles: Path, count: int, engine: str) -> tuple[Counter, list[str]]:
+    rng = random.Random(0)
+    images = [path.read_bytes() for path in sorted((bundles / "images").iterdir())]
+    logits = np.load(bundles / f"{MODEL}-{engine}.npy")
+    slots, seen, wrong = asyncio.Semaphore(AT_ONCE), Counter(), []
+    expected = {"valid": {200, 503}, "slow": {200, 503}, "cut": {0}}
+
+    async def one(kind: str, index: int) -> None:
+        image = images[index]
+        body, query = {
+            "truncated": (image[: rng.randrange(len(image) // 2)], "logits=1"),
+            "junk": (rng.randbytes(1000), "logits=1"),
+            "query": (image, "top=-1"),
+            "empty": (b"", "logits=1"),
+        }.get(kind, (image, "logits=1"))
+        async with slots:
+            status, answer = await post(port, body, query, kind=kind)
+        seen[kind, status] += 1
+        if status not in expected.get(kind, {400}):
+            wrong.append(f"{kind}: {status} {answer[:100]!r}")
+        elif status == 200 and not np.array_equal(np.float32(json.loads(answer)["logits"]), logits[index]):
+            wrong.append(f"{kind}: other logits for image {index}")
+
+    kinds = ["valid"] * 6 + ["truncated", "junk", "query", "empty", "slow", "cut"]
+    await asyncio.gather(*(one(rng.choice(kinds), rng.randrange(len(images))) for _ in range(count)))
+    return seen, wrong
+
+
+def get(port: int, path: str) -> str:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=10) as answer:
+        return answer.read().decode()
+
+
+def main() -> int:
+    program, bundles = sys.argv[1], Path(sys.argv[2])
+    count, port = int(sys.argv[3]) if len(sys.argv) > 3 else 2000, free_port()
+    command = [program, bundles / f"{MODEL}.bundle", "--port", port, "--queue", 64, "--max-bytes", 1_000_000]
+    server, engine = subprocess.Popen([*map(str, command)]), ""
+    try:
+        for _ in range(100):
+            try:
+                engine = json.loads(get(port, "/healthz"))["engine"]
+                break
+            except OSError:
+                if server.poll() is not None:
+                    break
+                time.sleep(0.2)
+        if not engine:
+            print("it does not come up")
+            return 1
+        seen, wrong = asyncio.run(stress(port, bundles, count, engine))
+        status, _ = asyncio.run(post(port, bytes(2_000_000)))
+        wrong += [] if status == 413 else [f"too large: {status}"]
+        answered = sum(n for (_, code), n in seen.items() if code == 200)
+        if f'requests_total{{status="200"}} {answered}\n' not in get(port, "/metrics"):
+            wrong.append("the metrics tell another number of answers")
+    finally:
+        server.send_signal(signal.SIGTERM)
+        code = server.wait(60)
+    print(*(f"{kind} {status}: {n}" for (kind, status), n in sorted(seen.items())), sep="\n")
+    print("\n".join(wrong[:20]), f"{len(wrong)} wrong, exit code {code}")
+    return int(bool(wrong) or code != 0 or not seen["valid", 200])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
