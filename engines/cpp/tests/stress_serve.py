@@ -1,7 +1,7 @@
 """Thousands of requests, valid and hostile, to zoo-serve: stress_serve.py ZOO_SERVE BUNDLES [COUNT].
 
-Each valid one must be answered with Python's logits to the bit, or with 503; each hostile one with 4xx; and the server must
-end cleanly on SIGTERM.
+Each valid one must be answered with Python's logits to the bit, or with 503; each hostile one with 4xx; and the server
+must end cleanly on SIGTERM.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ async def post(port: int, body: bytes, query: str = "logits=1", *, kind: str = "
     """Status and body; 0 where the client hangs up in the middle."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
-        head = f"POST /v1/predict?{query} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
-        writer.write(head.encode())
+        headers = f"Host: x\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
+        writer.write(f"POST /v1/predict?{query} HTTP/1.1\r\n{headers}".encode())
         if kind == "cut":
             writer.write(body[: len(body) // 2])
             await writer.drain()
