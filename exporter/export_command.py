@@ -117,9 +117,6 @@ def export(model: str, json_path: Path | None, quiet: bool, verbose: bool, **giv
         show_log()
     from engines import target
 
-    if "int8" not in given["precisions"]:
-        for name in sorted(given_options() & {"method", "steps", "keep_float", "reduce_range"}):
-            raise UsageError(f"{option_name(name)} has an effect on INT8 only", hint="add --precision int8")
     chosen = options.ExportOptions(
         model=model,
         precisions=tuple(given["precisions"]) or ("fp32",),
@@ -148,6 +145,11 @@ def export(model: str, json_path: Path | None, quiet: bool, verbose: bool, **giv
         raise UsageError(f"--json {json_path}: lies inside the bundle", hint="write it beside --out")
     now = outcome.current()
     now.reporter = ConsoleReporter(quiet=quiet)
+    if "int8" not in given["precisions"]:
+        for name in sorted(
+            given_options() & {"method", "steps"}
+        ):  # the pipeline cannot tell them from their defaults
+            now.reporter.warn(f"{option_name(name)} has no effect without --precision int8")
     chosen.build.check([t.name for t in target.choose(chosen.targets)])  # before PyTorch is loaded
     from exporter.pipeline import KeptError, export_zoo
     from exporter.report import print_table

@@ -177,13 +177,6 @@ def test_shards_that_do_not_belong_together_are_refused(cli, arguments, tmp_path
             "--keep-float",
         ),
         (["calibrate", "--merge", "a.json", "b.json", "--out", "c.json", "--shard", "1/2"], "--shard"),
-        (["resnet18", "--weights", "none", "--steps", "round"], "--steps has an effect on INT8 only"),
-        (
-            ["resnet18", "--weights", "none", "--precision", "fp16", "--method", "mse"],
-            "--method has an effect",
-        ),
-        (["resnet18", "--weights", "none", "--keep-float", "fc"], "--keep-float has an effect"),
-        (["resnet18", "--weights", "none", "--reduce-range"], "--reduce-range has an effect"),
         (["resnet18", "--weights", "none", "--ranges", "a.json"], "--ranges"),
     ],
 )

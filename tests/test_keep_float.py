@@ -105,9 +105,11 @@ def test_it_reaches_the_engine_and_stands_in_the_manifest(digits, cli, tmp_path)
 
 
 def test_without_int8_it_is_said_to_have_no_effect(digits, cli, tmp_path):
-    done = cli(*digits.arguments(), "--keep-float", "fc", "--out", tmp_path / "out")
+    given = ["--keep-float", "fc", "--steps", "round", "--method", "mse", "--reduce-range"]
+    done = cli(*digits.arguments(), *given, "--out", tmp_path / "out")
     assert done.code == 0
-    assert any("--keep-float has no effect" in warning for warning in done.json["warnings"])
+    for option in ("--keep-float", "--steps", "--method", "--reduce-range"):
+        assert any(f"{option} has no effect" in warning for warning in done.json["warnings"])
 
 
 def test_a_pattern_that_names_nothing_is_a_usage_error(digits, cli, tmp_path):

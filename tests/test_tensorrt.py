@@ -257,9 +257,9 @@ def test_an_engine_that_was_not_run_does_not_satisfy_require_verified(digits, cl
 
 @pytest.mark.parametrize("fault", ["scale", "swap"])
 def test_gate_catches_faults_in_the_tensorrt_graph(digits, cli, tmp_path, monkeypatch, fault):
-    from exporter import building
+    from exporter import int8
 
-    real = building.quantize
+    real = int8.quantize
 
     def faulty(graph, ranges, out, **options):
         files = real(graph, ranges, out, **options)
@@ -279,7 +279,7 @@ def test_gate_catches_faults_in_the_tensorrt_graph(digits, cli, tmp_path, monkey
         onnx.save(model, out)
         return files
 
-    monkeypatch.setattr(building, "quantize", faulty)
+    monkeypatch.setattr(int8, "quantize", faulty)
     arguments = [
         *digits.arguments(),
         "--precision",
@@ -288,6 +288,7 @@ def test_gate_catches_faults_in_the_tensorrt_graph(digits, cli, tmp_path, monkey
         digits.images,
         "--target",
         "tensorrt-rtx",
+        *("--steps", "none", "--method", "minmax"),
     ]
     done = cli(*arguments, "--out", tmp_path / "out", "--no-cache")
     assert done.code == 3, done.err
