@@ -58,9 +58,8 @@ def _mean(node: ir.Node, array: Float32Array) -> Float64Array:
         return np.asarray(array.reshape(-1, array.shape[-1]).mean(axis=0, dtype=np.float64))
     view = _Windows(node).of(array)
     means = np.empty((view.shape[1], *view.shape[4:]))
-    for y, x in np.ndindex(
-        *view.shape[4:]
-    ):  # one place of the kernel after the other: the view is never copied
+    # One place of the kernel after the other: the view is never copied.
+    for y, x in np.ndindex(*view.shape[4:]):
         means[:, y, x] = view[..., y, x].mean(axis=(0, 2, 3), dtype=np.float64)
     return means
 

@@ -7,10 +7,15 @@ cd "$(dirname "$0")/../engines/cpp"
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 mkdir -p "$work"/{lists/partial,cache/archives/partial}
-# The mirror and keyring that this machine's own apt uses, where it is Debian's; else Debian's.
-mirror=$(apt-cache policy 2>/dev/null | grep -o -m1 'http[s]*://[^ ]*/debian/\? ' | tr -d ' ' || true)
+# The mirror that this machine's own apt uses, or DEBIAN_MIRROR where it is not Debian's.
+mirror=${DEBIAN_MIRROR:-}
+[ -n "$mirror" ] || mirror=$(apt-cache policy 2>/dev/null | grep -o -m1 'http[s]*://[^ ]*/debian/\? ' | tr -d ' ' || true)
 keyring=/usr/share/keyrings/debian-archive-keyring.gpg
-echo "deb [signed-by=$keyring] ${mirror:-http://deb.debian.org/debian} trixie main" >"$work/sources.list"
+if [ -z "$mirror" ]; then
+  echo "onnxruntime-headers.sh: apt knows no Debian mirror here: set DEBIAN_MIRROR to the URL of one" >&2
+  exit 1
+fi
+echo "deb [signed-by=$keyring] $mirror trixie main" >"$work/sources.list"
 apt=(-o "Dir::Etc::sourcelist=$work/sources.list" -o Dir::Etc::sourceparts=/dev/null -o "Dir::State::lists=$work/lists"
   -o "Dir::Cache=$work/cache" -o APT::Sandbox::User="$(id -un)" -o Debug::NoLocking=true)
 apt-get "${apt[@]}" -qq update

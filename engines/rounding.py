@@ -46,9 +46,8 @@ def round_to_least_error(scaled: Float64Array, moments: Float64Array, levels: in
     """
     nearest = np.clip(np.rint(scaled), -levels, levels)
     damped = moments + np.eye(len(moments)) * max(DAMPING * np.trace(moments) / len(moments), 1e-12)
-    order = np.argsort(
-        -np.diag(damped), kind="stable"
-    )  # what matters most first, while others can make up for it
+    # What matters most comes first, while others can make up for it.
+    order = np.argsort(-np.diag(damped), kind="stable")
     # H = (I + U) D (I + U)ᵀ with U strictly upper: the error is a sum of D_k (e_k + sum over j < k of e_j U_jk)², each
     # term of which is made least when its own integer is chosen. Read backwards, that is a Cholesky factor.
     factor = np.linalg.cholesky(damped[np.ix_(order[::-1], order[::-1])])[::-1, ::-1]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from glob import escape
 from pathlib import Path
 
@@ -131,11 +132,13 @@ class Workshop:
         self._reference = self._run(OnnxRuntimeEngine(store.graph))
         self._known: dict[tuple[Candidate, str], float] = {}
         self._made = {graph_io.sha256_of(store.graph)}
-        self._strengths: list[str] | None = None
-        self._approximated: bool | None = None
+        self._decoded: dict[int, UInt8Array] = {}
 
     def _pixels(self, count: int) -> UInt8Array:
-        return ImageStream(self._files[:count], self._preprocess, IMAGE_BATCH, self._root).all()
+        if count not in self._decoded:
+            stream = ImageStream(self._files[:count], self._preprocess, IMAGE_BATCH, self._root)
+            self._decoded[count] = stream.all()
+        return self._decoded[count]
 
     def _run(self, engine: Runnable) -> npt.NDArray[np.float32]:
         return run_in_batches(engine, self._select, self._preprocess, IMAGE_BATCH)
@@ -154,25 +157,28 @@ class Workshop:
             self._known[candidate, target] = compare(self._reference, found).sqnr
         return self._known[candidate, target]
 
+    @cached_property
     def equalized(self) -> list[str]:
         """Strengths with which layers can be equalized; makes the graphs, and calibrates each."""
-        if self._strengths is None:
-            self._strengths = [s for s in map(str, STRENGTHS) if self._equalize(s)]
-        return self._strengths
+        names = observed(graph_io.load(self._store.graph).graph)
+        if not names:
+            return []
+        magnitudes = self._magnitudes(names)
+        return [s for s in map(str, STRENGTHS) if self._equalize(s, magnitudes)]
 
+    @cached_property
     def approximated(self) -> bool:
         """Whether there are more layers to be equalized through ReLU6; makes that graph, and calibrates it."""
-        if self._approximated is None:
-            self._approximated = self._equalize(APPROXIMATE)
-        return self._approximated
+        graph = graph_io.load(self._store.graph).graph
+        names = observed(graph, approximate=True)
+        return names != observed(graph) and self._equalize(APPROXIMATE, self._magnitudes(names))
 
-    def _equalize(self, strength: str) -> bool:
+    def _magnitudes(self, names: list[str]) -> dict[str, npt.NDArray[np.float32]]:
+        return channel_magnitudes(self._store.graph, self._pixels(FEW_IMAGES), self._preprocess, names)
+
+    def _equalize(self, strength: str, magnitudes: Mapping[str, npt.NDArray[np.float32]]) -> bool:
         model = graph_io.load(self._store.graph)
         approximate = strength == APPROXIMATE
-        names = observed(model.graph, approximate=approximate)
-        if not names or (approximate and names == observed(model.graph)):
-            return False
-        magnitudes = channel_magnitudes(self._store.graph, self._pixels(FEW_IMAGES), self._preprocess, names)
         power = float(strength.split()[0])
         if not equalize(model.graph, magnitudes, power, approximate=approximate):
             return False

@@ -62,12 +62,8 @@ class _Choosing:
         best = max((what for what in figures if what != default), key=lambda what: figures[what])
         chosen = best if figures[best] >= figures[default] + MIN_GAIN[name] else default
         self.candidate = candidates[chosen]
-        concerned = [*self.candidate.clipped] if name == "method" else [*self.candidate.kept]
-        self.steps.append(
-            TuningStep(
-                name=name, chosen=chosen, sqnr=figures, names=concerned if name in ("method", "float") else []
-            )
-        )
+        concerned = {"method": self.candidate.clipped, "float": self.candidate.kept}.get(name, ())
+        self.steps.append(TuningStep(name=name, chosen=chosen, sqnr=figures, names=[*concerned]))
 
 
 def _tune(workshop: Workshop, target: str, steps: Sequence[str], method: str) -> _Choosing:
@@ -77,9 +73,9 @@ def _tune(workshop: Workshop, target: str, steps: Sequence[str], method: str) ->
     def now(**change: Any) -> Candidate:
         return choosing.candidate.model_copy(update=change)
 
-    if "equalize" in steps and (strengths := workshop.equalized()):
+    if "equalize" in steps and (strengths := workshop.equalized):
         choosing.step("equalize", OFF, {s: now(strength=s) for s in (OFF, *strengths)})
-    if "equalize" in steps and workshop.approximated():
+    if "equalize" in steps and workshop.approximated:
         choosing.step("relu6", OFF, {OFF: now(), ON: now(strength=APPROXIMATE)})
     strength = choosing.candidate.strength
     if "round" in steps:

@@ -59,6 +59,28 @@ def layer(path: Path, kind: str, weight: np.ndarray, bias: np.ndarray) -> Path:
     return path
 
 
+def network(path: Path, kind: str) -> tuple[Path, np.ndarray]:
+    """A layer with random weights, and those."""
+    rng = np.random.default_rng(1)
+    shape = LAYERS[kind][0] if kind in LAYERS else (5, 432) if kind == "transposed" else (432, 5)
+    weight = (rng.normal(size=shape) * 0.2).astype(np.float32)
+    bias = rng.normal(size=shape[1] if kind == "gemm" else shape[0]).astype(np.float32)
+    return layer(path, kind, weight, bias), weight
+
+
+def wide_ranges(graph: Path) -> Ranges:
+    """-4 to 4 of all tensors of such a graph."""
+    return Ranges(
+        graph_sha256=sha256_of(graph),
+        preprocess=PREPROCESS,
+        image_sha256=[],
+        unreadable=[],
+        instruction_set="any",
+        versions={},
+        tensors={name: TensorRange(min=-4.0, max=4.0) for name in ("input", "flat", "logits")},
+    )
+
+
 def by_channel(path: Path) -> np.ndarray:
     """Mean of each output channel over images and places."""
     found = OnnxRuntimeEngine(path, fused=False).run(normalize(PIXELS, PREPROCESS)).astype(np.float64)
@@ -68,25 +90,11 @@ def by_channel(path: Path) -> np.ndarray:
 @pytest.mark.parametrize("kind", [*LAYERS, "gemm", "transposed"])
 @pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])
 def test_means_of_output_channels_are_those_of_the_float_layer(kind, target, tmp_path):
-    rng = np.random.default_rng(1)
-    shape = LAYERS[kind][0] if kind in LAYERS else (5, 432) if kind == "transposed" else (432, 5)
-    weight = (rng.normal(size=shape) * 0.2).astype(np.float32)
-    channels = shape[1] if kind == "gemm" else shape[0]
-    bias = rng.normal(size=channels).astype(np.float32)
-    graph = layer(tmp_path / "graph.onnx", kind, weight, bias)
+    graph, weight = network(tmp_path / "graph.onnx", kind)
     means = layer_means(graph, PIXELS, PREPROCESS, ["layer"])
 
     # What is judged are the rounded weights: the layer, in float, with them and the bias that the INT8 graph has.
-    name = "flat" if kind not in LAYERS else "input"
-    ranges = Ranges(
-        graph_sha256=sha256_of(graph),
-        preprocess=PREPROCESS,
-        image_sha256=[],
-        unreadable=[],
-        instruction_set="any",
-        versions={},
-        tensors={n: TensorRange(min=-4.0, max=4.0) for n in ("input", name, "logits")},
-    )
+    ranges = wide_ranges(graph)
 
     def rounded(corrected: bool) -> np.ndarray:
         out = tmp_path / f"{corrected}.onnx"

@@ -10,14 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import numpy_helper
-from test_layer_inputs import LAYERS, PIXELS, PREPROCESS, layer
+from test_layer_inputs import LAYERS, PIXELS, PREPROCESS, network, wide_ranges
 from threadpoolctl import threadpool_limits
 
 from calibration import graph_io
-from calibration.graph_io import sha256_of
 from calibration.layer_inputs import input_sizes, layer_moments
 from calibration.preprocess import normalize
-from calibration.ranges import Ranges, TensorRange
 from engines.precision import quantize
 from engines.rounding import output_error, round_to_least_error, rounding
 
@@ -83,14 +81,6 @@ def inputs_of(kind: str, pixels: np.ndarray) -> np.ndarray:
     return np.concatenate(found).swapaxes(0, 1)
 
 
-def network(path, kind: str):
-    rng = np.random.default_rng(1)
-    shape = LAYERS[kind][0] if kind in LAYERS else (5, 432) if kind == "transposed" else (432, 5)
-    weight = (rng.normal(size=shape) * 0.2).astype(np.float32)
-    bias = rng.normal(size=shape[1] if kind == "gemm" else shape[0]).astype(np.float32)
-    return layer(path, kind, weight, bias), weight
-
-
 @pytest.mark.parametrize("kind", [*LAYERS, "gemm", "transposed"])
 def test_moments_are_those_of_all_places(kind, tmp_path, monkeypatch):
     monkeypatch.setattr("calibration.layer_inputs.PLACES", 1000)
@@ -135,15 +125,7 @@ def test_the_graph_has_the_rounded_weights_and_its_layer_is_nearer(kind, target,
     pixels = coarse.repeat(3, axis=1).repeat(3, axis=2)  # neighbours resemble each other
     moments = layer_moments(graph, pixels[:80], PREPROCESS, ["layer"])
     steps = rounding(graph_io.load(graph).graph, moments, target, reduce_range=reduce_range)
-    ranges = Ranges(
-        graph_sha256=sha256_of(graph),
-        preprocess=PREPROCESS,
-        image_sha256=[],
-        unreadable=[],
-        instruction_set="any",
-        versions={},
-        tensors={n: TensorRange(min=-4.0, max=4.0) for n in ("input", "flat", "logits")},
-    )
+    ranges = wide_ranges(graph)
 
     def error(**options) -> float:
         """Mean squared error of the layer's output, of inputs that it was not rounded for, and of float ones."""
