@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <filesystem>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 
@@ -38,7 +39,12 @@ class Backend {
 std::unique_ptr<Backend> open_onnxruntime(const std::filesystem::path& engine, const EngineInfo& info,
                                           const Metadata& metadata, const Options& options);
 
-// Only where EXPORT_ZOO_WITH_TENSORRT is defined; also device.
+// Only where EXPORT_ZOO_WITH_TENSORRT is defined.
+//
+// Compute capability, "9.0", of the GPU that Options choose; nothing without one.
+std::optional<std::string> compute_capability(const Options& options);
+
+// Throws device, too.
 std::unique_ptr<Backend> open_tensorrt(const std::filesystem::path& plan, const EngineInfo& info,
                                        const Metadata& metadata, const Options& options);
 

@@ -6,13 +6,11 @@
 
 #include <export_zoo/error.hpp>
 
+#include "checksum.hpp"
 #include "manifest.hpp"
 
 namespace export_zoo::detail {
 
-namespace {
-
-// Hex SHA-256 of a file; empty if it cannot be read.
 std::string sha256_of(const std::filesystem::path& path) {
   std::ifstream file(path, std::ios::binary);
   const std::unique_ptr<EVP_MD_CTX, decltype(&EVP_MD_CTX_free)> context(EVP_MD_CTX_new(), &EVP_MD_CTX_free);
@@ -32,8 +30,6 @@ std::string sha256_of(const std::filesystem::path& path) {
   }
   return hex;
 }
-
-}  // namespace
 
 std::filesystem::path checked(const std::filesystem::path& bundle, const File& file) {
   auto path = bundle / file.path;

@@ -7,14 +7,14 @@
 
 namespace export_zoo {
 
-void detail::refuse_bomb(std::uint64_t width, std::uint64_t height) {
-  if (width * height > kMostPixels) {
+void detail::refuse_bomb(std::uint64_t width, std::uint64_t height, std::uint64_t most_pixels) {
+  if (width * height > most_pixels) {
     throw Error(ErrorCode::image, std::to_string(width) + "x" + std::to_string(height) + " pixels are more than " +
-                                      std::to_string(kMostPixels) + ": a decompression bomb?");
+                                      std::to_string(most_pixels) + ": a decompression bomb?");
   }
 }
 
-Image decode(std::span<const std::byte> file) {
+Image decode(std::span<const std::byte> file, std::uint64_t most_pixels) {
   const std::span<const std::uint8_t> bytes(reinterpret_cast<const std::uint8_t*>(file.data()), file.size());
   if (bytes.empty()) throw Error(ErrorCode::image, "empty file");
   constexpr std::array<std::uint8_t, 3> kJpeg{0xFF, 0xD8, 0xFF};
@@ -22,8 +22,8 @@ Image decode(std::span<const std::byte> file) {
   const auto begins = [&](const auto& magic) {
     return bytes.size() >= magic.size() && std::equal(magic.begin(), magic.end(), bytes.begin());
   };
-  if (begins(kJpeg)) return detail::decode_jpeg(bytes);
-  if (begins(kPng)) return detail::decode_png(bytes);
+  if (begins(kJpeg)) return detail::decode_jpeg(bytes, most_pixels);
+  if (begins(kPng)) return detail::decode_png(bytes, most_pixels);
   throw Error(ErrorCode::image, "neither JPEG nor PNG: convert it first");
 }
 

@@ -17,6 +17,9 @@ namespace export_zoo::detail {
 
 namespace {
 
+// A progressive file of a few kilobytes can have thousands of empty scans, each a pass over all pixels.
+constexpr int kMostScans = 500;
+
 struct Failure {
   jpeg_error_mgr base;
   std::jmp_buf jump;
@@ -38,9 +41,18 @@ boolean no_more(j_decompress_ptr info) {
 
 void quiet(j_common_ptr) {}
 
+void limit_scans(j_common_ptr common) {
+  const auto* info = reinterpret_cast<jpeg_decompress_struct*>(common);
+  if (info->input_scan_number <= kMostScans) return;
+  auto* failure = reinterpret_cast<Failure*>(common->err);
+  std::strcpy(failure->message, "more than 500 scans: a decompression bomb?");
+  std::longjmp(failure->jump, 1);
+}
+
 struct Jpeg {
   jpeg_decompress_struct info{};
   Failure failure{};
+  jpeg_progress_mgr progress{};
   Jpeg() = default;
   Jpeg(const Jpeg&) = delete;
   Jpeg& operator=(const Jpeg&) = delete;
@@ -85,6 +97,8 @@ bool read_header(Jpeg& jpeg, std::span<const std::uint8_t> file) {
   jpeg_create_decompress(&info);
   jpeg_mem_src(&info, file.data(), static_cast<unsigned long>(file.size()));
   info.src->fill_input_buffer = no_more;
+  jpeg.progress.progress_monitor = limit_scans;
+  info.progress = &jpeg.progress;
   jpeg_save_markers(&info, JPEG_APP0 + 1, 0xFFFF);
   jpeg_read_header(&info, TRUE);
   return true;
@@ -106,7 +120,7 @@ bool read_rows(Jpeg& jpeg, std::uint8_t* rows, std::size_t stride) {
 
 }  // namespace
 
-Image decode_jpeg(std::span<const std::uint8_t> file) {
+Image decode_jpeg(std::span<const std::uint8_t> file, std::uint64_t most_pixels) {
   const auto jpeg = std::make_unique<Jpeg>();
   const auto check = [&](bool good) {
     if (!good) throw Error(ErrorCode::image, std::string("damaged JPEG: ") + jpeg->failure.message);
@@ -117,7 +131,7 @@ Image decode_jpeg(std::span<const std::uint8_t> file) {
   if (components != 1 && components != 3 && components != 4) {
     throw Error(ErrorCode::image, "JPEG with " + std::to_string(components) + " colours");
   }
-  refuse_bomb(info.image_width, info.image_height);
+  refuse_bomb(info.image_width, info.image_height, most_pixels);
   const std::size_t pixels = std::size_t{info.image_width} * info.image_height;
   Image image{static_cast<int>(info.image_width), static_cast<int>(info.image_height), {}};
   if (components == 3) {

@@ -99,7 +99,7 @@ std::optional<int> orientation_of(Png& reader) {
 
 }  // namespace
 
-Image decode_png(std::span<const std::uint8_t> file) {
+Image decode_png(std::span<const std::uint8_t> file, std::uint64_t most_pixels) {
   Png reader;
   reader.source.rest = file;
   const auto check = [&](bool good) {
@@ -108,7 +108,7 @@ Image decode_png(std::span<const std::uint8_t> file) {
   check(read_header(reader));
   const auto width = png_get_image_width(reader.png, reader.info);
   const auto height = png_get_image_height(reader.png, reader.info);
-  refuse_bomb(width, height);
+  refuse_bomb(width, height, most_pixels);
   const std::size_t stride = std::size_t{width} * 3;
   if (png_get_rowbytes(reader.png, reader.info) != stride) throw Error(ErrorCode::image, "PNG of an unknown kind");
   Image image{static_cast<int>(width), static_cast<int>(height), {}};

@@ -1,11 +1,13 @@
 #include <export_zoo/engine.hpp>
 
 #include <algorithm>
+#include <optional>
 #include <tuple>
 #include <vector>
 
 #include <export_zoo/error.hpp>
 
+#include "attestation.hpp"
 #include "backend.hpp"
 #include "manifest.hpp"
 
@@ -88,6 +90,14 @@ Engine Engine::load(const std::filesystem::path& bundle, const Options& options)
                                       ": this bundle failed its parity gate, or an engine did not reach the state asked "
                                       "for: export again, or set Options::allow_failed to look into it");
   }
+  std::optional<std::string> capability;
+#ifdef EXPORT_ZOO_WITH_TENSORRT
+  const auto on_gpu = [](const EngineInfo& info) { return info.target != "onnxruntime"; };
+  if (std::any_of(manifest.metadata.engines.begin(), manifest.metadata.engines.end(), on_gpu)) {
+    capability = detail::compute_capability(options);
+  }
+#endif
+  detail::apply_attestations(bundle, capability, manifest.metadata.engines);
   const auto chosen = choose(bundle, manifest.metadata, options);
   const auto& files = manifest.files[chosen];
   for (const auto& file : files.beside) detail::checked(bundle, file);

@@ -59,6 +59,14 @@ struct Cuda {
   }
 };
 
+std::string capability_of(const Cuda& cuda, int device) {
+  int major = 0;
+  int minor = 0;
+  cuda.check(cuda.cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "device");
+  cuda.check(cuda.cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "device");
+  return std::to_string(major) + "." + std::to_string(minor);
+}
+
 class Logger final : public nvinfer1::ILogger {
  public:
   void log(Severity severity, const char* message) noexcept override {
@@ -275,11 +283,7 @@ class TensorRTBackend final : public Backend {
     if (device_ < 0 || device_ >= count) {
       throw Error(ErrorCode::device, "CUDA device " + std::to_string(device_) + ": there are " + std::to_string(count));
     }
-    int major = 0;
-    int minor = 0;
-    cuda_.check(cuda_.cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device_), "device");
-    cuda_.check(cuda_.cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device_), "device");
-    const auto here = std::to_string(major) + "." + std::to_string(minor);
+    const auto here = capability_of(cuda_, device_);
     const auto& built = info.compute_capabilities;
     if (!info.hardware_compatible && std::find(built.begin(), built.end(), here) == built.end()) {
       std::string listed;
@@ -301,6 +305,14 @@ class TensorRTBackend final : public Backend {
 };
 
 }  // namespace
+
+std::optional<std::string> compute_capability(const Options& options) {
+  try {
+    return capability_of(Cuda(), options.device);
+  } catch (const Error&) {  // no CUDA here, or no such device
+    return std::nullopt;
+  }
+}
 
 std::unique_ptr<Backend> open_tensorrt(const std::filesystem::path& plan, const EngineInfo& info,
                                        const Metadata& metadata, const Options& options) {

@@ -47,6 +47,33 @@ TEST(Decode, RefusesBombsByTheirHeader) {
   EXPECT_EQ(code, ez::ErrorCode::image);
 }
 
+TEST(Decode, RefusesMoreThanTheCallerWants) {
+  const auto bytes = support::read(support::bundles() / "images/00-baseline.jpg");
+  const auto image = ez::decode(std::as_bytes(std::span(bytes)));
+  const auto pixels = static_cast<std::uint64_t>(image.width) * static_cast<std::uint64_t>(image.height);
+  EXPECT_EQ(ez::decode(std::as_bytes(std::span(bytes)), pixels).rgb, image.rgb);
+  const auto [code, message] =
+      error_of([&] { static_cast<void>(ez::decode(std::as_bytes(std::span(bytes)), pixels - 1)); });
+  EXPECT_EQ(code, ez::ErrorCode::image);
+  EXPECT_THAT(message, HasSubstr(std::to_string(pixels - 1)));
+}
+
+TEST(Decode, RefusesProgressiveFilesOfThousandsOfScans) {
+  auto bytes = support::read(support::bundles() / "images/01-progressive.jpg");
+  const std::string file(bytes.begin(), bytes.end());
+  const auto scan = file.substr(file.rfind("\xff\xda"), file.size() - 2 - file.rfind("\xff\xda"));
+  const auto repeated = [&](int times) {
+    auto text = file.substr(0, file.size() - 2);  // without the end's marker
+    for (int i = 0; i < times; ++i) text += scan;
+    return text + "\xff\xd9";
+  };
+  const auto harmless = repeated(100);
+  EXPECT_NO_THROW(static_cast<void>(ez::decode(std::as_bytes(std::span(harmless)))));
+  const auto bomb = repeated(1000);
+  EXPECT_THAT(error_of([&] { static_cast<void>(ez::decode(std::as_bytes(std::span(bomb)))); }).second,
+              HasSubstr("scans"));
+}
+
 TEST(Preprocess, RefusesRoomOfTheWrongSizeAndImagesThatAreNone) {
   const ez::Preprocessor preprocess(options_of(8, 8, 8));
   std::vector<float> out(preprocess.size() - 1);

@@ -7,8 +7,10 @@ must end cleanly on SIGTERM.
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import random
+import resource
 import signal
 import socket
 import subprocess
@@ -19,8 +21,10 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
-AT_ONCE = 200
+AT_ONCE = 1000
+TIMEOUT = 2  # seconds that the server gives a slow client
 MODEL = "resnet18"
 
 
@@ -45,6 +49,16 @@ async def post(port: int, body: bytes, query: str = "logits=1", *, kind: str = "
             await writer.drain()
             await asyncio.sleep(0.5)
             body = body[100:]
+        if kind in ("drip", "stall"):
+            writer.write(body[:100])
+            head = asyncio.create_task(reader.readuntil(b"\r\n\r\n"))
+            while not head.done():
+                writer.write(body[:1] if kind == "drip" else b"")
+                await asyncio.sleep(0.2)
+            try:
+                return int(head.result().split()[1]), b""
+            except (OSError, asyncio.IncompleteReadError):
+                return 0, b""  # closed while a byte was on its way to it
         writer.write(body)
         await writer.drain()
         status = int((await reader.readuntil(b"\r\n\r\n")).split()[1])
@@ -58,7 +72,9 @@ async def stress(port: int, bundles: Path, count: int, engine: str) -> tuple[Cou
     images = [path.read_bytes() for path in sorted((bundles / "images").iterdir())]
     logits = np.load(bundles / f"{MODEL}-{engine}.npy")
     slots, seen, wrong = asyncio.Semaphore(AT_ONCE), Counter(), []
-    expected = {"valid": {200, 503}, "slow": {200, 503}, "cut": {0}}
+    expected = {"valid": {200, 503}, "slow": {200, 503}, "cut": {0}, "drip": {408, 0}, "stall": {408}}
+    bomb = io.BytesIO()
+    Image.new("1", (12_000, 12_000)).save(bomb, "PNG")  # 18 kB, and 432 MB of pixels
 
     async def one(kind: str, index: int) -> None:
         image = images[index]
@@ -67,16 +83,17 @@ async def stress(port: int, bundles: Path, count: int, engine: str) -> tuple[Cou
             "junk": (rng.randbytes(1000), "logits=1"),
             "query": (image, "top=-1"),
             "empty": (b"", "logits=1"),
+            "bomb": (bomb.getvalue(), "logits=1"),
         }.get(kind, (image, "logits=1"))
         async with slots:
             status, answer = await post(port, body, query, kind=kind)
         seen[kind, status] += 1
-        if status not in expected.get(kind, {400}):
+        if status not in expected.get(kind, {400} if kind == "query" else {400, 503}):
             wrong.append(f"{kind}: {status} {answer[:100]!r}")
         elif status == 200 and not np.array_equal(np.float32(json.loads(answer)["logits"]), logits[index]):
             wrong.append(f"{kind}: other logits for image {index}")
 
-    kinds = ["valid"] * 6 + ["truncated", "junk", "query", "empty", "slow", "cut"]
+    kinds = ["valid"] * 7 + "truncated junk query empty bomb slow cut drip stall".split()
     await asyncio.gather(*(one(rng.choice(kinds), rng.randrange(len(images))) for _ in range(count)))
     return seen, wrong
 
@@ -88,8 +105,11 @@ def get(port: int, path: str) -> str:
 
 def main() -> int:
     program, bundles = sys.argv[1], Path(sys.argv[2])
-    count, port = int(sys.argv[3]) if len(sys.argv) > 3 else 2000, free_port()
-    command = [program, bundles / f"{MODEL}.bundle", "--port", port, "--queue", 64, "--max-bytes", 1_000_000]
+    count, port = int(sys.argv[3]) if len(sys.argv) > 3 else 3000, free_port()
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # the server inherits it
+    command = [program, bundles / f"{MODEL}.bundle", "--port", port, "--timeout", TIMEOUT]
+    command += ["--queue", 64, "--max-bytes", 1_000_000]
     server, engine = subprocess.Popen([*map(str, command)]), ""
     try:
         for _ in range(100):

@@ -16,14 +16,32 @@ Batcher::~Batcher() {
   thread_.join();
 }
 
-std::future<std::vector<float>> Batcher::submit(std::vector<float> input) {
-  std::unique_lock lock(mutex_);
-  if (closing_) throw Busy("shutting down");
-  if (queue_.size() >= limits_.queue) throw Busy("too many requests wait");
-  queue_.push_back({std::move(input), {}});
-  auto logits = queue_.back().logits.get_future();
-  lock.unlock();
-  changed_.notify_one();
+Batcher::Coming::Coming(Batcher& batcher) : batcher_(batcher) {
+  const std::lock_guard lock(batcher_.mutex_);
+  if (batcher_.closing_) throw Busy("shutting down");
+  if (batcher_.queue_.size() + batcher_.coming_ >= batcher_.limits_.queue) throw Busy("too many requests wait");
+  ++batcher_.coming_;
+}
+
+Batcher::Coming::~Coming() {
+  if (submitted_) return;
+  {
+    const std::lock_guard lock(batcher_.mutex_);
+    --batcher_.coming_;
+  }
+  batcher_.changed_.notify_one();
+}
+
+std::future<std::vector<float>> Batcher::Coming::submit(std::vector<float> input) {
+  std::future<std::vector<float>> logits;
+  {
+    const std::lock_guard lock(batcher_.mutex_);
+    batcher_.queue_.push_back({std::move(input), {}});
+    logits = batcher_.queue_.back().logits.get_future();
+    --batcher_.coming_;
+    submitted_ = true;
+  }
+  batcher_.changed_.notify_one();
   return logits;
 }
 
@@ -36,7 +54,7 @@ std::vector<Batcher::Item> Batcher::next() {
   std::unique_lock lock(mutex_);
   changed_.wait(lock, [this] { return closing_ || !queue_.empty(); });
   if (queue_.empty()) return {};
-  changed_.wait_for(lock, limits_.wait, [this] { return closing_ || queue_.size() >= limits_.batch; });
+  changed_.wait_for(lock, limits_.wait, [this] { return closing_ || coming_ == 0 || queue_.size() >= limits_.batch; });
   std::vector<Item> batch;
   while (!queue_.empty() && batch.size() < limits_.batch) {
     batch.push_back(std::move(queue_.front()));

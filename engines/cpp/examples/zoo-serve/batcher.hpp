@@ -29,14 +29,27 @@ struct Limits {
 
 class Batcher {
  public:
+  // A request that is being prepared: the batch before it waits a moment for it, and for no other reason.
+  class Coming {
+   public:
+    explicit Coming(Batcher& batcher);
+    Coming(const Coming&) = delete;
+    Coming& operator=(const Coming&) = delete;
+    ~Coming();  // of one that came to nothing, too
+
+    // Logits of one preprocessed image. Throws Busy.
+    std::future<std::vector<float>> submit(std::vector<float> input);
+
+   private:
+    Batcher& batcher_;
+    bool submitted_ = false;
+  };
+
   Batcher(const export_zoo::Engine& engine, Limits limits);
   Batcher(const Batcher&) = delete;
   Batcher& operator=(const Batcher&) = delete;
   // Answers all that wait, then stops.
   ~Batcher();
-
-  // Logits of one preprocessed image. Throws Busy.
-  std::future<std::vector<float>> submit(std::vector<float> input);
 
   [[nodiscard]] std::size_t waiting() const;
   [[nodiscard]] std::uint64_t batches() const noexcept { return batches_; }
@@ -57,6 +70,7 @@ class Batcher {
   mutable std::mutex mutex_;
   std::condition_variable changed_;
   std::deque<Item> queue_;
+  std::size_t coming_ = 0;
   bool closing_ = false;
   std::atomic<std::uint64_t> batches_{0};
   std::atomic<std::uint64_t> images_{0};

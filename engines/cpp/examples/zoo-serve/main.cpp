@@ -4,6 +4,7 @@
 //   GET  /healthz      200 while it serves
 //   GET  /metrics      for Prometheus
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <charconv>
@@ -11,9 +12,11 @@
 #include <csignal>
 #include <cstdint>
 #include <iostream>
+#include <limits>
 #include <map>
 #include <mutex>
 #include <optional>
+#include <semaphore>
 #include <sstream>
 #include <string>
 #include <thread>
@@ -46,7 +49,8 @@ struct Settings {
   int wait_us = 2000;
   std::size_t queue = 256;
   std::size_t max_bytes = 10 << 20;
-  std::size_t threads = 32;
+  std::uint64_t max_pixels = 50'000'000;
+  std::size_t threads = 256;
   int timeout_s = 5;
 };
 
@@ -102,9 +106,12 @@ class Service {
       : settings_(settings),
         engine_(ez::Engine::load(settings.bundle, settings.engine)),
         preprocess_(engine_.metadata().preprocess),
-        batcher_(engine_, limits()) {
+        batcher_(engine_, limits()),
+        decoders_(std::max(1U, std::thread::hardware_concurrency())) {
     server_.new_task_queue = [this] { return new httplib::ThreadPool(settings_.threads); };
     server_.set_payload_max_length(settings.max_bytes);
+    server_.set_keep_alive_max_count(std::numeric_limits<std::size_t>::max());
+    server_.set_tcp_nodelay(true);  // or each answer's body waits 40 ms for the acknowledgement of its head
     server_.set_read_timeout(settings.timeout_s);
     server_.set_write_timeout(settings.timeout_s);
     // With a reader of its own: a body that curl calls a form would be cut at 8 KiB.
@@ -161,22 +168,25 @@ class Service {
 
   void predict(const httplib::Request& request, httplib::Response& response, const httplib::ContentReader& reader) {
     std::string body;
+    const auto deadline = Clock::now() + std::chrono::seconds(settings_.timeout_s);
     const bool whole = reader([&](const char* data, std::size_t size) {
       body.append(data, size);
-      return body.size() <= settings_.max_bytes;
+      return body.size() <= settings_.max_bytes && Clock::now() < deadline;
     });
     const auto start = Clock::now();
-    if (!whole) {  // too large, or the client is gone
-      if (response.status == -1) response.status = body.size() > settings_.max_bytes ? 413 : 400;
+    if (!whole) {  // too large, too slow, or gone
+      // httplib has put 413, or 400 for all else.
+      if (body.size() > settings_.max_bytes) response.status = 413;
+      if (response.status != 413) response.status = start >= deadline ? 408 : 400;
       reply(response, {{"error", "HTTP " + std::to_string(response.status)}});
       metrics_.answered(response.status, Clock::now() - start);
       return;
     }
     try {
-      std::vector<float> input(preprocess_.size());
-      preprocess_(std::as_bytes(std::span(body)), input);
-      const auto logits = batcher_.submit(std::move(input)).get();
-      reply(response, answer(request, logits));
+      const auto top = wanted(request);
+      zoo_serve::Batcher::Coming coming(batcher_);
+      const auto logits = coming.submit(prepare(body)).get();
+      reply(response, answer(logits, top, request.has_param("logits")));
     } catch (const zoo_serve::Busy& error) {
       response.status = 503;
       response.set_header("Retry-After", "1");
@@ -192,22 +202,39 @@ class Service {
     metrics_.answered(response.status == -1 ? 200 : response.status, Clock::now() - start);
   }
 
-  nlohmann::json answer(const httplib::Request& request, const std::vector<float>& logits) const {
-    std::size_t top = 5;
-    if (request.has_param("top")) {
-      const auto text = request.get_param_value("top");
-      const auto* end = text.data() + text.size();
-      if (std::from_chars(text.data(), end, top).ptr != end || top < 1) {
-        throw ez::Error(ez::ErrorCode::image, "top=" + text + " is no number of classes");
-      }
+  // No more at once than there are cores: more would not be faster, and each image takes memory.
+  std::vector<float> prepare(const std::string& body) {
+    std::vector<float> input(preprocess_.size());
+    decoders_.acquire();
+    try {
+      preprocess_(ez::decode(std::as_bytes(std::span(body)), settings_.max_pixels), input);
+    } catch (...) {
+      decoders_.release();
+      throw;
     }
+    decoders_.release();
+    return input;
+  }
+
+  static std::size_t wanted(const httplib::Request& request) {
+    std::size_t top = 5;
+    if (!request.has_param("top")) return top;
+    const auto text = request.get_param_value("top");
+    const auto* end = text.data() + text.size();
+    if (std::from_chars(text.data(), end, top).ptr != end || top < 1) {
+      throw ez::Error(ez::ErrorCode::image, "top=" + text + " is no number of classes");
+    }
+    return top;
+  }
+
+  nlohmann::json answer(const std::vector<float>& logits, std::size_t top, bool with_logits) const {
     const auto& labels = engine_.metadata().labels;
     nlohmann::json document{{"engine", engine_.info().name}, {"classes", nlohmann::json::array()}};
     for (const auto& found : ez::top_k(ez::softmax(logits), top)) {
       const auto label = found.index < labels.size() ? labels[found.index] : std::to_string(found.index);
       document["classes"].push_back({{"index", found.index}, {"label", label}, {"probability", found.score}});
     }
-    if (request.has_param("logits")) document["logits"] = logits;
+    if (with_logits) document["logits"] = logits;
     return document;
   }
 
@@ -217,6 +244,7 @@ class Service {
   Metrics metrics_;
   std::atomic<bool> stopping_ = false;
   zoo_serve::Batcher batcher_;
+  std::counting_semaphore<> decoders_;
   Server server_;
 };
 
@@ -236,7 +264,12 @@ int main(int argc, char** argv) {
       ->capture_default_str();
   app.add_option("--queue", settings.queue, "Most requests that wait")->check(CLI::PositiveNumber)->capture_default_str();
   app.add_option("--max-bytes", settings.max_bytes, "Largest body")->check(CLI::PositiveNumber)->capture_default_str();
-  app.add_option("--threads", settings.threads, "Connections at once")->check(CLI::PositiveNumber)->capture_default_str();
+  app.add_option("--max-pixels", settings.max_pixels, "Largest image")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  app.add_option("--threads", settings.threads, "Connections at once; more wait")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
   app.add_option("--timeout", settings.timeout_s, "Seconds for a slow client")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();

@@ -48,7 +48,8 @@ class EXPORT_ZOO_API Context {
 /// A loaded engine: immutable, cheap to copy, shared by all threads.
 class EXPORT_ZOO_API Engine {
  public:
-  /// Load an engine after checking its files' hashes. Throws Error.
+  /// Load an engine after checking its files' hashes. What `export-zoo verify` attested in the bundle on a machine like
+  /// this one (instruction set; for a GPU, compute capability) overrules the manifest's states. Throws Error.
   [[nodiscard]] static Engine load(const std::filesystem::path& bundle, const Options& options = {});
 
   /// A context for one thread. Throws Error (runtime, device). It keeps the engine alive.

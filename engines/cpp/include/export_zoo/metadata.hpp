@@ -70,7 +70,7 @@ struct Metadata {
   std::vector<EngineInfo> engines;
 };
 
-/// Read a bundle's manifest. Throws Error (bundle).
+/// Read a bundle's manifest, with states as they were at export. Throws Error (bundle).
 [[nodiscard]] EXPORT_ZOO_API Metadata read_metadata(const std::filesystem::path& bundle);
 
 }  // namespace export_zoo

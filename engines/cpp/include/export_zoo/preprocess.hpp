@@ -18,10 +18,13 @@ struct Image {
   std::vector<std::uint8_t> rgb;
 };
 
+/// Where Pillow, too, refuses a file as a decompression bomb.
+inline constexpr std::uint64_t kMostPixels = 178'956'970;
+
 /// JPEG or PNG bytes to an image, with the pixels that Pillow decodes: EXIF (or XMP) orientation applied, grayscale,
 /// palette and CMYK converted, alpha dropped, 16-bit cut to its high byte. Throws Error (image): another format, damaged,
-/// truncated, or more than 178,956,970 pixels.
-[[nodiscard]] EXPORT_ZOO_API Image decode(std::span<const std::byte> file);
+/// truncated, or more than `most_pixels` (3 bytes of memory each, 6 where it must be turned).
+[[nodiscard]] EXPORT_ZOO_API Image decode(std::span<const std::byte> file, std::uint64_t most_pixels = kMostPixels);
 
 /// Images to the network's input, with the bits that torchvision's eval transforms and Pillow make of them at export.
 class EXPORT_ZOO_API Preprocessor {

@@ -1,0 +1,298 @@
+"""The C++ library and zoo-serve against what one would write without them: ratios taken in one run.
+
+    bash ci/cpp.sh                                          # builds what is measured
+    .venv/bin/pip install fastapi 'uvicorn[standard]'       # the peer of zoo-serve
+    sudo apt-get install wrk                                # asks both
+    .venv/bin/python benchmarks/cpp.py --json bench-results/cpp.json
+
+Without --bundle, one of resnet18 (random weights: speed does not depend on them) is exported first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+from PIL import Image, ImageOps
+from sklearn.datasets import load_sample_images
+from torchvision.transforms._presets import ImageClassification
+
+from calibration.machine import cpu_model, instruction_set, library_versions
+
+ROOT = Path(__file__).parent.parent
+SIDES = (320, 640, 1920, 4000)  # longer sides of the photographs, pixels
+
+WRK = """
+local bodies, at = {}, 0
+function init(args)
+  for i, path in ipairs(args) do
+    local file = assert(io.open(path, "rb"))
+    bodies[i] = file:read("*all")
+    file:close()
+  end
+end
+function request()
+  at = at % #bodies + 1
+  return wrk.format("POST", nil, nil, bodies[at])
+end
+function done(summary, latency, requests)
+  local form = '{"requests": %d, "seconds": %f, "status": %d, "broken": %d, "p50_ms": %f, "p99_ms": %f}'
+  io.write("\\nRESULT ", string.format(form,
+    summary.requests, summary.duration / 1e6, summary.errors.status,
+    summary.errors.connect + summary.errors.read + summary.errors.write + summary.errors.timeout,
+    latency:percentile(50) / 1e3, latency:percentile(99) / 1e3), "\\n")
+end
+"""
+
+
+def photographs(directory: Path) -> dict[int, list[Path]]:
+    """scikit-learn's two photographs as JPEGs of several sizes."""
+    found: dict[int, list[Path]] = {}
+    for side in SIDES:
+        for i, pixels in enumerate(load_sample_images().images):
+            image = Image.fromarray(pixels)
+            path = directory / f"{side}-{i}.jpg"
+            image.resize((side, side * image.height // image.width), Image.Resampling.LANCZOS).save(
+                path, quality=90
+            )
+            found.setdefault(side, []).append(path)
+    return found
+
+
+def libonnxruntime() -> str:
+    return str(next(Path(onnxruntime.__file__).parent.glob("capi/libonnxruntime.so.*")))
+
+
+def run(*command: object) -> str:
+    environment = {**os.environ, "EXPORT_ZOO_ONNXRUNTIME": libonnxruntime()}
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False, env=environment)
+    if done.returncode:
+        raise SystemExit(f"{command[0]}: {done.stderr.strip() or done.returncode}")
+    return done.stdout
+
+
+def infer(build: Path, bundle: Path, engines: list[dict[str, Any]], rounds: int) -> Iterator[dict[str, Any]]:
+    """Context::infer over a bare call of ONNX Runtime's C++ API: the median over the bare one's median."""
+    for engine in engines:
+        for threads in (1, os.cpu_count() or 1):
+            for batch in (1, 8):
+                output = run(
+                    build / "benchmarks" / "bench-infer",
+                    *(bundle, engine["name"], bundle / engine["file"]["path"], batch, threads, rounds),
+                )
+                times = np.array([line.split() for line in output.splitlines()], np.float64)
+                ours, bare = np.median(times, axis=0) / 1e3
+                yield {
+                    "engine": engine["name"],
+                    "threads": threads,
+                    "batch": batch,
+                    "ours_ms": ours,
+                    "bare_ms": bare,
+                    "ratio": ours / bare,
+                }
+
+
+def preprocess(
+    build: Path, bundle: Path, files: dict[int, list[Path]], resize: int, crop: int, rounds: int
+) -> Iterator[dict[str, Any]]:
+    """JPEG bytes to tensor, one thread each, Pillow and torchvision over ours."""
+    torch.set_num_threads(1)
+    transform = ImageClassification(crop_size=crop, resize_size=resize)
+    for side, paths in files.items():
+        bodies = [path.read_bytes() for path in paths]
+        ours, theirs = [], []
+        for _ in range(rounds):
+            output = run(build / "benchmarks" / "bench-preprocess", bundle, 5, *paths)
+            ours += [float(line) for line in output.split()][1:]  # the first warms up
+            for repeat in range(5):
+                start = time.perf_counter()
+                for body in bodies:
+                    transform(ImageOps.exif_transpose(Image.open(io.BytesIO(body))).convert("RGB"))
+                if repeat:
+                    theirs.append((time.perf_counter() - start) * 1e3)
+        mine, peer = np.median(ours) / len(paths), np.median(theirs) / len(paths)
+        yield {"side": side, "ours_ms": mine, "torchvision_ms": peer, "ratio": peer / mine}
+
+
+@contextmanager
+def serving(command: list[object], **environment: object) -> Iterator[int]:
+    """The port of a server that answers /healthz; it is stopped at the end."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    known = {**os.environ, "EXPORT_ZOO_ONNXRUNTIME": libonnxruntime()}
+    process = subprocess.Popen(
+        [*map(str, command), "--port", str(port)],
+        env=known | {name: str(value) for name, value in environment.items()},
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        for _ in range(600):
+            if process.poll() is not None:
+                raise SystemExit(f"{command[0]}: ended with {process.returncode}")
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=1)
+                break
+            except OSError:
+                time.sleep(0.1)
+        yield port
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait()
+
+
+def ask(port: int, script: Path, files: list[Path], connections: int, seconds: int) -> dict[str, Any]:
+    url = f"http://127.0.0.1:{port}/v1/predict"
+    for duration in (2, seconds):  # the first warms up
+        output = run(
+            *("wrk", "-t1", f"-c{connections}", f"-d{duration}s", "--timeout", "30s", "-s", script, url),
+            *("--", *files),
+        )
+    result: dict[str, Any] = json.loads(output.split("RESULT")[1].strip().splitlines()[0])
+    if result["status"] or result["broken"]:
+        raise SystemExit(f"{url}: {result}")
+    return result
+
+
+def serve(
+    build: Path, bundle: Path, engine: dict[str, Any], files: list[Path], size: tuple[int, int], seconds: int
+) -> Iterator[dict[str, Any]]:
+    """Requests a second with as many connections, zoo-serve and FastAPI in its better set-up."""
+    resize, crop = size
+    cores = os.cpu_count() or 1
+    program = build / "examples" / "zoo-serve" / "zoo-serve"
+    ways: dict[str, tuple[list[object], dict[str, object]]] = {
+        "zoo-serve": ([program, bundle, "--engine", engine["name"]], {}),
+    }
+    for workers, threads in ((1, cores), (cores, 1)):
+        ways[f"FastAPI, {workers} workers of {threads} threads"] = (
+            [
+                *(sys.executable, "-m", "uvicorn", "fastapi_service:app", "--app-dir", Path(__file__).parent),
+                *("--workers", workers, "--log-level", "critical", "--no-access-log"),
+            ],
+            {
+                "PEER_ENGINE": bundle / engine["file"]["path"],
+                "PEER_THREADS": threads,
+                "PEER_RESIZE": resize,
+                "PEER_CROP": crop,
+            },
+        )
+    with tempfile.TemporaryDirectory() as directory:
+        script = Path(directory) / "post.lua"
+        script.write_text(WRK)
+        for connections in (1, 16, 64):
+            for who, (command, environment) in ways.items():
+                with serving(command, **environment) as port:
+                    found = ask(port, script, files, connections, seconds)
+                rate = found["requests"] / found["seconds"]
+                yield {
+                    "who": who,
+                    "engine": engine["name"],
+                    "connections": connections,
+                    "rate": rate,
+                    **found,
+                }
+
+
+def versions() -> dict[str, str]:
+    found = library_versions("onnxruntime", "pillow", "torch", "torchvision")
+    for name in ("fastapi", "uvicorn"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--build", type=Path, default=ROOT / "engines" / "cpp" / "build" / "release")
+    parser.add_argument("--bundle", type=Path)
+    parser.add_argument("--rounds", type=int, default=200)
+    parser.add_argument("--seconds", type=int, default=10, help="of each server")
+    parser.add_argument(
+        "--only", nargs="+", choices=["infer", "preprocess", "serve"], help="default: all three"
+    )
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    only = options.only or ["infer", "preprocess", "serve"]
+    result: dict[str, Any] = {
+        "machine": cpu_model(),
+        "instruction_set": instruction_set(),
+        "cores": os.cpu_count(),
+        "versions": versions(),
+    }
+    print(f"{cpu_model()}, {instruction_set()}, {os.cpu_count()} cores; {result['versions']}")
+    with tempfile.TemporaryDirectory() as directory:
+        bundle = options.bundle
+        if bundle is None:
+            bundle = Path(directory) / "resnet18.bundle"
+            calib = Path(directory) / "calib"
+            run(sys.executable, ROOT / "examples" / "photos.py", "--out", calib, "--count", 64)
+            command = "export resnet18 --weights none --precision fp32 --precision int8 --target onnxruntime"
+            command += f" --calib {calib} --out {bundle}"
+            subprocess.run([Path(sys.executable).with_name("export-zoo"), *command.split()], check=True)
+        manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
+        engines = [e for e in manifest["artifacts"]["engines"] if e["target"] == "onnxruntime"]
+        spec = manifest["recipe"]["preprocess"]
+        size = (spec["resize_size"], spec["crop_height"])
+        files = photographs(Path(directory))
+        if "infer" in only:
+            result["infer"] = []
+            print(f"\n{'infer':<20}{'threads':>8}{'batch':>6}{'ours ms':>10}{'bare ms':>10}{'ratio':>8}")
+            for row in infer(options.build, bundle, engines, options.rounds):
+                result["infer"].append(row)
+                print(
+                    f"{row['engine']:<20}{row['threads']:>8}{row['batch']:>6}{row['ours_ms']:>10.3f}"
+                    f"{row['bare_ms']:>10.3f}{row['ratio']:>8.3f}",
+                    flush=True,
+                )
+        if "preprocess" in only:
+            result["preprocess"] = []
+            print(f"\n{'JPEG to tensor':<20}{'ours ms':>10}{'torchvision ms':>16}{'x':>8}")
+            for row in preprocess(options.build, bundle, files, *size, max(3, options.rounds // 20)):
+                result["preprocess"].append(row)
+                print(
+                    f"{str(row['side']) + ' pixels':<20}{row['ours_ms']:>10.2f}{row['torchvision_ms']:>16.2f}"
+                    f"{row['ratio']:>8.2f}",
+                    flush=True,
+                )
+        if "serve" in only:
+            result["serve"] = []
+            print(
+                f"\n{'server':<34}{'engine':<20}{'connections':>12}{'a second':>10}{'p50 ms':>9}{'p99 ms':>9}"
+            )
+            for engine in engines:
+                for row in serve(options.build, bundle, engine, files[640], size, options.seconds):
+                    result["serve"].append(row)
+                    print(
+                        f"{row['who']:<34}{row['engine']:<20}{row['connections']:>12}{row['rate']:>10.1f}"
+                        f"{row['p50_ms']:>9.1f}{row['p99_ms']:>9.1f}",
+                        flush=True,
+                    )
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+#include "attestation.hpp"
+
+#include <algorithm>
+#include <array>
+#include <fstream>
+#include <iterator>
+#include <set>
+#include <sstream>
+#include <string_view>
+#include <utility>
+
+#include <sys/utsname.h>
+
+#include <nlohmann/json.hpp>
+
+#include "checksum.hpp"
+
+namespace export_zoo::detail {
+
+namespace {
+
+using nlohmann::json;
+namespace fs = std::filesystem;
+
+std::set<std::string> cpu_flags() {
+  std::ifstream file("/proc/cpuinfo");
+  for (std::string line; std::getline(file, line);) {
+    if (!line.starts_with("flags")) continue;
+    std::istringstream words(line.substr(line.find(':') + 1));
+    return {std::istream_iterator<std::string>(words), {}};
+  }
+  return {};
+}
+
+// Files by name, the newest first: they are named by time.
+std::vector<fs::path> newest_first(const fs::path& directory) {
+  std::vector<fs::path> found;
+  std::error_code error;
+  for (fs::directory_iterator entry(directory, error), end; !error && entry != end; entry.increment(error)) {
+    std::error_code unreadable;
+    if (entry->path().extension() == ".json" && entry->is_regular_file(unreadable)) found.push_back(entry->path());
+  }
+  std::sort(found.rbegin(), found.rend());
+  return found;
+}
+
+// Nothing where it is none, or of another manifest.
+std::optional<json> read_attestation(const fs::path& path, const std::string& manifest_sha256) {
+  std::ifstream file(path, std::ios::binary);
+  auto document = json::parse(file, nullptr, false);
+  if (!document.is_object() || document.value("schema_version", json()) != 1 ||
+      document.value("manifest_sha256", json()) != manifest_sha256 ||
+      !document.value("engines", json()).is_object()) {
+    return std::nullopt;
+  }
+  return document;
+}
+
+// What the attestation says of an engine, if it was run.
+std::optional<State> state_of(const json& attestation, const std::string& engine) {
+  const auto& engines = attestation["engines"];
+  const auto gate = engines.find(engine);
+  if (gate == engines.end() || !gate->is_object() || gate->value("ran", json()) != "engine") return std::nullopt;
+  const auto failures = gate->value("failures", json());
+  if (!failures.is_array()) return std::nullopt;
+  return failures.empty() ? State::verified : State::built;
+}
+
+}  // namespace
+
+std::string instruction_set() {
+  utsname here{};
+  uname(&here);
+  const std::string machine = here.machine;
+  if (machine != "x86_64") return machine;
+  constexpr std::array<std::pair<const char*, const char*>, 5> kSets{{{"amx_int8", "amx-int8"},
+                                                                     {"avx512_vnni", "avx512-vnni"},
+                                                                     {"avx_vnni", "avx-vnni"},
+                                                                     {"avx512bw", "avx512"},
+                                                                     {"avx2", "avx2"}}};
+  const auto flags = cpu_flags();
+  for (const auto& [flag, name] : kSets) {
+    if (flags.contains(flag)) return name;
+  }
+  return machine;
+}
+
+void apply_attestations(const fs::path& bundle, const std::optional<std::string>& compute_capability,
+                        std::vector<EngineInfo>& engines) {
+  const auto files = newest_first(bundle / "attestations");
+  if (files.empty()) return;
+  const auto manifest_sha256 = sha256_of(bundle / "manifest.json");
+  const auto instructions = instruction_set();
+  std::set<std::string> settled;
+  for (const auto& path : files) {
+    const auto attestation = read_attestation(path, manifest_sha256);
+    if (!attestation) continue;
+    const bool cpu = attestation->value("instruction_set", json()) == instructions;
+    const bool gpu = compute_capability && attestation->value("compute_capability", json()) == *compute_capability;
+    for (auto& engine : engines) {
+      if (!(engine.target == "onnxruntime" ? cpu : gpu) || settled.contains(engine.name)) continue;
+      if (const auto state = state_of(*attestation, engine.name)) {
+        engine.state = *state;
+        settled.insert(engine.name);
+      }
+    }
+  }
+}
+
+}  // namespace export_zoo::detail
