@@ -84,7 +84,13 @@ def main() -> None:
     if not options.no_peers:
         runs += [("onnxruntime", method, sys.executable) for method in THEIRS]
         runs += [("modelopt", method, options.modelopt) for method in MODELOPT if options.modelopt]
-    rows = []
+    rows: list[dict[str, Any]] = []
+
+    def add(row: dict[str, Any]) -> None:
+        rows.append(row)
+        if options.json:  # each time: the next peer may take the machine's memory
+            options.json.write_text(json.dumps(rows, indent=1) + "\n")
+
     print(f"{cpu_model()}; {library_versions('onnxruntime', 'numpy', 'numba')}")
     print(f"{'model':<14}{'calibrator':<24}{'x forward':>10}{'seconds':>9}{'peak MiB':>10}")
     for model in options.models:
@@ -95,7 +101,7 @@ def main() -> None:
                 found = measure(python, who, method, fp32, inputs, rounds)
                 if found is None:
                     continue
-                rows.append({"model": model, "who": who, "method": method, **found})
+                add({"model": model, "who": who, "method": method, "images": options.images, **found})
                 print(
                     f"{model:<14}{who + ' ' + method:<24}{found['ratio']:>9.2f}x"
                     f"{found['seconds']:>9.1f}{found['peak_mib']:>10}",
@@ -110,10 +116,8 @@ def main() -> None:
                     other = images(preprocess, count, Path(directory))
                     found = measure(sys.executable, "ours", "entropy", fp32, other, 0)
                     peaks.append(found["peak_mib"] if found else None)
-                rows.append({"model": model, "memory_images": options.memory, "peak_mib": peaks})
+                add({"model": model, "memory_images": options.memory, "peak_mib": peaks})
                 print(f"{model:<14}peak MiB of {options.memory} images: {peaks}", flush=True)
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":
