@@ -2,7 +2,8 @@
 
 Its direct kernel wants input channels in fours; an image has three, and falls back to im2col. A stride-2 convolution
 of an image is, to the bit, a stride-1 convolution of the image's 2x2 blocks (SpaceToDepth), which has twelve.
-Measured on resnet18, batch 1, one thread, AVX512-VNNI: the layer takes half the time, the network 7 % less.
+Measured on resnet18, batch 1, one thread, AVX512-VNNI: the layer takes half the time, the network 7 % less. The blocks
+are made of floats: ONNX Runtime 1.24 has no SpaceToDepth of uint8, and the time is the same.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def _blocked_pads(conv: ir.Node, size: tuple[int, int], kernel: tuple[int, int])
 
 
 def block_first_convolution(graph: ir.Graph) -> bool:
-    """Rewrite `Q -> DQ -> Conv` on the graph's input as `Q -> SpaceToDepth -> DQ -> Conv`; False where it does not fit.
+    """Rewrite `Q -> DQ -> Conv` on the graph's input as `SpaceToDepth -> Q -> DQ -> Conv`; False where it does not fit.
 
     The integers that are multiplied and summed are the same, so the logits are, too.
     """
@@ -102,16 +103,16 @@ def block_first_convolution(graph: ir.Graph) -> bool:
     weight_dq.outputs[0].shape = ir.Shape(blocked.shape)
     blocks = ir.node(
         "SpaceToDepth",
-        [quantizers[0].outputs[0]],
+        [source],
         {"blocksize": _BLOCK},
         name=f"{source.name}_blocks",
     )
     output = blocks.outputs[0]
-    output.name, output.dtype = f"{source.name}_blocks_output", ir.DataType.UINT8
+    output.name, output.dtype = f"{source.name}_blocks_output", source.dtype
     output.shape = ir.Shape([source.shape[0], 4 * int(str(channels)), height // 2, width // 2])
-    graph.insert_after(quantizers[0], blocks)
-    dequantize.replace_input_with(0, output)
-    dequantize.outputs[0].shape = output.shape
+    graph.insert_before(quantizers[0], blocks)
+    quantizers[0].replace_input_with(0, output)
+    quantizers[0].outputs[0].shape = dequantize.outputs[0].shape = output.shape
     conv.attributes["kernel_shape"] = ir.AttrInt64s("kernel_shape", list(blocked.shape[2:]))
     conv.attributes["strides"] = ir.AttrInt64s("strides", [1, 1])
     conv.attributes["pads"] = ir.AttrInt64s("pads", pads)

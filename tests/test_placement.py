@@ -644,7 +644,8 @@ def _assert_same_bits(blocked: Path, plain: Path, channels: int, size: tuple[int
 def test_blocked_first_convolution_gives_the_same_bits(tmp_path, monkeypatch, kernel, pad, size):
     graph = _first_conv(tmp_path / "graph.onnx", kernel=(kernel, kernel), pads=[pad] * 4, size=size)
     blocked, plain = _with_and_without_blocks(graph, monkeypatch)
-    assert Net(onnx.load(blocked)).counts["SpaceToDepth"] == 1
+    (blocks,) = Net(onnx.load(blocked)).all("SpaceToDepth")
+    assert blocks.input[0] == "input", "of floats: older versions of ONNX Runtime have no other"
     assert Net(onnx.load(plain)).counts["SpaceToDepth"] == 0
     assert _optimized(blocked).counts["QLinearConv"] == 1
     _assert_same_bits(blocked, plain, 3, size)
