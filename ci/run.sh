@@ -19,6 +19,9 @@ make check
 step "README commands: make demo"
 make demo
 
+step "a sample of the matrix"
+.venv/bin/export-zoo matrix ci/matrix.yaml --job sample --out demo/matrix --html demo/matrix/index.html
+
 step "wheel"
 bash ci/wheel.sh
 

@@ -108,7 +108,7 @@ def block_first_convolution(graph: ir.Graph) -> bool:
         name=f"{source.name}_blocks",
     )
     output = blocks.outputs[0]
-    output.name, output.dtype = f"{source.name}_blocks_output", source.dtype
+    output.name, output.dtype = f"{source.name}_blocks_output", ir.DataType.FLOAT
     output.shape = ir.Shape([source.shape[0], 4 * int(str(channels)), height // 2, width // 2])
     graph.insert_before(quantizers[0], blocks)
     quantizers[0].replace_input_with(0, output)

@@ -17,6 +17,7 @@ from exporter.bundle_commands import inspect, triton, verify
 from exporter.calibrate_command import calibrate
 from exporter.common_options import EXIT_CODES, json_option, quiet_option, verbose_option
 from exporter.export_command import export
+from exporter.matrix_command import matrix
 
 
 class _Group(click.Group):
@@ -87,7 +88,7 @@ def list_models(pattern: str, json_path: Path | None, quiet: bool, verbose: bool
         listing.print_models(found)
 
 
-for command in (export, calibrate, verify, inspect, triton):
+for command in (export, matrix, calibrate, verify, inspect, triton):
     app.add_command(command)
 
 

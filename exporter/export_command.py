@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,36 @@ from exporter.common_options import (
     verbose_option,
 )
 from exporter.report import ConsoleReporter, show_log
+
+
+def chosen_options(given: Mapping[str, Any]) -> options.ExportOptions:
+    """From the command's parameters. Raises UsageError."""
+    from engines import target
+
+    return options.ExportOptions(
+        model=given["model"],
+        precisions=tuple(given["precisions"]) or ("fp32",),
+        targets=tuple(given["targets"]) or ("auto",),
+        **options.model_options(given),
+        ranges=given["ranges"],
+        batch=options.BatchRange.parse(given["batch"]),
+        tolerances=tuple(options.Tolerance.parse(text) for text in given["tolerances"]),
+        require=given["require"],
+        method=given["method"],
+        steps=options.parse_steps(given["steps"]),
+        reduce_range=given["reduce_range"],
+        keep_float=tuple(given["keep_float"]),
+        build=target.BuildOptions(
+            workspace_mb=given["workspace_mb"],
+            refittable=given["refittable"],
+            strip_weights=given["strip_weights"],
+            hardware_compatible=given["hardware_compatible"],
+            version_compatible=given["version_compatible"],
+            compute_capabilities=tuple(given["compute_capabilities"]),
+            timing_cache=given["timing_cache"],
+        ),
+        out=given["out"],
+    )
 
 
 @click.command(epilog=EXIT_CODES)
@@ -117,30 +148,7 @@ def export(model: str, json_path: Path | None, quiet: bool, verbose: bool, **giv
         show_log()
     from engines import target
 
-    chosen = options.ExportOptions(
-        model=model,
-        precisions=tuple(given["precisions"]) or ("fp32",),
-        targets=tuple(given["targets"]) or ("auto",),
-        **options.model_options(given),
-        ranges=given["ranges"],
-        batch=options.BatchRange.parse(given["batch"]),
-        tolerances=tuple(options.Tolerance.parse(text) for text in given["tolerances"]),
-        require=given["require"],
-        method=given["method"],
-        steps=options.parse_steps(given["steps"]),
-        reduce_range=given["reduce_range"],
-        keep_float=tuple(given["keep_float"]),
-        build=target.BuildOptions(
-            workspace_mb=given["workspace_mb"],
-            refittable=given["refittable"],
-            strip_weights=given["strip_weights"],
-            hardware_compatible=given["hardware_compatible"],
-            version_compatible=given["version_compatible"],
-            compute_capabilities=tuple(given["compute_capabilities"]),
-            timing_cache=given["timing_cache"],
-        ),
-        out=given["out"],
-    )
+    chosen = chosen_options({"model": model, **given})
     if json_path is not None and chosen.out_dir.resolve() in json_path.resolve().parents:
         raise UsageError(f"--json {json_path}: lies inside the bundle", hint="write it beside --out")
     now = outcome.current()

@@ -1,0 +1,123 @@
+"""`export-zoo matrix FILE`: many models, precisions and targets in one run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from calibration.errors import ExportZooError, ParityError
+from exporter import outcome
+from exporter.common_options import EXIT_CODES, json_option, quiet_option, verbose_option
+
+
+class CellsFailedError(ExportZooError):
+    """Cells of a matrix failed, none of them for its parity gate."""
+
+    exit_code = 5
+    kind = "matrix"
+
+
+@click.command(epilog=EXIT_CODES)
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("matrix"),
+    show_default=True,
+    metavar="DIR",
+    help="Results and bundles; a second run goes on where the first ended.",
+)
+@click.option(
+    "--job", metavar="GLOB", help="Only the cells of this job of the file, or of those that a glob matches."
+)
+@click.option("--again", is_flag=True, help="Run cells that are done again.")
+@click.option("--no-bundles", is_flag=True, help="Delete each bundle when its result is recorded.")
+@click.option(
+    "--junit", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Write JUnit XML here."
+)
+@click.option(
+    "--html", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Write a page here."
+)
+@click.option(
+    "--markdown",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Write a Markdown page here.",
+)
+@click.option("--github", is_flag=True, help="Run nothing: print the jobs as JSON for `strategy.matrix`.")
+@click.option("--dry-run", is_flag=True, help="Run nothing: print the cells' command lines.")
+@json_option
+@quiet_option
+@verbose_option
+def matrix(
+    file: Path,
+    out: Path,
+    job: str | None,
+    again: bool,
+    no_bundles: bool,
+    junit: Path | None,
+    html: Path | None,
+    markdown: Path | None,
+    github: bool,
+    dry_run: bool,
+    json_path: Path | None,
+    quiet: bool,
+    verbose: bool,
+) -> None:
+    """Export each cell of the matrix in FILE (models x precisions x targets), one after the other.
+
+    A failing cell does not stop the others. Exit code 3 if any parity gate failed, else 5 if any cell failed.
+    """
+    del json_path, verbose
+    from exporter import matrix_plan, matrix_report, matrix_run, zoo
+
+    given = matrix_plan.read(file)
+    cells = matrix_plan.cells(file, given, zoo.model_names(), job)
+    if github:
+        click.echo(json.dumps(matrix_plan.github(given, file, job)))
+        return
+    if dry_run:
+        for cell in cells:
+            click.echo(
+                f"excluded: {cell.name}: {cell.excluded}" if cell.excluded else " ".join(cell.command())
+            )
+        return
+    shown = 0
+
+    def done(result: matrix_run.CellResult, cached: bool) -> None:
+        nonlocal shown
+        shown += 1
+        if not quiet:
+            click.echo(matrix_report.line(result, shown, len(cells), cached), err=True)
+
+    results = matrix_run.run(
+        cells,
+        out,
+        seconds=given.timeout,
+        memory=given.memory,
+        again=again,
+        keep_bundles=not no_bundles,
+        done=done,
+    )
+    title = f"Matrix {file.name}" + (f", job {job}" if job else "")
+    outcome.current().document |= {"out": str(out), "cells": [asdict(result) for result in results]}
+    for option, path, text in (
+        ("--junit", junit, matrix_report.junit),
+        ("--html", html, lambda found: matrix_report.html(found, title)),
+        ("--markdown", markdown, lambda found: matrix_report.markdown(found, title)),
+    ):
+        if path is not None:
+            matrix_report.write(path, text(results), option)
+    if not quiet:
+        matrix_report.print_summary(results)
+        click.echo(matrix_report.totals(results))
+    if failed := [result for result in results if result.status == "failed"]:
+        gates = [result.name for result in failed if result.gate]
+        hint = f"the reasons are above and in {out / 'results'}; bundles of failed gates in {out / 'bundles'}"
+        if gates:
+            raise ParityError(f"{file}: parity gate failed: {', '.join(gates)}", hint=hint)
+        names = ", ".join(result.name for result in failed)
+        raise CellsFailedError(f"{file}: {len(failed)} of {len(results)} cells failed: {names}", hint=hint)

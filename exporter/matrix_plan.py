@@ -1,0 +1,235 @@
+"""A matrix file: models x precisions x targets, with overrides, excludes and CI jobs, made into cells to run."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from calibration.errors import UsageError
+from engines.target import PRECISIONS, TARGETS
+
+Value = bool | int | float | str | list[str | int | float]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    @field_validator("models", "precisions", "targets", mode="before", check_fields=False)
+    @classmethod
+    def _one_is_a_list(cls, given: Any) -> Any:
+        return [given] if isinstance(given, str) else given
+
+
+class Where(_Model):
+    """Cells that a rule is for: globs over the models' names; what is left out means all."""
+
+    models: list[str] = ["*"]
+    precisions: list[str] = list(PRECISIONS)
+    targets: list[str] = list(TARGETS)
+
+    def matches(self, model: str, target: str, precision: str) -> bool:
+        return (
+            any(fnmatch.fnmatchcase(model, pattern) for pattern in self.models)
+            and target in self.targets
+            and precision in self.precisions
+        )
+
+
+class Exclude(Where):
+    reason: str = Field(description="Shown in the report.")
+
+
+class Override(Where):
+    options: dict[str, Value] = Field(description="Of `export-zoo export`, without the dashes.")
+
+
+class Job(Where):
+    """A part of the matrix that one CI machine runs."""
+
+    name: str
+    runs_on: list[str] = Field(alias="runs-on", description="Labels of the runner.")
+    options: dict[str, Value] = {}
+
+
+class MatrixFile(_Model):
+    """What the YAML file may say; docs/matrix.md."""
+
+    models: list[str]
+    precisions: list[str]
+    targets: list[str]
+    options: dict[str, Value] = {}
+    timeout: int = Field(default=3600, gt=0, description="Seconds of a cell.")
+    memory: float | None = Field(default=None, gt=0, description="GiB of a cell.")
+    exclude: list[Exclude] = []
+    override: list[Override] = []
+    jobs: list[Job] = []
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One engine of one model, and the command line that makes it."""
+
+    model: str
+    target: str
+    precision: str
+    arguments: tuple[str, ...]
+    """Further options of `export-zoo export`."""
+    excluded: str = ""
+    """The reason, for one that is not run."""
+
+    def command(self) -> list[str]:
+        """Of `export-zoo`, without --out and --json."""
+        return [
+            "export",
+            self.model,
+            f"--precision={self.precision}",
+            f"--target={self.target}",
+            *self.arguments,
+        ]
+
+    @property
+    def engine(self) -> str:
+        return f"{self.target}-{self.precision}"
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}-{self.engine}"
+
+
+def read(path: Path) -> MatrixFile:
+    """Raises UsageError, naming the file and the key, where it is none."""
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}", hint="give a YAML file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"{path}: not YAML: {' '.join(str(error).split())}", hint="see docs/matrix.md"
+        ) from error
+    try:
+        found = MatrixFile.model_validate(document)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the whole"
+        raise UsageError(f"{path}: {where}: {first['msg']}", hint="see docs/matrix.md") from error
+    rules: list[MatrixFile | Where] = [found, *found.exclude, *found.override, *found.jobs]
+    for rule in rules:
+        for key, given, known in (
+            ("precisions", rule.precisions, PRECISIONS),
+            ("targets", rule.targets, TARGETS),
+        ):
+            if wrong := [name for name in given if name not in known]:
+                raise UsageError(
+                    f"{path}: {key}: unknown {wrong[0]!r}", hint=f"choose from {', '.join(known)}"
+                )
+    names = [job.name for job in found.jobs]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise UsageError(f"{path}: jobs: two are called {min(twice)!r}", hint="rename one")
+    return found
+
+
+def _arguments(options: dict[str, Value]) -> Iterator[str]:
+    for name, value in options.items():
+        if value is True:
+            yield f"--{name}"
+        elif value is not False:
+            for one in value if isinstance(value, list) else [value]:
+                yield f"--{name}={one}"
+
+
+def _models(patterns: Sequence[str], names: Sequence[str], path: Path) -> Iterable[str]:
+    """The models that the patterns mean, each once, in the patterns' order."""
+    found: dict[str, None] = {}
+    for pattern in patterns:
+        matching = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+        if not matching:
+            raise UsageError(
+                f"{path}: models: {pattern!r} matches no model", hint="`export-zoo list` shows all"
+            )
+        found |= dict.fromkeys(matching)
+    return found
+
+
+def cells(path: Path, given: MatrixFile, names: Sequence[str], job: str | None = None) -> list[Cell]:
+    """All cells of a matrix, or of some of its jobs, model by model.
+
+    Args:
+        path: of the file, for messages.
+        names: of the zoo's models.
+        job: a glob over the names of the file's jobs.
+
+    Raises:
+        UsageError: a pattern without a model, a job that is not there, or options that `export` does not take.
+    """
+    for rule in (*given.exclude, *given.override, *given.jobs):
+        _models(rule.models, names, path)
+    models = _models(given.models, names, path)
+    chosen: Sequence[Job | None] = [None] if job is None else _jobs(given, path, job)
+    found: dict[str, Cell] = {}
+    for one in chosen:
+        for cell in _cells_of(given, models, one):
+            found.setdefault(cell.name, cell)
+    _check(path, found.values())
+    if not found:
+        raise UsageError(f"{path}: no cell is left", hint="check models, targets and jobs")
+    return list(found.values())
+
+
+def _jobs(given: MatrixFile, path: Path, pattern: str) -> list[Job]:
+    found = [job for job in given.jobs if fnmatch.fnmatchcase(job.name, pattern)]
+    if not found:
+        known = ", ".join(job.name for job in given.jobs) or "none"
+        raise UsageError(f"--job {pattern}: {path} has none of that name", hint=f"it has: {known}")
+    return found
+
+
+def _cells_of(given: MatrixFile, models: Iterable[str], job: Job | None) -> Iterator[Cell]:
+    for model in models:
+        for target in given.targets:
+            for precision in given.precisions:
+                if job is not None and not job.matches(model, target, precision):
+                    continue
+                options = dict(given.options)
+                for override in given.override:
+                    if override.matches(model, target, precision):
+                        options |= override.options
+                if job is not None:
+                    options |= job.options
+                reasons = [e.reason for e in given.exclude if e.matches(model, target, precision)]
+                yield Cell(
+                    model, target, precision, tuple(_arguments(options)), reasons[0] if reasons else ""
+                )
+
+
+_TAKEN = ("--out", "--json", "--precision", "--target", "--quiet", "--verbose", "--help")
+
+
+def _check(path: Path, found: Iterable[Cell]) -> None:
+    """What is wrong in an hour is wrong now: let `export` read each command line."""
+    from exporter.export_command import chosen_options, export
+
+    for cell in found:
+        if taken := [a for a in cell.arguments if a.partition("=")[0] in _TAKEN]:
+            raise UsageError(f"{path}: options: {taken[0]}: the matrix says that itself", hint="leave it out")
+        try:
+            context = export.make_context("export", cell.command()[1:])
+            chosen_options(context.params)
+        except click.UsageError as error:
+            raise UsageError(
+                f"{path}: {cell.name}: {error.format_message()}",
+                hint="options are those of `export-zoo export`",
+            ) from error
+        except UsageError as error:
+            raise UsageError(f"{path}: {cell.name}: {error.message}", hint=error.hint) from error
+
+
+def github(given: MatrixFile, path: Path, job: str | None = None) -> dict[str, Any]:
+    """For `strategy.matrix` of a GitHub workflow: a job's name and the labels of its runner."""
+    return {"include": [{"name": one.name, "runs-on": one.runs_on} for one in _jobs(given, path, job or "*")]}

@@ -1,0 +1,387 @@
+"""Matrices: what a file means, cells in processes of their own, what is kept, and what is told."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+
+from calibration.errors import EnvironmentFailureError, UsageError
+from exporter import matrix_plan, matrix_report, matrix_run
+from exporter.cli import main
+from exporter.matrix_run import CellResult
+
+ROOT = Path(__file__).parent.parent
+NAMES = ("resnet18", "resnet34", "squeezenet1_1", "vgg11")
+MINIMAL = "models: [resnet18]\nprecisions: [fp32]\ntargets: [onnxruntime]\n"
+SMALL = """\
+models: squeezenet1_1
+precisions: fp32
+targets: onnxruntime
+options: {weights: none, input-size: 64, verify-images: 32, batch: "1:2:3"}
+"""
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def planned(tmp_path: Path, text: str, job: str | None = None) -> list[matrix_plan.Cell]:
+    path = write(tmp_path / "m.yaml", text)
+    return matrix_plan.cells(path, matrix_plan.read(path), NAMES, job)
+
+
+# -- what a file means -----------------------------------------------------------------------------------------
+
+
+def test_cells_are_models_by_targets_by_precisions(tmp_path):
+    found = planned(
+        tmp_path, 'models: ["resnet*", vgg11, resnet18]\nprecisions: [fp32, fp16]\ntargets: onnxruntime\n'
+    )
+    assert [cell.name for cell in found] == [
+        f"{model}-onnxruntime-{precision}"
+        for model in ("resnet18", "resnet34", "vgg11")
+        for precision in ("fp32", "fp16")
+    ]
+    assert found[1].command() == ["export", "resnet18", "--precision=fp16", "--target=onnxruntime"]
+
+
+def test_options_overrides_and_excludes_are_those_of_their_cells(tmp_path):
+    found = planned(
+        tmp_path,
+        """\
+models: [resnet18, vgg11]
+precisions: [fp32, int8]
+targets: [onnxruntime]
+options: {weights: none, calib: imgs, no-cache: true, reduce-range: false, tolerance: [sqnr=1, top1=0.5]}
+override:
+  - {models: vgg*, options: {input-size: 96}}
+  - {models: vgg11, precisions: int8, options: {weights: DEFAULT, input-size: 64}}
+exclude:
+  - {models: resnet18, precisions: [int8], reason: too old}
+""",
+    )
+    arguments = {cell.name.removesuffix("-onnxruntime"): cell.arguments for cell in found}
+    shared = ("--weights=none", "--calib=imgs", "--no-cache", "--tolerance=sqnr=1", "--tolerance=top1=0.5")
+    assert arguments["resnet18-onnxruntime-fp32"] == shared
+    assert arguments["vgg11-onnxruntime-fp32"] == (*shared, "--input-size=96")
+    assert arguments["vgg11-onnxruntime-int8"] == ("--weights=DEFAULT", *shared[1:], "--input-size=64")
+    assert [cell.excluded for cell in found] == ["", "too old", "", ""]
+
+
+def test_a_job_is_a_part_of_the_matrix_with_options_of_its_own(tmp_path):
+    text = """\
+models: [resnet18, vgg11]
+precisions: [fp32, fp16]
+targets: [onnxruntime, tensorrt]
+jobs:
+  - {name: cpu, runs-on: [ubuntu-latest], targets: onnxruntime, models: resnet*}
+  - {name: gpu, runs-on: [self-hosted, sm-89], targets: tensorrt, options: {require: verified}}
+"""
+    assert [cell.name for cell in planned(tmp_path, text, "cpu")] == [
+        "resnet18-onnxruntime-fp32",
+        "resnet18-onnxruntime-fp16",
+    ]
+    gpu = planned(tmp_path, text, "gpu")
+    assert {cell.target for cell in gpu} == {"tensorrt"}
+    assert len(gpu) == 4
+    assert all("--require=verified" in cell.arguments for cell in gpu)
+    assert len(planned(tmp_path, text, "*pu")) == 6
+    with pytest.raises(UsageError, match=r"--job tpu: .*m\.yaml has none") as error:
+        planned(tmp_path, text, "tpu")
+    assert "cpu, gpu" in error.value.hint
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("models: [", "not YAML"),
+        ("", "the whole"),
+        ("models: [resnet18]", "precisions: Field required"),
+        (MINIMAL + "timeout: 0", "timeout"),
+        (MINIMAL + "memory: much", "memory"),
+        (MINIMAL + "colour: red", "colour: Extra inputs"),
+        (MINIMAL.replace("fp32", "fp8"), "precisions: unknown 'fp8'"),
+        (MINIMAL.replace("onnxruntime", "openvino"), "targets: unknown 'openvino'"),
+        (MINIMAL.replace("resnet18", "resnet19"), "'resnet19' matches no model"),
+        (MINIMAL + "exclude: [{models: alexnet9, reason: x}]", "'alexnet9' matches no model"),
+        (MINIMAL + "exclude: [{models: resnet18}]", "exclude.0.reason: Field required"),
+        (MINIMAL + "exclude: [{precisions: int4, reason: x}]", "unknown 'int4'"),
+        (MINIMAL + "exclude: [{reason: x, modles: y}]", "modles"),
+        (MINIMAL + "options: {wieghts: none}", "No such option"),
+        (MINIMAL + "options: {batch: many}", "--batch 'many'"),
+        (MINIMAL + "options: {out: elsewhere}", "--out=elsewhere: the matrix says that itself"),
+        (MINIMAL + "options: {precision: int8}", "--precision=int8: the matrix says that itself"),
+        (MINIMAL.replace("fp32", "int8"), "--precision int8 needs --calib"),
+        (MINIMAL + "jobs: [{name: a, runs-on: [x]}, {name: a, runs-on: [y]}]", "two are called 'a'"),
+        (MINIMAL + "jobs: [{name: a}]", "jobs.0.runs-on: Field required"),
+    ],
+)
+def test_a_wrong_file_is_refused_with_its_name_and_the_key(tmp_path, text, message):
+    with pytest.raises(UsageError) as error:
+        planned(tmp_path, text)
+    assert str(tmp_path / "m.yaml") in error.value.message
+    assert message in error.value.message
+    assert error.value.hint
+
+
+def test_a_file_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(UsageError, match=r"none\.yaml: cannot be read"):
+        matrix_plan.read(tmp_path / "none.yaml")
+
+
+def test_the_matrix_of_ci_is_whole():
+    given = matrix_plan.read(ROOT / "ci" / "matrix.yaml")
+    from exporter.zoo import model_names
+
+    every = {cell.name for cell in matrix_plan.cells(ROOT / "ci" / "matrix.yaml", given, model_names())}
+    in_jobs = [
+        cell.name
+        for job in given.jobs
+        for cell in matrix_plan.cells(ROOT / "ci" / "matrix.yaml", given, model_names(), job.name)
+    ]
+    assert set(in_jobs) == every
+    assert {name.split("-")[0] for name in every} == set(model_names())
+
+
+# -- cells in processes of their own ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """A real cell: its plan, its output directory, and its result."""
+    directory = tmp_path_factory.mktemp("matrix")
+    path = write(directory / "m.yaml", SMALL)
+    (cell,) = matrix_plan.cells(path, matrix_plan.read(path), NAMES)
+    (result,) = matrix_run.run([cell], directory / "out", seconds=300)
+    return cell, directory / "out", result
+
+
+def test_a_cell_is_exported_and_its_figures_are_kept(ran):
+    cell, out, result = ran
+    assert result.status == "ok", result.reason
+    assert result.exit_code == 0
+    assert result.engine["name"] == "onnxruntime-fp32"
+    assert result.engine["state"] == "verified"
+    assert result.figure("gate", "eager_metrics", "sqnr") > 60
+    assert result.nodes > 20
+    assert result.input_size == (64, 64)
+    assert result.random
+    assert 300 < result.peak_mib < 20_000
+    assert result.seconds > 1
+    assert result.versions["onnxruntime"] != "absent"
+    assert (out / "bundles" / f"{cell.name}.bundle" / "manifest.json").exists()
+    assert matrix_run.stored(out / "results") == {cell.name: result}
+
+
+def test_a_second_run_takes_what_is_done_and_runs_what_is_not(ran, monkeypatch):
+    cell, out, result = ran
+    made, seen = [], []
+
+    def run_cell(cell, bundle, **_):
+        made.append(cell.name)
+        return dataclasses.replace(result, command=tuple(cell.command()), status="failed", reason="made anew")
+
+    monkeypatch.setattr(matrix_run, "run_cell", run_cell)
+    done = lambda result, cached: seen.append((result.status, cached))  # noqa: E731
+    assert matrix_run.run([cell], out, seconds=1, done=done) == [result]
+    assert (made, seen) == ([], [("ok", True)])
+    other = dataclasses.replace(cell, arguments=(*cell.arguments, "--seed=1"))
+    matrix_run.run([other], out, seconds=1)
+    assert len(made) == 1, "another command line"
+    matrix_run.run([other], out, seconds=1)
+    assert len(made) == 2, "it had failed"
+    (out / "results" / f"{cell.name}.json").write_text("{")
+    matrix_run.run([cell], out, seconds=1)
+    assert len(made) == 3, "a damaged result"
+    for status in ("ok", "failed"):
+        matrix_run._store(out / "results", dataclasses.replace(result, status=status))
+    matrix_run._store(out / "results", result)
+    matrix_run.run([cell], out, seconds=1, again=True)
+    assert len(made) == 4
+    matrix_run._store(out / "results", dataclasses.replace(result, versions={}))
+    matrix_run.run([cell], out, seconds=1)
+    assert len(made) == 5, "of other libraries"
+    excluded = dataclasses.replace(cell, excluded="why not")
+    assert matrix_run.run([excluded], out, seconds=1)[0].reason == "why not"
+    assert len(made) == 5
+    matrix_run._store(out / "results", result)
+
+
+def test_a_cell_that_takes_too_long_or_too_much_memory_is_ended(ran, tmp_path):
+    cell, _, _ = ran
+    late = matrix_run.run_cell(cell, tmp_path / "a.bundle", seconds=0.5, memory=None)
+    assert (late.status, late.gate, late.exit_code) == ("failed", False, None)
+    assert late.reason == "took longer than 0.5 s"
+    large = matrix_run.run_cell(cell, tmp_path / "b.bundle", seconds=300, memory=0.05)
+    assert large.status == "failed"
+    assert large.reason == "took more than 51 MiB of memory"
+    assert not list(tmp_path.glob("*.bundle"))
+
+
+def test_failures_of_cells_are_told_with_their_reason_and_do_not_stop_the_others(tmp_path):
+    path = write(
+        tmp_path / "m.yaml",
+        SMALL.replace("fp32", "[fp16, fp32]")
+        + """\
+override:
+  - {precisions: fp16, options: {weights: missing.pth}}
+  - {precisions: fp32, options: {tolerance: sqnr=199}}
+""",
+    )
+    code = main(
+        [
+            *("matrix", str(path), "--out", str(tmp_path / "out"), "--json", str(tmp_path / "r.json"), "-q"),
+            *("--junit", str(tmp_path / "j.xml"), "--html", str(tmp_path / "p.html")),
+            *("--markdown", str(tmp_path / "p.md")),
+        ]
+    )
+    assert code == 3, "a gate failed"
+    document = json.loads((tmp_path / "r.json").read_text())
+    seen = {cell["precision"]: cell for cell in document["cells"]}
+    assert seen["fp16"]["exit_code"] == 5
+    assert not seen["fp16"]["gate"]
+    assert "missing.pth" in seen["fp16"]["reason"]
+    assert seen["fp32"]["exit_code"] == 3
+    assert seen["fp32"]["gate"]
+    assert "sqnr" in seen["fp32"]["reason"]
+    assert seen["fp32"]["engine"]["state"] == "built"
+    assert seen["fp32"]["nodes"] > 20, "what failed its gate is kept"
+    suite = ET.parse(tmp_path / "j.xml").getroot()[0]
+    assert (suite.get("tests"), suite.get("failures"), suite.get("errors")) == ("2", "1", "1")
+    assert "squeezenet1_1" in (tmp_path / "p.html").read_text()
+    assert "missing.pth" in (tmp_path / "p.md").read_text()
+
+
+def test_without_a_failed_gate_the_exit_code_is_that_of_bad_input(tmp_path, monkeypatch):
+    failed = CellResult("vgg11", "onnxruntime", "fp32", (), "failed", "killed by signal 11")
+    monkeypatch.setattr(matrix_run, "run", lambda *_, **__: [failed])
+    path = write(tmp_path / "m.yaml", MINIMAL)
+    assert main(["matrix", str(path), "-q"]) == 5
+
+
+def test_a_crashed_process_is_told_by_its_signal_and_last_words():
+    assert matrix_run._reason({}, -11, "a\nb\n") == "killed by signal 11: b"
+    assert matrix_run._reason({}, 1, "") == "exit code 1"
+
+
+def test_an_output_directory_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(EnvironmentFailureError, match="cannot be made"):
+        matrix_run.run([], tmp_path / "file" / "out", seconds=1)
+
+
+# -- what is told ----------------------------------------------------------------------------------------------
+
+
+def result(model="resnet18", precision="int8", **changes) -> CellResult:
+    engine = {
+        "state": "verified",
+        "file": {"size_bytes": 11_831_664},
+        "gate": {"eager_metrics": {"sqnr": 47.53, "top1": 0.9921}},
+        "latency": {"speedup": 3.456},
+    }
+    known = {
+        "status": "ok",
+        "seconds": 12.34,
+        "peak_mib": 1234,
+        "nodes": 48,
+        "exit_code": 0,
+        "engine": engine,
+    }
+    return CellResult(model, "onnxruntime", precision, (), **(known | changes))
+
+
+def test_a_row_shows_what_was_measured_and_nothing_else():
+    shown = dict(zip(matrix_report.COLUMNS, matrix_report.cells_of(result()), strict=True))
+    assert shown == {
+        "model": "resnet18",
+        "engine": "onnxruntime-int8",
+        "result": "ok",
+        "state": "verified",
+        "SQNR dB": "47.5",
+        "top-1 agr.": "99.2 %",
+        "vs FP32": "3.46x",
+        "MB": "11.8",
+        "nodes": "48",
+        "s": "12",
+        "peak MiB": "1234",
+    }
+    nothing = CellResult("vgg11", "onnxruntime", "fp32", (), "excluded", "too old")
+    assert set(matrix_report.cells_of(nothing)[3:]) == {"-"}
+    assert "47.5*" in matrix_report.cells_of(result(random=True))
+
+
+def test_the_line_of_a_cell_tells_why_it_failed():
+    assert "3.46x, 12 s, 1234 MiB" in matrix_report.line(result(), 3, 12, False)
+    failed = result(status="failed", reason="out of luck")
+    assert matrix_report.line(failed, 3, 12, False).startswith("[ 3/12] resnet18")
+    assert matrix_report.line(failed, 3, 12, False).endswith("FAILED   out of luck")
+    assert matrix_report.line(result(), 3, 12, True).endswith("(earlier run)")
+
+
+def test_totals_count_each_kind():
+    rows = [
+        result(),
+        result(),
+        result(status="failed", gate=True),
+        result(status="failed"),
+        result(status="excluded"),
+    ]
+    assert matrix_report.totals(rows) == "2 ok, 1 gate failed, 1 failed, 1 excluded"
+
+
+def test_junit_holds_each_cell_and_survives_odd_text():
+    text = matrix_report.junit(
+        [
+            result(),
+            result(precision="fp16", status="failed", reason='a <b> & "c" \x1b[0m\x00'),
+            result("vgg11"),
+        ]
+    )
+    root = ET.fromstring(text)
+    assert [suite.get("name") for suite in root] == ["resnet18", "vgg11"]
+    error = root.find("./testsuite/testcase[@name='onnxruntime-fp16']/error")
+    assert error.get("message") == 'a <b> & "c" [0m'
+
+
+def test_the_page_is_self_contained_escaped_and_plots_each_model():
+    page = matrix_report.html(
+        [result(), result("vgg11", reason="<script>", status="failed"), result("alexnet")], "A <title>"
+    )
+    assert "<script>" not in page
+    assert "&lt;script&gt;" in page
+    assert "A &lt;title&gt;" in page
+    assert page.count("<svg") == 2, "SQNR and speed"
+    assert "resnet18 onnxruntime-int8: 47.53 dB" in page
+    assert "alexnet onnxruntime-int8: 3.46 x" in page
+    assert "vgg11 onnxruntime-int8: 47.53" not in page, "failed: no point"
+    assert "http" not in page
+
+
+def test_a_page_of_nothing_but_failures_has_no_plots():
+    assert "<svg" not in matrix_report.html([result(status="failed", engine={})], "x")
+
+
+# -- the command -----------------------------------------------------------------------------------------------
+
+
+def test_github_gets_the_jobs_as_one_line_of_json(tmp_path, capsys):
+    path = write(tmp_path / "m.yaml", MINIMAL + "jobs: [{name: a, runs-on: [self-hosted, gpu]}]\n")
+    assert main(["matrix", str(path), "--github"]) == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "include": [{"name": "a", "runs-on": ["self-hosted", "gpu"]}]
+    }
+    assert main(["matrix", str(path), "--github", "--job", "b*"]) == 2
+    assert main(["matrix", str(write(path, MINIMAL)), "--github"]) == 2
+
+
+def test_a_dry_run_prints_command_lines_and_runs_nothing(tmp_path, capsys):
+    path = write(tmp_path / "m.yaml", MINIMAL)
+    assert main(["matrix", str(path), "--dry-run", "--out", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out == "export resnet18 --precision=fp32 --target=onnxruntime\n"
+    assert not (tmp_path / "out").exists()
