@@ -27,6 +27,9 @@ from engines.bundle import checked, read_manifest
 QUEUE_DELAY_US = 1000
 """Microseconds that a request waits for others to make a batch with."""
 
+_MAX_VERSION = 2**63 - 1
+"""Triton reads it into 64 bits."""
+
 _PLATFORMS = {
     "onnxruntime": ("onnxruntime_onnx", "model.onnx", "KIND_CPU"),
     "tensorrt": ("tensorrt_plan", "model.plan", "KIND_GPU"),
@@ -108,12 +111,12 @@ def write_repository(
         raise ParityError(f"{bundle}: this bundle failed its parity gate", hint="export it again")
     chosen = _chosen(bundle, manifest, engine)
     name = name if name is not None else manifest.recipe.source.name
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{,199}", name):
         raise UsageError(
-            f"--name {name!r}: letters, digits, _, - and . only", hint="for example resnet50-int8"
+            f"--name {name!r}: at most 200 letters, digits, _, - and .", hint="for example resnet50-int8"
         )
-    if version < 1:
-        raise UsageError(f"--version {version}: must be at least 1", hint="leave it out for 1")
+    if not 1 <= version <= _MAX_VERSION:
+        raise UsageError(f"--version {version}: must be 1 to {_MAX_VERSION}", hint="leave it out for 1")
     files = {_PLATFORMS[chosen.target][1]: checked(bundle, chosen.file)}
     # Weights beside an ONNX file keep the name that it refers to.
     files |= {Path(file.path).name: checked(bundle, file) for file in chosen.external_data}
@@ -147,6 +150,8 @@ def _refuse_other(model: Path, described: dict[str, str], version: int) -> None:
         return
     if (model / str(version)).exists():
         raise UsageError(f"{model}/{version}: is there already", hint="give another --version or --name")
+    if not (model / "config.pbtxt").is_file():
+        raise UsageError(f"{model}: is there, and is no model of Triton's", hint="give another --name")
     for file, text in described.items():
         if not (model / file).is_file() or (model / file).read_text(encoding="utf-8") != text:
             raise UsageError(

@@ -82,7 +82,9 @@ def test_a_plan_is_served_by_the_tensorrt_backend_on_a_gpu(digits_bundle):
         (["--engine", "onnxruntime-fp64"], 5, "no engine 'onnxruntime-fp64'"),
         (["--name", "../evil"], 2, "--name"),
         (["--name", ""], 2, "--name"),
+        (["--name", "a" * 201], 2, "--name"),
         (["--version", "0"], 2, "--version 0"),
+        (["--version", "9223372036854775808"], 2, "--version 9223372036854775808"),
         (["--queue-delay", "-1"], 2, "--queue-delay"),
     ],
 )
@@ -91,6 +93,14 @@ def test_what_triton_would_not_take_is_refused(cli, digits_bundle, tmp_path, giv
     assert done.code == code
     assert says in done.json["error"]["message"]
     assert not (tmp_path / "models").exists()
+
+
+def test_a_folder_that_is_no_model_is_left_alone(cli, digits_bundle, tmp_path):
+    (tmp_path / "models" / "resnet18").mkdir(parents=True)
+    done = cli("triton", digits_bundle, tmp_path / "models")
+    assert done.code == 2
+    assert "no model of Triton's" in done.json["error"]["message"]
+    assert not list((tmp_path / "models" / "resnet18").iterdir())
 
 
 def test_bundles_that_are_not_to_be_served_are_refused(cli, digits_bundle, tmp_path):

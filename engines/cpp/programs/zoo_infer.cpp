@@ -2,10 +2,10 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstdio>
+#include <filesystem>
 #include <fstream>
+#include <iomanip>
 #include <iostream>
-#include <iterator>
 #include <map>
 #include <string>
 #include <vector>
@@ -22,6 +22,8 @@ namespace {
 
 namespace ez = export_zoo;
 
+constexpr std::uintmax_t kMostBytes = 1 << 30;
+
 struct Arguments {
   std::string bundle;
   std::vector<std::string> images;
@@ -34,11 +36,15 @@ struct Arguments {
 };
 
 std::vector<std::byte> read(const std::string& path) {
+  std::error_code error;
+  if (!std::filesystem::is_regular_file(path, error)) throw ez::Error(ez::ErrorCode::image, "not a file");
+  const auto size = std::filesystem::file_size(path, error);
+  if (error || size > kMostBytes) throw ez::Error(ez::ErrorCode::image, "larger than 1 GiB");
+  std::vector<std::byte> bytes(size);
   std::ifstream file(path, std::ios::binary);
-  std::vector<char> bytes((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
+  file.read(reinterpret_cast<char*>(bytes.data()), static_cast<std::streamsize>(size));
   if (!file) throw ez::Error(ez::ErrorCode::image, "cannot be read");
-  const auto* begin = reinterpret_cast<const std::byte*>(bytes.data());
-  return {begin, begin + bytes.size()};
+  return bytes;
 }
 
 // NumPy's .npy, version 1.0, float32, C order.
@@ -53,6 +59,7 @@ void write_npy(const std::string& path, const std::vector<float>& values, const 
   file.put(static_cast<char>(header.size() & 0xFF)).put(static_cast<char>(header.size() >> 8));
   file << header;
   file.write(reinterpret_cast<const char*>(values.data()), static_cast<std::streamsize>(values.size() * sizeof(float)));
+  file.close();  // what is buffered may not fit
   if (!file) throw ez::Error(ez::ErrorCode::runtime, path + ": cannot be written");
 }
 
@@ -67,8 +74,10 @@ void print(const Arguments& arguments, const ez::Engine& engine, const std::vect
     for (const auto& found : ez::top_k(scores, arguments.top)) {
       const auto label = found.index < labels.size() ? labels[found.index] : std::to_string(found.index);
       entry["classes"].push_back({{"index", found.index}, {"label", label}, {"probability", found.score}});
-      if (!arguments.json) std::printf("  %6.2f %%  %s\n", 100 * static_cast<double>(found.score), label.c_str());
-      std::fflush(stdout);
+      if (!arguments.json) {
+        std::cout << "  " << std::fixed << std::setprecision(2) << std::setw(6) << 100 * static_cast<double>(found.score)
+                  << " %  " << label << '\n';
+      }
     }
     document.push_back(std::move(entry));
   }
@@ -76,9 +85,11 @@ void print(const Arguments& arguments, const ez::Engine& engine, const std::vect
     const auto& info = engine.info();
     std::cout << nlohmann::json{{"engine", info.name}, {"state", name(info.state)}, {"backend", engine.backend()},
                                 {"images", document}}
-                     .dump(1)
+                     .dump(1, ' ', false, nlohmann::json::error_handler_t::replace)
               << '\n';
   }
+  std::cout.flush();
+  if (!std::cout) throw ez::Error(ez::ErrorCode::runtime, "standard output: cannot be written");
 }
 
 int run(const Arguments& arguments) {
@@ -95,13 +106,25 @@ int run(const Arguments& arguments) {
     }
   }
   auto context = engine.context();
+  if (arguments.batch > metadata.batch_max) {
+    throw ez::Error(ez::ErrorCode::shape, "--batch " + std::to_string(arguments.batch) + ": the bundle takes " +
+                                              std::to_string(metadata.batch_min) + " to " +
+                                              std::to_string(metadata.batch_max));
+  }
   const auto at_once = static_cast<std::size_t>(arguments.batch > 0 ? arguments.batch : metadata.batch_opt);
   std::vector<float> logits;
   for (std::size_t start = 0; start < count; start += at_once) {
     const auto some = std::min(at_once, count - start);
     const auto part = std::span(inputs).subspan(start * preprocess.size(), some * preprocess.size());
-    const auto found = context.infer(part, static_cast<std::int64_t>(some));
-    logits.insert(logits.end(), found.begin(), found.end());
+    // Fewer than the engine takes are filled up with zeros, whose logits are dropped.
+    const auto run = std::max(some, static_cast<std::size_t>(metadata.batch_min));
+    std::vector<float> filled;
+    if (run > some) {
+      filled.assign(part.begin(), part.end());
+      filled.resize(run * preprocess.size());
+    }
+    const auto found = context.infer(run > some ? std::span<const float>(filled) : part, static_cast<std::int64_t>(run));
+    logits.insert(logits.end(), found.begin(), found.begin() + static_cast<std::ptrdiff_t>(found.size() / run * some));
   }
   if (!arguments.logits.empty()) write_npy(arguments.logits, logits, {count, logits.size() / count});
   if (!arguments.inputs.empty()) {
@@ -119,14 +142,15 @@ int run(const Arguments& arguments) {
 int main(int argc, char** argv) {
   Arguments arguments;
   CLI::App app("Classify images with an engine of a bundle.", "zoo-infer");
+  app.set_version_flag("--version", EXPORT_ZOO_VERSION);
   app.add_option("bundle", arguments.bundle, "Directory that `export-zoo export` wrote")->required();
   app.add_option("images", arguments.images, "JPEG or PNG files")->required();
   app.add_option("--engine", arguments.options.engine, "Name, such as onnxruntime-int8 (default: the fastest)");
   app.add_option("--threads", arguments.options.threads, "Of ONNX Runtime (default: all cores)")
-      ->check(CLI::NonNegativeNumber);
+      ->check(CLI::Range(0, 1024));
   app.add_option("--batch", arguments.batch, "Images at once (default: the bundle's optimum)")
-      ->check(CLI::PositiveNumber);
-  app.add_option("--top", arguments.top, "Classes to print")->check(CLI::PositiveNumber)->capture_default_str();
+      ->check(CLI::Range(1, 1 << 20));
+  app.add_option("--top", arguments.top, "Classes to print")->check(CLI::Range(1, 1 << 20))->capture_default_str();
   app.add_option("--logits", arguments.logits, "Write raw logits here, .npy, float32 [N, classes]");
   app.add_option("--inputs", arguments.inputs, "Write preprocessed inputs here, .npy, float32 [N, 3, H, W]");
   const std::map<std::string, ez::State> states{

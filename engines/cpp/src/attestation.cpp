@@ -14,6 +14,7 @@
 #include <nlohmann/json.hpp>
 
 #include "checksum.hpp"
+#include "files.hpp"
 
 namespace export_zoo::detail {
 
@@ -44,24 +45,32 @@ std::vector<fs::path> newest_first(const fs::path& directory) {
   return found;
 }
 
+// null where it has none.
+const json& entry(const json& document, const char* key) {
+  static const json nothing;
+  const auto found = document.find(key);
+  return found == document.end() ? nothing : *found;
+}
+
 // Nothing where it is none, or of another manifest.
 std::optional<json> read_attestation(const fs::path& path, const std::string& manifest_sha256) {
-  std::ifstream file(path, std::ios::binary);
-  auto document = json::parse(file, nullptr, false);
-  if (!document.is_object() || document.value("schema_version", json()) != 1 ||
-      document.value("manifest_sha256", json()) != manifest_sha256 ||
-      !document.value("engines", json()).is_object()) {
-    return std::nullopt;
+  try {
+    auto document = read_json(path);
+    if (document.is_object() && entry(document, "schema_version") == 1 &&
+        entry(document, "manifest_sha256") == manifest_sha256 && entry(document, "engines").is_object()) {
+      return document;
+    }
+  } catch (const std::runtime_error&) {
   }
-  return document;
+  return std::nullopt;
 }
 
 // What the attestation says of an engine, if it was run.
 std::optional<State> state_of(const json& attestation, const std::string& engine) {
   const auto& engines = attestation["engines"];
   const auto gate = engines.find(engine);
-  if (gate == engines.end() || !gate->is_object() || gate->value("ran", json()) != "engine") return std::nullopt;
-  const auto failures = gate->value("failures", json());
+  if (gate == engines.end() || !gate->is_object() || entry(*gate, "ran") != "engine") return std::nullopt;
+  const auto& failures = entry(*gate, "failures");
   if (!failures.is_array()) return std::nullopt;
   return failures.empty() ? State::verified : State::built;
 }
@@ -95,8 +104,8 @@ void apply_attestations(const fs::path& bundle, const std::optional<std::string>
   for (const auto& path : files) {
     const auto attestation = read_attestation(path, manifest_sha256);
     if (!attestation) continue;
-    const bool cpu = attestation->value("instruction_set", json()) == instructions;
-    const bool gpu = compute_capability && attestation->value("compute_capability", json()) == *compute_capability;
+    const bool cpu = entry(*attestation, "instruction_set") == instructions;
+    const bool gpu = compute_capability && entry(*attestation, "compute_capability") == *compute_capability;
     for (auto& engine : engines) {
       if (!(engine.target == "onnxruntime" ? cpu : gpu) || settled.contains(engine.name)) continue;
       if (const auto state = state_of(*attestation, engine.name)) {

@@ -38,6 +38,9 @@ std::filesystem::path checked(const std::filesystem::path& bundle, const File& f
   if (error) {
     throw Error(ErrorCode::checksum, path.string() + ": missing from the bundle: copy it again, files/ included");
   }
+  if (!std::ifstream(path, std::ios::binary)) {
+    throw Error(ErrorCode::checksum, path.string() + ": cannot be read: check its permissions");
+  }
   if (size != file.size_bytes || sha256_of(path) != file.sha256) {
     throw Error(ErrorCode::checksum, path.string() +
                                          ": checksum mismatch: not the file that the manifest describes: copy or "

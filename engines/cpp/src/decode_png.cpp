@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <cctype>
 #include <csetjmp>
 #include <cstring>
 #include <optional>
@@ -55,6 +56,9 @@ bool read_header(Png& reader) {
   if (setjmp(png_jmpbuf(reader.png)) != 0) return false;
   png_set_read_fn(reader.png, &reader.source, read_bytes);
   png_set_user_limits(reader.png, 0x7FFFFFFF, 0x7FFFFFFF);
+  // Text and colour profiles are compressed, too: Pillow's limits, 1 MiB each and 64 MiB in all.
+  png_set_chunk_malloc_max(reader.png, 1 << 20);
+  png_set_chunk_cache_max(reader.png, 64);
   png_read_info(reader.png, reader.info);
   // Without gamma or background: the bytes as they are stored, widened or cut to 8 bits, alpha dropped.
   png_set_palette_to_rgb(reader.png);
@@ -79,6 +83,32 @@ void read_end(Png& reader) {
   png_read_end(reader.png, reader.info);
 }
 
+// The bytes behind three lines of heading, and behind "Exif\0\0", of a profile that was written as text.
+std::vector<std::uint8_t> from_hex(std::string_view text) {
+  for (int line = 0; line < 3; ++line) {
+    const auto end = text.find('\n');
+    if (end == std::string_view::npos) return {};
+    text.remove_prefix(end + 1);
+  }
+  std::vector<std::uint8_t> found;
+  int high = -1;
+  for (const char c : text) {
+    const auto digit = std::string_view("0123456789abcdef").find(static_cast<char>(std::tolower(static_cast<unsigned char>(c))));
+    if (digit == std::string_view::npos) continue;
+    if (high < 0) {
+      high = static_cast<int>(digit);
+    } else {
+      found.push_back(static_cast<std::uint8_t>(high * 16 + static_cast<int>(digit)));
+      high = -1;
+    }
+  }
+  constexpr std::string_view kExif("Exif\0\0", 6);
+  if (found.size() >= kExif.size() && std::equal(kExif.begin(), kExif.end(), found.begin())) {
+    found.erase(found.begin(), found.begin() + static_cast<std::ptrdiff_t>(kExif.size()));
+  }
+  return found;
+}
+
 std::optional<int> orientation_of(Png& reader) {
   png_uint_32 size = 0;
   png_bytep exif = nullptr;
@@ -89,6 +119,11 @@ std::optional<int> orientation_of(Png& reader) {
   png_textp texts = nullptr;
   int count = 0;
   png_get_text(reader.png, reader.info, &texts, &count);
+  for (int i = 0; i < count; ++i) {  // as ImageMagick writes it
+    if (std::string_view(texts[i].key) == "Raw profile type exif" && texts[i].text != nullptr) {
+      if (const auto found = exif_orientation(from_hex(texts[i].text))) return found;
+    }
+  }
   for (int i = 0; i < count; ++i) {
     if (std::string_view(texts[i].key) == "XML:com.adobe.xmp" && texts[i].text != nullptr) {
       return xmp_orientation(texts[i].text);
@@ -99,7 +134,23 @@ std::optional<int> orientation_of(Png& reader) {
 
 }  // namespace
 
+namespace {
+
+// From the first chunk, before any other is looked at.
+void check_size(std::span<const std::uint8_t> file, std::uint64_t most_pixels) {
+  constexpr std::size_t kWidth = 16;
+  if (file.size() < kWidth + 8) throw Error(ErrorCode::image, "damaged PNG: the file is truncated");
+  const auto number = [&](std::size_t at) {
+    return std::uint64_t{file[at]} << 24 | std::uint64_t{file[at + 1]} << 16 | std::uint64_t{file[at + 2]} << 8 |
+           std::uint64_t{file[at + 3]};
+  };
+  refuse_bomb(number(kWidth), number(kWidth + 4), most_pixels);
+}
+
+}  // namespace
+
 Image decode_png(std::span<const std::uint8_t> file, std::uint64_t most_pixels) {
+  check_size(file, most_pixels);
   Png reader;
   reader.source.rest = file;
   const auto check = [&](bool good) {
@@ -108,7 +159,6 @@ Image decode_png(std::span<const std::uint8_t> file, std::uint64_t most_pixels) 
   check(read_header(reader));
   const auto width = png_get_image_width(reader.png, reader.info);
   const auto height = png_get_image_height(reader.png, reader.info);
-  refuse_bomb(width, height, most_pixels);
   const std::size_t stride = std::size_t{width} * 3;
   if (png_get_rowbytes(reader.png, reader.info) != stride) throw Error(ErrorCode::image, "PNG of an unknown kind");
   Image image{static_cast<int>(width), static_cast<int>(height), {}};

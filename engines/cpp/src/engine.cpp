@@ -58,12 +58,14 @@ std::tuple<State, double> rank(const EngineInfo& info) { return {info.state, inf
 // The best of those that can be loaded, or the one that is asked for. Throws Error.
 std::size_t choose(const std::filesystem::path& bundle, const Metadata& metadata, const Options& options) {
   std::string reasons;
+  bool lower = false;  // whether that would help
   std::size_t best = metadata.engines.size();
   for (std::size_t i = 0; i < metadata.engines.size(); ++i) {
     const auto& info = metadata.engines[i];
     if (!options.engine.empty() && info.name != options.engine) continue;
     const auto reason = why_not(info, options);
     if (!reason.empty()) {
+      lower = lower || info.state < options.least;
       reasons += (reasons.empty() ? "" : "; ") + info.name + ": " + reason;
     } else if (best == metadata.engines.size() || rank(info) > rank(metadata.engines[best])) {
       best = i;
@@ -76,7 +78,8 @@ std::size_t choose(const std::filesystem::path& bundle, const Metadata& metadata
     throw Error(ErrorCode::bundle, bundle.string() + ": no engine '" + options.engine + "': it has " + names);
   }
   throw Error(ErrorCode::state, bundle.string() + ": no engine that may be loaded here: " + reasons +
-                                    ": `export-zoo verify` it here, or lower Options::least");
+                                    (lower ? ": `export-zoo verify` it here, or lower Options::least (--state)"
+                                           : ": choose another engine"));
 }
 
 }  // namespace
@@ -92,7 +95,9 @@ Engine Engine::load(const std::filesystem::path& bundle, const Options& options)
   }
   std::optional<std::string> capability;
 #ifdef EXPORT_ZOO_WITH_TENSORRT
-  const auto on_gpu = [](const EngineInfo& info) { return info.target != "onnxruntime"; };
+  const auto on_gpu = [&](const EngineInfo& info) {
+    return info.target != "onnxruntime" && (options.engine.empty() || info.name == options.engine);
+  };
   if (std::any_of(manifest.metadata.engines.begin(), manifest.metadata.engines.end(), on_gpu)) {
     capability = detail::compute_capability(options);
   }

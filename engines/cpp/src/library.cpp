@@ -20,7 +20,9 @@ Library::Library(const std::filesystem::path& given, const char* variable, std::
     return handle_ != nullptr;
   };
   if (!given.empty()) {
-    attempt(given.string());
+    // A bare name is looked for among the system's libraries only.
+    std::error_code error;
+    attempt((std::filesystem::exists(given, error) ? std::filesystem::absolute(given) : given).string());
   } else if (named != nullptr && *named != '\0') {
     attempt(named);
   } else {
@@ -29,8 +31,9 @@ Library::Library(const std::filesystem::path& given, const char* variable, std::
     }
   }
   if (handle_ == nullptr) {
-    throw Error(ErrorCode::backend_missing, what + " was not found (" + tried + "): install it, or give its path in " +
-                                                variable + " or in Options");
+    throw Error(ErrorCode::backend_missing, what + " cannot be loaded (" + tried +
+                                                "): install it, or give the library's path in the environment variable " +
+                                                variable + ", or in Options");
   }
 }
 

@@ -1,12 +1,14 @@
 #include "manifest.hpp"
 
 #include <charconv>
-#include <fstream>
-#include <sstream>
+#include <cmath>
+#include <limits>
 
 #include <nlohmann/json.hpp>
 
 #include <export_zoo/error.hpp>
+
+#include "files.hpp"
 
 namespace export_zoo {
 
@@ -16,6 +18,21 @@ using nlohmann::json;
 namespace fs = std::filesystem;
 
 constexpr int kSchemaVersion = 1;
+constexpr std::int64_t kMostValues = std::int64_t{1} << 31;  // of one image
+constexpr std::int64_t kMostBatch = 1 << 20;
+constexpr std::int64_t kMostSide = 65500;
+
+// Whole numbers only: 255.9 and true would be cut, and 2^32 + 1 wrapped.
+std::int64_t integer(const json& document, const char* key, std::int64_t least,
+                     std::int64_t most = std::numeric_limits<std::int64_t>::max()) {
+  const auto& value = document.at(key);
+  if (!value.is_number_integer() || (value.is_number_unsigned() && value.get<std::uint64_t>() > std::uint64_t(INT64_MAX)) ||
+      value.get<std::int64_t>() < least || value.get<std::int64_t>() > most) {
+    throw std::invalid_argument(std::string(key) + " is " + value.dump() + ", not a whole number from " +
+                                std::to_string(least) + " on");
+  }
+  return value.get<std::int64_t>();
+}
 
 [[noreturn]] void refuse(const fs::path& path, const std::string& why) {
   throw Error(ErrorCode::bundle, path.string() + ": " + why + ": export the bundle again");
@@ -29,7 +46,8 @@ State parse_state(const std::string& text) {
 }
 
 detail::File parse_file(const json& document) {
-  detail::File file{document.at("path"), document.at("sha256"), document.at("size_bytes")};
+  detail::File file{document.at("path"), document.at("sha256"),
+                    static_cast<std::uint64_t>(integer(document, "size_bytes", 0))};
   const fs::path path(file.path);
   if (file.path.empty() || path.is_absolute()) throw std::invalid_argument("'" + file.path + "' points outside");
   for (const auto& part : path) {
@@ -42,35 +60,46 @@ Port parse_port(const json& document) {
   Port port{document.at("name"), document.at("dtype"), document.at("layout"), {}};
   if (port.dtype != "float32") throw std::invalid_argument("dtype " + port.dtype + " of " + port.name);
   for (const auto& size : document.at("shape")) {
+    if (!size.is_string() && !size.is_number_integer()) throw std::invalid_argument("shape of " + port.name);
     port.shape.push_back(size.is_string() ? -1 : size.get<std::int64_t>());
   }
+  std::int64_t values = 1;
   for (std::size_t i = 0; i < port.shape.size(); ++i) {
-    if (i == 0 ? port.shape[i] != -1 : port.shape[i] < 1) throw std::invalid_argument("shape of " + port.name);
+    if (i == 0 ? port.shape[i] != -1 : port.shape[i] < 1 || port.shape[i] > kMostValues / values) {
+      throw std::invalid_argument("shape of " + port.name);
+    }
+    if (i > 0) values *= port.shape[i];
   }
   return port;
 }
 
 PreprocessOptions parse_preprocess(const json& document, const json& versions) {
   PreprocessOptions found;
-  found.resize_size = document.at("resize_size");
-  found.crop_height = document.at("crop_height");
-  found.crop_width = document.at("crop_width");
+  found.resize_size = static_cast<int>(integer(document, "resize_size", 1, kMostSide));
+  found.crop_height = static_cast<int>(integer(document, "crop_height", 1, kMostSide));
+  found.crop_width = static_cast<int>(integer(document, "crop_width", 1, kMostSide));
   const std::string interpolation = document.at("interpolation");
   if (interpolation == "bicubic") {
     found.interpolation = PreprocessOptions::Interpolation::bicubic;
   } else if (interpolation != "bilinear") {
     throw std::invalid_argument("interpolation " + interpolation);
   }
+  if (document.at("mean").size() != 3 || document.at("std").size() != 3) {
+    throw std::invalid_argument("mean and std are not of three channels");
+  }
   for (std::size_t channel = 0; channel < 3; ++channel) {
     // As NumPy does: the decimal becomes a double, and that a float.
     found.mean.at(channel) = static_cast<float>(document.at("mean").at(channel).get<double>());
     found.std_dev.at(channel) = static_cast<float>(document.at("std").at(channel).get<double>());
+    if (!std::isfinite(found.mean.at(channel)) || !std::isfinite(found.std_dev.at(channel)) ||
+        found.std_dev.at(channel) <= 0) {
+      throw std::invalid_argument("mean or std of preprocess");
+    }
   }
-  if (found.resize_size < 1 || found.crop_height < 1 || found.crop_width < 1) {
-    throw std::invalid_argument("sizes of preprocess");
+  const std::string pillow = versions.at("pillow");
+  if (std::from_chars(pillow.data(), pillow.data() + pillow.size(), found.pillow).ec != std::errc()) {
+    throw std::invalid_argument("version of pillow is '" + pillow + "'");
   }
-  const std::string pillow = versions.value("pillow", "");
-  std::from_chars(pillow.data(), pillow.data() + pillow.size(), found.pillow);
   return found;
 }
 
@@ -86,6 +115,7 @@ EngineInfo parse_engine(const json& document, detail::EngineFiles& files) {
     files.beside.push_back(parse_file(file));
     engine.size_bytes += files.beside.back().size_bytes;
   }
+  if (engine.target == "onnxruntime") engine.built_by = document.at("built_by").at("onnxruntime");
   if (const auto& plan = document.at("plan"); !plan.is_null()) {
     engine.built_by = plan.at("version");
     engine.compute_capabilities = plan.at("compute_capabilities").get<std::vector<std::string>>();
@@ -105,9 +135,9 @@ detail::Manifest parse(const json& document) {
   metadata.ok = document.at("status").get<std::string>() == "ok";
   metadata.input = parse_port(recipe.at("input"));
   metadata.output = parse_port(recipe.at("output"));
-  metadata.batch_min = recipe.at("batch").at("min");
-  metadata.batch_opt = recipe.at("batch").at("opt");
-  metadata.batch_max = recipe.at("batch").at("max");
+  metadata.batch_min = integer(recipe.at("batch"), "min", 1, kMostBatch);
+  metadata.batch_opt = integer(recipe.at("batch"), "opt", 1, kMostBatch);
+  metadata.batch_max = integer(recipe.at("batch"), "max", 1, kMostBatch);
   metadata.labels = recipe.at("labels").get<std::vector<std::string>>();
   metadata.preprocess = parse_preprocess(recipe.at("preprocess"), recipe.at("versions"));
   const auto& shape = metadata.input.shape;
@@ -115,11 +145,13 @@ detail::Manifest parse(const json& document) {
       shape[3] != metadata.preprocess.crop_width || metadata.output.shape.size() != 2) {
     throw std::invalid_argument("shapes of input, output and preprocess do not belong together");
   }
-  if (metadata.batch_min < 1 || metadata.batch_min > metadata.batch_opt ||
+  if (metadata.batch_min > metadata.batch_opt ||
       metadata.batch_opt > metadata.batch_max) {
     throw std::invalid_argument("batch range");
   }
-  for (const auto& engine : document.at("artifacts").at("engines")) {
+  const auto& engines = document.at("artifacts").at("engines");
+  if (!engines.is_array() || engines.empty()) throw std::invalid_argument("it has no engines");
+  for (const auto& engine : engines) {
     detail::EngineFiles files;
     metadata.engines.push_back(parse_engine(engine, files));
     found.files.push_back(std::move(files));
@@ -143,15 +175,20 @@ const char* name(State state) noexcept {
 
 detail::Manifest detail::read_manifest(const fs::path& bundle) {
   const auto path = bundle / "manifest.json";
-  std::ifstream file(path, std::ios::binary);
-  if (!file) {
+  std::error_code unknown;
+  if (!fs::exists(path, unknown)) {
     throw Error(ErrorCode::bundle, bundle.string() +
-                                       ": not a bundle (no manifest.json that can be read): pass the directory that "
+                                       ": not a bundle (no manifest.json): pass the directory that "
                                        "`export-zoo export` wrote");
   }
+  json document;
   try {
-    const auto document = json::parse(file);
-    const auto version = document.at("schema_version").get<int>();
+    document = detail::read_json(path);
+  } catch (const std::runtime_error& damage) {
+    refuse(path, damage.what());
+  }
+  try {
+    const auto version = integer(document, "schema_version", 0);
     if (version != kSchemaVersion) {
       refuse(path, "schema version " + std::to_string(version) + ", this library reads " +
                        std::to_string(kSchemaVersion));

@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <array>
 #include <mutex>
 #include <vector>
@@ -14,6 +15,7 @@ namespace export_zoo::detail {
 
 namespace {
 
+constexpr int kMostThreads = 1024;
 constexpr std::array<const char*, 2> kNames{"libonnxruntime.so.1", "libonnxruntime.so"};
 
 // One ONNX Runtime for the whole process: its C++ API keeps the function table in a global.
@@ -25,10 +27,13 @@ struct Runtime {
 
 const Runtime& runtime(const std::filesystem::path& given) {
   static std::mutex mutex;
-  static std::unique_ptr<Runtime> loaded;
+  // Never destroyed: at exit ONNX Runtime's own statics, which came later, are gone before ours.
+  static const Runtime* loaded = nullptr;
   const std::lock_guard lock(mutex);
-  if (loaded) {
-    if (!given.empty() && std::filesystem::path(loaded->path) != given) {
+  if (loaded != nullptr) {
+    std::error_code unknown;
+    if (!given.empty() && std::filesystem::path(loaded->path) != given &&
+        !std::filesystem::equivalent(loaded->path, given, unknown)) {
       throw Error(ErrorCode::backend_version, "this process runs ONNX Runtime from " + loaded->path + ", and cannot load " +
                                                   given.string() + " beside it: give the same path everywhere");
     }
@@ -45,18 +50,30 @@ const Runtime& runtime(const std::filesystem::path& given) {
   }
   Ort::InitApi(api);
   auto fresh = std::make_unique<Runtime>();
-  fresh->env = Ort::Env(ORT_LOGGING_LEVEL_ERROR, "export_zoo");
+  try {
+    fresh->env = Ort::Env(ORT_LOGGING_LEVEL_ERROR, "export_zoo");
+  } catch (const Ort::Exception& error) {
+    throw Error(ErrorCode::runtime, library.path() + ": ONNX Runtime does not start: " + error.what());
+  }
   fresh->path = library.path();
   fresh->version = base->GetVersionString();
-  loaded = std::move(fresh);
+  loaded = fresh.release();
   return *loaded;
+}
+
+Ort::MemoryInfo cpu_memory() {
+  try {
+    return Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault);
+  } catch (const Ort::Exception& error) {
+    throw Error(ErrorCode::runtime, std::string("ONNX Runtime: ") + error.what());
+  }
 }
 
 class OnnxRuntimeRunner final : public Runner {
  public:
   OnnxRuntimeRunner(Ort::Session& session, const Metadata& metadata)
       : session_(session),
-        memory_(Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault)),
+        memory_(cpu_memory()),
         input_name_(metadata.input.name),
         output_name_(metadata.output.name),
         input_shape_(metadata.input.shape),
@@ -95,6 +112,10 @@ class OnnxRuntimeBackend final : public Backend {
       : metadata_(metadata) {
     const auto& here = runtime(options.onnxruntime);
     description_ = "ONNX Runtime " + here.version;
+    if (options.threads < 0 || options.threads > kMostThreads) {
+      throw Error(ErrorCode::runtime, "Options::threads is " + std::to_string(options.threads) + ": give 0 (all cores) to " +
+                                          std::to_string(kMostThreads));
+    }
     try {
       Ort::SessionOptions session;
       session.SetIntraOpNumThreads(options.threads);
@@ -106,8 +127,11 @@ class OnnxRuntimeBackend final : public Backend {
       }
       session_ = std::make_unique<Ort::Session>(here.env, engine.c_str(), session);
     } catch (const Ort::Exception& error) {
-      throw Error(ErrorCode::runtime, engine.string() + ": " + description_ + " cannot load it: " + error.what());
+      throw Error(ErrorCode::runtime, engine.string() + ": " + description_ + " cannot load it: " + error.what() +
+                                          ": it was verified with " + info.built_by +
+                                          ": use that version, or another engine of the bundle");
     }
+    check_ports(engine);
   }
 
   std::unique_ptr<Runner> runner() const override {
@@ -118,6 +142,31 @@ class OnnxRuntimeBackend final : public Backend {
   const std::string& description() const noexcept override { return description_; }
 
  private:
+  // The manifest says what buffers are made for.
+  void check_ports(const std::filesystem::path& engine) const {
+    const auto same = [](const Ort::TypeInfo& type, const Port& port) {
+      if (type.GetONNXType() != ONNX_TYPE_TENSOR) return false;
+      const auto info = type.GetTensorTypeAndShapeInfo();
+      const auto shape = info.GetShape();
+      return info.GetElementType() == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT && shape.size() == port.shape.size() &&
+             std::equal(shape.begin() + 1, shape.end(), port.shape.begin() + 1);
+    };
+    bool good = false;
+    try {
+      Ort::AllocatorWithDefaultOptions allocator;
+      good = session_->GetInputCount() == 1 && session_->GetOutputCount() == 1 &&
+             session_->GetInputNameAllocated(0, allocator).get() == metadata_.input.name &&
+             session_->GetOutputNameAllocated(0, allocator).get() == metadata_.output.name &&
+             same(session_->GetInputTypeInfo(0), metadata_.input) &&
+             same(session_->GetOutputTypeInfo(0), metadata_.output);
+    } catch (const Ort::Exception&) {
+    }
+    if (!good) {
+      throw Error(ErrorCode::bundle, engine.string() +
+                                         ": its input and output are not those of the manifest: export the bundle again");
+    }
+  }
+
   Metadata metadata_;
   std::string description_;
   std::unique_ptr<Ort::Session> session_;  // even an empty Ort::Session needs the library to be destroyed

@@ -17,6 +17,11 @@ constexpr std::int64_t kMaxSide = 65500;
 }  // namespace
 
 Preprocessor::Preprocessor(const PreprocessOptions& options) : options_(options), table_(3 * 256) {
+  for (const int side : {options.resize_size, options.crop_height, options.crop_width}) {
+    if (side < 1 || side > kMaxSide) {
+      throw Error(ErrorCode::shape, "preprocess: a side of " + std::to_string(side) + " pixels: take the options of a bundle");
+    }
+  }
   for (std::size_t channel = 0; channel < 3; ++channel) {
     for (std::size_t value = 0; value < 256; ++value) {
       // Each step rounded to float, as torchvision does.

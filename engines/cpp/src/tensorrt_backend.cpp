@@ -212,8 +212,8 @@ class TensorRTRunner final : public Runner {
     } catch (const Error&) {
       good = false;
     }
-    if (cuda_.cudaStreamEndCapture(stream, &graph) != cudaSuccess || !good || graph == nullptr) return nullptr;
-    if (cuda_.cudaGraphInstantiate(&executable, graph, 0) != cudaSuccess) executable = nullptr;
+    if (cuda_.cudaStreamEndCapture(stream, &graph) != cudaSuccess || graph == nullptr) return nullptr;
+    if (!good || cuda_.cudaGraphInstantiate(&executable, graph, 0) != cudaSuccess) executable = nullptr;
     static_cast<void>(cuda_.cudaGraphDestroy(graph));
     return executable;
   }
@@ -270,7 +270,7 @@ class TensorRTBackend final : public Backend {
       throw Error(ErrorCode::backend_version, library_.path() + " is " + description_ + ", this library was built for " +
                                                   std::to_string(NV_TENSORRT_MAJOR));
     }
-    if (!info.version_compatible && !info.built_by.starts_with(here)) {
+    if (!info.version_compatible && !(info.built_by + ".").starts_with(here + ".")) {
       throw Error(ErrorCode::backend_version, library_.path() + " is " + description_ + ", " + info.name +
                                                   " was built by " + info.built_by +
                                                   ": install that version, or export again");

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import PIL
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 ROOT = Path(__file__).parents[3]
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
@@ -99,6 +100,10 @@ def kinds(folder: Path, pictures: list[Image.Image], rng: random.Random) -> list
             exif[0x0112] = orientation
             save(f"{index}-turned{orientation}.jpg", image, exif=exif)
             save(f"{index}-turned{orientation}.png", image, exif=exif)
+            text = PngInfo()
+            profile = b"Exif\0\0" + exif.tobytes().removeprefix(b"Exif\0\0")
+            text.add_text("Raw profile type exif", f"\nexif\n{len(profile):8}\n{profile.hex()}\n", zip=True)
+            save(f"{index}-raw{orientation}.png", image, pnginfo=text)
         save(f"{index}-xmp.jpg", image, xmp=b'<x><rdf:Description tiff:Orientation="6"/></x>')
         save(f"{index}-xmp2.jpg", image, xmp=b"<x><tiff:Orientation>8</tiff:Orientation></x>")
         for mode in ("1", "L", "LA", "P", "RGBA", "RGB"):

@@ -140,7 +140,8 @@ TEST_F(Engine, HasTheStateThatTheNewestAttestationOfAMachineLikeThisOneSays) {
     support::write(bundle / "attestations/3.json", document.dump());
     EXPECT_EQ(state(), ez::State::verified) << pointer << " is none of this bundle, machine or engine";
   }
-  for (const auto* text : {"", "{", "null", "[]"}) {
+  const auto deep = "{\"schema_version\":" + std::string(1000000, '[') + std::string(1000000, ']') + "}";
+  for (const auto& text : {std::string(), std::string("{"), std::string("null"), std::string("[]"), deep}) {
     support::write(bundle / "attestations/4.json", text);
     EXPECT_EQ(state(), ez::State::verified);
   }
@@ -163,6 +164,27 @@ TEST_F(Engine, OfTensorRTIsNotReplacedByTheCpuInSilence) {
   // Built without TensorRT, or without a library or a device here.
   EXPECT_THAT(error_of([&] { static_cast<void>(ez::Engine::load(bundle, options)); }).first,
               testing::AnyOf(ez::ErrorCode::state, ez::ErrorCode::backend_missing, ez::ErrorCode::device));
+}
+
+TEST_F(Engine, WhosePortsAreNotThoseOfTheManifestIsRefused) {
+  for (const auto& [pointer, value] : std::vector<std::pair<const char*, nlohmann::json>>{
+           {"/recipe/output/shape", {"batch", 999}}, {"/recipe/input/name", "image"}, {"/recipe/output/name", "scores"}}) {
+    const auto bundle = copy();
+    change(bundle, pointer, value);
+    const auto [code, message] = error_of([&] { static_cast<void>(ez::Engine::load(bundle)); });
+    EXPECT_EQ(code, ez::ErrorCode::bundle) << pointer;
+    EXPECT_THAT(message, HasSubstr("not those of the manifest"));
+    fs::remove_all(bundle);
+  }
+}
+
+TEST_F(Engine, RefusesThreadsThatCannotBe) {
+  ez::Options options;
+  for (const int threads : {-1, 100000}) {
+    options.threads = threads;
+    EXPECT_THAT(error_of([&] { static_cast<void>(ez::Engine::load(bundles() / "resnet18.bundle", options)); }).second,
+                HasSubstr("Options::threads"));
+  }
 }
 
 TEST_F(Engine, WhoseFileWasChangedIsRefused) {

@@ -1,5 +1,7 @@
 // Images that cannot be decoded are refused; odd ones have a defined outcome. Bit-equality: check_preprocess.py.
 
+#include <limits>
+
 #include <gmock/gmock.h>
 
 #include <export_zoo/postprocess.hpp>
@@ -74,6 +76,11 @@ TEST(Decode, RefusesProgressiveFilesOfThousandsOfScans) {
               HasSubstr("scans"));
 }
 
+TEST(Preprocess, RefusesOptionsThatAreOfNoBundle) {
+  EXPECT_EQ(error_of([] { ez::Preprocessor(ez::PreprocessOptions()); }).first, ez::ErrorCode::shape);
+  EXPECT_EQ(error_of([] { ez::Preprocessor(options_of(-1, 8, 8)); }).first, ez::ErrorCode::shape);
+}
+
 TEST(Preprocess, RefusesRoomOfTheWrongSizeAndImagesThatAreNone) {
   const ez::Preprocessor preprocess(options_of(8, 8, 8));
   std::vector<float> out(preprocess.size() - 1);
@@ -108,6 +115,10 @@ TEST(Postprocess, TopKIsOrderedAndNeverLongerThanThereAreClasses) {
   EXPECT_EQ(found[1].index, 2U);
   EXPECT_EQ(found[2].index, 0U);
   EXPECT_EQ(ez::top_k(scores, 10).size(), 4U);
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  const auto odd = ez::top_k(std::vector<float>{nan, 1, nan, 3, 2}, 5);
+  EXPECT_EQ((std::vector<std::size_t>{odd[0].index, odd[1].index, odd[2].index, odd[3].index, odd[4].index}),
+            (std::vector<std::size_t>{3, 4, 1, 0, 2}));
 }
 
 }  // namespace

@@ -95,8 +95,27 @@ TEST_F(Metadata, ThatPointsOutsideTheBundleIsRefused) {
   }
 }
 
+TEST_F(Metadata, ThatIsADirectoryIsRefused) {
+  std::filesystem::create_directory(directory_.path() / "manifest.json");
+  const auto [code, message] = error_of([&] { static_cast<void>(ez::read_metadata(directory_.path())); });
+  EXPECT_EQ(code, ez::ErrorCode::bundle);
+  EXPECT_THAT(message, HasSubstr("manifest.json: not a file"));
+}
+
+TEST_F(Metadata, ThatIsNestedAMillionDeepIsRefused) {
+  const std::string open(1000000, '[');
+  EXPECT_THAT(error_with("{\"schema_version\":" + open + std::string(1000000, ']') + "}").second, HasSubstr("too deep"));
+}
+
 TEST_F(Metadata, WithValuesThatCannotBeIsRefused) {
   const std::vector<std::pair<const char*, json>> changes{
+      {"/schema_version", 4294967297},               {"/schema_version", true},
+      {"/schema_version", 1.5},                      {"/recipe/preprocess/resize_size", 255.9},
+      {"/recipe/preprocess/crop_width", 64 + 4294967296}, {"/recipe/batch/min", true},
+      {"/recipe/preprocess/std", {0.2, 0, 0.2}},     {"/recipe/preprocess/mean", {0.1, 0.1, 0.1, 0.1}},
+      {"/recipe/versions/pillow", "new"},            {"/recipe/output/shape", {"batch", 4611686018427387904}},
+      {"/artifacts/engines", json::array()},         {"/artifacts/engines", json::object()},
+      {"/artifacts/engines", nullptr},               {"/artifacts/engines/0/file/size_bytes", -1},
       {"/recipe/input/shape", {"batch", 3, 64, 63}}, {"/recipe/input/shape", {4, 3, 64, 64}},
       {"/recipe/output/shape", {"batch", -5}},       {"/recipe/batch/min", 9},
       {"/recipe/preprocess/crop_height", 0},         {"/recipe/preprocess/interpolation", "lanczos"},

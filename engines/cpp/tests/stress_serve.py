@@ -98,6 +98,86 @@ async def stress(port: int, bundles: Path, count: int, engine: str) -> tuple[Cou
     return seen, wrong
 
 
+def ask(port: int, text: bytes) -> bytes:
+    """All that the server answers to these bytes until it closes."""
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as client:
+        client.sendall(text)
+        found = b""
+        try:
+            while part := client.recv(65536):
+                found += part
+        except ConnectionResetError:
+            pass
+        return found
+
+
+def manners(port: int, image: bytes) -> list[str]:
+    """What clients do wrong one at a time: each gets one answer, of this status, and the connection is closed."""
+    post = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\n"
+    whole = post + b"Content-Length: %d\r\n" % len(image)
+    form = (
+        b'--x\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n'
+        + image
+        + b"\r\n--x--\r\n"
+    )
+    cases = {
+        "good": (200, whole + b"\r\n" + image),
+        "pipelined": (200, (whole + b"\r\n" + image) * 2),
+        "no body": (411, post + b"\r\n"),
+        "form": (
+            415,
+            post
+            + b"Content-Type: multipart/form-data; boundary=x\r\nContent-Length: %d\r\n\r\n" % len(form)
+            + form,
+        ),
+        "negative": (400, post + b"Content-Length: -1\r\n\r\n"),
+        "enormous": (413, post + b"Content-Length: 99999999999999999999999\r\n\r\n"),
+        "late": (408, post + b"Content-Length: 1000\r\n\r\n" + b"x" * 10),
+        "no gzip": (
+            400,
+            whole + b"Content-Encoding: gzip\r\n\r\n" + b"GET /metrics HTTP/1.1\r\n\r\n" + image,
+        ),
+        "GET with a body": (
+            200,
+            b"GET /healthz HTTP/1.1\r\nContent-Length: 40\r\n\r\nGET /metrics HTTP/1.1\r\n\r\n",
+        ),
+        "large top": (
+            400,
+            whole.replace(b"predict", b"predict?top=99999999999999999999999") + b"\r\n" + image,
+        ),
+        "empty top": (400, whole.replace(b"predict", b"predict?top=") + b"\r\n" + image),
+        "elsewhere": (404, b"GET /v2 HTTP/1.1\r\n\r\n"),
+    }
+    wrong = []
+    for name, (status, text) in cases.items():
+        answer = ask(port, text)
+        if not answer.startswith(b"HTTP/1.1 %d " % status) or answer.count(b"HTTP/1.1 ") != 1:
+            wrong.append(f"{name}: {answer[:200]!r}")
+        if b"EXCEPTION" in answer:
+            wrong.append(f"{name}: tells of its inside")
+    return wrong
+
+
+def second_on_the_port(command: list[str]) -> list[str]:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return [] if done.returncode == 1 and "cannot listen" in done.stderr else [f"second server: {done}"]
+
+
+def ended_early(command: list[str]) -> list[str]:
+    """SIGTERM at any moment of the start ends it."""
+    wrong = []
+    for milliseconds in range(0, 200, 10):
+        server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        time.sleep(milliseconds / 1000)
+        server.terminate()
+        try:
+            server.wait(20)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            wrong.append(f"SIGTERM after {milliseconds} ms is lost")
+    return wrong
+
+
 def get(port: int, path: str) -> str:
     with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=10) as answer:
         return answer.read().decode()
@@ -110,7 +190,9 @@ def main() -> int:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # the server inherits it
     command = [program, bundles / f"{MODEL}.bundle", "--port", port, "--timeout", TIMEOUT]
     command += ["--queue", 64, "--max-bytes", 1_000_000]
-    server, engine = subprocess.Popen([*map(str, command)]), ""
+    admin = free_port()
+    command = [*map(str, command), "--admin-port", str(admin)]
+    server, engine = subprocess.Popen(command), ""
     try:
         for _ in range(100):
             try:
@@ -124,14 +206,16 @@ def main() -> int:
             print("it does not come up")
             return 1
         seen, wrong = asyncio.run(stress(port, bundles, count, engine))
-        status, _ = asyncio.run(post(port, bytes(2_000_000)))
-        wrong += [] if status == 413 else [f"too large: {status}"]
         answered = sum(n for (_, code), n in seen.items() if code == 200)
-        if f'requests_total{{status="200"}} {answered}\n' not in get(port, "/metrics"):
-            wrong.append("the metrics tell another number of answers")
+        for where in (port, admin):
+            if f'requests_total{{status="200"}} {answered}\n' not in get(where, "/metrics"):
+                wrong.append("the metrics tell another number of answers")
+        wrong += manners(port, (bundles / "images" / "00-baseline.jpg").read_bytes())
+        wrong += second_on_the_port(command)
     finally:
         server.send_signal(signal.SIGTERM)
         code = server.wait(60)
+    wrong += ended_early(command)
     print(*(f"{kind} {status}: {n}" for (kind, status), n in sorted(seen.items())), sep="\n")
     print("\n".join(wrong[:20]), f"{len(wrong)} wrong, exit code {code}")
     return int(bool(wrong) or code != 0 or not seen["valid", 200])

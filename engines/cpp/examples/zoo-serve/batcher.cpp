@@ -56,6 +56,7 @@ std::vector<Batcher::Item> Batcher::next() {
   if (queue_.empty()) return {};
   changed_.wait_for(lock, limits_.wait, [this] { return closing_ || coming_ == 0 || queue_.size() >= limits_.batch; });
   std::vector<Item> batch;
+  batch.reserve(limits_.batch);
   while (!queue_.empty() && batch.size() < limits_.batch) {
     batch.push_back(std::move(queue_.front()));
     queue_.pop_front();
@@ -66,9 +67,10 @@ std::vector<Batcher::Item> Batcher::next() {
 void Batcher::work() {
   std::vector<float> inputs;
   for (auto batch = next(); !batch.empty(); batch = next()) {
-    inputs.clear();
-    for (const auto& item : batch) inputs.insert(inputs.end(), item.input.begin(), item.input.end());
+    std::size_t answered = 0;
     try {
+      inputs.clear();
+      for (const auto& item : batch) inputs.insert(inputs.end(), item.input.begin(), item.input.end());
       const auto logits = context_.infer(inputs, static_cast<std::int64_t>(batch.size()));
       const auto classes = static_cast<std::ptrdiff_t>(logits.size() / batch.size());
       ++batches_;
@@ -77,9 +79,10 @@ void Batcher::work() {
       for (auto& item : batch) {
         item.logits.set_value({from, from + classes});
         from += classes;
+        ++answered;
       }
     } catch (...) {
-      for (auto& item : batch) item.logits.set_exception(std::current_exception());
+      for (; answered < batch.size(); ++answered) batch[answered].logits.set_exception(std::current_exception());
     }
   }
 }

@@ -11,11 +11,11 @@
 #include <chrono>
 #include <csignal>
 #include <cstdint>
+#include <cstdlib>
+#include <iomanip>
 #include <iostream>
-#include <limits>
 #include <map>
 #include <mutex>
-#include <optional>
 #include <semaphore>
 #include <sstream>
 #include <string>
@@ -52,6 +52,8 @@ struct Settings {
   std::uint64_t max_pixels = 50'000'000;
   std::size_t threads = 256;
   int timeout_s = 5;
+  int grace_s = 30;
+  int admin_port = 0;
 };
 
 // What /metrics tells.
@@ -69,6 +71,7 @@ class Metrics {
   std::string text(const zoo_serve::Batcher& batcher) const {
     const std::lock_guard lock(mutex_);
     std::ostringstream out;
+    out << std::setprecision(17);  // sums grow
     out << "# TYPE zoo_serve_requests_total counter\n";
     for (const auto& [status, count] : answers_) {
       out << "zoo_serve_requests_total{status=\"" << status << "\"} " << count << '\n';
@@ -100,6 +103,16 @@ class Server : public httplib::Server {
   void widen() { ::listen(svr_sock_, SOMAXCONN); }
 };
 
+// No second server on the same port, which httplib allows.
+void own_port(socket_t socket) {
+  const int yes = 1;
+  static_cast<void>(setsockopt(socket, SOL_SOCKET, SO_REUSEADDR, &yes, sizeof(yes)));
+}
+
+struct BadQuery : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
 class Service {
  public:
   explicit Service(const Settings& settings)
@@ -110,14 +123,85 @@ class Service {
         decoders_(std::max(1U, std::thread::hardware_concurrency())) {
     server_.new_task_queue = [this] { return new httplib::ThreadPool(settings_.threads); };
     server_.set_payload_max_length(settings.max_bytes);
-    server_.set_keep_alive_max_count(std::numeric_limits<std::size_t>::max());
+    // One request a connection: httplib would take the rest of a body that was refused for the next request.
+    server_.set_keep_alive_max_count(1);
     server_.set_tcp_nodelay(true);  // or each answer's body waits 40 ms for the acknowledgement of its head
+    server_.set_socket_options(own_port);
+    server_.set_pre_routing_handler([this](const auto& request, auto& response) { return admit(request, response); });
+    server_.set_exception_handler([this](const auto&, auto& response, const std::exception_ptr&) {
+      response.status = 500;
+      reply(response, {{"error", "unexpected"}});
+      metrics_.answered(500, {});
+    });
     server_.set_read_timeout(settings.timeout_s);
     server_.set_write_timeout(settings.timeout_s);
     // With a reader of its own: a body that curl calls a form would be cut at 8 KiB.
     server_.Post("/v1/predict", [this](const httplib::Request& request, httplib::Response& response,
                                        const httplib::ContentReader& reader) { predict(request, response, reader); });
-    server_.Get("/healthz", [this](const auto&, auto& response) {
+    server_.set_error_handler([](const auto&, auto& response) {
+      if (response.body.empty()) reply(response, {{"error", "HTTP " + std::to_string(response.status)}});
+    });
+    tell(server_);
+    tell(admin_);
+    admin_.set_keep_alive_max_count(1);
+    admin_.set_tcp_nodelay(true);
+    admin_.set_socket_options(own_port);
+  }
+
+  // Until stop() is called. False if the port cannot be had.
+  bool run() {
+    const bool served = serve();
+    ended_ = true;
+    return served;
+  }
+
+  // Lets those that wait finish, for --grace seconds; then ends the process, with code 1.
+  void stop() {
+    stopping_ = true;
+    const auto deadline = Clock::now() + std::chrono::seconds(settings_.grace_s);
+    while (!ended_) {
+      server_.stop();  // does nothing while the server does not run yet
+      if (Clock::now() > deadline) {
+        std::cerr << "zoo-serve: requests did not end within " << settings_.grace_s << " s\n";
+        std::_Exit(1);
+      }
+      std::this_thread::sleep_for(std::chrono::milliseconds(10));
+    }
+  }
+
+ private:
+  bool serve() {
+    if (!server_.bind_to_port(settings_.host.c_str(), settings_.port)) return false;
+    server_.widen();
+    std::thread admin;
+    if (settings_.admin_port > 0) {
+      if (!admin_.bind_to_port(settings_.host.c_str(), settings_.admin_port)) return false;
+      admin = std::thread([this] {
+        admin_.listen_after_bind();
+        admin_ended_ = true;
+      });
+    }
+    const auto& info = engine_.info();
+    std::cout << "zoo-serve: " << engine_.metadata().model << ' ' << info.name << " (" << name(info.state) << ", "
+              << engine_.backend() << ") on http://" << settings_.host << ':' << settings_.port << std::endl;
+    const bool served = stopping_ || server_.listen_after_bind();
+    if (admin.joinable()) {
+      while (!admin_ended_) {
+        admin_.stop();  // does nothing while it does not run yet
+        std::this_thread::sleep_for(std::chrono::milliseconds(1));
+      }
+      admin.join();
+    }
+    return served;
+  }
+
+  static void reply(httplib::Response& response, const nlohmann::json& document) {
+    response.set_content(document.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace) + "\n",
+                         "application/json");
+  }
+
+  void tell(httplib::Server& server) {
+    server.Get("/healthz", [this](const auto&, auto& response) {
       response.status = stopping_ ? 503 : 200;
       reply(response, {{"status", stopping_ ? "stopping" : "ok"},
                        {"model", engine_.metadata().model},
@@ -125,33 +209,42 @@ class Service {
                        {"state", name(engine_.info().state)},
                        {"backend", engine_.backend()}});
     });
-    server_.Get("/metrics", [this](const auto&, auto& response) {
+    server.Get("/metrics", [this](const auto&, auto& response) {
       response.set_content(metrics_.text(batcher_), "text/plain; version=0.0.4");
     });
-    server_.set_error_handler([](const auto&, auto& response) {
-      if (response.body.empty()) reply(response, {{"error", "HTTP " + std::to_string(response.status)}});
-    });
   }
 
-  // Until stop() is called. False if the port cannot be had.
-  bool run() {
-    if (!server_.bind_to_port(settings_.host.c_str(), settings_.port)) return false;
-    server_.widen();
-    const auto& info = engine_.info();
-    std::cout << "zoo-serve: " << engine_.metadata().model << ' ' << info.name << " (" << name(info.state) << ", "
-              << engine_.backend() << ") on http://" << settings_.host << ':' << settings_.port << std::endl;
-    return server_.listen_after_bind();
+  void refuse(httplib::Response& response, int status, const std::string& why) {
+    response.status = status;
+    reply(response, {{"error", why}});
+    metrics_.answered(status, {});
   }
 
-  void stop() {
-    stopping_ = true;
-    server_.stop();
-  }
-
- private:
-  static void reply(httplib::Response& response, const nlohmann::json& document) {
-    response.set_content(document.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace) + "\n",
-                         "application/json");
+  // What is refused by its head: httplib would read the body to its end first.
+  httplib::Server::HandlerResponse admit(const httplib::Request& request, httplib::Response& response) {
+    using Handled = httplib::Server::HandlerResponse;
+    if (request.method != "POST") return Handled::Unhandled;
+    const auto length = request.get_header_value("Content-Length");
+    if (length.empty()) {
+      if (request.has_header("Transfer-Encoding")) return Handled::Unhandled;
+      refuse(response, 411, "no body: send the image itself, curl --data-binary @cat.jpg");
+      return Handled::Handled;
+    }
+    std::uint64_t size = 0;
+    const auto [end, failed] = std::from_chars(length.data(), length.data() + length.size(), size);
+    if (end != length.data() + length.size() || (failed != std::errc() && failed != std::errc::result_out_of_range)) {
+      refuse(response, 400, "Content-Length: " + length + " is no length");
+      return Handled::Handled;
+    }
+    if (failed != std::errc() || size > settings_.max_bytes) {
+      refuse(response, 413, "more than " + std::to_string(settings_.max_bytes) + " bytes: --max-bytes");
+      return Handled::Handled;
+    }
+    if (request.is_multipart_form_data()) {
+      refuse(response, 415, "a form: send the image itself, curl --data-binary @cat.jpg");
+      return Handled::Handled;
+    }
+    return Handled::Unhandled;
   }
 
   zoo_serve::Limits limits() const {
@@ -184,13 +277,17 @@ class Service {
     }
     try {
       const auto top = wanted(request);
+      const bool with_logits = request.get_param_value("logits") == "1";
       zoo_serve::Batcher::Coming coming(batcher_);
       const auto logits = coming.submit(prepare(body)).get();
-      reply(response, answer(logits, top, request.has_param("logits")));
+      reply(response, answer(logits, top, with_logits));
     } catch (const zoo_serve::Busy& error) {
       response.status = 503;
       response.set_header("Retry-After", "1");
       reply(response, {{"error", error.what()}});
+    } catch (const BadQuery& error) {
+      response.status = 400;
+      reply(response, {{"error", error.what()}, {"code", "query"}});
     } catch (const ez::Error& error) {
       response.status = error.code() == ez::ErrorCode::image ? 400 : 500;
       reply(response, {{"error", error.what()}, {"code", name(error.code())}});
@@ -221,9 +318,8 @@ class Service {
     if (!request.has_param("top")) return top;
     const auto text = request.get_param_value("top");
     const auto* end = text.data() + text.size();
-    if (std::from_chars(text.data(), end, top).ptr != end || top < 1) {
-      throw ez::Error(ez::ErrorCode::image, "top=" + text + " is no number of classes");
-    }
+    const auto [read, failed] = std::from_chars(text.data(), end, top);
+    if (read != end || failed != std::errc() || top < 1) throw BadQuery("top=" + text + " is no number of classes");
     return top;
   }
 
@@ -243,9 +339,12 @@ class Service {
   ez::Preprocessor preprocess_;
   Metrics metrics_;
   std::atomic<bool> stopping_ = false;
+  std::atomic<bool> ended_ = false;
+  std::atomic<bool> admin_ended_ = false;
   zoo_serve::Batcher batcher_;
   std::counting_semaphore<> decoders_;
   Server server_;
+  httplib::Server admin_;
 };
 
 }  // namespace
@@ -257,7 +356,15 @@ int main(int argc, char** argv) {
   app.add_option("--host", settings.host, "Address to listen on")->capture_default_str();
   app.add_option("--port", settings.port, "Port to listen on")->check(CLI::Range(1, 65535))->capture_default_str();
   app.add_option("--engine", settings.engine.engine, "Name, such as onnxruntime-int8 (default: the fastest verified)");
-  app.add_option("--ort-threads", settings.engine.threads, "Of ONNX Runtime (default: all cores)");
+  app.set_version_flag("--version", EXPORT_ZOO_VERSION);
+  app.add_option("--onnxruntime", settings.engine.onnxruntime, "libonnxruntime.so.1 to load (or $EXPORT_ZOO_ONNXRUNTIME)");
+  app.add_option("--tensorrt", settings.engine.tensorrt, "libnvinfer or libtensorrt_rtx to load");
+  const std::map<std::string, ez::State> states{
+      {"built", ez::State::built}, {"graph", ez::State::graph_verified}, {"verified", ez::State::verified}};
+  app.add_option("--state", settings.engine.least, "Weakest state to load: built, graph (default) or verified")
+      ->transform(CLI::CheckedTransformer(states));
+  app.add_option("--ort-threads", settings.engine.threads, "Of ONNX Runtime (default: all cores)")
+      ->check(CLI::Range(0, 1024));
   app.add_option("--max-batch", settings.batch, "Most images at once (default: the bundle's optimum)");
   app.add_option("--max-wait-us", settings.wait_us, "Longest that one waits for others")
       ->check(CLI::Range(0, 10000000))
@@ -268,12 +375,21 @@ int main(int argc, char** argv) {
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
   app.add_option("--threads", settings.threads, "Connections at once; more wait")
-      ->check(CLI::PositiveNumber)
+      ->check(CLI::Range(1, 10000))
       ->capture_default_str();
+  app.add_option("--grace", settings.grace_s, "Seconds that requests have to end after SIGTERM")
+      ->check(CLI::Range(0, 3600))
+      ->capture_default_str();
+  app.add_option("--admin-port", settings.admin_port, "Port for /healthz and /metrics alone, which clients cannot occupy")
+      ->check(CLI::Range(1, 65535));
   app.add_option("--timeout", settings.timeout_s, "Seconds for a slow client")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
-  CLI11_PARSE(app, argc, argv);
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& error) {
+    return app.exit(error) == 0 ? 0 : 2;
+  }
 
   // Signals are waited for by one thread; all others inherit the mask.
   sigset_t signals;
@@ -292,11 +408,15 @@ int main(int argc, char** argv) {
     if (!served) kill(getpid(), SIGTERM);  // wakes the waiter
     waiter.join();
     if (!served) {
-      std::cerr << "zoo-serve: cannot listen on " << settings.host << ':' << settings.port << '\n';
+      std::cerr << "zoo-serve: cannot listen on " << settings.host << ':' << settings.port
+                << (settings.admin_port > 0 ? ", or on --admin-port" : "") << '\n';
       return 1;
     }
   } catch (const ez::Error& error) {
     std::cerr << "zoo-serve: " << error.what() << " (" << name(error.code()) << ")\n";
+    return 1;
+  } catch (const std::exception& error) {
+    std::cerr << "zoo-serve: " << error.what() << '\n';
     return 1;
   }
   return 0;

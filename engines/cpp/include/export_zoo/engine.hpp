@@ -26,7 +26,8 @@ class EngineState;
 class ContextState;
 }  // namespace detail
 
-/// What one thread runs an engine with: it owns the buffers and, on a GPU, the stream. Not to be shared.
+/// What one thread runs an engine with: it owns the buffers and, on a GPU, the stream. Not to be shared. One that was
+/// moved from may only be destroyed or assigned to. Threads must not be in infer() when the process calls exit().
 class EXPORT_ZOO_API Context {
  public:
   Context(Context&&) noexcept;
@@ -45,7 +46,8 @@ class EXPORT_ZOO_API Context {
   std::unique_ptr<detail::ContextState> state_;
 };
 
-/// A loaded engine: immutable, cheap to copy, shared by all threads.
+/// A loaded engine: immutable, cheap to copy, shared by all threads. One that was moved from may only be destroyed or
+/// assigned to.
 class EXPORT_ZOO_API Engine {
  public:
   /// Load an engine after checking its files' hashes. What `export-zoo verify` attested in the bundle on a machine like

@@ -48,7 +48,7 @@ struct EngineInfo {
   std::string precision;  ///< "fp32", "fp16", "int8"
   State state = State::built;
   std::uint64_t size_bytes = 0;
-  std::string built_by;           ///< of TensorRT: the version, which must be the same to run it
+  std::string built_by;           ///< version of the library that it was built for; of TensorRT it must be the same
   std::vector<std::string> compute_capabilities;  ///< of TensorRT: GPUs that it was built for, "8.9"
   bool hardware_compatible = false;               ///< of TensorRT: runs on other GPUs, too
   bool version_compatible = false;                ///< of TensorRT: runs with later versions, too

@@ -29,6 +29,7 @@ inline constexpr std::uint64_t kMostPixels = 178'956'970;
 /// Images to the network's input, with the bits that torchvision's eval transforms and Pillow make of them at export.
 class EXPORT_ZOO_API Preprocessor {
  public:
+  /// Throws Error (shape) where a size is not 1 to 65,500.
   explicit Preprocessor(const PreprocessOptions& options);
 
   /// Values of one image: 3 * height * width.
