@@ -51,6 +51,7 @@ class Source(_Model):
     name: str
     num_classes: int
     transform_input: bool | None = Field(description="googlenet and inception_v3 only; else null.")
+    arguments: dict[str, str] = Field(default={}, description="Further ones of the model's function.")
     weights: Weights
 
 

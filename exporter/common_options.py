@@ -103,6 +103,13 @@ _MODEL_OPTIONS = (
         help="Classes of the head. Default: that of the zoo's weights.",
     ),
     click.option(
+        "--model-arg",
+        "model_args",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="Argument of torchvision's model function: replace_stride_with_dilation=[false,true,true]. Repeatable.",
+    ),
+    click.option(
         "--init-missing",
         multiple=True,
         metavar="PATTERN",

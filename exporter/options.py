@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -140,9 +140,23 @@ def model_options(given: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **{name: given[name] for name in same.split()},
         "init_missing": tuple(given["init_missing"]),
+        "model_args": parse_model_args(given["model_args"]),
         "input_size": parse_size(given["input_size"]) if given["input_size"] else None,
         "cache": not given["no_cache"],
     }
+
+
+def parse_model_args(texts: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    """`KEY=VALUE` each; the last of several of one key counts."""
+    found = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key.isidentifier():
+            raise UsageError(
+                f"--model-arg {text!r}: not KEY=VALUE", hint="for example --model-arg zero_init_residual=true"
+            )
+        found[key] = value
+    return tuple(sorted(found.items()))
 
 
 def parse_steps(text: str) -> tuple[str, ...]:
@@ -172,6 +186,7 @@ class ExportOptions:
     transforms: str | None = None
     num_classes: int | None = None
     init_missing: tuple[str, ...] = ()
+    model_args: tuple[tuple[str, str], ...] = ()
     transform_input: bool | None = None
     input_size: tuple[int, int] | None = None
     resize_size: int | None = None

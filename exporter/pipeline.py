@@ -106,6 +106,7 @@ def _recipe(
             name=spec.name,
             num_classes=spec.num_classes,
             transform_input=spec.transform_input,
+            arguments=dict(spec.model_args),
             weights=manifest.Weights(
                 kind=spec.weights_kind,
                 name=spec.weights_name,

@@ -218,7 +218,9 @@ def load_into(
     try:
         result = model.load_state_dict({n: t for n, t in state.items() if n not in misshaped}, strict=False)
     except RuntimeError as error:
-        raise BadInputError(f"--weights {origin}: {error}", hint=_ARCHITECTURE) from error
+        text = " ".join(str(error).split())  # PyTorch lists every parameter
+        text = text if len(text) < 300 else f"{text[:300]}..."
+        raise BadInputError(f"--weights {origin}: {text}", hint=_ARCHITECTURE) from error
     absent = [name for name in result.missing_keys if name not in misshaped]
 
     def allowed(name: str) -> bool:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import re
 import warnings
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torchvision
+import yaml
 from torch import nn
 from torchvision.models import WeightsEnum, get_model, get_model_weights
 from torchvision.models.resnet import BasicBlock, Bottleneck
@@ -44,6 +46,8 @@ class ModelSpec:
     weights_path: Path | None
     transform_input: bool | None
     init_missing: tuple[str, ...]
+    model_args: tuple[tuple[str, str], ...]
+    """Of torchvision's function, as they were written."""
     seed: int
     preprocess: Preprocess
     labels: tuple[str, ...]
@@ -138,6 +142,47 @@ def _summary(name: str, p: Preprocess) -> str:
     return f"{name} ({sizes}, mean {list(p.mean)}, std {list(p.std)})"
 
 
+_OTHER_OPTIONS = {
+    "weights": "--weights",
+    "num_classes": "--num-classes",
+    "image_size": "--input-size",
+    "input_size": "--input-size",
+    "transform_input": "--transform-input",
+    "init_weights": "--weights none",
+    "aux_logits": "a file that has them, or not",
+    "progress": "nothing: it changes no model",
+}
+_LAYER = re.compile(r"(?:torch\.)?(?:nn\.)?([A-Z]\w*)(?:\((\d+)\))?")
+
+
+def model_argument(key: str, text: str) -> Any:
+    """The value of a `--model-arg`: YAML (numbers, true, lists, words), or for `*_layer` a class of `torch.nn`.
+
+    `norm_layer=GroupNorm(8)` passes 8 as the class's first argument.
+
+    Raises:
+        UsageError: an argument that has an option of its own, or a value that is none.
+    """
+    if key in _OTHER_OPTIONS:
+        raise UsageError(f"--model-arg {key}: use {_OTHER_OPTIONS[key]}", hint="leave it out")
+    if key.endswith("_layer"):
+        match = _LAYER.fullmatch(text)
+        layer = getattr(nn, match[1], None) if match is not None else None
+        if match is None or not (isinstance(layer, type) and issubclass(layer, nn.Module)):
+            raise UsageError(
+                f"--model-arg {key}={text}: no class of torch.nn",
+                hint=f"for example --model-arg {key}=GroupNorm(8)",
+            )
+        return layer if match[2] is None else partial(layer, int(match[2]))
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(
+            f"--model-arg {key}={text}: not a number, true, false, a list or a word",
+            hint=f"for example --model-arg {key}=[1,2]",
+        ) from error
+
+
 def resolve(options: ExportOptions) -> ModelSpec:
     """From options to the model that they mean; finds or downloads the weights file.
 
@@ -153,6 +198,8 @@ def resolve(options: ExportOptions) -> ModelSpec:
             f"--transform-input: {name} has no such option",
             hint=f"it is for {' and '.join(TRANSFORM_INPUT_MODELS)}",
         )
+    for key, text in options.model_args:
+        model_argument(key, text)
     known: WeightsEnum | None = None
     path: Path | None = None
     sha256 = ""
@@ -192,6 +239,7 @@ def resolve(options: ExportOptions) -> ModelSpec:
         weights_path=path,
         transform_input=transform_input,
         init_missing=options.init_missing,
+        model_args=options.model_args,
         seed=options.seed,
         preprocess=preprocess,
         labels=categories if trained_labels else (),
@@ -206,6 +254,7 @@ def build(spec: ModelSpec) -> tuple[nn.Module, list[str]]:
     """
     state = weights_room.read_state_dict(spec.weights_path) if spec.weights_path is not None else None
     arguments: dict[str, Any] = {"num_classes": spec.num_classes}
+    arguments |= {key: model_argument(key, text) for key, text in spec.model_args}
     height, width = spec.preprocess.crop_height, spec.preprocess.crop_width
     if spec.name.startswith("vit_"):
         arguments["image_size"] = height
@@ -222,6 +271,12 @@ def build(spec: ModelSpec) -> tuple[nn.Module, list[str]]:
         try:
             model = get_model(spec.name, weights=None, **arguments)
         except Exception as error:
+            if spec.model_args:
+                given = " ".join(f"--model-arg {key}={text}" for key, text in spec.model_args)
+                raise BadInputError(
+                    f"{given}: {spec.name} cannot be built with that: {error}",
+                    hint="see the arguments of torchvision's function and of its class",
+                ) from error
             raise BadInputError(
                 f"{spec.name} cannot be built for input {height}x{width}: {error}",
                 hint="choose another --input-size",
@@ -274,7 +329,8 @@ def _make_usable(model: nn.Module, spec: ModelSpec) -> None:
             nn.init.ones_(scale)
         if isinstance(module, nn.Linear) and name.startswith("heads"):
             module.reset_parameters()
-        if (last := _last_norm_of_branch(module)) is not None:
+        last = _last_norm_of_branch(module)
+        if last is not None and getattr(last, "weight", None) is not None:  # InstanceNorm2d has none
             nn.init.constant_(last.weight, RESIDUAL_GAIN)
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     if not norms:
