@@ -14,7 +14,8 @@ from exporter.report import make_console
 
 @dataclass(frozen=True)
 class ListedWeights:
-    """Weights of a model; sizes in pixels, `top1` in percent on ImageNet, None where it is not known."""
+    """Weights of a model; sizes in pixels, `gflops` of one image (10^9 multiply-adds) as torchvision gives them,
+    `top1` in percent on ImageNet, None where it is not known."""
 
     model: str
     weights: str
@@ -22,6 +23,7 @@ class ListedWeights:
     resize_size: int
     interpolation: str
     params: int
+    gflops: float
     top1: float | None
 
 
@@ -50,6 +52,7 @@ def listed(pattern: str) -> list[ListedWeights]:
                     resize_size=p.resize_size,
                     interpolation=p.interpolation,
                     params=weights.meta["num_params"],
+                    gflops=float(weights.meta["_ops"]),
                     top1=top1 if math.isfinite(top1) else None,  # VGG16's feature extractor has NaN
                 )
             )
@@ -61,7 +64,16 @@ def print_models(found: Sequence[ListedWeights]) -> None:
     from rich.table import Table
 
     table = Table()
-    for column in ("model", "weights", "input", "resize", "interpolation", "params", "ImageNet top-1"):
+    for column in (
+        "model",
+        "weights",
+        "input",
+        "resize",
+        "interpolation",
+        "params",
+        "GFLOPs",
+        "ImageNet top-1",
+    ):
         table.add_column(
             column, justify="left" if column in ("model", "weights", "interpolation") else "right"
         )
@@ -73,6 +85,7 @@ def print_models(found: Sequence[ListedWeights]) -> None:
             str(row.resize_size),
             row.interpolation,
             f"{row.params / 1e6:.1f} M",
+            f"{row.gflops:.2f}",
             "-" if row.top1 is None else f"{row.top1:.1f}",
         )
     make_console().print(table)

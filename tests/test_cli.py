@@ -1149,10 +1149,10 @@ def test_list_shows_sizes_and_accuracy_as_torchvision_publishes_them(cli):
     done = cli("list", "resnet50")
     row = next(r for r in done.json["models"] if (r["model"], r["weights"]) == ("resnet50", "IMAGENET1K_V2"))
     assert (row["input_size"], row["resize_size"], row["interpolation"]) == (224, 232, "bilinear")
-    assert (row["params"], row["top1"]) == (25557032, 80.858)
+    assert (row["params"], row["gflops"], row["top1"]) == (25557032, 4.089, 80.858)
     line = next(text for text in done.out.splitlines() if " resnet50 " in text and "V2" in text)
     assert [cell.strip() for cell in line.split("│")[1:-1]] == [
-        *("resnet50", "IMAGENET1K_V2", "224", "232", "bilinear", "25.6 M", "80.9"),
+        *("resnet50", "IMAGENET1K_V2", "224", "232", "bilinear", "25.6 M", "4.09", "80.9"),
     ]
 
 
