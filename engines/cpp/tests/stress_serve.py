@@ -1,4 +1,4 @@
-"""Thousands of requests, valid and hostile, to zoo-serve: stress_serve.py ZOO_SERVE BUNDLES [COUNT].
+"""Thousands of requests, valid and hostile, to zoo-serve: stress_serve.py ZOO_SERVE BUNDLES [COUNT [AT_ONCE]].
 
 Each valid one must be answered with Python's logits to the bit, or with 503; each hostile one with 4xx; and the server
 must end cleanly on SIGTERM.
@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-AT_ONCE = 1000
+AT_ONCE = int(sys.argv[4]) if len(sys.argv) > 4 else 1000
 TIMEOUT = 2  # seconds that the server gives a slow client
 MODEL = "resnet18"
 
