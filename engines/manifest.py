@@ -41,6 +41,10 @@ class Weights(_Model):
     sha256: str = Field(description="Of the weights file; empty for random weights.")
     random: bool = Field(description="No trained weights at all: figures say nothing about accuracy.")
     initialized: list[str] = Field(description="Parameters that were initialized at random (another head).")
+    entry: str = Field(
+        default="", description="Of the training checkpoint that was loaded; empty for a bare one."
+    )
+    skipped: list[str] = Field(default=[], description="Names of the file that were left out.")
     seed: int = Field(description="Seed of everything random.")
 
 

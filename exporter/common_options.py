@@ -103,6 +103,29 @@ _MODEL_OPTIONS = (
         help="Classes of the head. Default: that of the zoo's weights.",
     ),
     click.option(
+        "--weights-key",
+        metavar="KEY",
+        help="Entry of a training checkpoint to load, model_ema say. Default: state_dict, model, ... as found.",
+    ),
+    click.option(
+        "--rename",
+        "renames",
+        multiple=True,
+        metavar="OLD=NEW",
+        help="Prefix of names in the file, and what takes its place. Repeatable, in this order.",
+    ),
+    click.option(
+        "--skip-weights",
+        multiple=True,
+        metavar="PATTERN",
+        help="Names in the file to leave out, as a glob. Repeatable.",
+    ),
+    click.option(
+        "--allow-pickle",
+        is_flag=True,
+        help="Load a pickled module: runs the code in the file. Only if you trust it.",
+    ),
+    click.option(
         "--model-arg",
         "model_args",
         multiple=True,

@@ -141,6 +141,10 @@ def model_options(given: Mapping[str, Any]) -> dict[str, Any]:
         **{name: given[name] for name in same.split()},
         "init_missing": tuple(given["init_missing"]),
         "model_args": parse_model_args(given["model_args"]),
+        "weights_key": given["weights_key"],
+        "renames": parse_renames(given["renames"]),
+        "skip_weights": tuple(given["skip_weights"]),
+        "allow_pickle": given["allow_pickle"],
         "input_size": parse_size(given["input_size"]) if given["input_size"] else None,
         "cache": not given["no_cache"],
     }
@@ -157,6 +161,19 @@ def parse_model_args(texts: Sequence[str]) -> tuple[tuple[str, str], ...]:
             )
         found[key] = value
     return tuple(sorted(found.items()))
+
+
+def parse_renames(texts: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    """`OLD=NEW` each; NEW may be empty."""
+    found = []
+    for text in texts:
+        old, equals, new = text.partition("=")
+        if not equals or not old:
+            raise UsageError(
+                f"--rename {text!r}: not OLD=NEW", hint="for example --rename backbone.= (removes it)"
+            )
+        found.append((old, new))
+    return tuple(found)
 
 
 def parse_steps(text: str) -> tuple[str, ...]:
@@ -187,6 +204,10 @@ class ExportOptions:
     num_classes: int | None = None
     init_missing: tuple[str, ...] = ()
     model_args: tuple[tuple[str, str], ...] = ()
+    weights_key: str | None = None
+    renames: tuple[tuple[str, str], ...] = ()
+    skip_weights: tuple[str, ...] = ()
+    allow_pickle: bool = False
     transform_input: bool | None = None
     input_size: tuple[int, int] | None = None
     resize_size: int | None = None
@@ -210,6 +231,13 @@ class ExportOptions:
                 raise UsageError(
                     f"--precision {precision}: unknown", hint=f"choose from {', '.join(PRECISIONS)}"
                 )
+        if self.weights == "none" and (
+            self.weights_key or self.renames or self.skip_weights or self.allow_pickle
+        ):
+            raise UsageError(
+                "--weights none: no file to apply --weights-key, --rename, --skip-weights or --allow-pickle to",
+                hint="leave them out",
+            )
         if self.method not in METHODS:
             raise UsageError(f"--method {self.method}: unknown", hint=f"choose from {', '.join(METHODS)}")
         for step in self.steps:

@@ -113,6 +113,8 @@ def _recipe(
                 sha256=spec.weights_sha256,
                 random=spec.weights_kind == "random",
                 initialized=exported.data["initialized"],
+                entry=exported.data["entry"],
+                skipped=exported.data["skipped"],
                 seed=spec.seed,
             ),
         ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ from exporter.stage_cache import StageResult
 if TYPE_CHECKING:
     from torch import nn
 
+    from exporter.weights import LoadReport
     from exporter.zoo import ModelSpec
 
 
@@ -39,8 +41,8 @@ class EagerModel:
         self._spec = spec
 
     @cached_property
-    def built(self) -> tuple[nn.Module, list[str]]:
-        """The module, and its randomly initialized parameters."""
+    def built(self) -> tuple[nn.Module, LoadReport]:
+        """The module, and what was loaded into it."""
         from exporter import zoo
 
         return zoo.build(self._spec)
@@ -65,6 +67,8 @@ def resolve_model(context: Context) -> ModelSpec:
             f"--resize-size {p.resize_size} is less than the input {p.crop_height}x{p.crop_width}: "
             "images get a black border"
         )
+    if spec.reading.allow_pickle:
+        context.reporter.warn(f"--allow-pickle: code in {spec.weights_path} is run")
     if spec.weights_kind == "random":
         context.reporter.warn(
             "random weights (--weights none): engines are compared, but nothing is said about accuracy"
@@ -78,13 +82,13 @@ def export_graph(context: Context, spec: ModelSpec, model: EagerModel) -> StageR
     def make(directory: Path) -> dict[str, Any]:
         from exporter import graph
 
-        module, initialized = model.built
+        module, report = model.built
         p = spec.preprocess
         path = directory / "model.onnx"
         graph.export(module, p.crop_height, p.crop_width, path)
         pixels = images.synthetic_images(max(graph.CHECK_BATCHES), p.crop_height, p.crop_width, spec.seed)
         error = graph.check_batches(path, module, normalize(pixels, p))
-        return {"initialized": initialized, "error": error, "opset": graph.OPSET}
+        return {**asdict(report), "error": error, "opset": graph.OPSET}
 
     with context.reporter.stage("export") as stage:
         libraries = ("torch", "torchvision", "onnx", "onnxscript", "onnx_ir")
@@ -94,6 +98,14 @@ def export_graph(context: Context, spec: ModelSpec, model: EagerModel) -> StageR
             f"ONNX opset {result.data['opset']}, dynamic batch; eager's logits within "
             f"{result.data['error']:.0e} at batches 1 and 3"
         )
+        if entry := result.data["entry"]:
+            stage.detail += f"; weights: {entry} of the checkpoint"
+    if others := result.data["others"]:
+        context.reporter.warn(
+            f"--weights: took {result.data['entry']}; the file has {', '.join(others)}, too: --weights-key takes that"
+        )
+    if skipped := result.data["skipped"]:
+        context.reporter.warn(f"--skip-weights: left out of the file: {', '.join(skipped)}")
     if names := result.data["initialized"]:
         context.reporter.warn(f"initialized at random: {', '.join(names)}: accuracy figures mean nothing")
     return result

@@ -20,6 +20,8 @@ from calibration.graph_io import sha256_of
 
 WEIGHT_SUFFIXES = (".pth", ".pt", ".safetensors")
 _NESTED_KEYS = ("state_dict", "model_state_dict", "model")
+_AVERAGED_KEYS = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
+"""Moving averages of the weights, of timm, torchvision's references and others."""
 _PREFIXES = ("module.", "_orig_mod.")
 _DENSENET = re.compile(
     r"^(.*denselayer\d+\.(?:norm|relu|conv))\.((?:[12])\.(?:weight|bias|running_mean|running_var))$"
@@ -33,6 +35,43 @@ class WeightsFile:
     path: Path
     sha256: str
     known: WeightsEnum | None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a file becomes a model's state dict.
+
+    Attributes:
+        key: entry of a training checkpoint, `model_ema` say, with dots between several.
+        renames: prefixes of names and what takes their place.
+        skip: globs over names that are left out.
+        allow_pickle: run the code in a pickle.
+    """
+
+    key: str | None = None
+    renames: tuple[tuple[str, str], ...] = ()
+    skip: tuple[str, ...] = ()
+    allow_pickle: bool = False
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A state dict, where in the file it was, what else is there, and the names that were left out."""
+
+    state: dict[str, torch.Tensor]
+    entry: str = ""
+    others: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What a model's weights became: names left at random, names of the file left out, and the entry that was read."""
+
+    initialized: list[str]
+    skipped: list[str]
+    entry: str
+    others: list[str]
 
 
 def _hash_in_name(name: str) -> str | None:
@@ -145,13 +184,55 @@ def _why_unreadable(path: Path, error: Exception) -> str:
     return "not a PyTorch file"
 
 
+def _is_state(value: object) -> bool:
+    return isinstance(value, Mapping) and any(isinstance(v, torch.Tensor) for v in value.values())
+
+
+def _entry(path: Path, loaded: object, key: str | None) -> tuple[object, str, tuple[str, ...]]:
+    """The state dict in a checkpoint, its key, and the keys of other ones."""
+    if key is not None:
+        for part in key.split("."):
+            if not isinstance(loaded, Mapping) or part not in loaded:
+                known = ", ".join(map(str, loaded)) if isinstance(loaded, Mapping) else type(loaded).__name__
+                raise BadInputError(
+                    f"--weights-key {key}: {path} has no {part!r}", hint=f"it has: {known[:300] or 'nothing'}"
+                )
+            loaded = loaded[part]
+        return _module_state(loaded), key, ()
+    entry = ""
+    others: tuple[str, ...] = ()
+    for group in (_NESTED_KEYS, _AVERAGED_KEYS):
+        for name in group:
+            if isinstance(loaded, Mapping) and (
+                isinstance(loaded.get(name), (Mapping, nn.Module)) and not isinstance(loaded, nn.Module)
+            ):
+                states = [
+                    k for k in (*_NESTED_KEYS, *_AVERAGED_KEYS) if _is_state(_module_state(loaded.get(k)))
+                ]
+                others += tuple(k for k in states if k != name)
+                entry = f"{entry}.{name}" if entry else name
+                loaded = loaded[name]
+    return _module_state(loaded), entry, others
+
+
+def _module_state(value: object) -> object:
+    return value.state_dict() if isinstance(value, nn.Module) else value
+
+
 def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
+    """`read_weights` without options: the state dict alone."""
+    return read_weights(path, Reading()).state
+
+
+def read_weights(path: Path, reading: Reading) -> Loaded:
     """Read a state dict; nested ones are unwrapped, `module.` and `_orig_mod.` prefixes removed.
 
-    Pickles are only ever read with `weights_only=True`.
+    Of a training checkpoint the weights are taken, moving averages only where there is nothing else. Pickles are read
+    with `weights_only=True` unless `allow_pickle` is set.
 
     Raises:
-        BadInputError: not a state dict, damaged, or a pickle that holds more than tensors.
+        BadInputError: not a state dict, damaged, a pickle that holds more than tensors, or without the key.
+        UsageError: a rename or skip that matches nothing.
     """
     try:
         if path.suffix == ".safetensors":
@@ -159,16 +240,17 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
 
             loaded: object = load_file(path)
         else:
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
+            loaded = torch.load(path, map_location="cpu", weights_only=not reading.allow_pickle)
     except Exception as error:
         text = _why_unreadable(path, error)
         raise BadInputError(
             f"--weights {path}: cannot be read as a state dict: {text}",
-            hint="save it with torch.save(model.state_dict(), path) or safetensors.torch.save_file",
+            hint="save it with torch.save(model.state_dict(), path) or safetensors.torch.save_file"
+            + ("" if reading.allow_pickle else "; --allow-pickle, if you trust it, runs the code in it"),
         ) from error
-    for key in _NESTED_KEYS:
-        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
-            loaded = loaded[key]
+    loaded, entry, others = _entry(path, loaded, reading.key)
+    if isinstance(loaded, Mapping):  # of torch.optim.swa_utils.AveragedModel
+        loaded = {name: value for name, value in loaded.items() if name != "n_averaged"}
     if (
         not isinstance(loaded, Mapping)
         or not loaded
@@ -186,7 +268,26 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
             if all(name.startswith(prefix) for name in state):
                 state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
                 stripped = True
-    return state
+    for old, new in reading.renames:
+        if not any(name.startswith(old) for name in state):
+            raise UsageError(
+                f"--rename {old}={new}: no name in {path} begins with {old!r}",
+                hint=f"it has: {_shown(list(state))}",
+            )
+        renamed = {(new + n.removeprefix(old) if n.startswith(old) else n): t for n, t in state.items()}
+        if len(renamed) < len(state):
+            raise UsageError(f"--rename {old}={new}: two names become one", hint="choose another prefix")
+        state = renamed
+    skipped = []
+    for pattern in reading.skip:
+        matched = [name for name in state if fnmatch.fnmatchcase(name, pattern)]
+        if not matched:
+            raise UsageError(
+                f"--skip-weights {pattern}: matches no name in {path}", hint=f"it has: {_shown(list(state))}"
+            )
+        skipped += matched
+        state = {name: tensor for name, tensor in state.items() if name not in matched}
+    return Loaded(state, entry, others, tuple(skipped))
 
 
 def _shown(names: Sequence[str]) -> str:

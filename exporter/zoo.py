@@ -48,6 +48,7 @@ class ModelSpec:
     init_missing: tuple[str, ...]
     model_args: tuple[tuple[str, str], ...]
     """Of torchvision's function, as they were written."""
+    reading: weights_room.Reading
     seed: int
     preprocess: Preprocess
     labels: tuple[str, ...]
@@ -240,19 +241,26 @@ def resolve(options: ExportOptions) -> ModelSpec:
         transform_input=transform_input,
         init_missing=options.init_missing,
         model_args=options.model_args,
+        reading=weights_room.Reading(
+            options.weights_key, options.renames, options.skip_weights, options.allow_pickle
+        ),
         seed=options.seed,
         preprocess=preprocess,
         labels=categories if trained_labels else (),
     )
 
 
-def build(spec: ModelSpec) -> tuple[nn.Module, list[str]]:
-    """The eval-mode model, and the parameters that were left at random.
+def build(spec: ModelSpec) -> tuple[nn.Module, weights_room.LoadReport]:
+    """The eval-mode model, and what was loaded into it.
 
     Raises:
         BadInputError: the weights do not fit, or the architecture refuses the input size.
     """
-    state = weights_room.read_state_dict(spec.weights_path) if spec.weights_path is not None else None
+    loaded = weights_room.Loaded({})
+    state: dict[str, torch.Tensor] | None = None
+    if spec.weights_path is not None:
+        loaded = weights_room.read_weights(spec.weights_path, spec.reading)
+        state = loaded.state
     arguments: dict[str, Any] = {"num_classes": spec.num_classes}
     arguments |= {key: model_argument(key, text) for key, text in spec.model_args}
     height, width = spec.preprocess.crop_height, spec.preprocess.crop_width
@@ -288,7 +296,8 @@ def build(spec: ModelSpec) -> tuple[nn.Module, list[str]]:
             initialized = weights_room.load_into(
                 model, state, origin=str(spec.weights_path), init_missing=spec.init_missing
             )
-    return model.eval(), initialized
+    report = weights_room.LoadReport(initialized, list(loaded.skipped), loaded.entry, list(loaded.others))
+    return model.eval(), report
 
 
 def _last_norm_of_branch(block: nn.Module) -> nn.BatchNorm2d | None:

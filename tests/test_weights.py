@@ -264,7 +264,8 @@ def test_another_head_is_answered_with_the_classes_of_the_file(state, tmp_path):
     assert "--num-classes 10" in caught.value.hint
     assert "--init-missing 'fc.*'" in caught.value.hint
 
-    model, initialized = zoo.build(zoo.resolve(_options(num_classes=10, **given)))
+    model, report = zoo.build(zoo.resolve(_options(num_classes=10, **given)))
+    initialized = report.initialized
     assert _equal(dict(model.state_dict()), state)
     assert initialized == []
 
@@ -273,7 +274,8 @@ def test_a_head_that_may_be_missing_is_initialized_by_the_seed(state, tmp_path):
     path = _save(tmp_path / "net.pth", state)
     options = _options(num_classes=5, weights=str(path), resize_size=32, init_missing=("fc.*",))
     spec = zoo.resolve(options)
-    model, initialized = zoo.build(spec)
+    model, report = zoo.build(spec)
+    initialized = report.initialized
     assert initialized == ["fc.bias", "fc.weight"]
     assert model.fc.weight.shape == (5, 1024)
     kept = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("fc.")}
@@ -775,7 +777,8 @@ def _random_spec(model: str, **changes) -> zoo.ModelSpec:
 def test_random_weights_give_logits_that_vary_with_the_image(model):
     spec = _random_spec(model)
     assert (spec.weights_kind, spec.weights_sha256, spec.weights_path) == ("random", "", None)
-    built, initialized = zoo.build(spec)
+    built, report = zoo.build(spec)
+    initialized = report.initialized
     assert initialized == []
     assert not any(module.training for module in built.modules())
     pixels = synthetic_images(24, RANDOM[model], RANDOM[model], seed=99)
