@@ -49,7 +49,7 @@ def cost(rows: list[dict[str, Any]], out: Path) -> None:
     """Calibration time over plain forward passes."""
     rows = [row for row in rows if "ratio" in row]
     figure, axis = plt.subplots(figsize=(8, 0.24 * len(rows) + 0.8))
-    names = [f"{row['model']}  {row['who']} {row['method']}" for row in rows]
+    names = [f"{row['model']}, {row['images']} images  {row['who']} {row['method']}" for row in rows]
     colours = [OURS if row["who"] == "ours" else THEIRS for row in rows]
     axis.barh(range(len(rows)), [row["ratio"] for row in rows], color=colours)
     axis.set_yticks(range(len(rows)), names, fontsize=7)
