@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from calibration.errors import ExportZooError, ParityError
+from calibration.errors import ExportZooError, ParityError, UsageError
 from exporter import outcome
 from exporter.common_options import EXIT_CODES, json_option, quiet_option, verbose_option
 
@@ -34,6 +34,9 @@ class CellsFailedError(ExportZooError):
     "--job", metavar="GLOB", help="Only the cells of this job of the file, or of those that a glob matches."
 )
 @click.option("--again", is_flag=True, help="Run cells that are done again.")
+@click.option(
+    "--stored", is_flag=True, help="Run nothing: tell what the results in --out are, of whatever versions."
+)
 @click.option("--no-bundles", is_flag=True, help="Delete each bundle when its result is recorded.")
 @click.option(
     "--junit", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Write JUnit XML here."
@@ -57,6 +60,7 @@ def matrix(
     out: Path,
     job: str | None,
     again: bool,
+    stored: bool,
     no_bundles: bool,
     junit: Path | None,
     html: Path | None,
@@ -93,27 +97,36 @@ def matrix(
         if not quiet:
             click.echo(matrix_report.line(result, shown, len(cells), cached), err=True)
 
-    results = matrix_run.run(
-        cells,
-        out,
-        seconds=given.timeout,
-        memory=given.memory,
-        again=again,
-        keep_bundles=not no_bundles,
-        done=done,
-    )
+    if stored:
+        known = matrix_run.stored(out / "results")
+        results = [known[cell.name] for cell in cells if cell.name in known]
+        if not results:
+            raise UsageError(
+                f"--stored: {out / 'results'} has no result of these cells", hint="run them first"
+            )
+    else:
+        results = matrix_run.run(
+            cells,
+            out,
+            seconds=given.timeout,
+            memory=given.memory,
+            again=again,
+            keep_bundles=not no_bundles,
+            done=done,
+        )
     title = f"Matrix {file.name}" + (f", job {job}" if job else "")
+    missing = len(cells) - len(results)
     outcome.current().document |= {"out": str(out), "cells": [asdict(result) for result in results]}
     for option, path, text in (
         ("--junit", junit, matrix_report.junit),
         ("--html", html, lambda found: matrix_report.html(found, title)),
-        ("--markdown", markdown, lambda found: matrix_report.markdown(found, title)),
+        ("--markdown", markdown, lambda found: matrix_report.markdown(found, title, missing)),
     ):
         if path is not None:
             matrix_report.write(path, text(results), option)
     if not quiet:
         matrix_report.print_summary(results)
-        click.echo(matrix_report.totals(results))
+        click.echo(matrix_report.totals(results) + (f", {missing} not run" if missing else ""))
     if failed := [result for result in results if result.status == "failed"]:
         gates = [result.name for result in failed if result.gate]
         hint = f"the reasons are above and in {out / 'results'}; bundles of failed gates in {out / 'bundles'}"

@@ -166,21 +166,21 @@ def html(results: Sequence[CellResult], title: str) -> str:
     )
 
 
-def markdown(results: Sequence[CellResult], title: str) -> str:
-    """The same as a Markdown page, without plots."""
-    shown = [f"# {title}", "", f"{totals(results)}.", ""]
+def markdown(results: Sequence[CellResult], title: str, missing: int = 0) -> str:
+    """The same as a Markdown page, without plots; `missing` is the number of cells that have no result."""
+    shown = [f"# {title}", "", totals(results) + (f", {missing} not run so far." if missing else "."), ""]
     for machine, instructions, date in sorted(
         {(r.machine, r.instruction_set, r.date[:10]) for r in results if r.machine}
     ):
         shown.append(f"- {machine}, {instructions}, {date}")
     versions = sorted({f"{k} {v}" for r in results for k, v in r.versions.items() if v != "absent"})
     shown += [f"- {', '.join(versions)}", ""]
-    columns = (*COLUMNS[:4], "input", *COLUMNS[4:])
+    columns = (*COLUMNS[:4], "input", *COLUMNS[4:], "date")
     shown += [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     for result in results:
         size = "x".join(map(str, result.input_size)) if result.input_size else "-"
         row = cells_of(result)
-        shown.append(f"| {' | '.join((*row[:4], size, *row[4:]))} |")
+        shown.append(f"| {' | '.join((*row[:4], size, *row[4:], result.date[:10] or '-'))} |")
     if _random(results):
         shown += ["", "\\* random weights: INT8 figures say nothing about accuracy."]
     if reasons := [f"- {r.name}: {verdict(r)}: {r.reason}" for r in results if r.reason]:

@@ -269,6 +269,21 @@ def test_a_crashed_process_is_told_by_its_signal_and_last_words():
     assert matrix_run._reason({}, 1, "") == "exit code 1"
 
 
+def test_stored_results_are_told_without_running_anything(ran, tmp_path, monkeypatch, capsys):
+    cell, out, result = ran
+    monkeypatch.setattr(matrix_run, "run_cell", lambda *_, **__: pytest.fail("nothing is to be run"))
+    path = write(tmp_path / "m.yaml", SMALL.replace("fp32", "[fp32, fp16]"))
+    matrix_run._store(out / "results", dataclasses.replace(result, versions={"torch": "0.1"}))
+    page = tmp_path / "page.md"
+    assert main(["matrix", str(path), "--out", str(out), "--stored", "--markdown", str(page)]) == 0
+    assert "1 ok, 1 not run" in capsys.readouterr().out
+    assert "1 ok, 1 not run so far." in page.read_text()
+    assert f"| {cell.model} | {cell.engine} | ok | verified | 64x64 |" in page.read_text()
+    assert result.date[:10] in page.read_text()
+    assert main(["matrix", str(path), "--out", str(tmp_path / "none"), "--stored"]) == 2
+    matrix_run._store(out / "results", result)
+
+
 def test_an_output_directory_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(EnvironmentFailureError, match="cannot be made"):
