@@ -116,11 +116,12 @@ def matrix(
         )
     title = f"Matrix {file.name}" + (f", job {job}" if job else "")
     missing = len(cells) - len(results)
+    about = f"Made by `export-zoo matrix {file}` of the results in `{out / 'results'}`, a JSON file per cell."
     outcome.current().document |= {"out": str(out), "cells": [asdict(result) for result in results]}
     for option, path, text in (
         ("--junit", junit, matrix_report.junit),
         ("--html", html, lambda found: matrix_report.html(found, title)),
-        ("--markdown", markdown, lambda found: matrix_report.markdown(found, title, missing)),
+        ("--markdown", markdown, lambda found: matrix_report.markdown(found, title, missing, about)),
     ):
         if path is not None:
             matrix_report.write(path, text(results), option)

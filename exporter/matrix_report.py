@@ -166,9 +166,15 @@ def html(results: Sequence[CellResult], title: str) -> str:
     )
 
 
-def markdown(results: Sequence[CellResult], title: str, missing: int = 0) -> str:
-    """The same as a Markdown page, without plots; `missing` is the number of cells that have no result."""
+def markdown(results: Sequence[CellResult], title: str, missing: int = 0, about: str = "") -> str:
+    """The same as a Markdown page, without plots.
+
+    Args:
+        missing: number of cells that have no result.
+        about: a sentence below the totals: where the results are.
+    """
     shown = [f"# {title}", "", totals(results) + (f", {missing} not run so far." if missing else "."), ""]
+    shown += [about, ""] if about else []
     for machine, instructions, date in sorted(
         {(r.machine, r.instruction_set, r.date[:10]) for r in results if r.machine}
     ):

@@ -278,6 +278,7 @@ def test_stored_results_are_told_without_running_anything(ran, tmp_path, monkeyp
     assert main(["matrix", str(path), "--out", str(out), "--stored", "--markdown", str(page)]) == 0
     assert "1 ok, 1 not run" in capsys.readouterr().out
     assert "1 ok, 1 not run so far." in page.read_text()
+    assert str(out / "results") in page.read_text()
     assert f"| {cell.model} | {cell.engine} | ok | verified | 64x64 |" in page.read_text()
     assert result.date[:10] in page.read_text()
     assert main(["matrix", str(path), "--out", str(tmp_path / "none"), "--stored"]) == 2
