@@ -21,9 +21,8 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -213,14 +212,16 @@ def serve(
                 }
 
 
-def versions() -> dict[str, str]:
-    found = library_versions("onnxruntime", "pillow", "torch", "torchvision")
-    for name in ("fastapi", "uvicorn"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+def show(
+    header: str, rows: Iterable[dict[str, Any]], line: Callable[[dict[str, Any]], str]
+) -> list[dict[str, Any]]:
+    """A table, each row as it is measured."""
+    print(f"\n{header}")
+    shown = []
+    for row in rows:
+        shown.append(row)
+        print(line(row), flush=True)
+    return shown
 
 
 def main() -> None:
@@ -239,7 +240,7 @@ def main() -> None:
         "machine": cpu_model(),
         "instruction_set": instruction_set(),
         "cores": os.cpu_count(),
-        "versions": versions(),
+        "versions": library_versions("onnxruntime", "pillow", "torch", "torchvision", "fastapi", "uvicorn"),
     }
     print(f"{cpu_model()}, {instruction_set()}, {os.cpu_count()} cores; {result['versions']}")
     with tempfile.TemporaryDirectory() as directory:
@@ -257,38 +258,36 @@ def main() -> None:
         size = (spec["resize_size"], spec["crop_height"])
         files = photographs(Path(directory))
         if "infer" in only:
-            result["infer"] = []
-            print(f"\n{'infer':<20}{'threads':>8}{'batch':>6}{'ours ms':>10}{'bare ms':>10}{'ratio':>8}")
-            for row in infer(options.build, bundle, engines, options.rounds):
-                result["infer"].append(row)
-                print(
+            result["infer"] = show(
+                f"{'infer':<20}{'threads':>8}{'batch':>6}{'ours ms':>10}{'bare ms':>10}{'ratio':>8}",
+                infer(options.build, bundle, engines, options.rounds),
+                lambda row: (
                     f"{row['engine']:<20}{row['threads']:>8}{row['batch']:>6}{row['ours_ms']:>10.3f}"
-                    f"{row['bare_ms']:>10.3f}{row['ratio']:>8.3f}",
-                    flush=True,
-                )
-        if "preprocess" in only:
-            result["preprocess"] = []
-            print(f"\n{'JPEG to tensor':<20}{'ours ms':>10}{'torchvision ms':>16}{'x':>8}")
-            for row in preprocess(options.build, bundle, files, *size, max(3, options.rounds // 20)):
-                result["preprocess"].append(row)
-                print(
-                    f"{str(row['side']) + ' pixels':<20}{row['ours_ms']:>10.2f}{row['torchvision_ms']:>16.2f}"
-                    f"{row['ratio']:>8.2f}",
-                    flush=True,
-                )
-        if "serve" in only:
-            result["serve"] = []
-            print(
-                f"\n{'server':<34}{'engine':<20}{'connections':>12}{'a second':>10}{'p50 ms':>9}{'p99 ms':>9}"
+                    f"{row['bare_ms']:>10.3f}{row['ratio']:>8.3f}"
+                ),
             )
-            for engine in engines:
-                for row in serve(options.build, bundle, engine, files[640], size, options.seconds):
-                    result["serve"].append(row)
-                    print(
-                        f"{row['who']:<34}{row['engine']:<20}{row['connections']:>12}{row['rate']:>10.1f}"
-                        f"{row['p50_ms']:>9.1f}{row['p99_ms']:>9.1f}",
-                        flush=True,
-                    )
+        if "preprocess" in only:
+            result["preprocess"] = show(
+                f"{'JPEG to tensor':<20}{'ours ms':>10}{'torchvision ms':>16}{'x':>8}",
+                preprocess(options.build, bundle, files, *size, max(3, options.rounds // 20)),
+                lambda row: (
+                    f"{str(row['side']) + ' pixels':<20}{row['ours_ms']:>10.2f}"
+                    f"{row['torchvision_ms']:>16.2f}{row['ratio']:>8.2f}"
+                ),
+            )
+        if "serve" in only:
+            result["serve"] = show(
+                f"{'server':<34}{'engine':<20}{'connections':>12}{'a second':>10}{'p50 ms':>9}{'p99 ms':>9}",
+                (
+                    row
+                    for engine in engines
+                    for row in serve(options.build, bundle, engine, files[640], size, options.seconds)
+                ),
+                lambda row: (
+                    f"{row['who']:<34}{row['engine']:<20}{row['connections']:>12}{row['rate']:>10.1f}"
+                    f"{row['p50_ms']:>9.1f}{row['p99_ms']:>9.1f}"
+                ),
+            )
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(result, indent=1) + "\n")

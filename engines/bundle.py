@@ -104,6 +104,18 @@ def held_out(bundle: Path, manifest: m.Manifest) -> HeldOut:
     return HeldOut(pixels, logits, described.labels)
 
 
+def named(bundle: Path, manifest: m.Manifest, name: str) -> m.Engine:
+    """A bundle's engine of this name.
+
+    Raises:
+        BadInputError: it has none.
+    """
+    engines = {engine.name: engine for engine in manifest.artifacts.engines}
+    if name not in engines:
+        raise BadInputError(f"{bundle}: no engine {name!r}", hint=f"it has: {', '.join(engines) or 'none'}")
+    return engines[name]
+
+
 def attestations(bundle: Path) -> list[m.Attestation]:
     """What `verify` found of this very manifest, on whatever machine, newest first. Unreadable ones are left out."""
     sha256 = sha256_of(bundle / MANIFEST)

@@ -12,7 +12,7 @@ from calibration.errors import BadInputError, ParityError, TargetUnavailableErro
 from calibration.machine import instruction_set, library_versions
 from calibration.preprocess import UnreadableImageError, decode, normalize, resize_and_crop
 from engines import manifest as m
-from engines.bundle import attestations, checked, read_manifest
+from engines.bundle import attestations, checked, named, read_manifest
 from engines.gate import Runnable
 from engines.onnxruntime_engine import OnnxRuntimeEngine
 from engines.target import DISTRIBUTIONS, PRECISIONS, device_capability, driver_too_old
@@ -194,16 +194,12 @@ def load(
     attested = attestations(root)
     states = {name: _state_here(e, attested) for name, e in engines.items()}
     if engine is not None:
-        if engine not in engines:
-            raise BadInputError(
-                f"{root}: no engine {engine!r}", hint=f"it has: {', '.join(engines) or 'none'}"
-            )
-        if reason := why_not_here(engines[engine].target, engines[engine].plan):
+        best, why = named(root, manifest, engine), "asked for"
+        if reason := why_not_here(best.target, best.plan):
             raise TargetUnavailableError(
                 f"{root}: {engine} cannot run here: {reason}",
                 hint="load another engine of the bundle, or export again on this machine",
             )
-        best, why = engines[engine], "asked for"
     else:
         reasons = {
             name: why_not_here(e.target, e.plan)

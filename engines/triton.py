@@ -15,14 +15,13 @@ import uuid
 from pathlib import Path
 
 from calibration.errors import (
-    BadInputError,
     EnvironmentFailureError,
     ParityError,
     TargetUnavailableError,
     UsageError,
 )
 from engines import manifest as m
-from engines.bundle import checked, read_manifest
+from engines.bundle import checked, named, read_manifest
 
 QUEUE_DELAY_US = 1000
 """Microseconds that a request waits for others to make a batch with."""
@@ -63,17 +62,15 @@ def config(manifest: m.Manifest, engine: m.Engine, name: str, *, delay_us: int =
 
 def _chosen(bundle: Path, manifest: m.Manifest, wanted: str | None) -> m.Engine:
     """The engine that is asked for, or the fastest verified one that Triton has a backend for."""
-    engines = {engine.name: engine for engine in manifest.artifacts.engines}
     if wanted is not None:
-        if wanted not in engines:
-            raise BadInputError(f"{bundle}: no engine {wanted!r}", hint=f"it has: {', '.join(engines)}")
-        if engines[wanted].target not in _PLATFORMS:
+        engine = named(bundle, manifest, wanted)
+        if engine.target not in _PLATFORMS:
             raise TargetUnavailableError(
-                f"--engine {wanted}: Triton has no backend for {engines[wanted].target}",
+                f"--engine {wanted}: Triton has no backend for {engine.target}",
                 hint="use an engine of onnxruntime or tensorrt",
             )
-        return engines[wanted]
-    served = [e for e in engines.values() if e.target in _PLATFORMS and e.state == "verified"]
+        return engine
+    served = [e for e in manifest.artifacts.engines if e.target in _PLATFORMS and e.state == "verified"]
     if not served:
         raise TargetUnavailableError(
             f"{bundle}: no verified engine of onnxruntime or tensorrt",

@@ -40,7 +40,7 @@ def cells_of(result: CellResult) -> tuple[str, ...]:
     speedup = result.figure("latency", "speedup")
     return (
         result.model,
-        f"{result.target}-{result.precision}",
+        result.engine_name,
         verdict(result),
         str(result.engine.get("state", "-")),
         number(result.figure("gate", "eager_metrics", "sqnr"), ".1f") + ("*" if result.random else ""),
@@ -110,7 +110,7 @@ def junit(results: Sequence[CellResult]) -> str:
                 suite,
                 "testcase",
                 classname=model,
-                name=f"{result.target}-{result.precision}",
+                name=result.engine_name,
                 time=f"{result.seconds:.1f}",
             )
             if result.status == "excluded":
@@ -128,19 +128,28 @@ def _plain(text: str) -> str:
     return "".join(c if c in "\t\n" or ord(c) >= 32 else "�" for c in text if c.isprintable() or c in "\t\n")
 
 
+def _ran(results: Sequence[CellResult]) -> list[tuple[str, str, str]]:
+    """Machines, their instruction sets, and days."""
+    return sorted({(r.machine, r.instruction_set, r.date[:10]) for r in results if r.machine})
+
+
+def _versions(results: Sequence[CellResult]) -> list[str]:
+    return sorted({f"{k} {v}" for r in results for k, v in r.versions.items() if v != "absent"})
+
+
 def html(results: Sequence[CellResult], title: str) -> str:
     """A page that needs nothing beside it: table, reasons, and SQNR and speed by model as plots."""
     from jinja2 import Environment
 
     models = list(dict.fromkeys(r.model for r in results))
-    engines = list(dict.fromkeys(f"{r.target}-{r.precision}" for r in results if r.precision != "fp32"))
+    engines = list(dict.fromkeys(r.engine_name for r in results if r.precision != "fp32"))
     plots = []
     for label, path, unit in (
         ("SQNR to eager PyTorch", ("gate", "eager_metrics", "sqnr"), "dB"),
         ("Speed against FP32, same machine", ("latency", "speedup"), "x"),
     ):
         points = [
-            (models.index(r.model), engines.index(f"{r.target}-{r.precision}"), value)
+            (models.index(r.model), engines.index(r.engine_name), value)
             for r in results
             if r.precision != "fp32" and r.status == "ok" and (value := r.figure(*path)) is not None
         ]
@@ -160,8 +169,8 @@ def html(results: Sequence[CellResult], title: str) -> str:
             engines=engines,
             plots=plots,
             random=_random(results),
-            ran=sorted({(r.machine, r.instruction_set, r.date[:10]) for r in results if r.machine}),
-            versions=sorted({f"{k} {v}" for r in results for k, v in r.versions.items() if v != "absent"}),
+            ran=_ran(results),
+            versions=_versions(results),
         )
     )
 
@@ -175,12 +184,9 @@ def markdown(results: Sequence[CellResult], title: str, missing: int = 0, about:
     """
     shown = [f"# {title}", "", totals(results) + (f", {missing} not run so far." if missing else "."), ""]
     shown += [about, ""] if about else []
-    for machine, instructions, date in sorted(
-        {(r.machine, r.instruction_set, r.date[:10]) for r in results if r.machine}
-    ):
+    for machine, instructions, date in _ran(results):
         shown.append(f"- {machine}, {instructions}, {date}")
-    versions = sorted({f"{k} {v}" for r in results for k, v in r.versions.items() if v != "absent"})
-    shown += [f"- {', '.join(versions)}", ""]
+    shown += [f"- {', '.join(_versions(results))}", ""]
     columns = (*COLUMNS[:4], "input", *COLUMNS[4:], "date")
     shown += [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     for result in results:

@@ -22,6 +22,7 @@ from calibration.errors import EnvironmentFailureError
 from calibration.machine import cpu_model, instruction_set, library_versions
 from engines.bundle import read_manifest
 from exporter.matrix_plan import Cell
+from exporter.publish import failed_place
 
 Status = Literal["ok", "failed", "excluded"]
 
@@ -65,8 +66,12 @@ class CellResult:
     date: str = ""
 
     @property
+    def engine_name(self) -> str:
+        return f"{self.target}-{self.precision}"
+
+    @property
     def name(self) -> str:
-        return f"{self.model}-{self.target}-{self.precision}"
+        return f"{self.model}-{self.engine_name}"
 
     def figure(self, *path: str) -> float | None:
         """A number of the engine's description, or None."""
@@ -251,16 +256,12 @@ def run(
     known, found = stored(results), []
     versions = library_versions(*_VERSIONS)
     for cell in cells:
+        bundle, earlier, cached = bundles / f"{cell.name}.bundle", known.get(cell.name), False
         if cell.excluded:
             result = CellResult(
                 cell.model, cell.target, cell.precision, tuple(cell.command()), "excluded", cell.excluded
             )
-            found.append(result)
-            done(result, False)
-            continue
-        earlier = known.get(cell.name)
-        bundle = bundles / f"{cell.name}.bundle"
-        if (
+        elif (
             not again
             and earlier is not None
             and earlier.status == "ok"
@@ -268,14 +269,13 @@ def run(
             and earlier.versions == versions
             and (bundle.exists() or not keep_bundles)
         ):
-            found.append(earlier)
-            done(earlier, True)
-            continue
-        result = run_cell(cell, bundle, seconds=seconds, memory=memory)
-        if not keep_bundles:
-            for path in (bundle, bundle.with_name(f"{bundle.name}.failed")):
-                shutil.rmtree(path, ignore_errors=True)
-        _store(results, result)
+            result, cached = earlier, True
+        else:
+            result = run_cell(cell, bundle, seconds=seconds, memory=memory)
+            if not keep_bundles:
+                for path in (bundle, failed_place(bundle)):
+                    shutil.rmtree(path, ignore_errors=True)
+            _store(results, result)
         found.append(result)
-        done(result, False)
+        done(result, cached)
     return found

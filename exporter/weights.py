@@ -193,25 +193,20 @@ def _entry(path: Path, loaded: object, key: str | None) -> tuple[object, str, tu
     if key is not None:
         for part in key.split("."):
             if not isinstance(loaded, Mapping) or part not in loaded:
-                known = ", ".join(map(str, loaded)) if isinstance(loaded, Mapping) else type(loaded).__name__
+                has = ", ".join(map(str, loaded)) if isinstance(loaded, Mapping) else type(loaded).__name__
                 raise BadInputError(
-                    f"--weights-key {key}: {path} has no {part!r}", hint=f"it has: {known[:300] or 'nothing'}"
+                    f"--weights-key {key}: {path} has no {part!r}", hint=f"it has: {has[:300] or 'nothing'}"
                 )
             loaded = loaded[part]
         return _module_state(loaded), key, ()
     entry = ""
     others: tuple[str, ...] = ()
-    for group in (_NESTED_KEYS, _AVERAGED_KEYS):
-        for name in group:
-            if isinstance(loaded, Mapping) and (
-                isinstance(loaded.get(name), (Mapping, nn.Module)) and not isinstance(loaded, nn.Module)
-            ):
-                states = [
-                    k for k in (*_NESTED_KEYS, *_AVERAGED_KEYS) if _is_state(_module_state(loaded.get(k)))
-                ]
-                others += tuple(k for k in states if k != name)
-                entry = f"{entry}.{name}" if entry else name
-                loaded = loaded[name]
+    known = (*_NESTED_KEYS, *_AVERAGED_KEYS)
+    for name in known:
+        if isinstance(loaded, Mapping) and isinstance(loaded.get(name), (Mapping, nn.Module)):
+            others += tuple(k for k in known if k != name and _is_state(_module_state(loaded.get(k))))
+            entry = f"{entry}.{name}" if entry else name
+            loaded = loaded[name]
     return _module_state(loaded), entry, others
 
 
@@ -219,12 +214,7 @@ def _module_state(value: object) -> object:
     return value.state_dict() if isinstance(value, nn.Module) else value
 
 
-def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
-    """`read_weights` without options: the state dict alone."""
-    return read_weights(path, Reading()).state
-
-
-def read_weights(path: Path, reading: Reading) -> Loaded:
+def read_weights(path: Path, reading: Reading = Reading()) -> Loaded:
     """Read a state dict; nested ones are unwrapped, `module.` and `_orig_mod.` prefixes removed.
 
     Of a training checkpoint the weights are taken, moving averages only where there is nothing else. Pickles are read

@@ -151,5 +151,5 @@ def test_the_manifest_and_the_run_tell_what_was_loaded(cli, state, tmp_path):
     assert (recorded.entry, recorded.skipped, recorded.initialized) == ("state_dict", ["loss.weight"], [])
 
 
-def test_read_state_dict_is_the_plain_way(state, tmp_path):
-    assert equal(weights.read_state_dict(save(tmp_path / "c.pth", state)), state)
+def test_without_options_a_file_is_read_plainly(state, tmp_path):
+    assert equal(weights.read_weights(save(tmp_path / "c.pth", state)).state, state)

@@ -67,7 +67,7 @@ PREFIXES = ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.
 @pytest.mark.parametrize("prefix", PREFIXES)
 def test_a_state_dict_is_read_and_its_wrappers_prefixes_removed(prefix, suffix, state, tmp_path):
     path = _save(tmp_path / f"net{suffix}", {prefix + name: tensor for name, tensor in state.items()})
-    assert _equal(weights.read_state_dict(path), state)
+    assert _equal(weights.read_weights(path).state, state)
 
 
 @pytest.mark.parametrize("key", ["state_dict", "model_state_dict", "model"])
@@ -75,12 +75,12 @@ def test_a_state_dict_is_read_and_its_wrappers_prefixes_removed(prefix, suffix, 
 def test_a_state_dict_is_found_in_a_training_checkpoint(prefix, key, state, tmp_path):
     nested = {prefix + name: tensor for name, tensor in state.items()}
     checkpoint = {"epoch": 3, key: nested, "optimizer": {"lr": 0.1, "state": [1, 2]}, "best": 0.5}
-    assert _equal(weights.read_state_dict(_save(tmp_path / "net.pth", checkpoint)), state)
+    assert _equal(weights.read_weights(_save(tmp_path / "net.pth", checkpoint)).state, state)
 
 
 def test_a_prefix_of_some_names_only_is_part_of_the_names(tmp_path):
     mixed = {"module.weight": torch.ones(2), "head.weight": torch.zeros(2)}
-    assert _equal(weights.read_state_dict(_save(tmp_path / "net.pth", mixed)), mixed)
+    assert _equal(weights.read_weights(_save(tmp_path / "net.pth", mixed)).state, mixed)
 
 
 class _Exploit:
@@ -99,7 +99,7 @@ def test_a_pickle_of_arbitrary_objects_is_refused_and_runs_no_code(nested, state
     content = {**state, "hook": _Exploit(marker)}
     path = _save(tmp_path / "net.pth", {"state_dict": content} if nested else content)
     with pytest.raises(BadInputError, match="--weights") as caught:
-        weights.read_state_dict(path)
+        weights.read_weights(path)
     assert str(path) in caught.value.message
     assert "state_dict" in caught.value.hint
     assert not marker.exists()
@@ -109,7 +109,7 @@ def test_a_pickle_of_arbitrary_objects_is_refused_and_runs_no_code(nested, state
 
 def test_a_pickled_model_is_refused(tmp_path):
     with pytest.raises(BadInputError, match="cannot be read as a state dict"):
-        weights.read_state_dict(_save(tmp_path / "net.pth", nn.Linear(2, 2)))
+        weights.read_weights(_save(tmp_path / "net.pth", nn.Linear(2, 2)))
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
@@ -119,7 +119,7 @@ def test_a_truncated_file_is_refused(share, suffix, state, tmp_path):
     data = path.read_bytes()
     path.write_bytes(data[: int(share * len(data))])
     with pytest.raises(BadInputError, match=r"cannot be read as a state dict: \S") as caught:
-        weights.read_state_dict(path)
+        weights.read_weights(path)
     assert str(path) in caught.value.message
 
 
@@ -139,21 +139,21 @@ def test_a_truncated_file_is_refused(share, suffix, state, tmp_path):
 def test_what_is_no_state_dict_is_refused(content, kind, tmp_path):
     path = _save(tmp_path / "net.pth", content)
     with pytest.raises(BadInputError, match=f"holds a {kind}, not") as caught:
-        weights.read_state_dict(path)
+        weights.read_weights(path)
     assert str(path) in caught.value.message
     assert "state_dict" in caught.value.hint
 
 
 def test_an_empty_safetensors_file_is_refused(tmp_path):
     with pytest.raises(BadInputError, match="not a mapping"):
-        weights.read_state_dict(_save(tmp_path / "net.safetensors", {}))
+        weights.read_weights(_save(tmp_path / "net.safetensors", {}))
 
 
 @pytest.mark.parametrize("name", ["net.pth", "net.safetensors"])
 def test_text_with_the_suffix_of_weights_is_refused(name, tmp_path):
     (tmp_path / name).write_text("<html>404 not found</html>")
     with pytest.raises(BadInputError, match="cannot be read"):
-        weights.read_state_dict(tmp_path / name)
+        weights.read_weights(tmp_path / name)
 
 
 def test_a_file_that_cannot_be_read_ends_the_command_with_5(cli, tmp_path):
@@ -178,14 +178,14 @@ def test_weights_that_are_not_floating_point_are_named(dtype):
 def test_text_and_misnamed_files_are_told_from_weights(tmp_path):
     from safetensors.torch import save_file
 
-    from exporter.weights import read_state_dict
+    from exporter.weights import read_weights
 
     (tmp_path / "text.pth").write_text("hello")
     save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors")
     (tmp_path / "a.safetensors").rename(tmp_path / "misnamed.pth")
     for name, says in (("text", "not a PyTorch file"), ("misnamed", "name it .safetensors")):
         with pytest.raises(BadInputError, match=says):
-            read_state_dict(tmp_path / f"{name}.pth")
+            read_weights(tmp_path / f"{name}.pth")
 
 
 def test_a_weights_file_must_exist_and_have_a_known_suffix(tmp_path):
@@ -745,7 +745,7 @@ def test_transform_input_changes_the_logits_as_torchvision_means_it(googlenet_fi
 
 
 def test_googlenet_is_loaded_with_and_without_its_auxiliary_heads(googlenet_file, tmp_path):
-    state = weights.read_state_dict(googlenet_file)
+    state = weights.read_weights(googlenet_file).state
     plain = {name: tensor for name, tensor in state.items() if not name.startswith("aux")}
     assert len(plain) < len(state)
     path = _save(tmp_path / "plain.safetensors", plain)
