@@ -128,7 +128,7 @@ def theirs(place: Path, folder: Path, modelopt: str | None) -> Iterator[tuple[st
             engine = OnnxRuntimeEngine(path.with_suffix(".twin.onnx"), fused=False)
         else:
             engine = OnnxRuntimeEngine(path)
-        found = run_in_batches(engine, held.pixels, p, 8)
+        (found,) = run_in_batches(engine, held.pixels, p, 8)
         metrics = compare(held.logits, found)
         return {"sqnr": metrics.sqnr, "top1": metrics.top1}
 

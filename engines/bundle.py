@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from calibration.errors import BadInputError
 from calibration.graph_io import sha256_of
 from engines import manifest as m
+from engines.outputs import sampled_shape
 
 Float32Array = npt.NDArray[np.float32]
 MANIFEST = "manifest.json"
@@ -72,11 +73,12 @@ def checked(bundle: Path, file: m.File) -> Path:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Held-out inputs and their eager logits."""
+    """Held-out inputs and their eager logits, `further` being those of the outputs beside the first."""
 
     pixels: npt.NDArray[np.uint8]
     logits: Float32Array
     labels: list[int] | None
+    further: tuple[Float32Array, ...] = ()
 
 
 def _array(path: Path, dtype: type[np.generic], shape: tuple[int, ...]) -> npt.NDArray[Any]:
@@ -93,15 +95,20 @@ def _array(path: Path, dtype: type[np.generic], shape: tuple[int, ...]) -> npt.N
 
 
 def held_out(bundle: Path, manifest: m.Manifest) -> HeldOut:
-    """Read a bundle's held-out inputs, uint8 [N, H, W, 3], and eager logits, float32 [N, classes]."""
+    """Read a bundle's held-out inputs, uint8 [N, H, W, 3], and eager logits, float32, see `engines.outputs.sampled`."""
     described = manifest.artifacts.held_out
     recipe = manifest.recipe
     crop = (recipe.preprocess.crop_height, recipe.preprocess.crop_width, 3)
     pixels = _array(checked(bundle, described.inputs), np.uint8, (described.count, *crop))
-    logits = _array(
-        checked(bundle, described.logits), np.float32, (described.count, recipe.source.num_classes)
+    logits, *further = (
+        _array(checked(bundle, file), np.float32, (described.count, *sampled_shape(_of_image(port))))
+        for file, port in zip([described.logits, *described.further], recipe.outputs, strict=True)
     )
-    return HeldOut(pixels, logits, described.labels)
+    return HeldOut(pixels, logits, described.labels, tuple(further))
+
+
+def _of_image(port: m.Port) -> tuple[int, ...]:
+    return tuple(int(size) for size in port.shape[1:])
 
 
 def named(bundle: Path, manifest: m.Manifest, name: str) -> m.Engine:

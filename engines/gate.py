@@ -11,10 +11,10 @@ import numpy.typing as npt
 from calibration.errors import ParityError
 from calibration.images import Progress
 from calibration.preprocess import Preprocess, UInt8Array, normalize
-from engines.manifest import Batch, Gate
+from engines.manifest import Batch, FurtherMetrics, Gate
+from engines.outputs import as_rows, sampled
 from engines.parity import (
     MIN_UNFUSED_COSINE,
-    Metrics,
     batches_to_check,
     check_reference,
     compare,
@@ -32,7 +32,7 @@ MIN_LABELLED = 100
 
 
 class Runnable(Protocol):
-    def run(self, batch: Float32Array) -> Float32Array: ...
+    def run_all(self, batch: Float32Array) -> tuple[Float32Array, ...]: ...
 
 
 def run_in_batches(
@@ -41,15 +41,16 @@ def run_in_batches(
     preprocess: Preprocess,
     batch: int,
     progress: Progress = lambda _: None,
-) -> Float32Array:
-    """Logits of all images, run in full batches of exactly `batch` (the last is filled up by cycling)."""
+) -> tuple[Float32Array, ...]:
+    """Outputs of all images, `sampled`, run in full batches of exactly `batch` (the last is filled up by cycling)."""
     outputs = []
     for start in range(0, len(pixels), batch):
         index = np.arange(start, start + batch) % len(pixels)
         wanted = min(batch, len(pixels) - start)
-        outputs.append(engine.run(normalize(pixels[index], preprocess))[:wanted])
+        found = engine.run_all(normalize(pixels[index], preprocess))
+        outputs.append([sampled(output)[:wanted] for output in found])
         progress(wanted)
-    return np.concatenate(outputs)
+    return tuple(np.concatenate(parts) for parts in zip(*outputs, strict=True))
 
 
 def images_compared(count: int, batch: Batch) -> int:
@@ -62,72 +63,126 @@ def judge(
     engine: Runnable,
     *,
     pixels: UInt8Array,
-    eager: Float32Array,
+    eager: Mapping[str, Float32Array],
     labels: Sequence[int] | None,
     preprocess: Preprocess,
     batch: Batch,
     tolerances: Mapping[str, float],
     ran: Literal["engine", "precision graph"] = "engine",
-    unfused: Callable[[], Float32Array] | None = None,
+    unfused: Callable[[], tuple[Float32Array, ...]] | None = None,
     progress: Progress = lambda _: None,
 ) -> Gate:
-    """Compare an engine's logits with the reference at batches min, opt, max and an odd one.
+    """Compare all of an engine's outputs with the reference at batches min, opt, max and an odd one.
 
     Args:
         pixels: uint8 [N, H, W, 3], images that were not calibrated on.
-        eager: float32 [N, classes], eager PyTorch's logits of the same images.
+        eager: eager PyTorch's outputs of the same images by name, the logits first, float32 [N, classes] or, `sampled`,
+            [N, classes, h, w].
         labels: class index per image, or None.
         tolerances: limits by metric, see `engines.parity`.
         ran: what `engine` is: the engine itself, or only its precision graph.
-        unfused: for random weights: makes the logits of the unfused precision graph, the reference to gate
+        unfused: for random weights: makes the outputs of the unfused precision graph, the reference to gate
             against by `unfused_tolerances` unless overridden; figures against eager are reported all the same.
 
     Raises:
         ParityError: there is nothing to compare or to judge by.
     """
-    if len(pixels) == 0 or len(pixels) != len(eager):
+    counts = [len(logits) for logits in eager.values()]
+    if len(pixels) == 0 or any(count != len(pixels) for count in counts):
         raise ParityError(
-            f"nothing to compare: {len(pixels)} inputs, {len(eager)} reference logits",
+            f"nothing to compare: {len(pixels)} inputs, {min(counts)} reference logits",
             hint="give images to verify on (--calib or --verify)",
         )
-    check_reference(eager)
-    reference, limits = eager, dict(tolerances)
+    names = list(eager)
+    for logits in eager.values():
+        check_reference(as_rows(logits))
+    references = tuple(eager.values())
     if unfused is not None:
-        reference = unfused()
-        if not np.isfinite(reference).all():
+        references = unfused()
+        if not all(np.isfinite(logits).all() for logits in references):
             raise ParityError(
                 "nothing to compare: the unfused precision graph's logits are not finite",
                 hint="the precision graph is wrong or overflows; try other --calib images, or another --precision",
             )
-        limits = {**unfused_tolerances(compare(eager, reference).sqnr), **limits}
+    judges = {
+        name: _OutputJudge(
+            reference,
+            eager[name],
+            labels if name == names[0] else None,
+            tolerances if name == names[0] else _without_accuracy(tolerances),
+            unfused=unfused is not None,
+        )
+        for name, reference in zip(names, references, strict=True)
+    }
     sizes = batches_to_check(batch.min, batch.opt, batch.max)
     found: list[str] = []
-    whole: Metrics | None = None
-    eager_metrics: Metrics | None = None
+    figures: dict[str, FurtherMetrics] = {}
     for size in sizes:
         full = size == batch.opt
         count = len(pixels) if full else min(len(pixels), max(SUBSET, size))
-        logits = run_in_batches(engine, pixels[:count], preprocess, size, progress)
-        known = labels if full else None
-        metrics = compare(reference[:count], logits, known)
-        here = limits if full else {m: v for m, v in limits.items() if "accuracy" not in m}
-        if here or full:
-            found += [f"batch {size}: {text}" for text in failures(metrics, here)]
-        if full:
-            whole = metrics
-            eager_metrics = metrics if unfused is None else compare(eager, logits, known)
-    assert whole is not None
-    assert eager_metrics is not None
-    if unfused is not None and not eager_metrics.cosine >= MIN_UNFUSED_COSINE:
-        found.append(
-            f"batch {batch.opt}: cosine to eager is {eager_metrics.cosine:.3g}, must be >= {MIN_UNFUSED_COSINE}"
-        )
+        outputs = run_in_batches(engine, pixels[:count], preprocess, size, progress)
+        if len(outputs) != len(names):
+            raise ParityError(
+                f"nothing to compare: the engine has {len(outputs)} outputs, eager PyTorch {len(names)}"
+            )
+        for name, logits in zip(names, outputs, strict=True):
+            where = f"batch {size}: " + (f"output {name}: " if name != names[0] else "")
+            if full:
+                figures[name], problems = judges[name].whole(logits)
+            else:
+                problems = judges[name].part(logits)
+            found += [where + text for text in problems]
     return Gate(
         ran=ran,
         reference="eager" if unfused is None else "unfused precision graph",
-        tolerances=limits,
+        tolerances=judges[names[0]].limits,
         batches=sizes,
-        metrics=whole.as_dict(),
-        eager_metrics=eager_metrics.as_dict(),
+        metrics=figures[names[0]].metrics,
+        eager_metrics=figures[names[0]].eager_metrics,
+        further={name: figures[name] for name in names[1:]},
         failures=found,
     )
+
+
+def _without_accuracy(limits: Mapping[str, float]) -> dict[str, float]:
+    return {metric: value for metric, value in limits.items() if "accuracy" not in metric}
+
+
+class _OutputJudge:
+    """One output beside its reference."""
+
+    def __init__(
+        self,
+        reference: Float32Array,
+        eager: Float32Array,
+        labels: Sequence[int] | None,
+        tolerances: Mapping[str, float],
+        *,
+        unfused: bool,
+    ) -> None:
+        self._reference, self._eager, self._labels, self._unfused = reference, eager, labels, unfused
+        self.limits = dict(tolerances)
+        if unfused:
+            graph = compare(as_rows(eager), as_rows(reference))
+            self.limits = {**unfused_tolerances(graph.sqnr), **self.limits}
+
+    def part(self, logits: Float32Array) -> list[str]:
+        """What does not hold of the first images."""
+        limits = _without_accuracy(self.limits)
+        reference = self._reference[: len(logits)]
+        metrics = compare(as_rows(reference), as_rows(logits))
+        return failures(metrics, limits) if limits else []
+
+    def whole(self, logits: Float32Array) -> tuple[FurtherMetrics, list[str]]:
+        """Figures of all images, and what does not hold of them."""
+        metrics = eager = compare(as_rows(self._reference), as_rows(logits), self._labels)
+        counts = {} if logits.ndim == 2 else {"images": len(logits), "pixels": metrics.images}
+        problems = failures(metrics, self.limits)
+        if self._unfused:
+            eager = compare(as_rows(self._eager), as_rows(logits), self._labels)
+            if not eager.cosine >= MIN_UNFUSED_COSINE:
+                problems.append(f"cosine to eager is {eager.cosine:.3g}, must be >= {MIN_UNFUSED_COSINE}")
+        figures = FurtherMetrics(
+            metrics={**metrics.as_dict(), **counts}, eager_metrics={**eager.as_dict(), **counts}
+        )
+        return figures, problems

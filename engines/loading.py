@@ -121,11 +121,15 @@ class LoadedEngine:
         return normalize(np.stack(pixels), self.manifest.recipe.preprocess)
 
     def run(self, batch: Float32Array) -> Float32Array:
-        """Logits float32 [N, classes] of a preprocessed batch float32 [N, 3, H, W].
+        """The first output, logits float32 [N, classes] or [N, classes, H, W], of a batch float32 [N, 3, H, W].
 
         Raises:
             BadInputError: wrong dtype or shape, or N outside the batch range that was verified.
         """
+        return self.run_all(batch)[self.manifest.recipe.output.name]
+
+    def run_all(self, batch: Float32Array) -> dict[str, Float32Array]:
+        """All outputs by name, the first one first; arguments and errors as of `run`."""
         batch = np.asarray(batch)
         allowed = self.manifest.recipe.batch
         if batch.ndim > 0 and not allowed.min <= batch.shape[0] <= allowed.max:
@@ -133,7 +137,8 @@ class LoadedEngine:
                 f"batch {batch.shape[0]} is outside this bundle's range {allowed.min} to {allowed.max}",
                 hint="split the batch, or export with a wider --batch MIN:OPT:MAX",
             )
-        return self._backend.run(batch)
+        names = [port.name for port in self.manifest.recipe.outputs]
+        return dict(zip(names, self._backend.run_all(batch), strict=True))
 
 
 def _state_here(engine: m.Engine, found: Sequence[m.Attestation]) -> m.State:

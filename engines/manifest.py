@@ -16,7 +16,8 @@ from engines.parity import METRICS
 from engines.target import MAX_BATCH, Precision, TargetName
 
 SCHEMA_VERSION: Literal[1] = 1
-WeightsKind = Literal["torchvision", "file", "random"]
+WeightsKind = Literal["torchvision", "timm", "factory", "file", "random"]
+ZooName = Literal["torchvision", "timm", "python"]
 State = Literal["built", "graph verified", "verified"]
 STATES: tuple[State, ...] = ("built", "graph verified", "verified")
 """Weakest first. *built*: not run, or outside its tolerance. *graph verified*: the precision graph was run and
@@ -51,8 +52,11 @@ class Weights(_Model):
 class Source(_Model):
     """The network, as it was built."""
 
-    zoo: Literal["torchvision"]
+    zoo: ZooName = Field(description="`python`: the user's own.")
     name: str
+    factory: str = Field(
+        default="", description="`FILE.py:FUNCTION` or `package.module:FUNCTION` of the user's own."
+    )
     num_classes: int
     transform_input: bool | None = Field(description="googlenet and inception_v3 only; else null.")
     arguments: dict[str, str] = Field(default={}, description="Further ones of the model's function.")
@@ -95,7 +99,10 @@ class Recipe(_Model):
 
     source: Source
     input: Port
-    output: Port
+    output: Port = Field(description="The logits: [batch, classes], or [batch, classes, height, width].")
+    further_outputs: list[Port] = Field(
+        default=[], description="Of networks with several, auxiliary ones say."
+    )
     batch: Batch
     preprocess: Preprocess
     labels: list[str] = Field(description="Class names by index; empty where they are not known.")
@@ -108,6 +115,21 @@ class Recipe(_Model):
     instruction_set: str
     versions: dict[str, str]
 
+    @property
+    def outputs(self) -> list[Port]:
+        """All, in the graph's order."""
+        return [self.output, *self.further_outputs]
+
+
+MetricValues = dict[str, float | int | None]
+
+
+class FurtherMetrics(_Model):
+    """Figures of an output beside the first, as those of `Gate`."""
+
+    metrics: MetricValues
+    eager_metrics: MetricValues
+
 
 class Gate(_Model):
     """What an engine was compared with, and the figures."""
@@ -116,10 +138,11 @@ class Gate(_Model):
     reference: Literal["eager", "unfused precision graph"]
     tolerances: dict[str, float]
     batches: list[int] = Field(description="Batch sizes that were run and compared.")
-    metrics: dict[str, float | int | None] = Field(
-        description="All images at batch opt, against the reference."
+    metrics: MetricValues = Field(
+        description="The first output of all images at batch opt, against the reference."
     )
-    eager_metrics: dict[str, float | int | None] = Field(description="The same, against eager PyTorch.")
+    eager_metrics: MetricValues = Field(description="The same, against eager PyTorch.")
+    further: dict[str, FurtherMetrics] = Field(default={}, description="Further outputs by name.")
     failures: list[str]
 
     @field_validator("tolerances")
@@ -227,7 +250,11 @@ class HeldOut(_Model):
     """Inputs and eager logits that were never calibrated on: the reference on machines without PyTorch."""
 
     inputs: File = Field(description="NumPy .npy, uint8 [N, H, W, 3], RGB after resize and crop.")
-    logits: File = Field(description="NumPy .npy, float32 [N, classes], eager PyTorch FP32.")
+    logits: File = Field(
+        description="NumPy .npy, float32 [N, classes], eager PyTorch FP32. Dense ones [N, classes, h, w]: at most "
+        "64 rows and columns, spread evenly."
+    )
+    further: list[File] = Field(default=[], description="The same of each further output.")
     count: int
     synthetic: bool = Field(description="Seeded synthetic images, because no folder was given.")
     labels: list[int] | None
@@ -257,6 +284,12 @@ class Manifest(_Model):
     recipe: Recipe
     artifacts: Artifacts
 
+    @model_validator(mode="after")
+    def _outputs_held_out(self) -> Manifest:
+        if len(self.artifacts.held_out.further) != len(self.recipe.further_outputs):
+            raise ValueError("held-out logits are not those of the outputs")
+        return self
+
     def files(self) -> list[File]:
         """Every file of the bundle, each once."""
         recipe, artifacts = self.recipe, self.artifacts
@@ -264,7 +297,7 @@ class Manifest(_Model):
         for engine in artifacts.engines:
             files += [engine.file, *engine.external_data, *engine.graph_external_data]
             files += [file for file in (engine.graph, engine.timing_cache) if file is not None]
-        files += [artifacts.held_out.inputs, artifacts.held_out.logits]
+        files += [artifacts.held_out.inputs, artifacts.held_out.logits, *artifacts.held_out.further]
         if recipe.calibration is not None:
             files.append(recipe.calibration.ranges)
         return list({file.path: file for file in files}.values())

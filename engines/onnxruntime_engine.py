@@ -50,7 +50,15 @@ class OnnxRuntimeEngine:
         self.input_shape: tuple[int | str, ...] = tuple(feed.shape)
 
     def run(self, batch: Float32Array) -> Float32Array:
-        """Logits float32 [N, classes] of a preprocessed batch float32 [N, 3, H, W].
+        """The first output, logits float32 [N, classes] or [N, classes, H, W], of a batch float32 [N, 3, H, W].
+
+        Raises:
+            BadInputError: wrong dtype or shape.
+        """
+        return self.run_all(batch)[0]
+
+    def run_all(self, batch: Float32Array) -> tuple[Float32Array, ...]:
+        """All outputs, float32, of a preprocessed batch float32 [N, 3, H, W].
 
         Raises:
             BadInputError: wrong dtype or shape.
@@ -66,9 +74,9 @@ class OnnxRuntimeEngine:
                 hint="use the bundle's preprocess() to make the input",
             )
         try:
-            (logits,) = self._session.run(None, {self.input_name: batch})
+            outputs = self._session.run(None, {self.input_name: batch})
         except Exception as error:
             if "llocat" not in str(error):
                 raise
             raise MemoryError(f"ONNX Runtime at batch {batch.shape[0]}") from error
-        return np.asarray(logits, dtype=np.float32)
+        return tuple(np.asarray(output, dtype=np.float32) for output in outputs)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
+import math
 import os
 import threading
 from pathlib import Path
@@ -123,15 +124,15 @@ class TensorRTEngine:
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
         modes = {name: self._engine.get_tensor_mode(name) for name in names}
         (self.input_name,) = (name for name, mode in modes.items() if mode == trt.TensorIOMode.INPUT)
-        (self._output_name,) = (name for name, mode in modes.items() if mode == trt.TensorIOMode.OUTPUT)
+        self._output_names = [name for name, mode in modes.items() if mode == trt.TensorIOMode.OUTPUT]
         least, _, most = self._engine.get_tensor_profile_shape(self.input_name, 0)
         self._least, self._most = tuple(least), tuple(most)
-        self._classes = int(self._engine.get_tensor_shape(self._output_name)[1])
+        self._shapes = {n: tuple(self._engine.get_tensor_shape(n))[1:] for n in self._output_names}
         self._lock = threading.Lock()
         self._stream = _checked(cuda, cuda.cudaStreamCreate())
         sizes = {
             self.input_name: int(np.prod(self._most)) * 4,
-            self._output_name: self._most[0] * self._classes * 4,
+            **{name: self._most[0] * math.prod(shape) * 4 for name, shape in self._shapes.items()},
         }
         self._buffers = {name: _checked(cuda, cuda.cudaMalloc(size)) for name, size in sizes.items()}
         for name, pointer in self._buffers.items():
@@ -174,7 +175,15 @@ class TensorRTEngine:
                 temporary.unlink(missing_ok=True)
 
     def run(self, batch: Float32Array) -> Float32Array:
-        """Logits float32 [N, classes] of a preprocessed batch float32 [N, 3, H, W].
+        """The first output, logits float32 [N, classes] or [N, classes, H, W], of a batch float32 [N, 3, H, W].
+
+        Raises:
+            As `run_all`.
+        """
+        return self.run_all(batch)[0]
+
+    def run_all(self, batch: Float32Array) -> tuple[Float32Array, ...]:
+        """All outputs, float32, of a preprocessed batch float32 [N, 3, H, W].
 
         Raises:
             BadInputError: wrong dtype or shape, or N outside the optimization profile.
@@ -190,20 +199,22 @@ class TensorRTEngine:
                 hint="use the bundle's preprocess() to make the input",
             )
         cuda, kinds = self._cuda, self._cuda.cudaMemcpyKind
-        logits = np.empty((batch.shape[0], self._classes), dtype=np.float32)
-        source, target = self._buffers[self.input_name], self._buffers[self._output_name]
+        outputs = {n: np.empty((batch.shape[0], *s), dtype=np.float32) for n, s in self._shapes.items()}
+        source = self._buffers[self.input_name]
         with self._lock:
             self._context.set_input_shape(self.input_name, batch.shape)
             to, back = kinds.cudaMemcpyHostToDevice, kinds.cudaMemcpyDeviceToHost
             _checked(cuda, cuda.cudaMemcpyAsync(source, batch.ctypes.data, batch.nbytes, to, self._stream))
             if not self._context.execute_async_v3(int(self._stream)):
                 raise EnvironmentFailureError("TensorRT could not run the engine", hint="-v shows its log")
-            _checked(
-                cuda, cuda.cudaMemcpyAsync(logits.ctypes.data, target, logits.nbytes, back, self._stream)
-            )
+            for name, output in outputs.items():
+                pointer = self._buffers[name]
+                _checked(
+                    cuda, cuda.cudaMemcpyAsync(output.ctypes.data, pointer, output.nbytes, back, self._stream)
+                )
             _checked(cuda, cuda.cudaStreamSynchronize(self._stream))
             self._keep_kernels(batch.shape[0])
-        return logits
+        return tuple(outputs.values())
 
     def __del__(self) -> None:
         for pointer in getattr(self, "_buffers", {}).values():

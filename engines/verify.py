@@ -47,7 +47,7 @@ def judge_engine(
         unfused: gate against the unfused graph (see `engines.gate.judge`).
     """
 
-    def unfused_logits() -> Float32Array:
+    def unfused_outputs() -> tuple[Float32Array, ...]:
         plain = OnnxRuntimeEngine(graph, fused=False, half=precision == "fp16")
         return run_in_batches(plain, held.pixels, recipe.preprocess, recipe.batch.opt)
 
@@ -64,12 +64,15 @@ def judge_engine(
         engine,
         ran="precision graph" if only_graph else "engine",
         pixels=held.pixels,
-        eager=held.logits,
+        eager={
+            port.name: logits
+            for port, logits in zip(recipe.outputs, (held.logits, *held.further), strict=True)
+        },
         labels=held.labels,
         preprocess=recipe.preprocess,
         batch=recipe.batch,
         tolerances=tolerances,
-        unfused=unfused_logits if unfused else None,
+        unfused=unfused_outputs if unfused else None,
         progress=progress,
     )
 

@@ -60,7 +60,7 @@ def calibrate(
     with StageCache(default_root() if options.cache else None) as cache:
         context = Context(options, reporter or Reporter(), cache)
         spec = stages.resolve_model(context)
-        chosen = choose_images(context, spec.labels, spec.num_classes)
+        chosen = choose_images(context, spec)
         if shard[1] > len(chosen.splits["calibrate"]):
             raise UsageError(
                 f"--shard {shard[0]}/{shard[1]}: there are {len(chosen.splits['calibrate'])} images only",

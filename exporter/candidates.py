@@ -25,6 +25,7 @@ from engines.equalize import STRENGTHS, equalize, observed
 from engines.gate import Runnable, run_in_batches
 from engines.keep_float import kept_float
 from engines.onnxruntime_engine import OnnxRuntimeEngine
+from engines.outputs import as_rows
 from engines.parity import compare
 from engines.placement import classifier_layers, quantized_tensors, weight_of
 from engines.precision import SCHEMES
@@ -141,7 +142,7 @@ class Workshop:
         return self._decoded[count]
 
     def _run(self, engine: Runnable) -> npt.NDArray[np.float32]:
-        return run_in_batches(engine, self._select, self._preprocess, IMAGE_BATCH)
+        return as_rows(run_in_batches(engine, self._select, self._preprocess, IMAGE_BATCH)[0])
 
     def sqnr(self, candidate: Candidate, target: str) -> float:
         """Of a candidate whose parts have been made, in dB."""

@@ -51,7 +51,7 @@ def _refuse_mistyped(word: str, commands: Sequence[str]) -> None:
     near = difflib.get_close_matches(word.lower(), commands, n=1, cutoff=0.6)
     if word.startswith("-") or not near:
         return
-    from exporter.zoo import model_names
+    from exporter.torchvision_zoo import model_names
 
     if word not in model_names():
         raise UsageError(f"no command or model {word!r}", hint=f"did you mean `export-zoo {near[0]}`?")

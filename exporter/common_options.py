@@ -97,6 +97,12 @@ _MODEL_OPTIONS = (
         help="Preprocess as these torchvision weights do, for a file that does not tell.",
     ),
     click.option(
+        "--preprocess",
+        type=click.Path(path_type=Path, readable=False),
+        metavar="FILE",
+        help="JSON or YAML: resize, crop, mean, std that the network was trained with. Needed for your own.",
+    ),
+    click.option(
         "--num-classes",
         type=int,
         metavar="N",
@@ -130,7 +136,7 @@ _MODEL_OPTIONS = (
         "model_args",
         multiple=True,
         metavar="KEY=VALUE",
-        help="Argument of torchvision's model function: replace_stride_with_dilation=[false,true,true]. Repeatable.",
+        help="Argument of the model's function: replace_stride_with_dilation=[false,true,true]. Repeatable.",
     ),
     click.option(
         "--init-missing",

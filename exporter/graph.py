@@ -7,7 +7,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import click
@@ -21,8 +21,9 @@ from calibration import graph_io
 from calibration.errors import BadInputError, ExportDefectError, ParityError
 from calibration.graph_io import MODULE_KEY
 from engines.onnxruntime_engine import OnnxRuntimeEngine
+from exporter.eager import run_eager
 
-INPUT, OUTPUT, BATCH = "input", "logits", "batch"
+INPUT, BATCH = "input", "batch"
 OPSET = 20
 
 _SAMPLE_BATCH = 7
@@ -62,11 +63,12 @@ def export(
     width: int,
     out: Path,
     *,
+    outputs: Sequence[str] = ("logits",),
     external_threshold: int | None = None,
 ) -> list[Path]:
-    """Export an eval-mode classifier of float32 [N, 3, height, width]; returns the files written.
+    """Export an eval-mode network of float32 [N, 3, height, width]; returns the files written.
 
-    The graph's input is `input`, its output `logits`, both with a symbolic first dimension `batch`; nodes
+    The graph's input is `input`, its outputs have the names given, all with a symbolic first dimension `batch`; nodes
     carry the module path as metadata and nothing else.
 
     Raises:
@@ -90,7 +92,7 @@ def export(
                 optimize=True,
                 opset_version=OPSET,
                 input_names=[INPUT],
-                output_names=[OUTPUT],
+                output_names=list(outputs),
                 dynamic_shapes=({0: torch.export.Dim(BATCH, min=1)},),
             )
         assert program is not None
@@ -149,12 +151,12 @@ def _is_dynamic(value: ir.Value) -> bool:
 
 
 def check_dynamic_batch(model: ir.Model) -> None:
-    """The input's and the output's first dimension must be symbolic.
+    """The input's and the outputs' first dimension must be symbolic.
 
     Raises:
         ExportDefectError: names the first node that has a constant batch.
     """
-    ends = [model.graph.inputs[0], model.graph.outputs[0]]
+    ends = [model.graph.inputs[0], *model.graph.outputs]
     if all(_is_dynamic(value) for value in ends):
         return
     culprit = next(
@@ -191,30 +193,40 @@ def check_batches(
     worst = 0.0
     for batch in batches:
         with torch.inference_mode():
-            eager = model(torch.from_numpy(inputs[:batch])).numpy()
-        if not np.isfinite(eager).all():
-            raise ParityError(
-                "nothing to compare: the eager model's own logits are not finite",
-                hint="check the weights and the preprocessing",
-            )
+            wanted = run_eager(model, torch.from_numpy(inputs[:batch]))
         try:
-            logits = engine.run(inputs[:batch])
+            found = engine.run_all(inputs[:batch])
         except Exception as error:
             raise ExportDefectError(
                 f"the exported graph fails at batch {batch}: {error}: a batch is baked in", hint=_REPORT
             ) from error
-        if logits.shape != eager.shape:
+        if len(found) != len(wanted):
             raise ExportDefectError(
-                f"the exported graph gives {list(logits.shape)} at batch {batch}, eager gives "
-                f"{list(eager.shape)}: a batch is baked in",
-                hint=_REPORT,
+                f"the exported graph has {len(found)} outputs, eager {', '.join(wanted)}", hint=_REPORT
             )
-        error_size = float(np.abs(logits - eager).max() / (np.abs(eager).max() + 1e-12))
-        if not error_size <= MAX_RELATIVE_ERROR:
-            raise ExportDefectError(
-                f"the exported graph's logits differ from eager's at batch {batch}: {error_size:.2e} of the "
-                "largest logit",
-                hint=_REPORT,
-            )
-        worst = max(worst, error_size)
+        for (name, tensor), output in zip(wanted.items(), found, strict=True):
+            worst = max(worst, _output_error(name, tensor.numpy(), output, batch))
     return worst
+
+
+def _output_error(
+    name: str, eager: npt.NDArray[np.float32], output: npt.NDArray[np.float32], batch: int
+) -> float:
+    if not np.isfinite(eager).all():
+        raise ParityError(
+            f"nothing to compare: the eager model's own {name} are not finite",
+            hint="check the weights and the preprocessing",
+        )
+    if output.shape != eager.shape:
+        raise ExportDefectError(
+            f"the exported graph's {name} are {list(output.shape)} at batch {batch}, eager's "
+            f"{list(eager.shape)}: a batch is baked in",
+            hint=_REPORT,
+        )
+    error = float(np.abs(output - eager).max() / (np.abs(eager).max() + 1e-12))
+    if not error <= MAX_RELATIVE_ERROR:
+        raise ExportDefectError(
+            f"the exported graph's {name} differ from eager's at batch {batch}: {error:.2e} of the largest",
+            hint=_REPORT,
+        )
+    return error

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from calibration import images
 from calibration.errors import BadInputError
 from calibration.images import ImageFolder, Splits
 from exporter.context import Context
-from exporter.labels import folder_labels
+from exporter.labels import FolderLabels, folder_labels
 from exporter.options import DEFAULT_CALIB_IMAGES, DEFAULT_VERIFY_IMAGES
+
+if TYPE_CHECKING:
+    from exporter.spec import ModelSpec
 
 SYNTHETIC_IMAGES = 64
 
@@ -39,13 +43,13 @@ def _scan(context: Context, folder: Path, option: str) -> ImageFolder:
     return found
 
 
-def choose_images(context: Context, categories: tuple[str, ...], num_classes: int) -> ChosenImages:
+def choose_images(context: Context, spec: ModelSpec) -> ChosenImages:
     """Scan the folders of --calib and --verify and divide them; synthetic images where there are none.
 
     Raises:
         BadInputError: a folder is unusable, has too few images, or both share images.
     """
-    options = context.options
+    options, categories = context.options, spec.labels
     splits: Splits = {"calibrate": (), "select": (), "verify": ()}
     if options.calib is None and options.calib_images != DEFAULT_CALIB_IMAGES:
         context.reporter.warn("--calib-images has no effect without --calib")
@@ -71,11 +75,13 @@ def choose_images(context: Context, categories: tuple[str, ...], num_classes: in
         splits["verify"] = tuple(images.shuffled(check.images, options.seed)[: options.verify_images])
     source = check or calib
     assert source is not None
-    found = folder_labels(source.images, categories, num_classes)
+    found = FolderLabels({}, "none for each pixel")
+    if not spec.dense:
+        found = folder_labels(source.images, categories, spec.num_classes)
     with context.reporter.stage("splits") as stage:
         stage.detail = ", ".join(f"{name} {len(files)}" for name, files in splits.items() if files)
         stage.detail += f"; labels: {found.explanation}"
-    if not categories and len(found.by_folder) == num_classes:
+    if not categories and len(found.by_folder) == spec.num_classes:
         categories = tuple(sorted(found.by_folder, key=lambda name: found.by_folder[name]))
     return ChosenImages(splits, source.root, False, found.of(splits["verify"]), categories)
 

@@ -118,8 +118,12 @@ def describe_gate(gate: Gate) -> str:
     ran = "" if gate.ran == "engine" else "precision graph "
     text = (
         f"{ran}{'FAILED' if gate.failures else 'ok'}, SQNR {sqnr:.1f} dB, top-1 agreement {100 * top1:.1f} % on "
-        f"{gate.metrics['images']} images, batches {', '.join(map(str, gate.batches))}"
+        f"{gate.metrics['images']} images"
+        + (f" ({pixels} pixels)" if (pixels := gate.metrics.get("pixels")) else "")
+        + f", batches {', '.join(map(str, gate.batches))}"
     )
+    for name, figures in gate.further.items():
+        text += f"; output {name} {figures.eager_metrics['sqnr'] or 0.0:.1f} dB"
     if gate.reference != "eager":
         text += f"; gated against its unfused graph, {gate.metrics['sqnr'] or 0.0:.1f} dB"
     return text

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from calibration.errors import BadInputError
-from exporter import zoo
+from exporter import torchvision_zoo
 from exporter.report import make_console
 
 
@@ -36,13 +36,13 @@ def listed(pattern: str) -> list[ListedWeights]:
     from torchvision.models import get_model_weights
 
     pattern = pattern.lower()  # as the names are
-    names = [n for n in zoo.model_names() if pattern in n or fnmatch.fnmatchcase(n, pattern)]
+    names = [n for n in torchvision_zoo.model_names() if pattern in n or fnmatch.fnmatchcase(n, pattern)]
     if not names:
         raise BadInputError(f"no model matches {pattern!r}", hint="`export-zoo list` shows all")
     found = []
     for name in names:
         for weights in get_model_weights(name):
-            p = zoo.preprocess_of(weights)
+            p = torchvision_zoo.preprocess_of(weights)
             top1 = float(weights.meta["_metrics"]["ImageNet-1K"]["acc@1"])
             found.append(
                 ListedWeights(

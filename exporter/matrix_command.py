@@ -76,10 +76,10 @@ def matrix(
     A failing cell does not stop the others. Exit code 3 if any parity gate failed, else 5 if any cell failed.
     """
     del json_path, verbose
-    from exporter import matrix_plan, matrix_report, matrix_run, zoo
+    from exporter import matrix_plan, matrix_report, matrix_run, torchvision_zoo
 
     given = matrix_plan.read(file)
-    cells = matrix_plan.cells(file, given, zoo.model_names(), job)
+    cells = matrix_plan.cells(file, given, torchvision_zoo.model_names(), job)
     if github:
         click.echo(json.dumps(matrix_plan.github(given, file, job)))
         return

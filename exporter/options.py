@@ -136,7 +136,10 @@ def parse_size(text: str) -> tuple[int, int]:
 
 def model_options(given: Mapping[str, Any]) -> dict[str, Any]:
     """Of the command line's options, those that say which network on which images, as `ExportOptions` takes them."""
-    same = "calib calib_images verify verify_images weights transforms num_classes transform_input resize_size seed"
+    same = (
+        "calib calib_images verify verify_images weights transforms preprocess num_classes transform_input "
+        "resize_size seed"
+    )
     return {
         **{name: given[name] for name in same.split()},
         "init_missing": tuple(given["init_missing"]),
@@ -201,6 +204,7 @@ class ExportOptions:
     verify_images: int = DEFAULT_VERIFY_IMAGES
     weights: str = "DEFAULT"
     transforms: str | None = None
+    preprocess: Path | None = None
     num_classes: int | None = None
     init_missing: tuple[str, ...] = ()
     model_args: tuple[tuple[str, str], ...] = ()
@@ -231,6 +235,10 @@ class ExportOptions:
                 raise UsageError(
                     f"--precision {precision}: unknown", hint=f"choose from {', '.join(PRECISIONS)}"
                 )
+        if self.preprocess is not None and self.transforms is not None:
+            raise UsageError("--preprocess and --transforms: both say the same", hint="leave one out")
+        if self.weights == "none" and self.init_missing:
+            raise UsageError("--init-missing: --weights none has nothing to miss", hint="leave one out")
         if self.weights == "none" and (
             self.weights_key or self.renames or self.skip_weights or self.allow_pickle
         ):
@@ -284,7 +292,8 @@ class ExportOptions:
     @property
     def out_dir(self) -> Path:
         """Where the bundle goes: `out`, or `<model>.bundle` in the current directory."""
-        return self.out if self.out is not None else Path(f"{self.model}.bundle")
+        name = self.model.removeprefix("timm/").rpartition(":")[2]
+        return self.out if self.out is not None else Path(f"{name}.bundle")
 
     def unique_precisions(self) -> tuple[Precision, ...]:
         return tuple(p for p in PRECISIONS if p in self.precisions)

@@ -30,7 +30,7 @@ from exporter.stage_cache import StageCache, StageResult, default_root
 from exporter.tuning import Tuned, tune
 
 if TYPE_CHECKING:
-    from exporter.zoo import ModelSpec
+    from exporter.spec import ModelSpec
 
 MAX_HELD_OUT = 512
 """A bundle carries at most so many held-out inputs (77 MB at 224x224)."""
@@ -100,10 +100,20 @@ def _recipe(
             unreadable=ranges.unreadable,
             ranges=contents.add(path, "ranges"),
         )
+    outputs = [
+        manifest.Port(
+            name=output.name,
+            dtype="float32",
+            shape=["batch", *output.shape],
+            layout="NCHW" if len(output.shape) > 1 else "NC",
+        )
+        for output in spec.outputs
+    ]
     return manifest.Recipe(
         source=manifest.Source(
-            zoo="torchvision",
+            zoo=spec.zoo,
             name=spec.name,
+            factory=spec.factory,
             num_classes=spec.num_classes,
             transform_input=spec.transform_input,
             arguments=dict(spec.model_args),
@@ -121,7 +131,8 @@ def _recipe(
         input=manifest.Port(
             name="input", dtype="float32", shape=["batch", 3, p.crop_height, p.crop_width], layout="NCHW"
         ),
-        output=manifest.Port(name="logits", dtype="float32", shape=["batch", spec.num_classes], layout="NC"),
+        output=outputs[0],
+        further_outputs=outputs[1:],
         batch=manifest.Batch(min=batch.min, opt=batch.opt, max=batch.max),
         preprocess=p,
         labels=list(chosen.categories),
@@ -168,20 +179,22 @@ def _engine(
 
 
 def _held_out(
-    reference: StageResult, held: HeldOut, chosen: ChosenImages, contents: _Contents
+    reference: StageResult, spec: ModelSpec, held: HeldOut, chosen: ChosenImages, contents: _Contents
 ) -> manifest.HeldOut:
     """The reference's files, cut to the first MAX_HELD_OUT images where there are more."""
     files = {}
-    for name in ("inputs", "logits"):
+    for name in ("inputs", *stages.reference_files(spec)):
         path = reference.directory / f"{name}.npy"
         array = np.load(path, mmap_mode="r")
         if len(array) > MAX_HELD_OUT:
             path = reference.directory / f"held-out-{name}.npy"
             np.save(path, array[:MAX_HELD_OUT])
         files[name] = contents.add(path, name)
+    inputs, logits, *further = files.values()
     return manifest.HeldOut(
-        inputs=files["inputs"],
-        logits=files["logits"],
+        inputs=inputs,
+        logits=logits,
+        further=further,
         count=min(len(held.pixels), MAX_HELD_OUT),
         synthetic=chosen.synthetic,
         labels=held.labels[:MAX_HELD_OUT] if held.labels is not None else None,
@@ -212,7 +225,7 @@ def _run(context: Context) -> ExportResult:
             check_folder(folder, option)  # before weights are downloaded
     spec = stages.resolve_model(context)
     model = stages.EagerModel(spec)
-    chosen = choose_images(context, spec.labels, spec.num_classes)
+    chosen = choose_images(context, spec)
     exported = stages.export_graph(context, spec, model)
     simplified = stages.simplify_graph(context, spec, exported)
     graph = simplified.directory / "graph.onnx"
@@ -238,7 +251,7 @@ def _run(context: Context) -> ExportResult:
     latencies = time_engines(context, built, graph, recipe, held)
     gates = judge_engines(context, built, recipe, held, reference)
     engines = [_engine(b, gates[b.name], latencies.get(b.name), spec.name, contents) for b in built]
-    held_out = _held_out(reference, held, chosen, contents)
+    held_out = _held_out(reference, spec, held, chosen, contents)
     failed = [f"{e.name}: {text}" for e in engines for text in e.gate.failures]
     enough = manifest.STATES.index("verified" if options.require == "verified" else "graph verified")
     short = [e.name for e in engines if manifest.STATES.index(e.state) < enough]

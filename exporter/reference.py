@@ -1,4 +1,4 @@
-"""The reference: eager PyTorch's FP32 logits of the images that engines are compared on."""
+"""The reference: eager PyTorch's FP32 outputs of the images that engines are compared on."""
 
 from __future__ import annotations
 
@@ -9,18 +9,21 @@ from torch import nn
 
 from calibration.images import Progress
 from calibration.preprocess import Preprocess, UInt8Array, normalize
+from engines.outputs import sampled
+from exporter.eager import run_eager
 
 EAGER_BATCH = 8
 
 
-def eager_logits(
+def eager_outputs(
     model: nn.Module, pixels: UInt8Array, preprocess: Preprocess, progress: Progress = lambda _: None
-) -> npt.NDArray[np.float32]:
-    """Logits float32 [N, classes] of uint8 [N, H, W, 3] images, by the eager model in eval mode, FP32, CPU."""
+) -> tuple[npt.NDArray[np.float32], ...]:
+    """Outputs of uint8 [N, H, W, 3] images, `sampled`, by the eager model in eval mode, FP32, CPU; logits first."""
     outputs = []
     with torch.inference_mode():
         for start in range(0, len(pixels), EAGER_BATCH):
             batch = pixels[start : start + EAGER_BATCH]
-            outputs.append(model(torch.from_numpy(normalize(batch, preprocess))).numpy())
+            found = run_eager(model, torch.from_numpy(normalize(batch, preprocess)))
+            outputs.append([sampled(output.numpy()) for output in found.values()])
             progress(len(batch))
-    return np.concatenate(outputs)
+    return tuple(np.concatenate(parts) for parts in zip(*outputs, strict=True))

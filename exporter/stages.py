@@ -21,6 +21,7 @@ from calibration.preprocess import normalize
 from calibration.ranges import Ranges
 from engines.bundle import HeldOut
 from engines.keep_float import kept_float
+from engines.outputs import as_rows
 from engines.parity import check_reference
 from engines.placement import quantized_tensors
 from exporter.context import IMAGE_BATCH, Context
@@ -30,8 +31,8 @@ from exporter.stage_cache import StageResult
 if TYPE_CHECKING:
     from torch import nn
 
+    from exporter.spec import ModelSpec
     from exporter.weights import LoadReport
-    from exporter.zoo import ModelSpec
 
 
 class EagerModel:
@@ -59,6 +60,8 @@ def resolve_model(context: Context) -> ModelSpec:
             f"{spec.name}, {spec.weights_name}, input {p.crop_height}x{p.crop_width}, "
             f"resize {p.resize_size} {p.interpolation}, {spec.num_classes} classes"
         )
+        if len(spec.outputs) > 1:
+            stage.detail += f", outputs {', '.join(output.name for output in spec.outputs)}"
         if spec.transform_input is not None:
             stage.detail += f", transform_input={spec.transform_input}"
         stage.detail += "".join(f", {key}={text}" for key, text in spec.model_args)
@@ -85,7 +88,8 @@ def export_graph(context: Context, spec: ModelSpec, model: EagerModel) -> StageR
         module, report = model.built
         p = spec.preprocess
         path = directory / "model.onnx"
-        graph.export(module, p.crop_height, p.crop_width, path)
+        names = [output.name for output in spec.outputs]
+        graph.export(module, p.crop_height, p.crop_width, path, outputs=names)
         pixels = images.synthetic_images(max(graph.CHECK_BATCHES), p.crop_height, p.crop_width, spec.seed)
         error = graph.check_batches(path, module, normalize(pixels, p))
         return {**asdict(report), "error": error, "opset": graph.OPSET}
@@ -134,7 +138,7 @@ def simplify_graph(context: Context, spec: ModelSpec, exported: StageResult) -> 
 def run_reference(
     context: Context, spec: ModelSpec, model: EagerModel, chosen: ChosenImages
 ) -> tuple[StageResult, HeldOut]:
-    """Decode the verify set and run eager PyTorch on it: `inputs.npy` and `logits.npy`.
+    """Decode the verify set and run eager PyTorch on it: `inputs.npy`, `logits.npy` and those of further outputs.
 
     Raises:
         BadInputError: too many images cannot be decoded, or too few are left.
@@ -145,7 +149,7 @@ def run_reference(
     identity = ["synthetic", SYNTHETIC_IMAGES] if chosen.synthetic else [i.sha256 for i in files]
 
     def make(directory: Path) -> dict[str, Any]:
-        from exporter.reference import eager_logits
+        from exporter.reference import eager_outputs
 
         stream = None
         if chosen.synthetic:
@@ -162,10 +166,11 @@ def run_reference(
                     hint="repair or replace those that the message before names, or add images",
                 )
         with context.reporter.bar("reference", len(pixels)) as progress:
-            logits = eager_logits(model.built[0], pixels, p, progress)
-        check_reference(logits)
+            outputs = eager_outputs(model.built[0], pixels, p, progress)
         np.save(directory / "inputs.npy", pixels)
-        np.save(directory / "logits.npy", logits)
+        for name, output in zip(reference_files(spec), outputs, strict=True):
+            check_reference(as_rows(output))
+            np.save(directory / f"{name}.npy", output)
         return {
             "sha256": [i.sha256 for i in stream.images] if stream else [],
             "unreadable": [(u.name, u.reason) for u in stream.unreadable] if stream else [],
@@ -176,7 +181,7 @@ def run_reference(
         key = context.key(*libraries, spec=spec.key(), images=identity, isa=instruction_set())
         result = context.cache.run("reference", key, make)
         pixels = np.load(result.directory / "inputs.npy")
-        logits = np.load(result.directory / "logits.npy")
+        logits, *further = (np.load(result.directory / f"{name}.npy") for name in reference_files(spec))
         kind = "synthetic images" if chosen.synthetic else "images"
         stage.cached, stage.detail = result.cached, f"eager PyTorch FP32 on {len(pixels)} {kind}"
     context.warn_unreadable(chosen.verify_root, result.data["unreadable"])
@@ -184,7 +189,12 @@ def run_reference(
     if chosen.labels is not None:
         by_hash = dict(zip((i.sha256 for i in files), chosen.labels, strict=True))
         labels = [by_hash[sha256] for sha256 in result.data["sha256"]]
-    return result, HeldOut(pixels, logits, labels)
+    return result, HeldOut(pixels, logits, labels, tuple(further))
+
+
+def reference_files(spec: ModelSpec) -> list[str]:
+    """Stems of the reference's files, one for each output."""
+    return ["logits", *(f"output-{index}" for index in range(1, len(spec.outputs)))]
 
 
 def calibrate(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import hashlib
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,8 @@ from torchvision.models import WeightsEnum, get_model_weights
 
 from calibration.errors import BadInputError, EnvironmentFailureError, UsageError
 from calibration.graph_io import sha256_of
+from engines.manifest import WeightsKind
+from exporter.options import ExportOptions
 
 WEIGHT_SUFFIXES = (".pth", ".pt", ".safetensors")
 _NESTED_KEYS = ("state_dict", "model_state_dict", "model")
@@ -52,6 +55,11 @@ class Reading:
     renames: tuple[tuple[str, str], ...] = ()
     skip: tuple[str, ...] = ()
     allow_pickle: bool = False
+
+    @classmethod
+    def of(cls, options: ExportOptions) -> Reading:
+        """As the command line asks for."""
+        return cls(options.weights_key, options.renames, options.skip_weights, options.allow_pickle)
 
 
 @dataclass(frozen=True)
@@ -107,8 +115,8 @@ def looks_like_file(weights: str) -> bool:
     return weights.endswith(WEIGHT_SUFFIXES) or "/" in weights or Path(weights).exists()
 
 
-def local_file(model: str, path: Path) -> WeightsFile:
-    """A state dict file; its hash tells whether it is one of the model's torchvision weights.
+def local_file(path: Path, model: str | None = None) -> WeightsFile:
+    """A state dict file; its hash tells whether it is one of a torchvision model's own weights.
 
     Raises:
         BadInputError: missing or empty, or named by a hash that its content does not have.
@@ -126,7 +134,7 @@ def local_file(model: str, path: Path) -> WeightsFile:
             f"--weights {path}: not a weights file by its suffix", hint=f"use {', '.join(WEIGHT_SUFFIXES)}"
         )
     sha256 = sha256_of(path)
-    for weights in get_model_weights(model):
+    for weights in get_model_weights(model) if model is not None else ():
         prefix = _hash_in_name(weights.url)
         if prefix and sha256.startswith(prefix):
             return WeightsFile(path, sha256, weights)
@@ -165,6 +173,40 @@ def downloaded(weights: WeightsEnum) -> WeightsFile:
             f"{path}: damaged (its SHA-256 is not {prefix}...)", hint="delete it and run again"
         )
     return WeightsFile(path, sha256, weights)
+
+
+@dataclass(frozen=True)
+class ChosenWeights:
+    """What a network is to hold: of which kind, by which name, from which file."""
+
+    kind: WeightsKind
+    name: str
+    sha256: str = ""
+    path: Path | None = None
+
+
+def chosen(options: ExportOptions, default_kind: WeightsKind, default_name: str) -> ChosenWeights:
+    """Of --weights: none, a file, or DEFAULT, which the network's source brings with it.
+
+    Raises:
+        BadInputError: no such file.
+    """
+    if options.weights == "none":
+        return ChosenWeights("random", "random")
+    if options.weights == "DEFAULT":
+        return ChosenWeights(default_kind, default_name)
+    file = local_file(Path(options.weights))
+    return ChosenWeights("file", file.path.name, file.sha256, file.path)
+
+
+def state_digest(module: nn.Module) -> str:
+    """SHA-256 over names, types and values of a module's state dict."""
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        if isinstance(tensor, torch.Tensor):
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\0".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _why_unreadable(path: Path, error: Exception) -> str:

@@ -125,7 +125,7 @@ def test_a_mistyped_command_is_answered_with_the_one_meant(typed, meant, cli):
 
 
 def test_no_model_is_taken_for_a_mistyped_command(cli):
-    from exporter.zoo import model_names
+    from exporter.torchvision_zoo import model_names
 
     assert len(model_names()) >= 80
     for name in model_names():
@@ -455,8 +455,8 @@ def test_an_engine_that_makes_nan_fails_its_gate_with_valid_json(cli, tmp_path, 
     from engines import loading
 
     class Broken(loading.OnnxRuntimeEngine):
-        def run(self, batch):
-            return np.full_like(super().run(batch), np.nan)
+        def run_all(self, batch):
+            return tuple(np.full_like(output, np.nan) for output in super().run_all(batch))
 
     monkeypatch.setattr(loading, "OnnxRuntimeEngine", Broken)
     done = cli(*RANDOM, "--tolerance", "sqnr=61", "--out", tmp_path / "out")
@@ -1109,7 +1109,7 @@ def test_list_shows_every_model_with_all_its_weights(capsys):
     from torchvision.models import get_model_weights
 
     from exporter.cli import main
-    from exporter.zoo import model_names
+    from exporter.torchvision_zoo import model_names
 
     assert main(["list"]) == 0
     captured = capsys.readouterr()
@@ -1120,7 +1120,7 @@ def test_list_shows_every_model_with_all_its_weights(capsys):
 
 
 def test_list_of_everything_is_valid_json(cli):
-    from exporter.zoo import model_names
+    from exporter.torchvision_zoo import model_names
 
     done = cli("list")
     assert done.code == 0

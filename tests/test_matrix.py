@@ -136,7 +136,7 @@ def test_a_file_that_is_not_there_is_refused(tmp_path):
 
 def test_the_matrix_of_ci_is_whole():
     given = matrix_plan.read(ROOT / "ci" / "matrix.yaml")
-    from exporter.zoo import model_names
+    from exporter.torchvision_zoo import model_names
 
     every = {cell.name for cell in matrix_plan.cells(ROOT / "ci" / "matrix.yaml", given, model_names())}
     in_jobs = [

@@ -12,7 +12,7 @@ from torchvision import models
 
 from calibration.errors import BadInputError, UsageError
 from engines.bundle import read_manifest
-from exporter import zoo
+from exporter import torchvision_zoo, zoo
 from exporter.options import ExportOptions, parse_model_args
 
 SMALL = ["--weights", "none", "--input-size", "64", "--verify-images", "32", "--batch", "1:2:3"]
@@ -40,9 +40,9 @@ def test_lists_words_and_numbers_reach_the_function():
 
 @pytest.mark.parametrize("text", ["GroupNorm(8)", "nn.GroupNorm(8)", "torch.nn.GroupNorm(8)"])
 def test_layers_are_classes_of_torch_nn(text):
-    assert zoo.model_argument("norm_layer", text).func is nn.GroupNorm
-    assert isinstance(zoo.model_argument("norm_layer", text), partial)
-    assert zoo.model_argument("activation_layer", "SiLU") is nn.SiLU
+    assert torchvision_zoo.model_argument("norm_layer", text).func is nn.GroupNorm
+    assert isinstance(torchvision_zoo.model_argument("norm_layer", text), partial)
+    assert torchvision_zoo.model_argument("activation_layer", "SiLU") is nn.SiLU
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,6 @@ def test_int8_is_no_worse_than_onnxruntimes_quantizer(model, digits, cli, tmp_pa
     stream = images.ImageStream(splits["calibrate"], p, 8, digits.images)
     peer = tmp_path / "peer.onnx"
     quantize_with_onnxruntime(out / manifest.recipe.graph.path, peer, (normalize(b, p) for b in stream))
-    logits = run_in_batches(OnnxRuntimeEngine(peer), held.pixels, p, 8)
+    (logits,) = run_in_batches(OnnxRuntimeEngine(peer), held.pixels, p, 8)
     theirs = compare(np.asarray(held.logits), logits)
     assert ours["sqnr"] >= theirs.sqnr, f"ours {ours['sqnr']:.2f} dB, quantize_static {theirs.sqnr:.2f} dB"

@@ -387,6 +387,9 @@ class _Linear:
             logits = logits + self.noise * np.sin(1000 * logits)
         return np.roll(logits, 1, axis=0) if len(batch) == self.wrong_at else logits
 
+    def run_all(self, batch: np.ndarray) -> tuple[np.ndarray, ...]:
+        return (self.run(batch),)
+
 
 class _Swapped(_Linear):
     def run(self, batch: np.ndarray) -> np.ndarray:
@@ -402,7 +405,7 @@ def _judged(engine, count: int = 70, batch: tuple[int, int, int] = (1, 8, 32), *
     low, best, high = batch
     given = {
         "pixels": pixels,
-        "eager": _Linear().run(normalize(pixels, PREPROCESS)),
+        "eager": {"logits": _Linear().run(normalize(pixels, PREPROCESS))},
         "labels": None,
         "preprocess": PREPROCESS,
         "batch": Batch(min=low, opt=best, max=high),
@@ -415,7 +418,7 @@ def _judged(engine, count: int = 70, batch: tuple[int, int, int] = (1, 8, 32), *
 @pytest.mark.parametrize(("count", "batch"), [(7, 3), (6, 3), (1, 1), (2, 5), (3, 8), (5, 1), (33, 32)])
 def test_only_full_batches_are_run_and_each_image_comes_back_once_in_order(count, batch):
     engine, pixels, done = _Linear(), _pixels(count), []
-    logits = run_in_batches(engine, pixels, PREPROCESS, batch, done.append)
+    (logits,) = run_in_batches(engine, pixels, PREPROCESS, batch, done.append)
     assert {run.shape for run in engine.batches} == {(batch, 3, 4, 4)}
     assert len(engine.batches) == math.ceil(count / batch)
     np.testing.assert_array_equal(logits, _Linear().run(normalize(pixels, PREPROCESS)))
@@ -479,18 +482,18 @@ def test_nan_at_one_batch_size_fails():
 
 def test_no_images_is_nothing_to_compare():
     with pytest.raises(ParityError, match="0 inputs"):
-        _judged(_Linear(), pixels=_pixels(0), eager=np.zeros((0, 10), dtype=np.float32))
+        _judged(_Linear(), pixels=_pixels(0), eager={"logits": np.zeros((0, 10), dtype=np.float32)})
 
 
 @pytest.mark.parametrize("count", [1, 69, 71])
 def test_reference_of_other_images_is_refused(count):
     with pytest.raises(ParityError, match="nothing to compare"):
-        _judged(_Linear(), eager=_logits(count, 10))
+        _judged(_Linear(), eager={"logits": _logits(count, 10)})
 
 
 def test_constant_reference_is_refused():
     with pytest.raises(ParityError, match="hardly vary"):
-        _judged(_Linear(), eager=np.ones((70, 10), dtype=np.float32))
+        _judged(_Linear(), eager={"logits": np.ones((70, 10), dtype=np.float32)})
 
 
 def test_gate_without_a_tolerance_raises():
@@ -526,7 +529,7 @@ def test_with_an_unfused_reference_the_engine_is_judged_by_it_and_eager_is_repor
     pixels = _pixels(70)
     graph = _Linear(noise=2.0)  # what quantization does to random weights
     logits = graph.run(normalize(pixels, PREPROCESS))
-    gate = _judged(_Linear(noise=2.0), tolerances={}, unfused=lambda: logits)
+    gate = _judged(_Linear(noise=2.0), tolerances={}, unfused=lambda: (logits,))
     assert gate.reference == "unfused precision graph"
     assert gate.failures == []
     assert gate.metrics["sqnr"] == 200.0
@@ -539,19 +542,19 @@ def test_with_an_unfused_reference_the_engine_is_judged_by_it_and_eager_is_repor
 )
 def test_with_an_unfused_reference_faults_are_caught_all_the_same(engine):
     logits = _Linear(noise=2.0).run(normalize(_pixels(70), PREPROCESS))
-    assert _judged(engine, tolerances={}, unfused=lambda: logits).failures
+    assert _judged(engine, tolerances={}, unfused=lambda: (logits,)).failures
 
 
 def test_a_wrong_precision_graph_is_caught_although_the_engine_equals_it():
     wrong = _Swapped(noise=50.0)
-    logits = run_in_batches(wrong, _pixels(70), PREPROCESS, 8)
-    gate = _judged(wrong, tolerances={}, unfused=lambda: logits)
+    (logits,) = run_in_batches(wrong, _pixels(70), PREPROCESS, 8)
+    gate = _judged(wrong, tolerances={}, unfused=lambda: (logits,))
     assert gate.metrics["sqnr"] == 200.0
     assert any("cosine to eager" in text for text in gate.failures)
 
 
 def test_a_tolerance_of_the_users_own_overrides_that_of_the_unfused_reference():
     logits = _Linear().run(normalize(_pixels(70), PREPROCESS))
-    gate = _judged(_Linear(noise=2.0), tolerances={"sqnr": 150.0}, unfused=lambda: logits)
+    gate = _judged(_Linear(noise=2.0), tolerances={"sqnr": 150.0}, unfused=lambda: (logits,))
     assert gate.tolerances["sqnr"] == 150.0
     assert any("must be sqnr >= 150" in text for text in gate.failures)

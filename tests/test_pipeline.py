@@ -153,9 +153,9 @@ def test_gate_refuses_a_constant_reference(digits, cli, tmp_path, monkeypatch):
     from exporter import reference
 
     def constant(model, pixels, preprocess, progress=None):
-        return np.tile(np.arange(10, dtype=np.float32), (len(pixels), 1))
+        return (np.tile(np.arange(10, dtype=np.float32), (len(pixels), 1)),)
 
-    monkeypatch.setattr(reference, "eager_logits", constant)
+    monkeypatch.setattr(reference, "eager_outputs", constant)
     done = cli(*digits.arguments(), "--verify", digits.images, "--out", tmp_path / "out", "--no-cache")
     assert done.code == 3, done.err
     assert "hardly vary" in done.err
@@ -203,9 +203,9 @@ def test_gate_catches_a_fault_with_random_weights_too(cli, photos, tmp_path, mon
             super().__init__(path, fused=fused, **options)
             self.wrong = fused and path.name == "engine.onnx"
 
-        def run(self, batch):
-            logits = super().run(batch)
-            return logits[:, ::-1].copy() if self.wrong else logits
+        def run_all(self, batch):
+            (logits,) = super().run_all(batch)
+            return (logits[:, ::-1].copy() if self.wrong else logits,)
 
     monkeypatch.setattr(loading, "OnnxRuntimeEngine", Broken)
     arguments = "resnet18 --weights none --input-size 64 --resize-size 72 --precision int8".split()

@@ -69,7 +69,7 @@ def photograph(photographs: list[Image.Image]) -> Image.Image:
 
 def zoo_presets() -> Iterator[tuple[str, ImageClassification, Preprocess]]:
     """Every distinct preprocessing among torchvision's classification weights."""
-    from exporter.zoo import preprocess_of
+    from exporter.torchvision_zoo import preprocess_of
 
     seen = set()
     for name in torchvision.models.list_models(module=torchvision.models):

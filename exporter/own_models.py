@@ -1,0 +1,168 @@
+"""The user's own networks: `path/to/file.py:FUNCTION` or `package.module:FUNCTION`."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import importlib.util
+import inspect
+import sys
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from calibration.errors import BadInputError, UsageError
+from exporter import weights as weights_room
+from exporter.eager import outputs_of
+from exporter.model_arguments import value_of
+from exporter.options import ExportOptions
+from exporter.preprocessing import read_preprocess, resized
+from exporter.spec import ModelSpec
+
+
+def _imported(source: str, model: str) -> ModuleType:
+    """The module of `FILE.py` or of `package.module`; what it imports from beside it is found."""
+    path = Path(source)
+    is_file = source.endswith(".py")
+    if is_file and not path.is_file():
+        raise BadInputError(f"{model}: no such file: {source}", hint="give FILE.py:FUNCTION")
+    folder = str(path.resolve().parent if is_file else Path.cwd())
+    if folder not in sys.path:  # kept there: functions import when they are called, too
+        sys.path.insert(0, folder)
+    try:
+        if not is_file:
+            return importlib.import_module(source)
+        name = f"export_zoo_user_{path.stem}"
+        found = importlib.util.spec_from_file_location(name, path)
+        assert found is not None
+        assert found.loader is not None
+        module = importlib.util.module_from_spec(found)
+        sys.modules[name] = module  # dataclasses and pickle look there
+        found.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == source.partition(".")[0]:
+            raise BadInputError(
+                f"{model}: no module {error.name!r} here",
+                hint="give FILE.py:FUNCTION, or a module that is installed or in this directory",
+            ) from error
+        raise BadInputError(
+            f"{model}: {source} cannot be imported: {type(error).__name__}: {error}",
+            hint="it must import in the environment that export-zoo runs in",
+        ) from error
+    return module
+
+
+def _factory(model: str) -> Callable[..., Any]:
+    source, _, name = model.rpartition(":")
+    if not source or not name.isidentifier():
+        raise UsageError(
+            f"model {model!r}: not FILE.py:FUNCTION or package.module:FUNCTION",
+            hint="for example models/net.py:build",
+        )
+    module = _imported(source, model)
+    found = getattr(module, name, None)
+    if not callable(found):
+        named = [n for n in vars(module) if callable(getattr(module, n)) and not n.startswith("_")]
+        near = difflib.get_close_matches(name, named, n=3)
+        raise BadInputError(
+            f"{model}: {source} has no function {name!r}",
+            hint=f"did you mean {' or '.join(near)}?" if near else "name a function that returns the network",
+        )
+    return (lambda: found) if isinstance(found, nn.Module) else found
+
+
+def _made(model: str, arguments: Mapping[str, Any], seed: int) -> nn.Module:
+    factory = _factory(model)
+    shown = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+    try:
+        inspect.signature(factory).bind(**arguments)
+    except TypeError as error:
+        raise BadInputError(
+            f"{model}: cannot be called with ({shown}): {error}",
+            hint="--num-classes and --model-arg become its keyword arguments",
+        ) from error
+    except ValueError:  # no signature to ask
+        pass
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            made = factory(**arguments)
+        except (Exception, SystemExit) as error:
+            raise BadInputError(
+                f"{model}: called with ({shown}), it raises {type(error).__name__}: {error}",
+                hint="--num-classes and --model-arg become its keyword arguments",
+            ) from error
+    if not isinstance(made, nn.Module):
+        raise BadInputError(
+            f"{model}: returns {type(made).__name__}, not a torch.nn.Module",
+            hint="name a function that returns the network",
+        )
+    return made.float().eval()
+
+
+def _arguments(spec_args: tuple[tuple[str, str], ...], num_classes: int | None) -> dict[str, Any]:
+    classes = {} if num_classes is None else {"num_classes": num_classes}
+    return {**classes, **{key: value_of(key, text) for key, text in spec_args}}
+
+
+def resolve(options: ExportOptions) -> ModelSpec:
+    """Import the factory and call it once, to see outputs and weights.
+
+    Raises:
+        BadInputError: it cannot be imported or called, or its network is none for images.
+        UsageError: options that are torchvision's, or no `--preprocess`.
+    """
+    model = options.model
+    for option, given in (
+        ("--transforms", options.transforms),
+        ("--transform-input", options.transform_input),
+    ):
+        if given is not None:
+            raise UsageError(f"{option}: {model} is no model of torchvision", hint="leave it out")
+    if options.preprocess is None:
+        raise UsageError(
+            f"{model}: needs --preprocess FILE: nobody else knows what it was trained with",
+            hint='for example {"resize_size": 256, "crop_height": 224, "crop_width": 224, "interpolation": '
+            '"bilinear", "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}',
+        )
+    preprocess, labels = read_preprocess(options.preprocess)
+    preprocess = resized(preprocess, options)
+    module = _made(model, _arguments(options.model_args, options.num_classes), options.seed)
+    outputs = outputs_of(module, preprocess.crop_height, preprocess.crop_width, model)
+    weights = weights_room.chosen(options, "factory", "as the factory returns them")
+    if weights.kind == "factory":
+        weights = dataclasses.replace(weights, sha256=weights_room.state_digest(module))
+    source, _, function = model.rpartition(":")
+    return ModelSpec(
+        zoo="python",
+        name=function,
+        factory=f"{Path(source).name}:{function}",
+        factory_path=source,
+        weights_kind=weights.kind,
+        weights_name=weights.name,
+        weights_sha256=weights.sha256,
+        weights_path=weights.path,
+        init_missing=options.init_missing,
+        model_args=options.model_args,
+        reading=weights_room.Reading.of(options),
+        seed=options.seed,
+        preprocess=preprocess,
+        labels=labels,
+        outputs=outputs,
+        num_classes_given=options.num_classes,
+        version=uuid.uuid4().hex,  # the code may be any: the cache cannot tell when it changed
+    )
+
+
+def construct(spec: ModelSpec, state: Mapping[str, torch.Tensor] | None) -> nn.Module:
+    """The network as the factory returns it."""
+    del state
+    return _made(
+        f"{spec.factory_path}:{spec.name}", _arguments(spec.model_args, spec.num_classes_given), spec.seed
+    )

@@ -1,0 +1,79 @@
+"""The preprocessing of a run: a file's, or the zoo's, at the sizes that options ask for."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
+
+from calibration.errors import BadInputError
+from calibration.preprocess import Preprocess
+from exporter.options import ExportOptions
+
+
+class PreprocessFile(Preprocess):
+    """What a `--preprocess` file may say, as JSON or YAML."""
+
+    source: str = Field(default="", description="Where the parameters come from. Default: the file's name.")
+    labels: list[str] = Field(default=[], description="Class names by index, one for each class.")
+
+    @field_validator("mean", "std")
+    @classmethod
+    def _usable(cls, values: tuple[float, float, float], info: ValidationInfo) -> tuple[float, float, float]:
+        if not all(math.isfinite(value) and (value > 0 or info.field_name == "mean") for value in values):
+            raise ValueError("must be finite, and std over 0")
+        return values
+
+
+def read_preprocess(path: Path) -> tuple[Preprocess, tuple[str, ...]]:
+    """A `--preprocess` file's preprocessing and class names.
+
+    Raises:
+        BadInputError: not such a file; names the key.
+    """
+    hint = "see docs/usage.md, `--preprocess`"
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        found = PreprocessFile.model_validate(document)
+    except OSError as error:
+        raise BadInputError(f"--preprocess {path}: cannot be read: {error.strerror}", hint=hint) from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the whole"
+        raise BadInputError(f"--preprocess {path}: {where}: {first['msg']}", hint=hint) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise BadInputError(
+            f"--preprocess {path}: neither JSON nor YAML: {' '.join(str(error).split())}", hint=hint
+        ) from error
+    source = found.source or path.name
+    fields = found.model_dump(exclude={"labels"})
+    return Preprocess.model_validate({**fields, "source": source}), tuple(found.labels)
+
+
+def resized(preprocess: Preprocess, options: ExportOptions) -> Preprocess:
+    """Apply --input-size and --resize-size; without the latter, the resize keeps its proportion to the crop."""
+    changes: dict[str, Any] = {}
+    if options.input_size is not None:
+        height, width = options.input_size
+        changes |= {"crop_height": height, "crop_width": width}
+        ratio = preprocess.resize_size / min(preprocess.crop_height, preprocess.crop_width)
+        changes["resize_size"] = max(1, round(min(height, width) * ratio))
+    if options.resize_size is not None:
+        changes["resize_size"] = options.resize_size
+    if not changes:
+        return preprocess
+    return preprocess.model_copy(update={**changes, "source": f"{preprocess.source}, sizes from options"})
+
+
+def main() -> None:
+    """Print the schema: `python -m exporter.preprocessing > docs/preprocess.schema.json`."""
+    schema = PreprocessFile.model_json_schema()
+    print(json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""Random weights that are of use: logits that vary with the input, so that parity has something to compare."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+from calibration.errors import BadInputError
+from calibration.images import synthetic_images
+from calibration.preprocess import normalize
+from exporter.spec import ModelSpec
+
+RESIDUAL_GAIN = 0.25
+
+
+def _last_norm_of_branch(block: nn.Module) -> nn.BatchNorm2d | None:
+    """The BatchNorm that ends a residual branch: in ResNets, MobileNets, EfficientNets, MNASNets and RegNets."""
+    if isinstance(block, Bottleneck):
+        return block.bn3  # type: ignore[return-value]
+    if isinstance(block, BasicBlock):
+        return block.bn2  # type: ignore[return-value]
+    branches = {
+        "use_res_connect": ("conv", "block"),  # MobileNetV2, MobileNetV3, EfficientNet
+        "apply_residual": ("layers",),  # MNASNet
+        "proj": ("f",),  # RegNet
+    }
+    for flag, names in branches.items():
+        for name in names:
+            branch = getattr(block, name, None)
+            if (
+                hasattr(block, flag)
+                and getattr(block, flag) is not False
+                and isinstance(branch, nn.Sequential)
+            ):
+                norms = [m for m in branch.modules() if isinstance(m, nn.BatchNorm2d)]
+                return norms[-1] if norms else None
+    return None
+
+
+def make_usable(model: nn.Module, spec: ModelSpec) -> None:
+    """Give random weights logits that vary with the input, so that parity has something to compare.
+
+    ViT's head is initialized to zero and ConvNeXt's layer scale to 1e-6; BatchNorm's untrained statistics let
+    activations vanish or explode, and are estimated on a few seeded images instead. Residual branches start
+    small, as in training (Goyal et al. 2017, arXiv 1706.02677, section 5.1, start at 0): at full strength a random
+    ResNet is so chaotic that one flipped rounding tie decides its answer.
+    """
+    for name, module in model.named_modules():
+        for scale in (
+            getattr(module, "layer_scale", None),
+            getattr(module, "gamma", None),
+        ):  # torchvision's, timm's
+            if isinstance(scale, nn.Parameter):
+                nn.init.ones_(scale)
+        if isinstance(module, nn.Linear) and name.startswith("heads"):
+            module.reset_parameters()
+        last = _last_norm_of_branch(module)
+        if last is not None and getattr(last, "weight", None) is not None:  # InstanceNorm2d has none
+            nn.init.constant_(last.weight, RESIDUAL_GAIN)
+        elif isinstance(module, nn.BatchNorm2d) and module.affine and not bool(module.weight.any()):
+            nn.init.constant_(module.weight, RESIDUAL_GAIN)  # a branch that timm, or the user, starts at 0
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if not norms:
+        return
+    model.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+        norm.train()
+    height, width = spec.preprocess.crop_height, spec.preprocess.crop_width
+    pixels = synthetic_images(8 if height * width <= 320 * 320 else 4, height, width, spec.seed)
+    with torch.inference_mode():
+        try:
+            model(torch.from_numpy(normalize(pixels, spec.preprocess)))
+        except Exception as error:
+            raise BadInputError(
+                f"{spec.name} does not run at input {height}x{width}: {error}",
+                hint="choose another --input-size",
+            ) from error

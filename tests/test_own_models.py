@@ -1,0 +1,379 @@
+"""The user's own networks: `FILE.py:FUNCTION` and `package.module:FUNCTION`, preprocessed as a file says."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from own_networks import Pixels, TwoHeads, padded
+
+import engines
+from calibration.errors import BadInputError, UsageError
+from calibration.preprocess import normalize
+from engines.bundle import held_out, read_manifest
+from engines.outputs import as_rows, sampled, sampled_shape
+from exporter import zoo
+from exporter.options import ExportOptions
+from exporter.preprocessing import PreprocessFile, main, read_preprocess
+
+NETWORKS = Path(__file__).with_name("own_networks.py")
+PREPROCESS = {
+    "resize_size": 72,
+    "crop_height": 64,
+    "crop_width": 64,
+    "interpolation": "bilinear",
+    "mean": [0.5, 0.4, 0.3],
+    "std": [0.25, 0.25, 0.25],
+}
+SMALL = ["--weights", "none", "--verify-images", "32", "--batch", "1:2:3"]
+
+
+@pytest.fixture
+def preprocess(tmp_path: Path) -> Path:
+    path = tmp_path / "preprocess.json"
+    path.write_text(json.dumps(PREPROCESS))
+    return path
+
+
+def resolved(function: str, preprocess: Path, **given):
+    return zoo.resolve(ExportOptions(f"{NETWORKS}:{function}", preprocess=preprocess, **given))
+
+
+INT8 = ["--precision", "fp32", "--precision", "fp16", "--precision", "int8"]
+
+
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
+def test_padding_modes_pooling_groups_and_dilation_end_verified(cli, photos, preprocess, tmp_path, mode):
+    done = cli(
+        *(f"{NETWORKS}:padded", *SMALL, *INT8, "--calib", photos, "--preprocess", preprocess),
+        *("--model-arg", f"mode={mode}", "--target", "onnxruntime", "--target", "tensorrt-rtx"),
+        *("--out", tmp_path / "b.bundle"),
+    )
+    assert done.code == 0, done.json["error"]
+    states = {engine["name"]: engine["state"] for engine in done.json["engines"]}
+    assert set(states.values()) == {"verified", "graph verified"}
+    assert len(states) == 6
+
+
+def test_layers_registered_in_any_way_are_known_by_their_names(cli, photos, preprocess, tmp_path):
+    done = cli(
+        *(f"{NETWORKS}:Registered", *SMALL, *INT8, "--calib", photos, "--preprocess", preprocess),
+        *("--model-arg", "depth=2", "--keep-float", "blocks.1", "--out", tmp_path / "b.bundle"),
+    )
+    assert done.code == 0, done.json["error"]
+    manifest = read_manifest(tmp_path / "b.bundle")
+    assert manifest.recipe.source.arguments == {"depth": "2"}
+    assert manifest.recipe.output.shape == ["batch", 7]
+
+
+def test_the_factorys_own_weights_are_exported_and_recorded(cli, preprocess, tmp_path):
+    done = cli(
+        f"{NETWORKS}:padded", "--preprocess", preprocess, "--batch", "1:2:3", "--out", tmp_path / "b.bundle"
+    )
+    assert done.code == 0, done.json["error"]
+    source = read_manifest(tmp_path / "b.bundle").recipe.source
+    assert (source.zoo, source.name, source.factory) == ("python", "padded", "own_networks.py:padded")
+    assert (source.weights.kind, source.weights.random) == ("factory", False)
+    assert len(source.weights.sha256) == 64
+    assert str(NETWORKS.parent) not in (tmp_path / "b.bundle" / "manifest.json").read_text()
+    engine = engines.load(tmp_path / "b.bundle")
+    held = held_out(tmp_path / "b.bundle", read_manifest(tmp_path / "b.bundle"))
+    torch.manual_seed(0)
+    eager = padded().eval()
+    with torch.inference_mode():
+        batch = normalize(held.pixels[:2], engine.manifest.recipe.preprocess)
+        wanted = eager(torch.from_numpy(batch)).numpy()
+    np.testing.assert_allclose(engine.run(batch), wanted, atol=1e-4)
+
+
+def test_a_weights_file_is_loaded_into_what_the_factory_makes(preprocess, tmp_path):
+    trained = padded(num_classes=4)
+    path = tmp_path / "net.pth"
+    torch.save({"state_dict": {f"module.{k}": v for k, v in trained.state_dict().items()}}, path)
+    spec = resolved("padded", preprocess, weights=str(path), num_classes=4)
+    built, _ = zoo.build(spec)
+    assert torch.equal(built.head.weight, trained.head.weight)
+    assert (spec.weights_kind, spec.num_classes) == ("file", 4)
+    with pytest.raises(BadInputError, match="other shape"):
+        zoo.build(resolved("padded", preprocess, weights=str(path)))
+
+
+def test_the_same_seed_makes_the_same_network(preprocess):
+    first, second, other = (
+        zoo.build(resolved("padded", preprocess, seed=seed))[0].head.weight for seed in (0, 0, 1)
+    )
+    assert torch.equal(first, second)
+    assert not torch.equal(first, other)
+
+
+def test_changed_code_is_exported_anew(cli, preprocess, tmp_path, monkeypatch):
+    code = tmp_path / "net.py"
+    text = (
+        "from torch import nn\ndef net():\n    return nn.Sequential(nn.Flatten(), nn.Linear(12288, 4), {})\n"
+    )
+    sizes = []
+    for last in ("nn.Identity()", "nn.ReLU()"):
+        code.write_text(text.format(last))
+        done = cli(
+            f"{code}:net", "--preprocess", preprocess, "--batch", "1:2:3", "--out", tmp_path / "b.bundle"
+        )
+        assert done.code == 0, done.json["error"]
+        logits = engines.load(tmp_path / "b.bundle").run(np.ones((1, 3, 64, 64), dtype=np.float32))
+        sizes.append(float(logits.min()))
+    assert sizes[0] < 0 <= sizes[1]
+
+
+def test_a_module_beside_the_shell_is_found(preprocess, tmp_path):
+    package = tmp_path / "nets"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "width.py").write_text("WIDTH = 6\n")
+    (package / "net.py").write_text(
+        "from torch import nn\nfrom nets.width import WIDTH\n"
+        "def build():\n    return nn.Sequential(nn.Conv2d(3, WIDTH, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())\n"
+    )
+    shutil.copy(preprocess, package / "p.json")
+    done = subprocess.run(
+        [sys.executable, "-m", "exporter.cli", "nets.net:build", "--preprocess", "nets/p.json"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert read_manifest(tmp_path / "build.bundle").recipe.output.shape == ["batch", 6]
+
+
+@pytest.mark.parametrize(
+    ("model", "message", "hint"),
+    [
+        ("nets/none.py:build", "no such file", "FILE.py"),
+        ("{}:pad", "has no function 'pad'", "padded"),
+        ("{}:NOT_CALLABLE", "has no function", "returns the network"),
+        ("{}:breaks", "raises RuntimeError: no licence server", "--model-arg"),
+        ("{}:leaves", "raises SystemExit", "--model-arg"),
+        ("{}:text", "returns str, not a torch.nn.Module", "network"),
+        ("{}:Sum", r"output 'logits' is \[2\] for 2 images", "logits"),
+        ("{}:Argmax", "other than tensors of floating point", "logits"),
+        ("{}:Gray", r"does not run on float32 \[2, 3, 64, 64\]", "RGB"),
+        ("no.such.package:build", "no module 'no' here", "FILE.py"),
+        ("json:nothing", "has no function", "network"),
+    ],
+)
+def test_what_is_no_network_is_refused_with_the_reason(cli, preprocess, tmp_path, model, message, hint):
+    done = cli(model.format(NETWORKS), "--preprocess", preprocess, "--out", tmp_path / "out")
+    assert done.code == 5
+    import re
+
+    assert re.search(message, done.json["error"]["message"]), done.json["error"]
+    assert hint in done.json["error"]["hint"]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("model", "given", "message"),
+    [
+        ("{}:", {}, "not FILE.py:FUNCTION"),
+        (":build", {}, "not FILE.py:FUNCTION"),
+        ("{}:padded", {"preprocess": None}, "needs --preprocess FILE"),
+        ("{}:padded", {"preprocess": None, "transforms": "DEFAULT"}, "--transforms"),
+        ("{}:padded", {"transform_input": True}, "--transform-input"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(preprocess, model, given, message):
+    with pytest.raises(UsageError, match=message):
+        zoo.resolve(ExportOptions(model.format(NETWORKS), **{"preprocess": preprocess, **given}))
+
+
+@pytest.mark.parametrize("given", [{"num_classes": 4}, {"model_args": (("colour", "red"),)}])
+def test_an_argument_that_the_factory_does_not_take_is_named(preprocess, given):
+    with pytest.raises(BadInputError, match=r"cannot be called with \(.*=") as error:
+        resolved("breaks", preprocess, **given)
+    assert "--num-classes" in error.value.hint
+
+
+def test_code_that_does_not_import_is_named(preprocess, tmp_path):
+    (tmp_path / "broken.py").write_text("import nothing_of_that_name\n")
+    with pytest.raises(BadInputError, match="cannot be imported: ModuleNotFoundError") as error:
+        zoo.resolve(ExportOptions(f"{tmp_path / 'broken.py'}:build", preprocess=preprocess))
+    assert "environment" in error.value.hint
+
+
+def test_a_network_is_called_by_the_name_of_its_function():
+    assert ExportOptions("nets/net.py:build").out_dir == Path("build.bundle")
+    assert ExportOptions("timm/resnet18").out_dir == Path("resnet18.bundle")
+
+
+# -- several outputs ------------------------------------------------------------------------------------------------
+
+
+def test_all_outputs_of_a_dictionary_are_compared(cli, photos, preprocess, tmp_path):
+    done = cli(
+        *(f"{NETWORKS}:TwoHeads", *SMALL, *INT8, "--calib", photos, "--preprocess", preprocess),
+        *("--target", "onnxruntime", "--target", "tensorrt-rtx", "--out", tmp_path / "b.bundle"),
+    )
+    assert done.code == 0, done.json["error"]
+    manifest = read_manifest(tmp_path / "b.bundle")
+    assert [port.name for port in manifest.recipe.outputs] == ["species", "age"]
+    assert [port.shape for port in manifest.recipe.outputs] == [["batch", 10], ["batch", 4]]
+    for engine in manifest.artifacts.engines:
+        figures = engine.gate.further["age"].eager_metrics
+        assert figures["classes"] == 4
+        assert figures["sqnr"] > 20
+    assert "output age" in next(s["detail"] for s in done.json["stages"] if s["name"] == "verify")
+    outputs = engines.load(tmp_path / "b.bundle").run_all(np.ones((1, 3, 64, 64), dtype=np.float32))
+    assert {name: value.shape for name, value in outputs.items()} == {"species": (1, 10), "age": (1, 4)}
+    assert cli("verify", tmp_path / "b.bundle").code == 0
+
+
+def test_an_engine_whose_second_output_is_wrong_fails_by_that_outputs_name(
+    cli, photos, preprocess, tmp_path, monkeypatch
+):
+    from engines import loading
+
+    class Broken(loading.OnnxRuntimeEngine):
+        def run_all(self, batch):
+            first, second = super().run_all(batch)
+            return first, second[:, ::-1].copy()
+
+    monkeypatch.setattr(loading, "OnnxRuntimeEngine", Broken)
+    done = cli(
+        *(f"{NETWORKS}:TwoHeads", *SMALL, "--verify", photos, "--preprocess", preprocess),
+        *("--out", tmp_path / "b.bundle", "--no-cache"),
+    )
+    assert done.code == 3
+    assert "output age: " in done.json["error"]["message"]
+    assert "species" not in done.json["error"]["message"]
+
+
+def test_further_outputs_may_be_of_another_kind_than_the_first(cli, photos, preprocess, tmp_path):
+    done = cli(
+        *(f"{NETWORKS}:Pixels", *SMALL, *INT8, "--calib", photos, "--preprocess", preprocess),
+        *("--input-size", "96x80", "--out", tmp_path / "b.bundle"),
+    )
+    assert done.code == 0, done.json["error"]
+    manifest = read_manifest(tmp_path / "b.bundle")
+    assert [port.shape for port in manifest.recipe.outputs] == [["batch", 5, 96, 80], ["batch", 3]]
+    assert [port.name for port in manifest.recipe.outputs] == ["logits", "output_1"]
+    held = held_out(tmp_path / "b.bundle", manifest)
+    assert held.logits.shape == (32, 5, 64, 64)
+    engine = engines.load(tmp_path / "b.bundle", engine="onnxruntime-fp32")
+    batch = normalize(held.pixels[:2], manifest.recipe.preprocess)
+    assert engine.run(batch).shape == (2, 5, 96, 80)
+    np.testing.assert_allclose(sampled(engine.run(batch)), held.logits[:2], atol=1e-4)
+    gate = manifest.artifacts.engines[0].gate
+    assert (gate.metrics["images"], gate.metrics["pixels"]) == (32, 32 * 64 * 64)
+
+
+def test_held_out_logits_of_a_missing_output_make_a_damaged_manifest(cli, preprocess, tmp_path):
+    done = cli(
+        f"{NETWORKS}:TwoHeads", "--preprocess", preprocess, "--batch", "1", "--out", tmp_path / "b.bundle"
+    )
+    assert done.code == 0, done.json["error"]
+    path = tmp_path / "b.bundle" / "manifest.json"
+    document = json.loads(path.read_text())
+    document["artifacts"]["held_out"]["further"] = []
+    path.write_text(json.dumps(document))
+    done = cli("verify", tmp_path / "b.bundle")
+    assert (done.code, "damaged manifest" in done.json["error"]["message"]) == (5, True)
+
+
+def test_rows_and_columns_of_dense_outputs_are_looked_at_from_border_to_border():
+    output = np.arange(2 * 3 * 100 * 40, dtype=np.float32).reshape(2, 3, 100, 40)
+    seen = sampled(output)
+    assert seen.shape == (2, *sampled_shape(output.shape[1:])) == (2, 3, 64, 40)
+    np.testing.assert_array_equal(seen[:, :, [0, -1]], output[:, :, [0, -1]])
+    assert as_rows(seen).shape == (2 * 64 * 40, 3)
+    np.testing.assert_array_equal(as_rows(seen)[1], output[0, :, 0, 1])
+    plain = np.ones((4, 10), dtype=np.float32)
+    assert sampled(plain) is as_rows(plain) is plain
+
+
+def test_eager_and_engine_agree_on_the_names_of_outputs(preprocess):
+    assert [o.name for o in resolved("TwoHeads", preprocess).outputs] == ["species", "age"]
+    assert [o.shape for o in resolved("Pixels", preprocess).outputs] == [(5, 64, 64), (3,)]
+    with torch.inference_mode():
+        assert list(TwoHeads()(torch.zeros(1, 3, 64, 64))) == ["species", "age"]
+        assert len(Pixels()(torch.zeros(1, 3, 64, 64))) == 2
+
+
+# -- the preprocessing file -----------------------------------------------------------------------------------------
+
+
+def test_a_preprocessing_file_is_json_or_yaml_and_may_hold_labels(preprocess, tmp_path):
+    as_json, none = read_preprocess(preprocess)
+    path = tmp_path / "p.yaml"
+    lines = "".join(f"{key}: {json.dumps(value)}\n" for key, value in PREPROCESS.items())
+    path.write_text(lines + "labels: [cat, dog]\n")
+    as_yaml, labels = read_preprocess(path)
+    assert as_json.model_dump(exclude={"source"}) == as_yaml.model_dump(exclude={"source"})
+    assert (none, labels) == ((), ("cat", "dog"))
+    assert (as_json.source, as_yaml.source) == ("preprocess.json", "p.yaml")
+
+
+def test_labels_of_the_file_reach_the_bundle_and_must_fit(cli, tmp_path):
+    path = tmp_path / "p.json"
+    path.write_text(json.dumps({**PREPROCESS, "labels": list("abcdefg")}))
+    done = cli(f"{NETWORKS}:Registered", *SMALL, "--preprocess", path, "--out", tmp_path / "b.bundle")
+    assert done.code == 0, done.json["error"]
+    assert read_manifest(tmp_path / "b.bundle").recipe.labels == list("abcdefg")
+    done = cli(f"{NETWORKS}:padded", *SMALL, "--preprocess", path, "--out", tmp_path / "c.bundle")
+    assert done.code == 5
+    assert "7 labels, padded has 10 classes" in done.json["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mean": None}, "mean"),
+        ({"std": [0.1, 0.0, 0.1]}, "std"),
+        ({"std": [0.1, 0.1]}, "std"),
+        ({"interpolation": "nearest"}, "interpolation"),
+        ({"crop_height": 0}, "crop_height"),
+        ({"colour": "BGR"}, "colour"),
+        ({"mean": [0.1, float("nan"), 0.1]}, "mean"),
+    ],
+)
+def test_a_preprocessing_file_that_says_something_else_is_refused(tmp_path, change, message):
+    path = tmp_path / "p.json"
+    path.write_text(json.dumps({k: v for k, v in {**PREPROCESS, **change}.items() if v is not None}))
+    with pytest.raises(BadInputError, match=f"--preprocess .*p.json: {message}") as error:
+        read_preprocess(path)
+    assert "docs/usage.md" in error.value.hint
+
+
+@pytest.mark.parametrize("content", ["a: b: c", "[1, 2", "- 3", "", "\x00"])
+def test_a_file_that_is_no_preprocessing_is_refused(tmp_path, content):
+    path = tmp_path / "p.json"
+    path.write_text(content)
+    with pytest.raises(BadInputError, match="--preprocess"):
+        read_preprocess(path)
+    with pytest.raises(BadInputError, match="cannot be read"):
+        read_preprocess(tmp_path / "none.json")
+
+
+def test_a_zoo_model_takes_a_preprocessing_file_too(preprocess):
+    spec = zoo.resolve(ExportOptions("resnet18", weights="none", preprocess=preprocess))
+    assert spec.preprocess.mean == (0.5, 0.4, 0.3)
+    spec = zoo.resolve(ExportOptions("resnet18", weights="none", preprocess=preprocess, input_size=(32, 32)))
+    assert (spec.preprocess.crop_height, spec.preprocess.resize_size) == (32, 36)
+    with pytest.raises(UsageError, match="--preprocess and --transforms"):
+        ExportOptions("resnet18", preprocess=preprocess, transforms="DEFAULT")
+
+
+def test_the_published_schema_is_that_of_the_code(capsys):
+    main()
+    schema = Path(__file__).parent.parent / "docs" / "preprocess.schema.json"
+    assert json.loads(schema.read_text()) == json.loads(capsys.readouterr().out)
+    import jsonschema
+
+    jsonschema.validate(PREPROCESS, json.loads(schema.read_text()))
+    assert PreprocessFile.model_validate(PREPROCESS).labels == []
