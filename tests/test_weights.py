@@ -414,7 +414,7 @@ def _publish(monkeypatch, model: str, files: dict[str, Path]) -> type[WeightsEnu
     }
     published = WeightsEnum("Published", {**members, "DEFAULT": members[next(iter(files))]})
     monkeypatch.setattr(weights, "get_model_weights", lambda name: published)
-    monkeypatch.setattr(zoo, "get_model_weights", lambda name: published)
+    monkeypatch.setattr(torchvision_zoo, "get_model_weights", lambda name: published)
     return published
 
 
