@@ -72,6 +72,39 @@ def cpu_model() -> str:
     )
 
 
+_CGROUPS = (
+    # Limit, usage, statistics and, of these, what is given back when it is needed: of version 2, and of version 1.
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    (
+        "memory/memory.limit_in_bytes",
+        "memory/memory.usage_in_bytes",
+        "memory/memory.stat",
+        "total_inactive_file",
+    ),
+)
+
+
+def available_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes that can be taken without swapping, here and in the container that this process is in.
+
+    Args:
+        cgroup: where the container's limits are mounted.
+    """
+    import psutil
+
+    free = int(psutil.virtual_memory().available)
+    for limit, usage, statistics, reclaimable in _CGROUPS:
+        try:
+            most = int((cgroup / limit).read_text(encoding="ascii"))
+            used = int((cgroup / usage).read_text(encoding="ascii"))
+            lines = (cgroup / statistics).read_text(encoding="ascii").splitlines()
+        except (OSError, ValueError):  # no such version here, or no limit: "max"
+            continue
+        cached = next((int(line.split()[1]) for line in lines if line.split()[0] == reclaimable), 0)
+        free = min(free, max(0, most - used + cached))
+    return free
+
+
 def library_versions(*names: str) -> dict[str, str]:
     """Installed versions by name, without importing anything; `absent` for what is not installed."""
     versions = {}

@@ -164,6 +164,11 @@ _MODEL_OPTIONS = (
         metavar="N",
         help="Of the splits, synthetic images and random weights.",
     ),
+    click.option(
+        "--no-memory-check",
+        is_flag=True,
+        help="Begin though more memory is expected to be needed than is free.",
+    ),
     click.option("--no-cache", is_flag=True, help="Make everything anew, and keep nothing."),
 )
 

@@ -6,16 +6,22 @@ import fnmatch
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from calibration.errors import BadInputError
-from exporter import torchvision_zoo
+from calibration.machine import library_versions
+from calibration.preprocess import Preprocess
+from exporter import memory, torchvision_zoo, zoo
+from exporter.options import DEFAULT_BATCH, BatchRange, ExportOptions
 from exporter.report import make_console
+from exporter.stage_cache import StageCache, code_digest, default_root
 
 
 @dataclass(frozen=True)
 class ListedWeights:
     """Weights of a model; sizes in pixels, `gflops` of one image (10^9 multiply-adds) as torchvision gives them,
-    `top1` in percent on ImageNet, None where it is not known."""
+    `top1` in percent on ImageNet, None where it is not known, `memory_gib` what an export to FP32 and INT8 with the
+    default batch range is expected to take."""
 
     model: str
     weights: str
@@ -25,6 +31,7 @@ class ListedWeights:
     params: int
     gflops: float
     top1: float | None
+    memory_gib: float
 
 
 def listed(pattern: str) -> list[ListedWeights]:
@@ -36,27 +43,45 @@ def listed(pattern: str) -> list[ListedWeights]:
     from torchvision.models import get_model_weights
 
     pattern = pattern.lower()  # as the names are
-    names = [n for n in torchvision_zoo.model_names() if pattern in n or fnmatch.fnmatchcase(n, pattern)]
+    known = torchvision_zoo.model_names() + torchvision_zoo.segmentation_names()
+    names = [n for n in known if pattern in n or fnmatch.fnmatchcase(n, pattern)]
     if not names:
         raise BadInputError(f"no model matches {pattern!r}", hint="`export-zoo list` shows all")
     found = []
-    for name in names:
-        for weights in get_model_weights(name):
-            p = torchvision_zoo.preprocess_of(weights)
-            top1 = float(weights.meta["_metrics"]["ImageNet-1K"]["acc@1"])
-            found.append(
-                ListedWeights(
-                    model=name,
-                    weights=weights.name,
-                    input_size=p.crop_height,
-                    resize_size=p.resize_size,
-                    interpolation=p.interpolation,
-                    params=weights.meta["num_params"],
-                    gflops=float(weights.meta["_ops"]),
-                    top1=top1 if math.isfinite(top1) else None,  # VGG16's feature extractor has NaN
+    with StageCache(default_root()) as cache:
+        for name in names:
+            for weights in get_model_weights(name):
+                p = torchvision_zoo.preprocess_of(weights)
+                top1 = float(weights.meta["_metrics"].get("ImageNet-1K", {}).get("acc@1", math.nan))
+                found.append(
+                    ListedWeights(
+                        model=name,
+                        weights=weights.name,
+                        input_size=p.crop_height,
+                        resize_size=p.resize_size,
+                        interpolation=p.interpolation,
+                        params=weights.meta["num_params"],
+                        gflops=float(weights.meta["_ops"]),
+                        top1=top1 if math.isfinite(top1) else None,  # VGG16's feature extractor has NaN
+                        memory_gib=_memory(cache, name, p),
+                    )
                 )
-            )
     return found
+
+
+def _memory(cache: StageCache, name: str, preprocess: Preprocess) -> float:
+    size = (preprocess.crop_height, preprocess.crop_width)
+
+    def make(_: Path) -> int:
+        spec = zoo.resolve(ExportOptions(name, weights="none", input_size=size))
+        found = zoo.footprint(spec)
+        assert found is not None
+        return memory.expected_bytes(found, calibrated=True, batch=batch.max)
+
+    batch = BatchRange.parse(DEFAULT_BATCH)
+    versions = library_versions("torch", "torchvision")
+    key = {"code": code_digest(), "versions": versions, "model": name, "size": size}
+    return round(int(cache.run("footprint", key, make).data) / 2**30, 1)
 
 
 def print_models(found: Sequence[ListedWeights]) -> None:
@@ -69,23 +94,21 @@ def print_models(found: Sequence[ListedWeights]) -> None:
         "weights",
         "input",
         "resize",
-        "interpolation",
         "params",
         "GFLOPs",
-        "ImageNet top-1",
+        "memory",
+        "top-1",
     ):
-        table.add_column(
-            column, justify="left" if column in ("model", "weights", "interpolation") else "right"
-        )
+        table.add_column(column, justify="left" if column in ("model", "weights") else "right")
     for row in found:
         table.add_row(
             row.model,
             row.weights,
             str(row.input_size),
-            str(row.resize_size),
-            row.interpolation,
+            f"{row.resize_size} {row.interpolation}",
             f"{row.params / 1e6:.1f} M",
             f"{row.gflops:.2f}",
+            f"{row.memory_gib:.1f} GiB",
             "-" if row.top1 is None else f"{row.top1:.1f}",
         )
     make_console().print(table)

@@ -150,6 +150,7 @@ def model_options(given: Mapping[str, Any]) -> dict[str, Any]:
         "allow_pickle": given["allow_pickle"],
         "input_size": parse_size(given["input_size"]) if given["input_size"] else None,
         "cache": not given["no_cache"],
+        "memory_check": not given["no_memory_check"],
     }
 
 
@@ -225,6 +226,7 @@ class ExportOptions:
     build: BuildOptions = field(default_factory=BuildOptions)
     out: Path | None = None
     cache: bool = True
+    memory_check: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:

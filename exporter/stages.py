@@ -65,6 +65,8 @@ def resolve_model(context: Context) -> ModelSpec:
         if spec.transform_input is not None:
             stage.detail += f", transform_input={spec.transform_input}"
         stage.detail += "".join(f", {key}={text}" for key, text in spec.model_args)
+    if context.options.memory_check:
+        _check_memory(context, spec)
     if p.resize_size < max(p.crop_height, p.crop_width):
         context.reporter.warn(
             f"--resize-size {p.resize_size} is less than the input {p.crop_height}x{p.crop_width}: "
@@ -77,6 +79,16 @@ def resolve_model(context: Context) -> ModelSpec:
             "random weights (--weights none): engines are compared, but nothing is said about accuracy"
         )
     return spec
+
+
+def _check_memory(context: Context, spec: ModelSpec) -> None:
+    from exporter import memory, zoo
+
+    found = zoo.footprint(spec)
+    if found is not None:
+        calibrated = set(context.options.precisions) != {"fp32"}
+        expected = memory.expected_bytes(found, calibrated=calibrated, batch=context.options.batch.max)
+        memory.check(spec.name, expected)
 
 
 def export_graph(context: Context, spec: ModelSpec, model: EagerModel) -> StageResult:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from types import ModuleType
 
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from calibration.errors import BadInputError
-from exporter import own_models, timm_zoo, torchvision_zoo
+from exporter import memory, own_models, timm_zoo, torchvision_zoo
 from exporter import weights as weights_room
 from exporter.options import ExportOptions
 from exporter.random_weights import make_usable
@@ -38,6 +39,29 @@ def resolve(options: ExportOptions) -> ModelSpec:
             hint="give one for each class, or leave them out",
         )
     return spec
+
+
+def footprint(spec: ModelSpec) -> memory.Footprint | None:
+    """How large the network is, from shapes alone; None of the user's own, whose code may do anything.
+
+    Raises:
+        BadInputError: the network refuses its arguments or the input size.
+    """
+    if spec.zoo == "python":
+        return None
+    shapes_only = dataclasses.replace(spec, weights_kind="random")
+    p = spec.preprocess
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")
+        with memory.without_memory():
+            module: nn.Module = _ROOMS[spec.zoo].construct(shapes_only, None)
+        try:
+            return memory.footprint(module, p.crop_height, p.crop_width)
+        except Exception as error:
+            raise BadInputError(
+                f"{spec.name} does not run at input {p.crop_height}x{p.crop_width}: {error}",
+                hint="choose another --input-size",
+            ) from error
 
 
 def build(spec: ModelSpec) -> tuple[nn.Module, weights_room.LoadReport]:
