@@ -111,7 +111,7 @@ def main() -> int:
         for engine in engines:
             figures = engine.gate.eager_metrics
             drop = figures["accuracy_drop"]
-            row += [f"{100 * figures['accuracy']:.1f} % ({-100 * drop:+.1f})", f"{figures['sqnr']:.1f}"]
+            row += [f"{100 * figures['accuracy']:.1f} % ({0.0 - 100 * drop:+.1f})", f"{figures['sqnr']:.1f}"]
             if drop > POINT:
                 lost.append(f"{family} on {engine.target}")
         print("| " + " | ".join([*row, f"{seconds:.0f}"]) + " |", flush=True)

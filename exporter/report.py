@@ -44,7 +44,7 @@ def make_console(*, stderr: bool = False) -> Console:
     file = cast("IO[str]", _Lossy(sys.stderr)) if stderr else None
     console = Console(file=file, color_system=system, highlight=False, soft_wrap=stderr)
     if not console.is_terminal:
-        console.width = max(console.width, 120)  # a pipe has no width: do not cut columns
+        console.width = max(console.width, 160)  # a pipe has no width: do not cut columns
     return console
 
 

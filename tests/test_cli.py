@@ -1109,29 +1109,34 @@ def test_list_shows_every_model_with_all_its_weights(capsys):
     from torchvision.models import get_model_weights
 
     from exporter.cli import main
-    from exporter.torchvision_zoo import model_names
+    from exporter.torchvision_zoo import model_names, segmentation_names
 
     assert main(["list"]) == 0
     captured = capsys.readouterr()
     rows = [line.split("│")[1:3] for line in captured.out.splitlines() if line.startswith("│")]
     listed = {(model.strip(), weights.strip()) for model, weights in rows}
-    assert listed == {(name, w.name) for name in model_names() for w in get_model_weights(name)}
+    names = model_names() + segmentation_names()
+    assert listed == {(name, w.name) for name in names for w in get_model_weights(name)}
     assert captured.err == ""
 
 
 def test_list_of_everything_is_valid_json(cli):
-    from exporter.torchvision_zoo import model_names
+    from exporter.torchvision_zoo import model_names, segmentation_names
 
     done = cli("list")
     assert done.code == 0
-    assert {row["model"] for row in done.json["models"]} == set(model_names())
+    assert {row["model"] for row in done.json["models"]} == set(model_names() + segmentation_names())
+    assert all(1 < row["memory_gib"] < 40 for row in done.json["models"])
+
+
+RESNET101_SEGMENTATION = {"fcn_resnet101", "deeplabv3_resnet101"}
 
 
 @pytest.mark.parametrize(
     ("pattern", "names"),
     [
         ("resnet18", {"resnet18"}),
-        ("resnet1", {"resnet18", "resnet101", "resnet152", "wide_resnet101_2"}),
+        ("resnet1", {"resnet18", "resnet101", "resnet152", "wide_resnet101_2", *RESNET101_SEGMENTATION}),
         ("resnet1?", {"resnet18"}),
         ("resnet??", {"resnet18", "resnet34", "resnet50"}),
         ("*_v2", {"mobilenet_v2"}),
@@ -1152,7 +1157,16 @@ def test_list_shows_sizes_and_accuracy_as_torchvision_publishes_them(cli):
     assert (row["params"], row["gflops"], row["top1"]) == (25557032, 4.089, 80.858)
     line = next(text for text in done.out.splitlines() if " resnet50 " in text and "V2" in text)
     assert [cell.strip() for cell in line.split("│")[1:-1]] == [
-        *("resnet50", "IMAGENET1K_V2", "224", "232", "bilinear", "25.6 M", "4.09", "80.9"),
+        *(
+            "resnet50",
+            "IMAGENET1K_V2",
+            "224",
+            "232 bilinear",
+            "25.6 M",
+            "4.09",
+            f"{row['memory_gib']} GiB",
+            "80.9",
+        ),
     ]
 
 
