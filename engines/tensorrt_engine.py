@@ -5,11 +5,9 @@ EXPERIMENTAL: written against the documented API, and never run on a GPU by us s
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import logging
 import math
-import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from calibration.errors import BadInputError, EnvironmentFailureError, TargetUnavailableError
+from calibration.files import replacing
 from engines.target import MODULES
 
 log = logging.getLogger("export_zoo.tensorrt")
@@ -165,14 +164,11 @@ class TensorRTEngine:
         if self._cache is None or self._cache_path is None or size in self._sizes_run:
             return
         self._sizes_run.add(size)
-        temporary = self._cache_path.with_name(f".{self._cache_path.name}.{os.getpid()}")
         try:
-            temporary.write_bytes(self._cache.serialize())
-            temporary.replace(self._cache_path)
+            with replacing(self._cache_path) as temporary:
+                temporary.write_bytes(self._cache.serialize())
         except OSError as error:
             log.warning("%s: cannot be written: %s", self._cache_path, error.strerror)
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
 
     def run(self, batch: Float32Array) -> Float32Array:
         """The first output, logits float32 [N, classes] or [N, classes, H, W], of a batch float32 [N, 3, H, W].

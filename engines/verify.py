@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import os
 import tempfile
 from datetime import datetime, timezone
 from pathlib import Path
@@ -12,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from calibration.files import replacing
 from calibration.graph_io import sha256_of
 from calibration.images import Progress
 from calibration.machine import cpu_model, instruction_set, library_versions, saturates
@@ -136,14 +135,11 @@ def _write_attestation(root: Path, attestation: m.Attestation) -> Path | None:
     directory = root / ATTESTATIONS
     stamp = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%S%fZ")
     path = directory / f"{stamp}.json"
-    temporary = directory / f".{stamp}.{os.getpid()}"
     try:
         directory.mkdir(exist_ok=True)
-        temporary.write_text(attestation.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            temporary.write_text(attestation.model_dump_json(indent=1) + "\n", encoding="utf-8")
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
         if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR):
             return None
         raise

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import uuid
 from collections.abc import Sequence
 from functools import reduce
 from pathlib import Path
 
 from calibration.doubts import doubts
 from calibration.errors import EnvironmentFailureError, UsageError
+from calibration.files import replacing
 from calibration.images import check_folder
 from calibration.ranges import Ranges
 from exporter import stages
@@ -21,16 +21,13 @@ from exporter.stage_cache import StageCache, default_root
 
 
 def _write(ranges: Ranges, out: Path) -> None:
-    temporary = out.with_name(f".{out.name}.{uuid.uuid4().hex}")
     try:
-        ranges.write(temporary)
-        temporary.replace(out)
+        with replacing(out) as temporary:
+            ranges.write(temporary)
     except OSError as error:
         raise EnvironmentFailureError(
             f"--out {out}: cannot be written: {error.strerror}", hint="give a file in a writable directory"
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _check_out(out: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from typing import Any, Literal
 import psutil
 
 from calibration.errors import EnvironmentFailureError
+from calibration.files import replacing
 from calibration.machine import cpu_model, instruction_set, library_versions
 from engines.bundle import read_manifest
 from exporter.matrix_plan import Cell
@@ -96,10 +96,9 @@ def stored(folder: Path) -> dict[str, CellResult]:
 
 def _store(folder: Path, result: CellResult) -> None:
     path = folder / f"{result.name}.json"
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
-        temporary.write_text(json.dumps(asdict(result), indent=1) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(asdict(result), indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise EnvironmentFailureError(
             f"{path}: cannot be written: {error.strerror}", hint="free some space, or give another --out"

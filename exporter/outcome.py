@@ -15,6 +15,7 @@ from typing import Any
 import click
 
 from calibration.errors import INTERRUPTED, EnvironmentFailureError, ExportZooError, UsageError
+from calibration.files import replacing
 from exporter import __version__
 from exporter.report import ConsoleReporter, make_console
 
@@ -71,16 +72,13 @@ def _write_json(path: Path, code: int, error: dict[str, str] | None) -> int:
         **_current.document,
     }
     text = json.dumps(document, indent=1, allow_nan=False) + "\n"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         if path.exists() and not path.is_file():
             path.write_text(text, encoding="utf-8")  # a pipe or a device is written to, not replaced
         else:
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(path)
+            with replacing(path) as temporary:
+                temporary.write_text(text, encoding="utf-8")
     except OSError as failure:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
         complain(
             f"--json {path}: cannot be written: {failure.strerror}", "give a path in a writable directory"
         )

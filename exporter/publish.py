@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from calibration.errors import UsageError
+from calibration.files import replacing
 from calibration.graph_io import sha256_of
 from engines.bundle import ATTESTATIONS, MANIFEST
 from engines.manifest import File, Manifest
@@ -93,15 +94,12 @@ def _sync(path: Path) -> None:
 
 
 def _copy(source: Path, target: Path) -> None:
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     try:
-        shutil.copyfile(source, temporary)
-        _sync(temporary)
-        temporary.replace(target)
+        with replacing(target) as temporary:
+            shutil.copyfile(source, temporary)
+            _sync(temporary)
     except OSError as error:  # Python names the source, the disk that is full is the target's
         raise OSError(error.errno, error.strerror or str(error), str(target)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _write_into(directory: Path, manifest: Manifest, sources: dict[str, Path]) -> None:
@@ -111,13 +109,9 @@ def _write_into(directory: Path, manifest: Manifest, sources: dict[str, Path]) -
         if not target.is_file() or sha256_of(target) != file.sha256:
             _copy(sources[file.path], target)
     _sync(directory / FILES)
-    temporary = directory / f".{MANIFEST}.{uuid.uuid4().hex}"
-    try:
+    with replacing(directory / MANIFEST) as temporary:
         temporary.write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
         _sync(temporary)
-        temporary.replace(directory / MANIFEST)
-    finally:
-        temporary.unlink(missing_ok=True)
     _sync(directory)
 
 
