@@ -56,6 +56,10 @@ class Source(_Model):
     num_classes: int
     transform_input: bool | None = Field(description="googlenet and inception_v3 only; else null.")
     arguments: dict[str, str] = Field(default={}, description="Further ones of the model's function.")
+    fully_convolutional: bool = Field(
+        default=False,
+        description="Linear layers made convolutions, scores averaged over all places (arXiv 1409.1556, 3.2).",
+    )
     weights: Weights
 
 

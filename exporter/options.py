@@ -140,6 +140,7 @@ def model_options(given: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **{name: given[name] for name in same.split()},
         "init_missing": tuple(given["init_missing"]),
+        "fully_convolutional": given["fully_convolutional"],
         "model_args": parse_model_args(given["model_args"]),
         "weights_key": given["weights_key"],
         "renames": parse_renames(given["renames"]),
@@ -209,6 +210,7 @@ class ExportOptions:
     skip_weights: tuple[str, ...] = ()
     allow_pickle: bool = False
     transform_input: bool | None = None
+    fully_convolutional: bool = False
     input_size: tuple[int, int] | None = None
     resize_size: int | None = None
     batch: BatchRange = field(default_factory=BatchRange)

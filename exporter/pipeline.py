@@ -107,6 +107,7 @@ def _recipe(
             num_classes=spec.num_classes,
             transform_input=spec.transform_input,
             arguments=dict(spec.model_args),
+            fully_convolutional=spec.fully_convolutional,
             weights=manifest.Weights(
                 kind=spec.weights_kind,
                 name=spec.weights_name,

@@ -62,6 +62,7 @@ def resolve_model(context: Context) -> ModelSpec:
         if spec.transform_input is not None:
             stage.detail += f", transform_input={spec.transform_input}"
         stage.detail += "".join(f", {key}={text}" for key, text in spec.model_args)
+        stage.detail += ", fully convolutional" if spec.fully_convolutional else ""
     if p.resize_size < max(p.crop_height, p.crop_width):
         context.reporter.warn(
             f"--resize-size {p.resize_size} is less than the input {p.crop_height}x{p.crop_width}: "

@@ -22,6 +22,7 @@ from calibration.errors import BadInputError, UsageError
 from calibration.images import synthetic_images
 from calibration.preprocess import Preprocess, normalize
 from engines.manifest import WeightsKind
+from exporter import fully_convolutional
 from exporter import weights as weights_room
 from exporter.options import ExportOptions
 
@@ -48,6 +49,7 @@ class ModelSpec:
     init_missing: tuple[str, ...]
     model_args: tuple[tuple[str, str], ...]
     """Of torchvision's function, as they were written."""
+    fully_convolutional: bool
     reading: weights_room.Reading
     seed: int
     preprocess: Preprocess
@@ -199,6 +201,8 @@ def resolve(options: ExportOptions) -> ModelSpec:
             f"--transform-input: {name} has no such option",
             hint=f"it is for {' and '.join(TRANSFORM_INPUT_MODELS)}",
         )
+    if options.fully_convolutional:
+        fully_convolutional.check(name)
     for key, text in options.model_args:
         model_argument(key, text)
     known: WeightsEnum | None = None
@@ -241,6 +245,7 @@ def resolve(options: ExportOptions) -> ModelSpec:
         transform_input=transform_input,
         init_missing=options.init_missing,
         model_args=options.model_args,
+        fully_convolutional=options.fully_convolutional,
         reading=weights_room.Reading(
             options.weights_key, options.renames, options.skip_weights, options.allow_pickle
         ),
@@ -296,6 +301,8 @@ def build(spec: ModelSpec) -> tuple[nn.Module, weights_room.LoadReport]:
             initialized = weights_room.load_into(
                 model, state, origin=str(spec.weights_path), init_missing=spec.init_missing
             )
+    if spec.fully_convolutional:
+        model = fully_convolutional.fully_convolutional(model.eval(), height, width)
     report = weights_room.LoadReport(initialized, list(loaded.skipped), loaded.entry, list(loaded.others))
     return model.eval(), report
 
