@@ -72,11 +72,13 @@ def checked(bundle: Path, file: m.File) -> Path:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Held-out inputs and their eager logits."""
+    """Held-out inputs of one size and their eager logits, uint8 [N, H, W, 3] and float32 [N, classes]."""
 
     pixels: npt.NDArray[np.uint8]
     logits: Float32Array
-    labels: list[int] | None
+    labels: list[int] | None = None
+    further: tuple[HeldOut, ...] = ()
+    """The first images at other sizes, where the input's is dynamic."""
 
 
 def _array(path: Path, dtype: type[np.generic], shape: tuple[int, ...]) -> npt.NDArray[Any]:
@@ -95,13 +97,16 @@ def _array(path: Path, dtype: type[np.generic], shape: tuple[int, ...]) -> npt.N
 def held_out(bundle: Path, manifest: m.Manifest) -> HeldOut:
     """Read a bundle's held-out inputs, uint8 [N, H, W, 3], and eager logits, float32 [N, classes]."""
     described = manifest.artifacts.held_out
-    recipe = manifest.recipe
-    crop = (recipe.preprocess.crop_height, recipe.preprocess.crop_width, 3)
-    pixels = _array(checked(bundle, described.inputs), np.uint8, (described.count, *crop))
-    logits = _array(
-        checked(bundle, described.logits), np.float32, (described.count, recipe.source.num_classes)
-    )
-    return HeldOut(pixels, logits, described.labels)
+    classes, p = manifest.recipe.source.num_classes, manifest.recipe.preprocess
+
+    def read(
+        part: m.HeldOut | m.HeldOutSize, height: int, width: int
+    ) -> tuple[npt.NDArray[np.uint8], Float32Array]:
+        pixels = _array(checked(bundle, part.inputs), np.uint8, (part.count, height, width, 3))
+        return pixels, _array(checked(bundle, part.logits), np.float32, (part.count, classes))
+
+    further = tuple(HeldOut(*read(part, part.height, part.width)) for part in described.sizes)
+    return HeldOut(*read(described, p.crop_height, p.crop_width), described.labels, further)
 
 
 def named(bundle: Path, manifest: m.Manifest, name: str) -> m.Engine:

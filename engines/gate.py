@@ -11,6 +11,7 @@ import numpy.typing as npt
 from calibration.errors import ParityError
 from calibration.images import Progress
 from calibration.preprocess import Preprocess, UInt8Array, normalize
+from engines.bundle import HeldOut
 from engines.manifest import Batch, Gate
 from engines.parity import (
     MIN_UNFUSED_COSINE,
@@ -52,10 +53,59 @@ def run_in_batches(
     return np.concatenate(outputs)
 
 
-def images_compared(count: int, batch: Batch) -> int:
-    """How many images `judge` runs in all, for a progress bar."""
+def images_compared(count: int, batch: Batch, further: int = 0) -> int:
+    """How many images `judge` runs in all, for a progress bar; `further` are those of further sizes."""
     sizes = batches_to_check(batch.min, batch.opt, batch.max)
-    return count + sum(min(count, max(SUBSET, size)) for size in sizes if size != batch.opt)
+    elsewhere = further * len({batch.opt, batch.max})
+    return count + sum(min(count, max(SUBSET, size)) for size in sizes if size != batch.opt) + elsewhere
+
+
+def _reference(
+    pixels: UInt8Array,
+    eager: Float32Array,
+    tolerances: Mapping[str, float],
+    unfused: Callable[[UInt8Array], Float32Array] | None,
+) -> tuple[Float32Array, dict[str, float]]:
+    """What logits are gated against, and by which limits."""
+    if unfused is None:
+        return eager, dict(tolerances)
+    reference = unfused(pixels)
+    if not np.isfinite(reference).all():
+        raise ParityError(
+            "nothing to compare: the unfused precision graph's logits are not finite",
+            hint="the precision graph is wrong or overflows; try other --calib images, or another --precision",
+        )
+    return reference, {**unfused_tolerances(compare(eager, reference).sqnr), **tolerances}
+
+
+def _without_labels(limits: Mapping[str, float]) -> dict[str, float]:
+    return {metric: value for metric, value in limits.items() if "accuracy" not in metric}
+
+
+def _judge_size(
+    engine: Runnable,
+    held: HeldOut,
+    preprocess: Preprocess,
+    batch: Batch,
+    tolerances: Mapping[str, float],
+    unfused: Callable[[UInt8Array], Float32Array] | None,
+    progress: Progress,
+) -> list[str]:
+    """What fails at one further size, at batches opt and max."""
+    height, width = held.pixels.shape[1:3]
+    check_reference(held.logits, f"at {height}x{width}, ")
+    reference, limits = _reference(held.pixels, held.logits, tolerances, unfused)
+    found = []
+    for size in sorted({batch.opt, batch.max}):
+        where = f"size {height}x{width}, batch {size}"
+        logits = run_in_batches(engine, held.pixels, preprocess, size, progress)
+        if here := _without_labels(limits):
+            found += [f"{where}: {text}" for text in failures(compare(reference, logits), here)]
+        if unfused is not None:
+            cosine = compare(held.logits, logits).cosine
+            if not cosine >= MIN_UNFUSED_COSINE:
+                found.append(f"{where}: cosine to eager is {cosine:.3g}, must be >= {MIN_UNFUSED_COSINE}")
+    return found
 
 
 def judge(
@@ -68,10 +118,14 @@ def judge(
     batch: Batch,
     tolerances: Mapping[str, float],
     ran: Literal["engine", "precision graph"] = "engine",
-    unfused: Callable[[], Float32Array] | None = None,
+    unfused: Callable[[UInt8Array], Float32Array] | None = None,
+    further: Sequence[HeldOut] = (),
     progress: Progress = lambda _: None,
 ) -> Gate:
     """Compare an engine's logits with the reference at batches min, opt, max and an odd one.
+
+    Where the input's size is dynamic, also at further sizes, each at batches opt and max; accuracy aside, by the same
+    limits.
 
     Args:
         pixels: uint8 [N, H, W, 3], images that were not calibrated on.
@@ -79,8 +133,9 @@ def judge(
         labels: class index per image, or None.
         tolerances: limits by metric, see `engines.parity`.
         ran: what `engine` is: the engine itself, or only its precision graph.
-        unfused: for random weights: makes the logits of the unfused precision graph, the reference to gate
+        unfused: for random weights: makes the unfused precision graph's logits of images, the reference to gate
             against by `unfused_tolerances` unless overridden; figures against eager are reported all the same.
+        further: images of other sizes, and eager's logits of them.
 
     Raises:
         ParityError: there is nothing to compare or to judge by.
@@ -91,15 +146,7 @@ def judge(
             hint="give images to verify on (--calib or --verify)",
         )
     check_reference(eager)
-    reference, limits = eager, dict(tolerances)
-    if unfused is not None:
-        reference = unfused()
-        if not np.isfinite(reference).all():
-            raise ParityError(
-                "nothing to compare: the unfused precision graph's logits are not finite",
-                hint="the precision graph is wrong or overflows; try other --calib images, or another --precision",
-            )
-        limits = {**unfused_tolerances(compare(eager, reference).sqnr), **limits}
+    reference, limits = _reference(pixels, eager, tolerances, unfused)
     sizes = batches_to_check(batch.min, batch.opt, batch.max)
     found: list[str] = []
     whole: Metrics | None = None
@@ -110,7 +157,7 @@ def judge(
         logits = run_in_batches(engine, pixels[:count], preprocess, size, progress)
         known = labels if full else None
         metrics = compare(reference[:count], logits, known)
-        here = limits if full else {m: v for m, v in limits.items() if "accuracy" not in m}
+        here = limits if full else _without_labels(limits)
         if here or full:
             found += [f"batch {size}: {text}" for text in failures(metrics, here)]
         if full:
@@ -122,11 +169,14 @@ def judge(
         found.append(
             f"batch {batch.opt}: cosine to eager is {eager_metrics.cosine:.3g}, must be >= {MIN_UNFUSED_COSINE}"
         )
+    for held in further:
+        found += _judge_size(engine, held, preprocess, batch, tolerances, unfused, progress)
     return Gate(
         ran=ran,
         reference="eager" if unfused is None else "unfused precision graph",
         tolerances=limits,
         batches=sizes,
+        sizes=[held.pixels.shape[1:3] for held in further],
         metrics=whole.as_dict(),
         eager_metrics=eager_metrics.as_dict(),
         failures=found,

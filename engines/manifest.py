@@ -68,7 +68,9 @@ class Port(_Model):
 
     name: str
     dtype: Literal["float32"]
-    shape: list[int | str] = Field(description="`batch` is the dynamic dimension.")
+    shape: list[int | str] = Field(
+        description="`batch` is dynamic; so are `height` and `width`, where the recipe has an `input_size`."
+    )
     layout: str
 
 
@@ -82,6 +84,24 @@ class Batch(_Model):
         if not self.min <= self.opt <= self.max:
             raise ValueError(f"batch {self.min}:{self.opt}:{self.max} is not in order")
         return self
+
+
+class SizeRange(_Model):
+    """Height and width of the input that an engine takes, in pixels: anything from `min` to `max`."""
+
+    min: tuple[int, int]
+    opt: tuple[int, int]
+    max: tuple[int, int]
+
+    @model_validator(mode="after")
+    def _ordered(self) -> SizeRange:
+        for low, opt, high in zip(self.min, self.opt, self.max, strict=True):
+            if not 1 <= low <= opt <= high:
+                raise ValueError(f"sizes {self.min}, {self.opt}, {self.max} are not in order")
+        return self
+
+    def holds(self, height: int, width: int) -> bool:
+        return all(a <= b <= c for a, b, c in zip(self.min, (height, width), self.max, strict=True))
 
 
 class Calibration(_Model):
@@ -101,6 +121,10 @@ class Recipe(_Model):
     input: Port
     output: Port
     batch: Batch
+    input_size: SizeRange | None = Field(
+        default=None,
+        description="Sizes that the input may have; null: the one in `input`. `opt` is `preprocess`'s.",
+    )
     preprocess: Preprocess
     labels: list[str] = Field(description="Class names by index; empty where they are not known.")
     graph: File = Field(description="The simplified FP32 graph.")
@@ -112,6 +136,14 @@ class Recipe(_Model):
     instruction_set: str
     versions: dict[str, str]
 
+    @model_validator(mode="after")
+    def _sized(self) -> Recipe:
+        crop = (self.preprocess.crop_height, self.preprocess.crop_width)
+        wanted = ["height", "width"] if self.input_size is not None else list(crop)
+        if self.input.shape[2:] != wanted or (self.input_size is not None and self.input_size.opt != crop):
+            raise ValueError("sizes of input, input_size and preprocess do not belong together")
+        return self
+
 
 class Gate(_Model):
     """What an engine was compared with, and the figures."""
@@ -120,6 +152,9 @@ class Gate(_Model):
     reference: Literal["eager", "unfused precision graph"]
     tolerances: dict[str, float]
     batches: list[int] = Field(description="Batch sizes that were run and compared.")
+    sizes: list[tuple[int, int]] = Field(
+        default=[], description="Further heights and widths, where dynamic; each at batches opt and max."
+    )
     metrics: dict[str, float | int | None] = Field(
         description="All images at batch opt, against the reference."
     )
@@ -227,6 +262,16 @@ class Engine(_Model):
         return self.file.size_bytes + sum(file.size_bytes for file in self.external_data)
 
 
+class HeldOutSize(_Model):
+    """The first held-out inputs at another size, made by the same preprocessing: the resize in proportion."""
+
+    height: int
+    width: int
+    inputs: File = Field(description="NumPy .npy, uint8 [N, height, width, 3].")
+    logits: File
+    count: int
+
+
 class HeldOut(_Model):
     """Inputs and eager logits that were never calibrated on: the reference on machines without PyTorch."""
 
@@ -236,6 +281,7 @@ class HeldOut(_Model):
     synthetic: bool = Field(description="Seeded synthetic images, because no folder was given.")
     labels: list[int] | None
     image_sha256: list[str] = Field(description="Hashes of the image files, in order; empty if synthetic.")
+    sizes: list[HeldOutSize] = Field(default=[], description="Where height and width are dynamic.")
 
 
 class Artifacts(_Model):
@@ -269,6 +315,8 @@ class Manifest(_Model):
             files += [engine.file, *engine.external_data, *engine.graph_external_data]
             files += [file for file in (engine.graph, engine.timing_cache) if file is not None]
         files += [artifacts.held_out.inputs, artifacts.held_out.logits]
+        for part in artifacts.held_out.sizes:
+            files += [part.inputs, part.logits]
         if recipe.calibration is not None:
             files.append(recipe.calibration.ranges)
         return list({file.path: file for file in files}.values())

@@ -68,7 +68,7 @@ class TensorRTEngine:
         target: `tensorrt` or `tensorrt-rtx`.
         weights: for a plan without weights: the ONNX graph that it was built from, which has them.
         runtime_cache: where TensorRT-RTX keeps the kernels that it compiles for this GPU; read if it is there, and
-            written after each batch size that is run for the first time. Unused by `tensorrt`, which compiles nothing.
+            written after each input shape that is run for the first time. Unused by `tensorrt`: it compiles nothing.
 
     Raises:
         TargetUnavailableError: the packages are missing, or the plan belongs to another GPU or version.
@@ -118,7 +118,7 @@ class TensorRTEngine:
             self._refit(trt, weights)
         self._cache_path = runtime_cache if target == "tensorrt-rtx" else None
         self._cache: Any = None
-        self._sizes_run: set[int] = set()
+        self._shapes_run: set[tuple[int, ...]] = set()
         self._context = self._create_context()
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
         modes = {name: self._engine.get_tensor_mode(name) for name in names}
@@ -159,11 +159,11 @@ class TensorRTEngine:
         config.set_runtime_cache(self._cache)
         return self._engine.create_execution_context(config)
 
-    def _keep_kernels(self, size: int) -> None:
-        """Write the runtime cache, whole, after the first run of a batch size. A full disk costs time, nothing else."""
-        if self._cache is None or self._cache_path is None or size in self._sizes_run:
+    def _keep_kernels(self, shape: tuple[int, ...]) -> None:
+        """Write the runtime cache, whole, after an input shape's first run. A full disk costs time, nothing else."""
+        if self._cache is None or self._cache_path is None or shape in self._shapes_run:
             return
-        self._sizes_run.add(size)
+        self._shapes_run.add(shape)
         temporary = self._cache_path.with_name(f".{self._cache_path.name}.{os.getpid()}")
         try:
             temporary.write_bytes(self._cache.serialize())
@@ -177,7 +177,7 @@ class TensorRTEngine:
         """Logits float32 [N, classes] of a preprocessed batch float32 [N, 3, H, W].
 
         Raises:
-            BadInputError: wrong dtype or shape, or N outside the optimization profile.
+            BadInputError: wrong dtype or shape, or N, H or W outside the optimization profile.
             EnvironmentFailureError: CUDA or TensorRT fails.
         """
         batch = np.ascontiguousarray(batch)
@@ -202,7 +202,7 @@ class TensorRTEngine:
                 cuda, cuda.cudaMemcpyAsync(logits.ctypes.data, target, logits.nbytes, back, self._stream)
             )
             _checked(cuda, cuda.cudaStreamSynchronize(self._stream))
-            self._keep_kernels(batch.shape[0])
+            self._keep_kernels(batch.shape)
         return logits
 
     def __del__(self) -> None:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from calibration.graph_io import sha256_of
 from calibration.images import Progress
 from calibration.machine import cpu_model, instruction_set, library_versions, saturates
+from calibration.preprocess import UInt8Array
 from engines import manifest as m
 from engines.bundle import ATTESTATIONS, MANIFEST, HeldOut, checked, held_out, read_manifest
 from engines.gate import Runnable, judge, run_in_batches
@@ -47,9 +48,9 @@ def judge_engine(
         unfused: gate against the unfused graph (see `engines.gate.judge`).
     """
 
-    def unfused_logits() -> Float32Array:
+    def unfused_logits(pixels: UInt8Array) -> Float32Array:
         plain = OnnxRuntimeEngine(graph, fused=False, half=precision == "fp16")
-        return run_in_batches(plain, held.pixels, recipe.preprocess, recipe.batch.opt)
+        return run_in_batches(plain, pixels, recipe.preprocess, recipe.batch.opt)
 
     only_graph = bool(why_not_here(target, plan))
     engine: Runnable
@@ -70,6 +71,7 @@ def judge_engine(
         batch=recipe.batch,
         tolerances=tolerances,
         unfused=unfused_logits if unfused else None,
+        further=held.further,
         progress=progress,
     )
 

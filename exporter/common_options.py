@@ -150,6 +150,11 @@ _MODEL_OPTIONS = (
     ),
     click.option("--input-size", metavar="N|HxW", help="Input in pixels. Default: the weights' own."),
     click.option(
+        "--dynamic-size",
+        metavar="MIN:OPT:MAX",
+        help="Instead: any height and width from MIN to MAX (N or HxW each). Preprocessing and calibration use OPT.",
+    ),
+    click.option(
         "--resize-size",
         type=int,
         metavar="N",

@@ -86,7 +86,8 @@ def _recipe(
     tuned: Mapping[str, Tuned],
     contents: _Contents,
 ) -> manifest.Recipe:
-    p, batch = spec.preprocess, context.options.batch
+    p, batch, sizes = spec.preprocess, context.options.batch, spec.sizes
+    height, width = ("height", "width") if sizes is not None else (p.crop_height, p.crop_width)
     graph = simplified.directory / "graph.onnx"
     calibration = None
     if calibrated is not None:
@@ -119,11 +120,12 @@ def _recipe(
                 seed=spec.seed,
             ),
         ),
-        input=manifest.Port(
-            name="input", dtype="float32", shape=["batch", 3, p.crop_height, p.crop_width], layout="NCHW"
-        ),
+        input=manifest.Port(name="input", dtype="float32", shape=["batch", 3, height, width], layout="NCHW"),
         output=manifest.Port(name="logits", dtype="float32", shape=["batch", spec.num_classes], layout="NC"),
         batch=manifest.Batch(min=batch.min, opt=batch.opt, max=batch.max),
+        input_size=manifest.SizeRange(min=sizes.min, opt=sizes.opt, max=sizes.max)
+        if sizes is not None
+        else None,
         preprocess=p,
         labels=list(chosen.categories),
         graph=contents.add(graph, spec.name),
@@ -168,6 +170,15 @@ def _engine(
     )
 
 
+def _held_out_size(reference: StageResult, held: HeldOut, contents: _Contents) -> manifest.HeldOutSize:
+    count, height, width, _ = held.pixels.shape
+    inputs, logits = (
+        contents.add(reference.directory / f"{what}-{height}x{width}.npy", f"{what}-{height}x{width}")
+        for what in ("inputs", "logits")
+    )
+    return manifest.HeldOutSize(height=height, width=width, inputs=inputs, logits=logits, count=count)
+
+
 def _held_out(
     reference: StageResult, held: HeldOut, chosen: ChosenImages, contents: _Contents
 ) -> manifest.HeldOut:
@@ -187,6 +198,7 @@ def _held_out(
         synthetic=chosen.synthetic,
         labels=held.labels[:MAX_HELD_OUT] if held.labels is not None else None,
         image_sha256=reference.data["sha256"][:MAX_HELD_OUT],
+        sizes=[_held_out_size(reference, part, contents) for part in held.further],
     )
 
 

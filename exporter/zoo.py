@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import re
 import warnings
@@ -22,9 +23,9 @@ from calibration.errors import BadInputError, UsageError
 from calibration.images import synthetic_images
 from calibration.preprocess import Preprocess, normalize
 from engines.manifest import WeightsKind
-from exporter import fully_convolutional
+from exporter import dynamic_size, fully_convolutional
 from exporter import weights as weights_room
-from exporter.options import ExportOptions
+from exporter.options import ExportOptions, SizeRange
 
 TRANSFORM_INPUT_MODELS = ("googlenet", "inception_v3")
 """torchvision gives these `transform_input=True` with pretrained weights: they were trained with other
@@ -50,6 +51,8 @@ class ModelSpec:
     model_args: tuple[tuple[str, str], ...]
     """Of torchvision's function, as they were written."""
     fully_convolutional: bool
+    sizes: SizeRange | None
+    """Of --dynamic-size; its OPT is what `preprocess` crops to."""
     reading: weights_room.Reading
     seed: int
     preprocess: Preprocess
@@ -109,18 +112,15 @@ def preprocess_of(weights: WeightsEnum) -> Preprocess:
 
 
 def _resized(preprocess: Preprocess, options: ExportOptions) -> Preprocess:
-    """Apply --input-size and --resize-size; without the latter, the resize keeps its proportion to the crop."""
-    changes: dict[str, Any] = {}
-    if options.input_size is not None:
-        height, width = options.input_size
-        changes |= {"crop_height": height, "crop_width": width}
-        ratio = preprocess.resize_size / min(preprocess.crop_height, preprocess.crop_width)
-        changes["resize_size"] = max(1, round(min(height, width) * ratio))
+    """Apply --input-size (or OPT of --dynamic-size) and --resize-size; without it the resize keeps its proportion."""
+    changed = preprocess
+    if options.crop_size is not None:
+        changed = changed.at_size(*options.crop_size)
     if options.resize_size is not None:
-        changes["resize_size"] = options.resize_size
-    if not changes:
+        changed = changed.model_copy(update={"resize_size": options.resize_size})
+    if options.crop_size is None and options.resize_size is None:
         return preprocess
-    return preprocess.model_copy(update={**changes, "source": f"{preprocess.source}, sizes from options"})
+    return changed.model_copy(update={"source": f"{preprocess.source}, sizes from options"})
 
 
 def _choose_transforms(options: ExportOptions, known: WeightsEnum | None) -> Preprocess:
@@ -203,6 +203,11 @@ def resolve(options: ExportOptions) -> ModelSpec:
         )
     if options.fully_convolutional:
         fully_convolutional.check(name)
+    elif options.dynamic_size is not None:
+        # Before weights are downloaded. RegNets compute their widths with tensors, which "meta" has not.
+        with torch.device("meta"), warnings.catch_warnings(), contextlib.suppress(NotImplementedError):
+            warnings.simplefilter("ignore")
+            dynamic_size.check(get_model(name, weights=None), name)
     for key, text in options.model_args:
         model_argument(key, text)
     known: WeightsEnum | None = None
@@ -246,6 +251,7 @@ def resolve(options: ExportOptions) -> ModelSpec:
         init_missing=options.init_missing,
         model_args=options.model_args,
         fully_convolutional=options.fully_convolutional,
+        sizes=options.dynamic_size,
         reading=weights_room.Reading(
             options.weights_key, options.renames, options.skip_weights, options.allow_pickle
         ),
@@ -302,7 +308,10 @@ def build(spec: ModelSpec) -> tuple[nn.Module, weights_room.LoadReport]:
                 model, state, origin=str(spec.weights_path), init_missing=spec.init_missing
             )
     if spec.fully_convolutional:
-        model = fully_convolutional.fully_convolutional(model.eval(), height, width)
+        least = spec.sizes.min if spec.sizes is not None else (height, width)
+        model = fully_convolutional.fully_convolutional(model.eval(), *least)
+    if spec.sizes is not None:
+        dynamic_size.check(model, spec.name)
     report = weights_room.LoadReport(initialized, list(loaded.skipped), loaded.entry, list(loaded.others))
     return model.eval(), report
 
@@ -364,5 +373,5 @@ def _make_usable(model: nn.Module, spec: ModelSpec) -> None:
         except Exception as error:
             raise BadInputError(
                 f"{spec.name} does not run at input {height}x{width}: {error}",
-                hint="choose another --input-size",
+                hint="choose another --input-size or --dynamic-size",
             ) from error
