@@ -261,7 +261,8 @@ def batches_to_check(minimum: int, optimum: int, maximum: int) -> list[int]:
 def odd_size(least: Size, most: Size) -> Size | None:
     """An input size (height, width) in the range and unlike its ends; None if there is none.
 
-    Height and width are odd and differ, where the range has such: a third and two thirds of the way.
+    Height and width are odd and differ, where the range has such. They divide it by the golden section: thirds of round
+    numbers lie beside multiples of 32, where strided layers round as they do at those.
     """
 
     def near(axis: int, share: float, beside: int) -> int:
@@ -269,8 +270,8 @@ def odd_size(least: Size, most: Size) -> Size | None:
         wanted = low + share * (high - low)
         return min(range(low, high + 1), key=lambda n: (n % 2 == 0, n == beside, abs(n - wanted)))
 
-    height = near(0, 1 / 3, 0)
-    found = height, near(1, 2 / 3, height)
+    height = near(0, 0.382, 0)
+    found = height, near(1, 0.618, height)
     return found if found not in (least, most) else None
 
 

@@ -17,19 +17,22 @@ from torchvision import models
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 import engines
+from calibration import graph_io
 from calibration.collect import collect
 from calibration.errors import BadInputError, ExportDefectError, UsageError
 from calibration.graph_io import sha256_of
 from calibration.images import SyntheticStream, synthetic_images
 from calibration.preprocess import Preprocess, normalize
 from engines import bundle as room
+from engines.equalize import observed
 from engines.gate import HeldOut, images_compared, judge
 from engines.manifest import Batch
 from engines.onnxruntime_engine import OnnxRuntimeEngine
 from engines.parity import DEFAULT_TOLERANCES, odd_size, sizes_to_check
+from engines.placement import classifier_layers, quantized_tensors
 from engines.target import targets
 from engines.tensorrt_build import build_engine
-from exporter import dynamic_size, graph, simplify
+from exporter import dynamic_size, graph, simplify, zoo
 from exporter.options import ExportOptions, SizeRange
 
 RTX = pytest.mark.skipif(bool(targets()["tensorrt-rtx"].unavailable), reason="tensorrt-rtx is not installed")
@@ -46,19 +49,20 @@ PREPROCESS = Preprocess(
 
 
 class Net(nn.Module):
-    """As zoo networks are: strided convolution, a residual branch, pooling, global mean, dense layer."""
+    """As zoo networks are: strided convolution, residual branch, pooling, a pair to equalize, mean, dense layer."""
 
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8), nn.ReLU())
         self.branch = nn.Conv2d(8, 8, 3, padding=1)
         self.pool = nn.MaxPool2d(2, ceil_mode=True)
+        self.pair = nn.Sequential(nn.Conv2d(8, 12, 1), nn.ReLU(), nn.Conv2d(12, 8, 1))
         self.head = nn.Linear(8, 10)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.stem(x)
         x = self.pool(torch.relu(x + self.branch(x)))
-        return self.head(x.mean((2, 3)))
+        return self.head(self.pair(x).mean((2, 3)))
 
 
 class Fours(nn.Module):
@@ -187,9 +191,9 @@ def test_it_takes_the_place_of_the_input_size(cli):
 
 
 def test_sizes_to_check_are_the_ends_and_an_odd_one_that_is_not_square():
-    assert sizes_to_check((64, 64), (96, 96), (160, 160)) == [(64, 64), (95, 127), (160, 160)]
-    assert sizes_to_check((64, 64), (64, 64), (160, 160)) == [(95, 127), (160, 160)]
-    assert odd_size((224, 64), (224, 512)) == (224, 363)
+    assert sizes_to_check((64, 64), (96, 96), (160, 160)) == [(64, 64), (101, 123), (160, 160)]
+    assert sizes_to_check((64, 64), (64, 64), (160, 160)) == [(101, 123), (160, 160)]
+    assert odd_size((224, 64), (224, 512)) == (224, 341)
     assert odd_size((64, 64), (65, 64)) is None
     assert sizes_to_check((64, 64), (64, 64), (65, 64)) == [(65, 64)]
 
@@ -237,7 +241,7 @@ def test_the_command_refuses_them_before_weights_are_downloaded(cli, model):
 
 def test_multiples_are_named(tmp_path):
     with pytest.raises(
-        BadInputError, match=r"(?s)13x23, which lies in .*height = 4\*n, width = 4\*n"
+        BadInputError, match=r"(?s)15x23, which lies in .*height = 4\*n, width = 4\*n"
     ) as error:
         graph.export(
             _made(Fours), 16, 16, tmp_path / "model.onnx", sizes=SizeRange((8, 8), (16, 16), (24, 32))
@@ -317,6 +321,27 @@ def test_ranges_are_those_of_the_fixed_graph(exported, tmp_path):
         for source in (tmp_path / "fixed.onnx", path)
     )
     assert fixed.tensors == dynamic.tensors
+
+
+def test_int8_finds_in_it_what_it_finds_in_the_fixed_graph(exported, tmp_path):
+    module, path = exported
+    graph.export(module, 16, 16, tmp_path / "fixed.onnx")
+    found = []
+    for name, source in (("fixed", tmp_path / "fixed.onnx"), ("dynamic", path)):
+        (tmp_path / name).mkdir()
+        done = simplify.simplify(source, tmp_path / name, _inputs(16, 16))
+        network = graph_io.load(done.files[0]).graph
+        found.append((observed(network), quantized_tensors(network), classifier_layers(network)))
+    assert found[0] == found[1]
+    assert all(found[0])
+
+
+def test_two_ranges_around_one_size_are_two_networks_to_the_cache():
+    keys = [
+        zoo.resolve(ExportOptions("resnet18", weights="none", dynamic_size=SizeRange.parse(text))).key()
+        for text in ("64:96:160", "64:96:128")
+    ]
+    assert keys[0] != keys[1]
 
 
 # -- the gate --------------------------------------------------------------------------------------
@@ -411,11 +436,20 @@ def test_every_engine_is_compared_at_all_sizes(bundle):
         (48, 48),
     )
     assert (recipe.preprocess.crop_height, recipe.preprocess.crop_width) == (32, 32)
-    further = [(24, 24), (31, 39), (48, 48)]
+    further = [(24, 24), (33, 39), (48, 48)]
     assert [(part.height, part.width, part.count) for part in held.sizes] == [(*size, 32) for size in further]
     for engine in manifest.artifacts.engines:
         assert engine.gate.sizes == further
         assert engine.state == ("verified" if engine.target == "onnxruntime" else "graph verified")
+
+
+def test_the_first_convolution_of_int8_stays_one_that_takes_odd_sizes(bundle, digits_bundle):
+    operators = []
+    for root in (bundle, digits_bundle):
+        engine = room.named(root, room.read_manifest(root), "onnxruntime-int8")
+        operators.append({node.op_type for node in onnx.load(root / engine.file.path).graph.node})
+    assert "SpaceToDepth" not in operators[0]
+    assert operators[1] - operators[0] == {"SpaceToDepth"}
 
 
 def test_held_out_images_of_other_sizes_are_the_first_ones_resized(bundle, digits):
@@ -463,14 +497,14 @@ def test_verify_repeats_it_and_fails_where_one_size_is_wrong(cli, bundle, tmp_pa
 
     done = cli("verify", _changed(bundle, tmp_path, swap))
     assert done.code == 3
-    assert "onnxruntime-fp32: size 31x39, batch 4: sqnr" in done.json["error"]["message"]
+    assert "onnxruntime-fp32: size 33x39, batch 4: sqnr" in done.json["error"]["message"]
     assert "size 48x48" not in done.json["error"]["message"]
 
 
 def test_inspect_shows_the_sizes(cli, bundle):
     done = cli("inspect", bundle)
     assert "['batch', 3, 'height', 'width'] NCHW, 24x24 to 48x48, best at 32x32" in done.out
-    assert "32 at 24x24, 32 at 31x39, 32 at 48x48" in done.out
+    assert "32 at 24x24, 32 at 33x39, 32 at 48x48" in done.out
 
 
 def test_triton_is_told_that_they_are_open(cli, bundle, tmp_path):
