@@ -307,6 +307,17 @@ class Manifest(_Model):
     recipe: Recipe
     artifacts: Artifacts
 
+    @model_validator(mode="after")
+    def _compared_at_all_sizes(self) -> Manifest:
+        sizes = self.recipe.input_size
+        held = {(part.height, part.width) for part in self.artifacts.held_out.sizes}
+        wanted = {sizes.min, sizes.max} - {sizes.opt} if sizes is not None else set()
+        if not wanted <= held:
+            raise ValueError("held-out images of the smallest or the largest size are missing")
+        if held and (sizes is None or not all(sizes.holds(*size) for size in held)):
+            raise ValueError("held-out images of sizes outside the range")
+        return self
+
     def files(self) -> list[File]:
         """Every file of the bundle, each once."""
         recipe, artifacts = self.recipe, self.artifacts

@@ -521,6 +521,8 @@ def test_triton_is_told_that_they_are_open(cli, bundle, tmp_path):
         (("recipe", "input_size", "opt"), [40, 40]),
         (("recipe", "input_size", "min"), [33, 24]),
         (("recipe", "input", "shape"), ["batch", 3, 32, 32]),
+        (("artifacts", "held_out", "sizes"), []),
+        (("recipe", "input_size", "max"), [56, 56]),
     ],
 )
 def test_sizes_that_do_not_belong_together_are_a_damaged_manifest(bundle, tmp_path, pointer, value):
