@@ -126,7 +126,7 @@ def export(
 def _check_runs(
     model: nn.Module, size: Size, sizes: SizeRange | None = None, why: Callable[[], str] = str
 ) -> None:
-    """Args: why: what more is known of a size that does not run, though the range's ends do."""
+    """Refuse a size that the model does not run at; `why` tells more of one that lies between those that do."""
     with torch.inference_mode():
         try:
             model(torch.zeros(1, 3, *size))
