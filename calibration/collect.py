@@ -13,6 +13,7 @@ from threading import Lock
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes.common import ShapeInferencePass
 
 from calibration import graph_io
 from calibration.errors import BadInputError
@@ -114,6 +115,15 @@ class _Observed:
             others=max(self.others, 0.0),
             histogram=self.accumulator.histogram(self.low, self.high).encode() if self.accumulator else "",
         )
+
+
+def _at_size(model: ir.Model, crop: tuple[int, int]) -> ir.Model:
+    """Where height and width are dynamic: the graph with the shapes that activations have at one size."""
+    feed = model.graph.inputs[0]
+    if feed.shape is not None and any(isinstance(size, ir.SymbolicDim) for size in list(feed.shape)[2:]):
+        feed.shape = ir.Shape([*list(feed.shape)[:2], *crop])
+        ShapeInferencePass()(model)
+    return model
 
 
 def _observe(
@@ -229,7 +239,8 @@ def collect(
     workers = min(threads, _WORKERS)
     kernels()  # compiled once, before there are threads
     p = images.preprocess
-    observed = _observe(graph_io.load(graph), histograms, (p.crop_height, p.crop_width), workers)
+    crop = (p.crop_height, p.crop_width)
+    observed = _observe(_at_size(graph_io.load(graph), crop), histograms, crop, workers)
     passes = list(_passes(observed, budget))
     shown = 0
     for index, tensors in enumerate(passes):

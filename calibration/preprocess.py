@@ -45,6 +45,12 @@ class Preprocess(BaseModel):
     std: tuple[float, float, float] = Field(description="Per channel RGB, on the 0..1 scale.")
     source: str = Field(description="Where the parameters come from, for people.")
 
+    def at_size(self, height: int, width: int) -> Preprocess:
+        """The same for another input size, in pixels: the resize keeps its proportion to the crop."""
+        ratio = self.resize_size / min(self.crop_height, self.crop_width)
+        changes = {"resize_size": max(1, round(min(height, width) * ratio))}
+        return self.model_copy(update={**changes, "crop_height": height, "crop_width": width})
+
 
 def _not_an_image(data: bytes) -> str:
     return "not an image format that Pillow knows" if data else "empty file"

@@ -73,12 +73,20 @@ def checked(bundle: Path, file: m.File) -> Path:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Held-out inputs and their eager logits, `further` being those of the outputs beside the first."""
+    """Held-out inputs of one size, uint8 [N, H, W, 3], and eager's logits, float32, as `engines.outputs.sampled`."""
 
     pixels: npt.NDArray[np.uint8]
     logits: Float32Array
-    labels: list[int] | None
+    labels: list[int] | None = None
     further: tuple[Float32Array, ...] = ()
+    """Of the outputs beside the first."""
+    sizes: tuple[HeldOut, ...] = ()
+    """The first images at other sizes, where the input's is dynamic."""
+
+    def outputs(self, recipe: m.Recipe) -> dict[str, Float32Array]:
+        """Eager's logits by the name of the output, the first one first."""
+        names = [port.name for port in recipe.outputs]
+        return dict(zip(names, (self.logits, *self.further), strict=True))
 
 
 def _array(path: Path, dtype: type[np.generic], shape: tuple[int, ...]) -> npt.NDArray[Any]:
@@ -97,18 +105,25 @@ def _array(path: Path, dtype: type[np.generic], shape: tuple[int, ...]) -> npt.N
 def held_out(bundle: Path, manifest: m.Manifest) -> HeldOut:
     """Read a bundle's held-out inputs, uint8 [N, H, W, 3], and eager logits, float32, see `engines.outputs.sampled`."""
     described = manifest.artifacts.held_out
-    recipe = manifest.recipe
-    crop = (recipe.preprocess.crop_height, recipe.preprocess.crop_width, 3)
-    pixels = _array(checked(bundle, described.inputs), np.uint8, (described.count, *crop))
-    logits, *further = (
-        _array(checked(bundle, file), np.float32, (described.count, *sampled_shape(_of_image(port))))
-        for file, port in zip([described.logits, *described.further], recipe.outputs, strict=True)
-    )
-    return HeldOut(pixels, logits, described.labels, tuple(further))
+    recipe, p = manifest.recipe, manifest.recipe.preprocess
 
+    def read(
+        part: m.HeldOut | m.HeldOutSize, height: int, width: int
+    ) -> tuple[npt.NDArray[np.uint8], list[Float32Array]]:
+        pixels = _array(checked(bundle, part.inputs), np.uint8, (part.count, height, width, 3))
+        shapes = [sampled_shape(port.of_image(height, width)) for port in recipe.outputs]
+        files = [part.logits, *part.further]
+        return pixels, [
+            _array(checked(bundle, file), np.float32, (part.count, *shape))
+            for file, shape in zip(files, shapes, strict=True)
+        ]
 
-def _of_image(port: m.Port) -> tuple[int, ...]:
-    return tuple(int(size) for size in port.shape[1:])
+    sizes = []
+    for part in described.sizes:
+        pixels, (logits, *further) = read(part, part.height, part.width)
+        sizes.append(HeldOut(pixels, logits, None, tuple(further)))
+    pixels, (logits, *further) = read(described, p.crop_height, p.crop_width)
+    return HeldOut(pixels, logits, described.labels, tuple(further), tuple(sizes))
 
 
 def named(bundle: Path, manifest: m.Manifest, name: str) -> m.Engine:

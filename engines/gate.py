@@ -53,10 +53,70 @@ def run_in_batches(
     return tuple(np.concatenate(parts) for parts in zip(*outputs, strict=True))
 
 
-def images_compared(count: int, batch: Batch) -> int:
-    """How many images `judge` runs in all, for a progress bar."""
+def images_compared(count: int, batch: Batch, further: int = 0) -> int:
+    """How many images `judge` runs in all, for a progress bar; `further` are those of further sizes."""
     sizes = batches_to_check(batch.min, batch.opt, batch.max)
-    return count + sum(min(count, max(SUBSET, size)) for size in sizes if size != batch.opt)
+    elsewhere = further * len({batch.opt, batch.max})
+    return count + sum(min(count, max(SUBSET, size)) for size in sizes if size != batch.opt) + elsewhere
+
+
+Unfused = Callable[[UInt8Array], tuple[Float32Array, ...]]
+
+
+def _judges(
+    pixels: UInt8Array,
+    eager: Mapping[str, Float32Array],
+    labels: Sequence[int] | None,
+    tolerances: Mapping[str, float],
+    unfused: Unfused | None,
+    where: str = "",
+) -> dict[str, _OutputJudge]:
+    """A judge for each output. Labels, and limits on accuracy, are the first output's."""
+    for logits in eager.values():
+        check_reference(as_rows(logits), where)
+    references = tuple(eager.values()) if unfused is None else unfused(pixels)
+    if not all(np.isfinite(logits).all() for logits in references):
+        raise ParityError(
+            "nothing to compare: the unfused precision graph's logits are not finite",
+            hint="the precision graph is wrong or overflows; try other --calib images, or another --precision",
+        )
+    first = next(iter(eager))
+    return {
+        name: _OutputJudge(
+            reference,
+            eager[name],
+            labels if name == first else None,
+            tolerances if name == first else _without_accuracy(tolerances),
+            unfused=unfused is not None,
+        )
+        for name, reference in zip(eager, references, strict=True)
+    }
+
+
+def _judge_size(
+    engine: Runnable,
+    pixels: UInt8Array,
+    eager: Mapping[str, Float32Array],
+    preprocess: Preprocess,
+    batch: Batch,
+    tolerances: Mapping[str, float],
+    unfused: Unfused | None,
+    progress: Progress,
+) -> list[str]:
+    """What fails at one further size, at batches opt and max."""
+    height, width = pixels.shape[1:3]
+    judges = _judges(pixels, eager, None, tolerances, unfused, f"at {height}x{width}, ")
+    found = []
+    for size in sorted({batch.opt, batch.max}):
+        outputs = run_in_batches(engine, pixels, preprocess, size, progress)
+        for (name, judge_of), logits in zip(judges.items(), outputs, strict=True):
+            where = f"size {height}x{width}, batch {size}: " + _of_output(name, eager)
+            found += [where + text for text in [*judge_of.part(logits), *judge_of.astray(logits)]]
+    return found
+
+
+def _of_output(name: str, eager: Mapping[str, Float32Array]) -> str:
+    return "" if name == next(iter(eager)) else f"output {name}: "
 
 
 def judge(
@@ -69,10 +129,14 @@ def judge(
     batch: Batch,
     tolerances: Mapping[str, float],
     ran: Literal["engine", "precision graph"] = "engine",
-    unfused: Callable[[], tuple[Float32Array, ...]] | None = None,
+    unfused: Unfused | None = None,
+    sizes: Sequence[tuple[UInt8Array, Mapping[str, Float32Array]]] = (),
     progress: Progress = lambda _: None,
 ) -> Gate:
     """Compare all of an engine's outputs with the reference at batches min, opt, max and an odd one.
+
+    Where the input's size is dynamic, also at further sizes, each at batches opt and max; accuracy aside, by the same
+    limits.
 
     Args:
         pixels: uint8 [N, H, W, 3], images that were not calibrated on.
@@ -81,8 +145,9 @@ def judge(
         labels: class index per image, or None.
         tolerances: limits by metric, see `engines.parity`.
         ran: what `engine` is: the engine itself, or only its precision graph.
-        unfused: for random weights: makes the outputs of the unfused precision graph, the reference to gate
+        unfused: for random weights: makes the unfused precision graph's outputs of images, the reference to gate
             against by `unfused_tolerances` unless overridden; figures against eager are reported all the same.
+        sizes: images of other sizes, and eager's outputs of them.
 
     Raises:
         ParityError: there is nothing to compare or to judge by.
@@ -94,30 +159,11 @@ def judge(
             hint="give images to verify on (--calib or --verify)",
         )
     names = list(eager)
-    for logits in eager.values():
-        check_reference(as_rows(logits))
-    references = tuple(eager.values())
-    if unfused is not None:
-        references = unfused()
-        if not all(np.isfinite(logits).all() for logits in references):
-            raise ParityError(
-                "nothing to compare: the unfused precision graph's logits are not finite",
-                hint="the precision graph is wrong or overflows; try other --calib images, or another --precision",
-            )
-    judges = {
-        name: _OutputJudge(
-            reference,
-            eager[name],
-            labels if name == names[0] else None,
-            tolerances if name == names[0] else _without_accuracy(tolerances),
-            unfused=unfused is not None,
-        )
-        for name, reference in zip(names, references, strict=True)
-    }
-    sizes = batches_to_check(batch.min, batch.opt, batch.max)
+    judges = _judges(pixels, eager, labels, tolerances, unfused)
+    batches = batches_to_check(batch.min, batch.opt, batch.max)
     found: list[str] = []
     figures: dict[str, FurtherMetrics] = {}
-    for size in sizes:
+    for size in batches:
         full = size == batch.opt
         count = len(pixels) if full else min(len(pixels), max(SUBSET, size))
         outputs = run_in_batches(engine, pixels[:count], preprocess, size, progress)
@@ -126,17 +172,20 @@ def judge(
                 f"nothing to compare: the engine has {len(outputs)} outputs, eager PyTorch {len(names)}"
             )
         for name, logits in zip(names, outputs, strict=True):
-            where = f"batch {size}: " + (f"output {name}: " if name != names[0] else "")
+            where = f"batch {size}: " + _of_output(name, eager)
             if full:
                 figures[name], problems = judges[name].whole(logits)
             else:
                 problems = judges[name].part(logits)
             found += [where + text for text in problems]
+    for images, outputs_of in sizes:
+        found += _judge_size(engine, images, outputs_of, preprocess, batch, tolerances, unfused, progress)
     return Gate(
         ran=ran,
         reference="eager" if unfused is None else "unfused precision graph",
         tolerances=judges[names[0]].limits,
-        batches=sizes,
+        batches=batches,
+        sizes=[images.shape[1:3] for images, _ in sizes],
         metrics=figures[names[0]].metrics,
         eager_metrics=figures[names[0]].eager_metrics,
         further={name: figures[name] for name in names[1:]},
@@ -177,12 +226,19 @@ class _OutputJudge:
         """Figures of all images, and what does not hold of them."""
         metrics = eager = compare(as_rows(self._reference), as_rows(logits), self._labels)
         counts = {} if logits.ndim == 2 else {"images": len(logits), "pixels": metrics.images}
-        problems = failures(metrics, self.limits)
+        problems = [*failures(metrics, self.limits), *self.astray(logits)]
         if self._unfused:
             eager = compare(as_rows(self._eager), as_rows(logits), self._labels)
-            if not eager.cosine >= MIN_UNFUSED_COSINE:
-                problems.append(f"cosine to eager is {eager.cosine:.3g}, must be >= {MIN_UNFUSED_COSINE}")
         figures = FurtherMetrics(
             metrics={**metrics.as_dict(), **counts}, eager_metrics={**eager.as_dict(), **counts}
         )
         return figures, problems
+
+    def astray(self, logits: Float32Array) -> list[str]:
+        """An engine that is judged by its own unfused graph must be near to eager, too; else that graph is wrong."""
+        if not self._unfused:
+            return []
+        cosine = compare(as_rows(self._eager), as_rows(logits)).cosine
+        if cosine >= MIN_UNFUSED_COSINE:
+            return []
+        return [f"cosine to eager is {cosine:.3g}, must be >= {MIN_UNFUSED_COSINE}"]

@@ -102,29 +102,39 @@ class LoadedEngine:
             runtime_cache=Path(runtime_cache) if runtime_cache is not None else None,
         )
 
-    def preprocess(self, images: Sequence[Path | str | bytes]) -> Float32Array:
+    def preprocess(
+        self, images: Sequence[Path | str | bytes], *, size: tuple[int, int] | None = None
+    ) -> Float32Array:
         """Image files (paths, or their bytes) to the input batch, float32 [N, 3, H, W].
 
+        Args:
+            size: another height and width than the bundle's own, where they are dynamic; the resize keeps its
+                proportion to them.
+
         Raises:
-            BadInputError: one of them cannot be decoded; the message names it.
+            BadInputError: one of them cannot be decoded; the message names it. Or the engine does not take this size.
         """
+        preprocess = self.manifest.recipe.preprocess
+        if size is not None:
+            self._check_size(*size)
+            preprocess = preprocess.at_size(*size)
         pixels = []
         for index, image in enumerate(images):
             name = f"image {index}" if isinstance(image, bytes) else str(image)
             try:
                 data = image if isinstance(image, bytes) else Path(image).read_bytes()
-                pixels.append(resize_and_crop(decode(data), self.manifest.recipe.preprocess))
+                pixels.append(resize_and_crop(decode(data), preprocess))
             except (UnreadableImageError, OSError) as error:
                 raise BadInputError(f"{name}: {error}", hint="pass a JPEG or PNG image") from error
         if not pixels:
             raise BadInputError("no images given", hint="pass at least one")
-        return normalize(np.stack(pixels), self.manifest.recipe.preprocess)
+        return normalize(np.stack(pixels), preprocess)
 
     def run(self, batch: Float32Array) -> Float32Array:
         """The first output, logits float32 [N, classes] or [N, classes, H, W], of a batch float32 [N, 3, H, W].
 
         Raises:
-            BadInputError: wrong dtype or shape, or N outside the batch range that was verified.
+            BadInputError: wrong dtype or shape, or N, H or W outside the range that was verified.
         """
         return self.run_all(batch)[self.manifest.recipe.output.name]
 
@@ -137,8 +147,25 @@ class LoadedEngine:
                 f"batch {batch.shape[0]} is outside this bundle's range {allowed.min} to {allowed.max}",
                 hint="split the batch, or export with a wider --batch MIN:OPT:MAX",
             )
+        if batch.ndim == 4 and self.manifest.recipe.input_size is not None:
+            self._check_size(*batch.shape[2:])
         names = [port.name for port in self.manifest.recipe.outputs]
         return dict(zip(names, self._backend.run_all(batch), strict=True))
+
+    def _check_size(self, height: int, width: int) -> None:
+        p, allowed = self.manifest.recipe.preprocess, self.manifest.recipe.input_size
+        if allowed is None:
+            if (height, width) != (p.crop_height, p.crop_width):
+                raise BadInputError(
+                    f"size {height}x{width}: this bundle takes {p.crop_height}x{p.crop_width} only",
+                    hint="leave `size` out, or export with --dynamic-size MIN:OPT:MAX",
+                )
+        elif not allowed.holds(height, width):
+            low, high = (f"{size[0]}x{size[1]}" for size in (allowed.min, allowed.max))
+            raise BadInputError(
+                f"size {height}x{width} is outside this bundle's range {low} to {high}",
+                hint="resize the images, or export with a wider --dynamic-size MIN:OPT:MAX",
+            )
 
 
 def _state_here(engine: m.Engine, found: Sequence[m.Attestation]) -> m.State:

@@ -60,6 +60,10 @@ class Source(_Model):
     num_classes: int
     transform_input: bool | None = Field(description="googlenet and inception_v3 only; else null.")
     arguments: dict[str, str] = Field(default={}, description="Further ones of the model's function.")
+    fully_convolutional: bool = Field(
+        default=False,
+        description="Linear layers made convolutions, scores averaged over all places (arXiv 1409.1556, 3.2).",
+    )
     weights: Weights
 
 
@@ -68,8 +72,15 @@ class Port(_Model):
 
     name: str
     dtype: Literal["float32"]
-    shape: list[int | str] = Field(description="`batch` is the dynamic dimension.")
+    shape: list[int | str] = Field(
+        description="`batch` is dynamic; so are `height` and `width`, where the recipe has an `input_size`."
+    )
     layout: str
+
+    def of_image(self, height: int, width: int) -> tuple[int, ...]:
+        """The shape of one image's part, where the input is height x width pixels."""
+        named = {"height": height, "width": width}
+        return tuple(named[size] if isinstance(size, str) else size for size in self.shape[1:])
 
 
 class Batch(_Model):
@@ -82,6 +93,24 @@ class Batch(_Model):
         if not self.min <= self.opt <= self.max:
             raise ValueError(f"batch {self.min}:{self.opt}:{self.max} is not in order")
         return self
+
+
+class SizeRange(_Model):
+    """Height and width of the input that an engine takes, in pixels: anything from `min` to `max`."""
+
+    min: tuple[int, int]
+    opt: tuple[int, int]
+    max: tuple[int, int]
+
+    @model_validator(mode="after")
+    def _ordered(self) -> SizeRange:
+        for low, opt, high in zip(self.min, self.opt, self.max, strict=True):
+            if not 1 <= low <= opt <= high:
+                raise ValueError(f"sizes {self.min}, {self.opt}, {self.max} are not in order")
+        return self
+
+    def holds(self, height: int, width: int) -> bool:
+        return all(a <= b <= c for a, b, c in zip(self.min, (height, width), self.max, strict=True))
 
 
 class Calibration(_Model):
@@ -104,6 +133,10 @@ class Recipe(_Model):
         default=[], description="Of networks with several, auxiliary ones say."
     )
     batch: Batch
+    input_size: SizeRange | None = Field(
+        default=None,
+        description="Sizes that the input may have; null: the one in `input`. `opt` is `preprocess`'s.",
+    )
     preprocess: Preprocess
     labels: list[str] = Field(description="Class names by index; empty where they are not known.")
     graph: File = Field(description="The simplified FP32 graph.")
@@ -119,6 +152,14 @@ class Recipe(_Model):
     def outputs(self) -> list[Port]:
         """All, in the graph's order."""
         return [self.output, *self.further_outputs]
+
+    @model_validator(mode="after")
+    def _sized(self) -> Recipe:
+        crop = (self.preprocess.crop_height, self.preprocess.crop_width)
+        wanted = ["height", "width"] if self.input_size is not None else list(crop)
+        if self.input.shape[2:] != wanted or (self.input_size is not None and self.input_size.opt != crop):
+            raise ValueError("sizes of input, input_size and preprocess do not belong together")
+        return self
 
 
 MetricValues = dict[str, float | int | None]
@@ -138,6 +179,9 @@ class Gate(_Model):
     reference: Literal["eager", "unfused precision graph"]
     tolerances: dict[str, float]
     batches: list[int] = Field(description="Batch sizes that were run and compared.")
+    sizes: list[tuple[int, int]] = Field(
+        default=[], description="Further heights and widths, where dynamic; each at batches opt and max."
+    )
     metrics: MetricValues = Field(
         description="The first output of all images at batch opt, against the reference."
     )
@@ -246,9 +290,7 @@ class Engine(_Model):
         return self.file.size_bytes + sum(file.size_bytes for file in self.external_data)
 
 
-class HeldOut(_Model):
-    """Inputs and eager logits that were never calibrated on: the reference on machines without PyTorch."""
-
+class _HeldOutImages(_Model):
     inputs: File = Field(description="NumPy .npy, uint8 [N, H, W, 3], RGB after resize and crop.")
     logits: File = Field(
         description="NumPy .npy, float32 [N, classes], eager PyTorch FP32. Dense ones [N, classes, h, w]: at most "
@@ -256,9 +298,25 @@ class HeldOut(_Model):
     )
     further: list[File] = Field(default=[], description="The same of each further output.")
     count: int
+
+    def files(self) -> list[File]:
+        return [self.inputs, self.logits, *self.further]
+
+
+class HeldOutSize(_HeldOutImages):
+    """The first held-out inputs at another size, made by the same preprocessing: the resize in proportion."""
+
+    height: int
+    width: int
+
+
+class HeldOut(_HeldOutImages):
+    """Inputs and eager logits that were never calibrated on: the reference on machines without PyTorch."""
+
     synthetic: bool = Field(description="Seeded synthetic images, because no folder was given.")
     labels: list[int] | None
     image_sha256: list[str] = Field(description="Hashes of the image files, in order; empty if synthetic.")
+    sizes: list[HeldOutSize] = Field(default=[], description="Where height and width are dynamic.")
 
 
 class Artifacts(_Model):
@@ -286,8 +344,21 @@ class Manifest(_Model):
 
     @model_validator(mode="after")
     def _outputs_held_out(self) -> Manifest:
-        if len(self.artifacts.held_out.further) != len(self.recipe.further_outputs):
+        held = self.artifacts.held_out
+        counts = {len(held.further), *(len(part.further) for part in held.sizes)}
+        if counts != {len(self.recipe.further_outputs)}:
             raise ValueError("held-out logits are not those of the outputs")
+        return self
+
+    @model_validator(mode="after")
+    def _compared_at_all_sizes(self) -> Manifest:
+        sizes = self.recipe.input_size
+        held = {(part.height, part.width) for part in self.artifacts.held_out.sizes}
+        wanted = {sizes.min, sizes.max} - {sizes.opt} if sizes is not None else set()
+        if not wanted <= held:
+            raise ValueError("held-out images of the smallest or the largest size are missing")
+        if held and (sizes is None or not all(sizes.holds(*size) for size in held)):
+            raise ValueError("held-out images of sizes outside the range")
         return self
 
     def files(self) -> list[File]:
@@ -297,7 +368,9 @@ class Manifest(_Model):
         for engine in artifacts.engines:
             files += [engine.file, *engine.external_data, *engine.graph_external_data]
             files += [file for file in (engine.graph, engine.timing_cache) if file is not None]
-        files += [artifacts.held_out.inputs, artifacts.held_out.logits, *artifacts.held_out.further]
+        files += artifacts.held_out.files()
+        for part in artifacts.held_out.sizes:
+            files += part.files()
         if recipe.calibration is not None:
             files.append(recipe.calibration.ranges)
         return list({file.path: file for file in files}.values())

@@ -14,6 +14,8 @@ import numpy.typing as npt
 from calibration.errors import ParityError
 
 Logits = npt.NDArray[np.float32]
+Size = tuple[int, int]
+"""Height and width of the input, in pixels."""
 
 MIN_RELATIVE_SPREAD = 1e-4
 """A reference whose logits vary between images by less than this share of their size compares nothing."""
@@ -114,27 +116,30 @@ def limits_of(tolerances: Mapping[str, float]) -> list[Limit]:
     return [Limit(metric, value) for metric, value in sorted(tolerances.items())]
 
 
-def check_reference(reference: Logits) -> None:
+def check_reference(reference: Logits, where: str = "") -> None:
     """Refuse a reference that nothing can be compared with.
+
+    Args:
+        where: before what is wrong in the message: "at 64x64, ".
 
     Raises:
         ParityError: no images, a logit that is not finite, or logits that hardly vary between images.
     """
     if reference.ndim != 2 or reference.shape[0] < 2 or reference.shape[1] < 2:
         raise ParityError(
-            f"nothing to compare: reference logits of shape {list(reference.shape)}",
+            f"nothing to compare: {where}reference logits of shape {list(reference.shape)}",
             hint="give more images to verify on (--calib or --verify)",
         )
     if not np.isfinite(reference).all():
         raise ParityError(
-            "nothing to compare: the eager model's own logits are not finite",
+            f"nothing to compare: {where}the eager model's own logits are not finite",
             hint="check the weights and the preprocessing",
         )
     spread = float((reference - reference.mean(axis=0)).std())
     size = float(np.abs(reference).max())
     if spread < max(MIN_SPREAD, MIN_RELATIVE_SPREAD * size):
         raise ParityError(
-            f"nothing to compare: the eager logits hardly vary between images (spread {spread:.2e}, largest "
+            f"nothing to compare: {where}the eager logits hardly vary between images (spread {spread:.2e}, largest "
             f"logit {size:.2e})",
             hint="images that are all alike do this, and random or collapsed weights: look at the images, use trained "
             "weights (--weights DEFAULT or a file)",
@@ -251,3 +256,26 @@ def batches_to_check(minimum: int, optimum: int, maximum: int) -> list[int]:
     sizes = {minimum, optimum, maximum}
     odd = odd_batch(minimum, maximum, sorted(sizes))
     return sorted(sizes | ({odd} if odd is not None else set()))
+
+
+def odd_size(least: Size, most: Size) -> Size | None:
+    """An input size (height, width) in the range and unlike its ends; None if there is none.
+
+    Height and width are odd and differ, where the range has such. They divide it by the golden section: thirds of round
+    numbers lie beside multiples of 32, where strided layers round as they do at those.
+    """
+
+    def near(axis: int, share: float, beside: int) -> int:
+        low, high = least[axis], most[axis]
+        wanted = low + share * (high - low)
+        return min(range(low, high + 1), key=lambda n: (n % 2 == 0, n == beside, abs(n - wanted)))
+
+    height = near(0, 0.382, 0)
+    found = height, near(1, 0.618, height)
+    return found if found not in (least, most) else None
+
+
+def sizes_to_check(least: Size, optimum: Size, most: Size) -> list[Size]:
+    """Input sizes of the gate beside opt: min, an odd one in the range, and max; each once."""
+    sizes = (least, odd_size(least, most), most)
+    return list(dict.fromkeys(size for size in sizes if size is not None and size != optimum))

@@ -17,6 +17,7 @@ from typing import IO, Any
 
 from calibration import graph_io
 from calibration.errors import EnvironmentFailureError, ExportDefectError, UsageError
+from engines.parity import Size
 from engines.target import BuildOptions
 from engines.tensorrt_worker import FATAL_WARNINGS, TIMING_SUFFIX
 
@@ -130,10 +131,12 @@ def build_engine(
     *,
     target: str,
     batch: tuple[int, int, int],
+    sizes: tuple[Size, Size, Size] | None = None,
     options: BuildOptions | None = None,
     steps: Steps = lambda done, total: None,
 ) -> Built:
-    """Build a strongly typed engine of an ONNX precision graph, with one optimization profile over the batch.
+    """Build a strongly typed engine of an ONNX precision graph, with one optimization profile over the batch
+    and, where they are dynamic, height and width.
 
     Args:
         graph: ONNX file; its types are the engine's.
@@ -141,9 +144,10 @@ def build_engine(
             it, with the suffix `.timing`.
         target: `tensorrt` (needs the GPU it builds for) or `tensorrt-rtx` (needs none).
         batch: min, opt and max of the first dimension of every input.
+        sizes: min, opt and max (height, width) of every input; None where the graph fixes them.
 
     Raises:
-        UsageError: an option or the batch does not fit this TensorRT or this graph.
+        UsageError: an option, the batch or the sizes do not fit this TensorRT or this graph.
         ExportDefectError: the parser or the builder refuses the graph; names node and module.
         EnvironmentFailureError: the builder crashed or was killed.
     """
@@ -155,6 +159,7 @@ def build_engine(
         "out": str(out.absolute()),
         "target": target,
         "batch": batch,
+        "sizes": sizes,
     }
     final, warnings, logged, code, tail = _worker(request, steps)
     fatal = [text for text in warnings if any(bad in text for bad in FATAL_WARNINGS)]

@@ -68,7 +68,7 @@ class TensorRTEngine:
         target: `tensorrt` or `tensorrt-rtx`.
         weights: for a plan without weights: the ONNX graph that it was built from, which has them.
         runtime_cache: where TensorRT-RTX keeps the kernels that it compiles for this GPU; read if it is there, and
-            written after each batch size that is run for the first time. Unused by `tensorrt`, which compiles nothing.
+            written after each input shape that is run for the first time. Unused by `tensorrt`: it compiles nothing.
 
     Raises:
         TargetUnavailableError: the packages are missing, or the plan belongs to another GPU or version.
@@ -118,7 +118,7 @@ class TensorRTEngine:
             self._refit(trt, weights)
         self._cache_path = runtime_cache if target == "tensorrt-rtx" else None
         self._cache: Any = None
-        self._sizes_run: set[int] = set()
+        self._shapes_run: set[tuple[int, ...]] = set()
         self._context = self._create_context()
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
         modes = {name: self._engine.get_tensor_mode(name) for name in names}
@@ -126,12 +126,12 @@ class TensorRTEngine:
         self._output_names = [name for name, mode in modes.items() if mode == trt.TensorIOMode.OUTPUT]
         least, _, most = self._engine.get_tensor_profile_shape(self.input_name, 0)
         self._least, self._most = tuple(least), tuple(most)
-        self._shapes = {n: tuple(self._engine.get_tensor_shape(n))[1:] for n in self._output_names}
         self._lock = threading.Lock()
         self._stream = _checked(cuda, cuda.cudaStreamCreate())
+        self._context.set_input_shape(self.input_name, self._most)
         sizes = {
-            self.input_name: int(np.prod(self._most)) * 4,
-            **{name: self._most[0] * math.prod(shape) * 4 for name, shape in self._shapes.items()},
+            name: 4 * math.prod(self._context.get_tensor_shape(name))
+            for name in (self.input_name, *self._output_names)
         }
         self._buffers = {name: _checked(cuda, cuda.cudaMalloc(size)) for name, size in sizes.items()}
         for name, pointer in self._buffers.items():
@@ -159,11 +159,11 @@ class TensorRTEngine:
         config.set_runtime_cache(self._cache)
         return self._engine.create_execution_context(config)
 
-    def _keep_kernels(self, size: int) -> None:
-        """Write the runtime cache, whole, after the first run of a batch size. A full disk costs time, nothing else."""
-        if self._cache is None or self._cache_path is None or size in self._sizes_run:
+    def _keep_kernels(self, shape: tuple[int, ...]) -> None:
+        """Write the runtime cache, whole, after an input shape's first run. A full disk costs time, nothing else."""
+        if self._cache is None or self._cache_path is None or shape in self._shapes_run:
             return
-        self._sizes_run.add(size)
+        self._shapes_run.add(shape)
         try:
             with replacing(self._cache_path) as temporary:
                 temporary.write_bytes(self._cache.serialize())
@@ -182,7 +182,7 @@ class TensorRTEngine:
         """All outputs, float32, of a preprocessed batch float32 [N, 3, H, W].
 
         Raises:
-            BadInputError: wrong dtype or shape, or N outside the optimization profile.
+            BadInputError: wrong dtype or shape, or N, H or W outside the optimization profile.
             EnvironmentFailureError: CUDA or TensorRT fails.
         """
         batch = np.ascontiguousarray(batch)
@@ -195,10 +195,13 @@ class TensorRTEngine:
                 hint="use the bundle's preprocess() to make the input",
             )
         cuda, kinds = self._cuda, self._cuda.cudaMemcpyKind
-        outputs = {n: np.empty((batch.shape[0], *s), dtype=np.float32) for n, s in self._shapes.items()}
         source = self._buffers[self.input_name]
         with self._lock:
             self._context.set_input_shape(self.input_name, batch.shape)
+            outputs = {
+                name: np.empty(tuple(self._context.get_tensor_shape(name)), dtype=np.float32)
+                for name in self._output_names
+            }
             to, back = kinds.cudaMemcpyHostToDevice, kinds.cudaMemcpyDeviceToHost
             _checked(cuda, cuda.cudaMemcpyAsync(source, batch.ctypes.data, batch.nbytes, to, self._stream))
             if not self._context.execute_async_v3(int(self._stream)):
@@ -209,7 +212,7 @@ class TensorRTEngine:
                     cuda, cuda.cudaMemcpyAsync(output.ctypes.data, pointer, output.nbytes, back, self._stream)
                 )
             _checked(cuda, cuda.cudaStreamSynchronize(self._stream))
-            self._keep_kernels(batch.shape[0])
+            self._keep_kernels(batch.shape)
         return tuple(outputs.values())
 
     def __del__(self) -> None:

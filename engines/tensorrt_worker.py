@@ -62,15 +62,19 @@ def _monitor(trt: Any, emit: Any) -> Any:
 def _configure(trt: Any, builder: Any, network: Any, request: dict[str, Any]) -> Any:
     config = builder.create_builder_config()
     profile = builder.create_optimization_profile()
+    fits = True
     for index in range(network.num_inputs):
         port = network.get_input(index)
         shapes = [
-            [batch if axis == 0 else size for axis, size in enumerate(port.shape)]
-            for batch in request["batch"]
+            [batch, *port.shape[1:]] if size is None else [batch, port.shape[1], *size]
+            for batch, size in zip(request["batch"], request["sizes"] or [None] * 3, strict=True)
         ]
-        profile.set_shape(port.name, *shapes)
-    if config.add_optimization_profile(profile) < 0:
-        raise ValueError(f"the optimization profile {request['batch']} does not fit the network's input")
+        fits = fits and -1 not in shapes[0]
+        if fits:
+            profile.set_shape(port.name, *shapes)
+    if not fits or config.add_optimization_profile(profile) < 0:
+        asked = request["batch"] if request["sizes"] is None else f"{request['batch']} of {request['sizes']}"
+        raise ValueError(f"the optimization profile {asked} does not fit the network's input")
     config.clear_flag(trt.BuilderFlag.TF32)  # on by default: FP32 with 10 bits of mantissa
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if request["workspace_mb"] is not None:

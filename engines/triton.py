@@ -45,7 +45,7 @@ def config(manifest: m.Manifest, engine: m.Engine, name: str, *, delay_us: int =
     recipe, (platform, _, kind) = manifest.recipe, _PLATFORMS[engine.target]
 
     def port(port: m.Port, more: str = "") -> str:
-        dims = ", ".join(map(str, port.shape[1:]))
+        dims = ", ".join("-1" if isinstance(size, str) else str(size) for size in port.shape[1:])
         return f"  {{\n    name: {_quoted(port.name)}\n    data_type: TYPE_FP32\n    dims: [ {dims} ]\n{more}  }}\n"
 
     labels = '    label_filename: "labels.txt"\n' if recipe.labels else ""

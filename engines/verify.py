@@ -14,6 +14,7 @@ from calibration.files import replacing
 from calibration.graph_io import sha256_of
 from calibration.images import Progress
 from calibration.machine import cpu_model, instruction_set, library_versions, saturates
+from calibration.preprocess import UInt8Array
 from engines import manifest as m
 from engines.bundle import ATTESTATIONS, MANIFEST, HeldOut, checked, held_out, read_manifest
 from engines.gate import Runnable, judge, run_in_batches
@@ -46,9 +47,9 @@ def judge_engine(
         unfused: gate against the unfused graph (see `engines.gate.judge`).
     """
 
-    def unfused_outputs() -> tuple[Float32Array, ...]:
+    def unfused_outputs(pixels: UInt8Array) -> tuple[Float32Array, ...]:
         plain = OnnxRuntimeEngine(graph, fused=False, half=precision == "fp16")
-        return run_in_batches(plain, held.pixels, recipe.preprocess, recipe.batch.opt)
+        return run_in_batches(plain, pixels, recipe.preprocess, recipe.batch.opt)
 
     only_graph = bool(why_not_here(target, plan))
     engine: Runnable
@@ -63,15 +64,13 @@ def judge_engine(
         engine,
         ran="precision graph" if only_graph else "engine",
         pixels=held.pixels,
-        eager={
-            port.name: logits
-            for port, logits in zip(recipe.outputs, (held.logits, *held.further), strict=True)
-        },
+        eager=held.outputs(recipe),
         labels=held.labels,
         preprocess=recipe.preprocess,
         batch=recipe.batch,
         tolerances=tolerances,
         unfused=unfused_outputs if unfused else None,
+        sizes=[(part.pixels, part.outputs(recipe)) for part in held.sizes],
         progress=progress,
     )
 

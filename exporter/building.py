@@ -123,7 +123,7 @@ def build(
 
 def _compile(context: Context, graph: Path, target: Target) -> StageResult:
     """TensorRT's `engine.plan` of a precision graph, and the builder's warnings."""
-    batch = context.options.batch
+    batch, sizes = context.options.batch, context.options.dynamic_size
     build_options = context.options.build.of(target.name)
     described = {name: value for name, value in asdict(build_options).items() if name != "timing_cache"}
     timings = build_options.timing_cache
@@ -135,6 +135,7 @@ def _compile(context: Context, graph: Path, target: Target) -> StageResult:
                 directory / "engine.plan",
                 target=target.name,
                 batch=(batch.min, batch.opt, batch.max),
+                sizes=(sizes.min, sizes.opt, sizes.max) if sizes is not None else None,
                 options=build_options,
                 steps=lambda done, total: advance(1, total),
             )
@@ -146,6 +147,7 @@ def _compile(context: Context, graph: Path, target: Target) -> StageResult:
         target=target.name,
         versions=library_versions(DISTRIBUTIONS[target.name]),
         batch=[batch.min, batch.opt, batch.max],
+        sizes=str(sizes),
         options=described,
         timing_cache=sha256_of(timings) if timings is not None else None,
     )

@@ -29,7 +29,8 @@ def verify(bundle: Path, json_path: Path | None, quiet: bool, verbose: bool) -> 
     now = outcome.current()
     now.reporter = reporter = ConsoleReporter(quiet=quiet)
     manifest = room.read_manifest(bundle)
-    per_engine = images_compared(manifest.artifacts.held_out.count, manifest.recipe.batch)
+    held = manifest.artifacts.held_out
+    per_engine = images_compared(held.count, manifest.recipe.batch, sum(part.count for part in held.sizes))
     with reporter.stage("verify") as stage:
         with reporter.bar("verify", per_engine * len(manifest.artifacts.engines)) as progress:
             attestation, path = verification.verify(bundle, progress=progress)
@@ -98,6 +99,10 @@ def inspect(bundle: Path, json_path: Path | None, quiet: bool, verbose: bool) ->
         "held out": f"{held.count} {'synthetic ' if held.synthetic else ''}images with eager logits",
         "machine": recipe.instruction_set,
     }
+    if (sizes := recipe.input_size) is not None:
+        low, opt, high = (f"{height}x{width}" for height, width in (sizes.min, sizes.opt, sizes.max))
+        lines["input"] += f", {low} to {high}, best at {opt}"
+        lines["held out"] += "".join(f", {part.count} at {part.height}x{part.width}" for part in held.sizes)
     for name, text in lines.items():
         click.echo(f"{name:<12} {text}")
     for warning in manifest.warnings:

@@ -149,7 +149,17 @@ _MODEL_OPTIONS = (
         default=None,
         help="googlenet, inception_v3: as trained. Default: on, off with --weights none.",
     ),
+    click.option(
+        "--fully-convolutional",
+        is_flag=True,
+        help="VGG, AlexNet: Linear layers as convolutions, scores averaged over all places: takes larger inputs.",
+    ),
     click.option("--input-size", metavar="N|HxW", help="Input in pixels. Default: the weights' own."),
+    click.option(
+        "--dynamic-size",
+        metavar="MIN:OPT:MAX",
+        help="Instead: any height and width from MIN to MAX (N or HxW each). Preprocessing and calibration use OPT.",
+    ),
     click.option(
         "--resize-size",
         type=int,

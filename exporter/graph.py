@@ -6,9 +6,11 @@ import ast
 import contextlib
 import io
 import logging
+import re
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -18,12 +20,15 @@ import torch
 from torch import nn
 
 from calibration import graph_io
-from calibration.errors import BadInputError, ExportDefectError, ParityError
+from calibration.errors import BadInputError, ExportDefectError, ParityError, UsageError
 from calibration.graph_io import MODULE_KEY
 from engines.onnxruntime_engine import OnnxRuntimeEngine
+from engines.parity import Size, odd_size
 from exporter.eager import run_eager
+from exporter.options import SizeRange
 
 INPUT, BATCH = "input", "batch"
+HEIGHT, WIDTH = "height", "width"
 OPSET = 20
 
 _SAMPLE_BATCH = 7
@@ -64,6 +69,7 @@ def export(
     out: Path,
     *,
     outputs: Sequence[str] = ("logits",),
+    sizes: SizeRange | None = None,
     external_threshold: int | None = None,
 ) -> list[Path]:
     """Export an eval-mode network of float32 [N, 3, height, width]; returns the files written.
@@ -71,18 +77,26 @@ def export(
     The graph's input is `input`, its outputs have the names given, all with a symbolic first dimension `batch`; nodes
     carry the module path as metadata and nothing else.
 
+    Args:
+        sizes: the input's height and width are symbolic, too, `height` and `width`, and may be anything between.
+
     Raises:
         ExportDefectError: the exporter refused, or baked the batch in.
-        BadInputError: the model does not take this input size.
+        BadInputError: the model does not take this input size, or not all of these sizes.
     """
-    with torch.inference_mode():
-        try:
-            model(torch.zeros(1, 3, height, width))
-        except Exception as error:
-            raise BadInputError(
-                f"the model does not run at input {height}x{width}: {error}",
-                hint="choose another --input-size",
-            ) from error
+    dims = {0: torch.export.Dim(BATCH, min=1)}
+    if sizes is None:
+        _check_runs(model, (height, width))
+    else:
+        for axis, name in enumerate((HEIGHT, WIDTH)):
+            low, high = sizes.min[axis], sizes.max[axis]
+            # A narrow range becomes one value behind a few strides, and that is refused.
+            dims[axis + 2] = torch.export.Dim(name, min=low, max=max(high, 4 * low))
+        # Odd numbers that differ are no multiples by chance, and what is baked can be told by them.
+        height, width = odd_size(sizes.min, sizes.max) or sizes.opt
+        for size in (sizes.min, sizes.opt, sizes.max):
+            _check_runs(model, size, sizes)
+        _check_runs(model, (height, width), sizes, lambda: _why_fixed(model, sizes.opt, dims))
     try:
         with _quiet():
             program = torch.onnx.export(
@@ -93,10 +107,12 @@ def export(
                 opset_version=OPSET,
                 input_names=[INPUT],
                 output_names=list(outputs),
-                dynamic_shapes=({0: torch.export.Dim(BATCH, min=1)},),
+                dynamic_shapes=(dims,),
             )
         assert program is not None
     except Exception as error:
+        if sizes is not None:
+            raise _one_size_only(model, (height, width), dims) from error
         text = click.unstyle(str(error)).strip().splitlines()
         raise ExportDefectError(
             f"torch.onnx.export failed: {text[0] if text else type(error).__name__}", hint=_REPORT
@@ -104,7 +120,75 @@ def export(
     graph = program.model
     _strip_metadata(graph, dict(model.named_modules()))
     check_dynamic_batch(graph)
+    if sizes is not None and not all(isinstance(size, ir.SymbolicDim) for size in _sizes_of(graph)):
+        raise _one_size_only(model, (height, width), dims)
     return graph_io.save(graph, out, external_threshold=external_threshold)
+
+
+def _check_runs(
+    model: nn.Module, size: Size, sizes: SizeRange | None = None, why: Callable[[], str] = str
+) -> None:
+    """Refuse a size that the model does not run at; `why` tells more of one that lies between those that do."""
+    with torch.inference_mode():
+        try:
+            model(torch.zeros(1, 3, *size))
+        except Exception as error:
+            text = f"the model does not run at input {size[0]}x{size[1]}"
+            if sizes is None:
+                raise BadInputError(f"{text}: {error}", hint="choose another --input-size") from error
+            reason = "; ".join(filter(None, (str(error), why())))
+            raise BadInputError(
+                f"{text}, which lies in --dynamic-size {sizes}: {reason}",
+                hint="every size from MIN to MAX must run: choose another MIN or, where it takes multiples of some "
+                "number only, one --input-size",
+            ) from error
+
+
+def _one_size_only(model: nn.Module, size: Size, dims: dict[int, Any]) -> UsageError:
+    reason = _why_fixed(model, size, dims) or "no reason is given"
+    return UsageError(
+        f"--dynamic-size: the exporter cannot leave height and width open: {reason}",
+        hint="use --input-size: one size for each bundle",
+    )
+
+
+def _why_fixed(model: nn.Module, size: Size, dims: dict[int, Any]) -> str:
+    """What torch.export says of sizes that it cannot leave open, in one line, with the module where that is known;
+    empty where it says nothing."""
+    entered = [""]
+
+    def enter(path: str) -> Callable[..., None]:
+        return lambda *_: entered.append(path)
+
+    hooks = [module.register_forward_pre_hook(enter(path)) for path, module in model.named_modules()]
+    try:
+        with _quiet():
+            torch.export.export(
+                model, (torch.zeros(_SAMPLE_BATCH, 3, *size),), dynamic_shapes=(dims,), strict=False
+            )
+    except torch._dynamo.exc.UserError as error:  # when all is traced: no module is to blame
+        text = re.sub(r"L\['\w+'\]\.size\(\)\[(\d)\]", lambda m: (HEIGHT, WIDTH)[int(m[1]) - 2], str(error))
+        fixes = re.findall(rf"^\s*((?:{HEIGHT}|{WIDTH}) = .+)$", text, flags=re.MULTILINE)
+        guard = re.search(r"satisfy the generated guard (.+)\.$", text, flags=re.MULTILINE)
+        if fixes:
+            return f"torch.export takes {', '.join(fixes)} only".replace(f"_{HEIGHT}", "n").replace(
+                f"_{WIDTH}", "n"
+            )
+        return f"torch.export asks for {guard[1]}" if guard is not None else text.splitlines()[0]
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        return f"module {entered[-1] or type(model).__name__}: {lines[0]}"
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return ""
+
+
+def _sizes_of(model: ir.Model) -> list[int | ir.SymbolicDim]:
+    """Height and width of the input."""
+    shape = model.graph.inputs[0].shape
+    assert shape is not None
+    return [shape[2], shape[3]]
 
 
 def _strip_metadata(model: ir.Model, modules: Collection[str]) -> None:
@@ -191,6 +275,7 @@ def check_batches(
     except BadInputError as error:
         raise ExportDefectError(f"the exported graph does not load: {error}", hint=_REPORT) from error
     worst = 0.0
+    size = f"at input {inputs.shape[2]}x{inputs.shape[3]}"
     for batch in batches:
         with torch.inference_mode():
             wanted = run_eager(model, torch.from_numpy(inputs[:batch]))
@@ -198,19 +283,20 @@ def check_batches(
             found = engine.run_all(inputs[:batch])
         except Exception as error:
             raise ExportDefectError(
-                f"the exported graph fails at batch {batch}: {error}: a batch is baked in", hint=_REPORT
+                f"the exported graph fails at batch {batch}: {error}: a batch is baked in ({size})",
+                hint=_REPORT,
             ) from error
         if len(found) != len(wanted):
             raise ExportDefectError(
                 f"the exported graph has {len(found)} outputs, eager {', '.join(wanted)}", hint=_REPORT
             )
         for (name, tensor), output in zip(wanted.items(), found, strict=True):
-            worst = max(worst, _output_error(name, tensor.numpy(), output, batch))
+            worst = max(worst, _output_error(name, tensor.numpy(), output, f"at batch {batch}, {size}"))
     return worst
 
 
 def _output_error(
-    name: str, eager: npt.NDArray[np.float32], output: npt.NDArray[np.float32], batch: int
+    name: str, eager: npt.NDArray[np.float32], output: npt.NDArray[np.float32], where: str
 ) -> float:
     if not np.isfinite(eager).all():
         raise ParityError(
@@ -219,14 +305,14 @@ def _output_error(
         )
     if output.shape != eager.shape:
         raise ExportDefectError(
-            f"the exported graph's {name} are {list(output.shape)} at batch {batch}, eager's "
-            f"{list(eager.shape)}: a batch is baked in",
+            f"the exported graph's {name} are {list(output.shape)} {where}, eager's {list(eager.shape)}: a batch "
+            "is baked in",
             hint=_REPORT,
         )
     error = float(np.abs(output - eager).max() / (np.abs(eager).max() + 1e-12))
     if not error <= MAX_RELATIVE_ERROR:
         raise ExportDefectError(
-            f"the exported graph's {name} differ from eager's at batch {batch}: {error:.2e} of the largest",
+            f"the exported graph's {name} differ from eager's {where}: {error:.2e} of the largest",
             hint=_REPORT,
         )
     return error

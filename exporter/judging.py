@@ -77,7 +77,9 @@ def _judge(
     )
 
     def make(_: Path) -> dict[str, Any]:
-        with context.reporter.bar("verify", images_compared(len(held.pixels), recipe.batch)) as progress:
+        further = sum(len(part.pixels) for part in held.sizes)
+        total = images_compared(len(held.pixels), recipe.batch, further)
+        with context.reporter.bar("verify", total) as progress:
             gate = judge_engine(
                 engine.file,
                 engine.graph,
@@ -124,6 +126,8 @@ def describe_gate(gate: Gate) -> str:
     )
     for name, figures in gate.further.items():
         text += f"; output {name} {figures.eager_metrics['sqnr'] or 0.0:.1f} dB"
+    if gate.sizes:
+        text += f"; further sizes {', '.join(f'{height}x{width}' for height, width in gate.sizes)}"
     if gate.reference != "eager":
         text += f"; gated against its unfused graph, {gate.metrics['sqnr'] or 0.0:.1f} dB"
     return text

@@ -195,7 +195,6 @@ def run_cell(cell: Cell, bundle: Path, *, seconds: float, memory: float | None) 
     code = process.returncode
     engines = [e for e in document.get("engines", []) if e.get("name") == cell.engine]
     recipe = document.get("recipe") or {}
-    shape = (recipe.get("input") or {}).get("shape")
     ok = code == 0 and not killed and bool(engines)
     return CellResult(
         model=cell.model,
@@ -209,7 +208,9 @@ def run_cell(cell: Cell, bundle: Path, *, seconds: float, memory: float | None) 
         seconds=round(time.monotonic() - begin, 1),
         peak_mib=peak >> 20,
         nodes=_nodes(Path(document["bundle"])) if document.get("bundle") else None,
-        input_size=(shape[2], shape[3]) if shape else None,
+        input_size=(sizes["crop_height"], sizes["crop_width"])
+        if (sizes := recipe.get("preprocess"))
+        else None,
         random=bool(((recipe.get("source") or {}).get("weights") or {}).get("random")),
         engine=engines[0] if engines else {},
         warnings=tuple(document.get("warnings", ())),

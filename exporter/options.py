@@ -18,6 +18,7 @@ STEPS = ("equalize", "round", "bias", "float")
 METHODS = ("auto", "minmax", "percentile", "entropy", "mse")
 """Those of `calibration.methods`, which loads NumPy."""
 MAX_SEED = 2**31 - 1
+MAX_SIDE = 8192
 REQUIREMENTS = ("graph", "verified")
 
 DEFAULT_CALIB_IMAGES = 512
@@ -72,6 +73,45 @@ class BatchRange:
 
 
 @dataclass(frozen=True)
+class SizeRange:
+    """Input sizes (height, width) an engine must accept, in pixels: `min` <= `opt` <= `max` in both."""
+
+    min: tuple[int, int]
+    opt: tuple[int, int]
+    max: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        for low, opt, high in zip(self.min, self.opt, self.max, strict=True):
+            if not 1 <= low <= opt <= high:
+                raise UsageError(
+                    f"--dynamic-size {self}: must be MIN <= OPT <= MAX, in height and in width",
+                    hint="for example --dynamic-size 128:224:320",
+                )
+        if self.min == self.max:
+            raise UsageError(f"--dynamic-size {self}: is one size", hint="use --input-size")
+        if max(self.max) > MAX_SIDE:
+            raise UsageError(
+                f"--dynamic-size {self}: MAX must be at most {MAX_SIDE}",
+                hint="MAX is run and compared, too: give what you will use",
+            )
+
+    def __str__(self) -> str:
+        return ":".join(f"{height}x{width}" for height, width in (self.min, self.opt, self.max))
+
+    @classmethod
+    def parse(cls, text: str) -> SizeRange:
+        """`MIN:OPT:MAX`, each `N` or `HxW`."""
+        parts = text.split(":")
+        if len(parts) != 3:
+            raise UsageError(
+                f"--dynamic-size {text!r}: not MIN:OPT:MAX",
+                hint="for example --dynamic-size 128:224:320 or --dynamic-size 128x160:224x280:448x560",
+            )
+        low, opt, high = (parse_size(part, option="--dynamic-size") for part in parts)
+        return cls(low, opt, high)
+
+
+@dataclass(frozen=True)
 class Tolerance:
     """A limit from the command line; `selector` is a target, a precision, an engine's name, or all engines."""
 
@@ -123,13 +163,12 @@ class Tolerance:
         return self.selector in (None, target, precision, f"{target}-{precision}")
 
 
-def parse_size(text: str) -> tuple[int, int]:
+def parse_size(text: str, option: str = "--input-size") -> tuple[int, int]:
     """`N` or `HxW` in pixels -> (height, width)."""
     match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
     if match is None or int(match[1]) < 1 or int(match[2] or 1) < 1:
         raise UsageError(
-            f"--input-size {text!r}: not N or HxW",
-            hint="for example --input-size 224 or --input-size 224x320",
+            f"{option} {text!r}: not N or HxW", hint="for example 224 or 224x320 (height, width)"
         )
     return int(match[1]), int(match[2] or match[1])
 
@@ -143,12 +182,14 @@ def model_options(given: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **{name: given[name] for name in same.split()},
         "init_missing": tuple(given["init_missing"]),
+        "fully_convolutional": given["fully_convolutional"],
         "model_args": parse_model_args(given["model_args"]),
         "weights_key": given["weights_key"],
         "renames": parse_renames(given["renames"]),
         "skip_weights": tuple(given["skip_weights"]),
         "allow_pickle": given["allow_pickle"],
         "input_size": parse_size(given["input_size"]) if given["input_size"] else None,
+        "dynamic_size": SizeRange.parse(given["dynamic_size"]) if given["dynamic_size"] else None,
         "cache": not given["no_cache"],
         "memory_check": not given["no_memory_check"],
     }
@@ -214,7 +255,9 @@ class ExportOptions:
     skip_weights: tuple[str, ...] = ()
     allow_pickle: bool = False
     transform_input: bool | None = None
+    fully_convolutional: bool = False
     input_size: tuple[int, int] | None = None
+    dynamic_size: SizeRange | None = None
     resize_size: int | None = None
     batch: BatchRange = field(default_factory=BatchRange)
     tolerances: tuple[Tolerance, ...] = ()
@@ -247,6 +290,11 @@ class ExportOptions:
             raise UsageError(
                 "--weights none: no file to apply --weights-key, --rename, --skip-weights or --allow-pickle to",
                 hint="leave them out",
+            )
+        if self.dynamic_size is not None and self.input_size is not None:
+            raise UsageError(
+                "--dynamic-size and --input-size exclude each other",
+                hint="leave out --input-size: OPT of --dynamic-size takes its place",
             )
         if self.method not in METHODS:
             raise UsageError(f"--method {self.method}: unknown", hint=f"choose from {', '.join(METHODS)}")
@@ -296,6 +344,11 @@ class ExportOptions:
         """Where the bundle goes: `out`, or `<model>.bundle` in the current directory."""
         name = self.model.removeprefix("timm/").rpartition(":")[2]
         return self.out if self.out is not None else Path(f"{name}.bundle")
+
+    @property
+    def crop_size(self) -> tuple[int, int] | None:
+        """Input size that images are cropped to: OPT where it is dynamic; None for the weights' own."""
+        return self.dynamic_size.opt if self.dynamic_size is not None else self.input_size
 
     def unique_precisions(self) -> tuple[Precision, ...]:
         return tuple(p for p in PRECISIONS if p in self.precisions)

@@ -86,7 +86,8 @@ def _recipe(
     tuned: Mapping[str, Tuned],
     contents: _Contents,
 ) -> manifest.Recipe:
-    p, batch = spec.preprocess, context.options.batch
+    p, batch, sizes = spec.preprocess, context.options.batch, spec.sizes
+    height, width = ("height", "width") if sizes is not None else (p.crop_height, p.crop_width)
     graph = simplified.directory / "graph.onnx"
     calibration = None
     if calibrated is not None:
@@ -104,7 +105,9 @@ def _recipe(
         manifest.Port(
             name=output.name,
             dtype="float32",
-            shape=["batch", *output.shape],
+            shape=["batch", *output.shape]
+            if sizes is None or len(output.shape) == 1
+            else ["batch", output.shape[0], "height", "width"],
             layout="NCHW" if len(output.shape) > 1 else "NC",
         )
         for output in spec.outputs
@@ -117,6 +120,7 @@ def _recipe(
             num_classes=spec.num_classes,
             transform_input=spec.transform_input,
             arguments=dict(spec.model_args),
+            fully_convolutional=spec.fully_convolutional,
             weights=manifest.Weights(
                 kind=spec.weights_kind,
                 name=spec.weights_name,
@@ -128,12 +132,13 @@ def _recipe(
                 seed=spec.seed,
             ),
         ),
-        input=manifest.Port(
-            name="input", dtype="float32", shape=["batch", 3, p.crop_height, p.crop_width], layout="NCHW"
-        ),
+        input=manifest.Port(name="input", dtype="float32", shape=["batch", 3, height, width], layout="NCHW"),
         output=outputs[0],
         further_outputs=outputs[1:],
         batch=manifest.Batch(min=batch.min, opt=batch.opt, max=batch.max),
+        input_size=manifest.SizeRange(min=sizes.min, opt=sizes.opt, max=sizes.max)
+        if sizes is not None
+        else None,
         preprocess=p,
         labels=list(chosen.categories),
         graph=contents.add(graph, spec.name),
@@ -178,6 +183,19 @@ def _engine(
     )
 
 
+def _held_out_size(
+    reference: StageResult, spec: ModelSpec, held: HeldOut, contents: _Contents
+) -> manifest.HeldOutSize:
+    count, height, width, _ = held.pixels.shape
+    inputs, logits, *further = (
+        contents.add(reference.directory / f"{what}-{height}x{width}.npy", f"{what}-{height}x{width}")
+        for what in ("inputs", *stages.reference_files(spec))
+    )
+    return manifest.HeldOutSize(
+        height=height, width=width, inputs=inputs, logits=logits, further=further, count=count
+    )
+
+
 def _held_out(
     reference: StageResult, spec: ModelSpec, held: HeldOut, chosen: ChosenImages, contents: _Contents
 ) -> manifest.HeldOut:
@@ -199,6 +217,7 @@ def _held_out(
         synthetic=chosen.synthetic,
         labels=held.labels[:MAX_HELD_OUT] if held.labels is not None else None,
         image_sha256=reference.data["sha256"][:MAX_HELD_OUT],
+        sizes=[_held_out_size(reference, spec, part, contents) for part in held.sizes],
     )
 
 

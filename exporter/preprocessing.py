@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import yaml
 from pydantic import Field, ValidationError, ValidationInfo, field_validator
@@ -55,18 +54,15 @@ def read_preprocess(path: Path) -> tuple[Preprocess, tuple[str, ...]]:
 
 
 def resized(preprocess: Preprocess, options: ExportOptions) -> Preprocess:
-    """Apply --input-size and --resize-size; without the latter, the resize keeps its proportion to the crop."""
-    changes: dict[str, Any] = {}
-    if options.input_size is not None:
-        height, width = options.input_size
-        changes |= {"crop_height": height, "crop_width": width}
-        ratio = preprocess.resize_size / min(preprocess.crop_height, preprocess.crop_width)
-        changes["resize_size"] = max(1, round(min(height, width) * ratio))
+    """Apply --input-size (or OPT of --dynamic-size) and --resize-size; without it the resize keeps its proportion."""
+    changed = preprocess
+    if options.crop_size is not None:
+        changed = changed.at_size(*options.crop_size)
     if options.resize_size is not None:
-        changes["resize_size"] = options.resize_size
-    if not changes:
+        changed = changed.model_copy(update={"resize_size": options.resize_size})
+    if options.crop_size is None and options.resize_size is None:
         return preprocess
-    return preprocess.model_copy(update={**changes, "source": f"{preprocess.source}, sizes from options"})
+    return changed.model_copy(update={"source": f"{preprocess.source}, sizes from options"})
 
 
 def main() -> None:

@@ -76,5 +76,5 @@ def make_usable(model: nn.Module, spec: ModelSpec) -> None:
         except Exception as error:
             raise BadInputError(
                 f"{spec.name} does not run at input {height}x{width}: {error}",
-                hint="choose another --input-size",
+                hint="choose another --input-size or --dynamic-size",
             ) from error

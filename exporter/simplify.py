@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from calibration.graph_io import MODULE_KEY
 from engines.onnxruntime_engine import OnnxRuntimeEngine
 from engines.rewrites import average_pool_instead_of_mean, plain_einsum, remove_unused_initializers
 
+Float32Array = npt.NDArray[np.float32]
 TIMEOUT_SECONDS = 900
 MAX_RELATIVE_ERROR = 1e-4
 
@@ -72,12 +74,12 @@ def _restore_modules(model: ir.Model, source: ir.Model) -> None:
             node.metadata_props[MODULE_KEY] = module
 
 
-def _difference(first: Path, second: Path, inputs: npt.NDArray[np.float32]) -> float:
-    """Largest difference of the two graphs' outputs over two batches, relative to the largest value of an output."""
+def _difference(first: Path, second: Path, inputs: Sequence[Float32Array]) -> float:
+    """Largest difference of the two graphs' outputs over two batches of each size, relative to an output's largest."""
     worst = 0.0
     engines = [OnnxRuntimeEngine(path, fused=False) for path in (first, second)]
-    for batch in (1, len(inputs)):
-        before, after = (engine.run_all(inputs[:batch]) for engine in engines)
+    for batch in (part for images in inputs for part in (images[:1], images)):
+        before, after = (engine.run_all(batch) for engine in engines)
         if [a.shape for a in before] != [b.shape for b in after]:
             return float("inf")
         for a, b in zip(before, after, strict=True):
@@ -86,19 +88,19 @@ def _difference(first: Path, second: Path, inputs: npt.NDArray[np.float32]) -> f
     return worst
 
 
-def simplify(source: Path, directory: Path, inputs: npt.NDArray[np.float32]) -> Simplified:
+def simplify(source: Path, directory: Path, *inputs: Float32Array) -> Simplified:
     """Simplify `source` into `directory`/graph.onnx.
 
     Two steps, each kept only where the logits prove it harmless: onnxsim, and mean -> average pooling.
 
     Args:
-        inputs: float32 [N, 3, H, W], N >= 2, to compare the logits on.
+        inputs: float32 [N, 3, H, W], N >= 2, to compare the logits on; for each size that counts.
     """
     with tempfile.TemporaryDirectory(dir=directory) as scratch:
         return _simplify(source, directory / "graph.onnx", Path(scratch), inputs)
 
 
-def _simplify(source: Path, out: Path, scratch: Path, inputs: npt.NDArray[np.float32]) -> Simplified:
+def _simplify(source: Path, out: Path, scratch: Path, inputs: Sequence[Float32Array]) -> Simplified:
     original = graph_io.load(source)
     before = operator_counts(original.graph)
     warning = ""

@@ -8,6 +8,7 @@ from typing import Any
 
 from calibration.preprocess import Preprocess
 from engines.manifest import WeightsKind, ZooName
+from exporter.options import SizeRange
 from exporter.weights import Reading
 
 
@@ -38,6 +39,9 @@ class ModelSpec:
     labels: tuple[str, ...]
     outputs: tuple[Output, ...]
     transform_input: bool | None = None
+    fully_convolutional: bool = False
+    sizes: SizeRange | None = None
+    """Of --dynamic-size; its OPT is what `preprocess` crops to."""
     factory: str = ""
     """The user's own: `FILE.py:FUNCTION` or `package.module:FUNCTION`."""
     factory_path: str = ""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from calibration import graph_io, images
 from calibration.collect import collect
@@ -20,9 +23,10 @@ from calibration.machine import instruction_set
 from calibration.preprocess import normalize
 from calibration.ranges import Ranges
 from engines.bundle import HeldOut
+from engines.gate import SUBSET
 from engines.keep_float import kept_float
-from engines.outputs import as_rows
-from engines.parity import check_reference
+from engines.outputs import as_rows, sampled_shape
+from engines.parity import Size, check_reference, sizes_to_check
 from engines.placement import quantized_tensors
 from exporter.context import IMAGE_BATCH, Context
 from exporter.image_stage import SYNTHETIC_IMAGES, ChosenImages
@@ -57,7 +61,7 @@ def resolve_model(context: Context) -> ModelSpec:
         spec = zoo.resolve(context.options)
         p = spec.preprocess
         stage.detail = (
-            f"{spec.name}, {spec.weights_name}, input {p.crop_height}x{p.crop_width}, "
+            f"{spec.name}, {spec.weights_name}, input {spec.sizes or f'{p.crop_height}x{p.crop_width}'}, "
             f"resize {p.resize_size} {p.interpolation}, {spec.num_classes} classes"
         )
         if len(spec.outputs) > 1:
@@ -65,6 +69,7 @@ def resolve_model(context: Context) -> ModelSpec:
         if spec.transform_input is not None:
             stage.detail += f", transform_input={spec.transform_input}"
         stage.detail += "".join(f", {key}={text}" for key, text in spec.model_args)
+        stage.detail += ", fully convolutional" if spec.fully_convolutional else ""
     if context.options.memory_check:
         _check_memory(context, spec)
     if p.resize_size < max(p.crop_height, p.crop_width):
@@ -91,8 +96,24 @@ def _check_memory(context: Context, spec: ModelSpec) -> None:
         memory.check(spec.name, expected)
 
 
+def _further_sizes(spec: ModelSpec) -> list[Size]:
+    """Input sizes that are checked beside that of the preprocessing; none where it is fixed."""
+    sizes = spec.sizes
+    return sizes_to_check(sizes.min, sizes.opt, sizes.max) if sizes is not None else []
+
+
+def _all_sizes(spec: ModelSpec) -> list[Size]:
+    return [(spec.preprocess.crop_height, spec.preprocess.crop_width), *_further_sizes(spec)]
+
+
+def _synthetic(spec: ModelSpec, count: int, seed: int) -> Iterator[npt.NDArray[np.float32]]:
+    """Synthetic inputs, float32 [count, 3, H, W], of every size that is checked."""
+    for height, width in _all_sizes(spec):
+        yield normalize(images.synthetic_images(count, height, width, seed), spec.preprocess)
+
+
 def export_graph(context: Context, spec: ModelSpec, model: EagerModel) -> StageResult:
-    """Eager model -> `model.onnx`, checked against eager at two batches."""
+    """Eager model -> `model.onnx`, checked against eager at two batches of every size."""
 
     def make(directory: Path) -> dict[str, Any]:
         from exporter import graph
@@ -101,9 +122,10 @@ def export_graph(context: Context, spec: ModelSpec, model: EagerModel) -> StageR
         p = spec.preprocess
         path = directory / "model.onnx"
         names = [output.name for output in spec.outputs]
-        graph.export(module, p.crop_height, p.crop_width, path, outputs=names)
-        pixels = images.synthetic_images(max(graph.CHECK_BATCHES), p.crop_height, p.crop_width, spec.seed)
-        error = graph.check_batches(path, module, normalize(pixels, p))
+        graph.export(module, p.crop_height, p.crop_width, path, outputs=names, sizes=spec.sizes)
+        error = 0.0
+        for inputs in _synthetic(spec, max(graph.CHECK_BATCHES), spec.seed):
+            error = max(error, graph.check_batches(path, module, inputs))
         return {**asdict(report), "error": error, "opset": graph.OPSET}
 
     with context.reporter.stage("export") as stage:
@@ -111,9 +133,11 @@ def export_graph(context: Context, spec: ModelSpec, model: EagerModel) -> StageR
         result = context.cache.run("export", context.key(*libraries, spec=spec.key()), make)
         stage.cached = result.cached
         stage.detail = (
-            f"ONNX opset {result.data['opset']}, dynamic batch; eager's logits within "
-            f"{result.data['error']:.0e} at batches 1 and 3"
+            f"ONNX opset {result.data['opset']}, dynamic batch{', height and width' if spec.sizes else ''}; "
+            f"eager's logits within {result.data['error']:.0e} at batches 1 and 3"
         )
+        if spec.sizes is not None:
+            stage.detail += f" of {', '.join(f'{height}x{width}' for height, width in _all_sizes(spec))}"
         if entry := result.data["entry"]:
             stage.detail += f"; weights: {entry} of the checkpoint"
     if others := result.data["others"]:
@@ -133,9 +157,8 @@ def simplify_graph(context: Context, spec: ModelSpec, exported: StageResult) -> 
     def make(directory: Path) -> dict[str, str]:
         from exporter import simplify
 
-        p = spec.preprocess
-        pixels = images.synthetic_images(3, p.crop_height, p.crop_width, spec.seed + 1)
-        done = simplify.simplify(exported.directory / "model.onnx", directory, normalize(pixels, p))
+        inputs = _synthetic(spec, 3, spec.seed + 1)
+        done = simplify.simplify(exported.directory / "model.onnx", directory, *inputs)
         return {"summary": done.summary, "warning": done.warning}
 
     with context.reporter.stage("simplify") as stage:
@@ -151,6 +174,8 @@ def run_reference(
     context: Context, spec: ModelSpec, model: EagerModel, chosen: ChosenImages
 ) -> tuple[StageResult, HeldOut]:
     """Decode the verify set and run eager PyTorch on it: `inputs.npy`, `logits.npy` and those of further outputs.
+
+    The first images also at further sizes, where the input's is dynamic: `inputs-HxW.npy` and `logits-HxW.npy`.
 
     Raises:
         BadInputError: too many images cannot be decoded, or too few are left.
@@ -183,6 +208,22 @@ def run_reference(
         for name, output in zip(reference_files(spec), outputs, strict=True):
             check_reference(as_rows(output))
             np.save(directory / f"{name}.npy", output)
+        for height, width in _further_sizes(spec):
+            there = p.at_size(height, width)
+            if stream is None:
+                pixels = images.synthetic_images(SUBSET, height, width, spec.seed + 2)
+            else:
+                pixels = ImageStream(stream.images[:SUBSET], there, IMAGE_BATCH, stream.root).all()
+            np.save(directory / f"inputs-{height}x{width}.npy", pixels)
+            outputs = eager_outputs(model.built[0], pixels, there)
+            for name, output in zip(reference_files(spec), outputs, strict=True):
+                check_reference(as_rows(output), f"at {height}x{width}, ")
+                if output.ndim == 4 and output.shape[2:] != sampled_shape((0, height, width))[1:]:
+                    raise BadInputError(
+                        f"--dynamic-size: at {height}x{width}, output {name} is not as large as the input",
+                        hint="use --input-size: one size for each bundle",
+                    )
+                np.save(directory / f"{name}-{height}x{width}.npy", output)
         return {
             "sha256": [i.sha256 for i in stream.images] if stream else [],
             "unreadable": [(u.name, u.reason) for u in stream.unreadable] if stream else [],
@@ -192,16 +233,26 @@ def run_reference(
         libraries = ("torch", "torchvision", "numpy", "pillow")
         key = context.key(*libraries, spec=spec.key(), images=identity, isa=instruction_set())
         result = context.cache.run("reference", key, make)
-        pixels = np.load(result.directory / "inputs.npy")
-        logits, *further = (np.load(result.directory / f"{name}.npy") for name in reference_files(spec))
+
+        def held(suffix: str = "") -> HeldOut:
+            inputs, logits, *further = (
+                np.load(result.directory / f"{name}{suffix}.npy")
+                for name in ("inputs", *reference_files(spec))
+            )
+            return HeldOut(inputs, logits, None, tuple(further))
+
+        whole = held()
+        sizes = tuple(held(f"-{height}x{width}") for height, width in _further_sizes(spec))
         kind = "synthetic images" if chosen.synthetic else "images"
-        stage.cached, stage.detail = result.cached, f"eager PyTorch FP32 on {len(pixels)} {kind}"
+        stage.cached, stage.detail = result.cached, f"eager PyTorch FP32 on {len(whole.pixels)} {kind}"
+        for part in sizes:
+            stage.detail += f", {len(part.pixels)} at {part.pixels.shape[1]}x{part.pixels.shape[2]}"
     context.warn_unreadable(chosen.verify_root, result.data["unreadable"])
     labels = None
     if chosen.labels is not None:
         by_hash = dict(zip((i.sha256 for i in files), chosen.labels, strict=True))
         labels = [by_hash[sha256] for sha256 in result.data["sha256"]]
-    return result, HeldOut(pixels, logits, labels, tuple(further))
+    return result, dataclasses.replace(whole, labels=labels, sizes=sizes)
 
 
 def reference_files(spec: ModelSpec) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -17,6 +18,7 @@ from torchvision.transforms import InterpolationMode
 from calibration.errors import BadInputError, UsageError
 from calibration.preprocess import Preprocess
 from engines.manifest import WeightsKind
+from exporter import dynamic_size, memory
 from exporter import weights as weights_room
 from exporter.model_arguments import value_of
 from exporter.options import ExportOptions
@@ -161,6 +163,10 @@ def resolve(options: ExportOptions) -> ModelSpec:
             f"--transform-input: {name} has no such option",
             hint=f"it is for {' and '.join(TRANSFORM_INPUT_MODELS)}",
         )
+    if options.dynamic_size is not None and not options.fully_convolutional and name in model_names():
+        with memory.without_memory(), warnings.catch_warnings():  # before weights are downloaded
+            warnings.simplefilter("ignore")
+            dynamic_size.check(get_model(name, weights=None), name)
     arguments = {key: model_argument(key, text) for key, text in options.model_args}
     reading = weights_room.Reading.of(options)
     known: WeightsEnum | None = None

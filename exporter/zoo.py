@@ -9,8 +9,8 @@ from types import ModuleType
 import torch
 from torch import nn
 
-from calibration.errors import BadInputError
-from exporter import memory, own_models, timm_zoo, torchvision_zoo
+from calibration.errors import BadInputError, UsageError
+from exporter import dynamic_size, fully_convolutional, memory, own_models, timm_zoo, torchvision_zoo
 from exporter import weights as weights_room
 from exporter.options import ExportOptions
 from exporter.random_weights import make_usable
@@ -31,7 +31,19 @@ def resolve(options: ExportOptions) -> ModelSpec:
         room: ModuleType = timm_zoo
     else:
         room = own_models if ":" in options.model else torchvision_zoo
+    if options.fully_convolutional:
+        fully_convolutional.check(options.model)
     spec: ModelSpec = room.resolve(options)
+    spec = dataclasses.replace(
+        spec, fully_convolutional=options.fully_convolutional, sizes=options.dynamic_size
+    )
+    size = (spec.preprocess.crop_height, spec.preprocess.crop_width)
+    for output in spec.outputs:
+        if spec.sizes is not None and len(output.shape) > 1 and output.shape[1:] != size:
+            raise UsageError(
+                f"--dynamic-size: output {output.name} of {spec.name} is not as large as the input",
+                hint="use --input-size: one size for each bundle",
+            )
     if spec.labels and len(spec.labels) != spec.num_classes:
         raise BadInputError(
             f"--preprocess {options.preprocess}: {len(spec.labels)} labels, {spec.name} has "
@@ -56,7 +68,8 @@ def footprint(spec: ModelSpec) -> memory.Footprint | None:
         with memory.without_memory():
             module: nn.Module = _ROOMS[spec.zoo].construct(shapes_only, None)
         try:
-            return memory.footprint(module, p.crop_height, p.crop_width)
+            size = spec.sizes.max if spec.sizes is not None else (p.crop_height, p.crop_width)
+            return memory.footprint(module, *size)
         except Exception as error:
             raise BadInputError(
                 f"{spec.name} does not run at input {p.crop_height}x{p.crop_width}: {error}",
@@ -86,5 +99,11 @@ def build(spec: ModelSpec) -> tuple[nn.Module, weights_room.LoadReport]:
             initialized = weights_room.load_into(
                 model, state, origin=str(spec.weights_path), init_missing=spec.init_missing
             )
+    if spec.fully_convolutional:
+        p = spec.preprocess
+        least = spec.sizes.min if spec.sizes is not None else (p.crop_height, p.crop_width)
+        model = fully_convolutional.fully_convolutional(model.eval(), *least)
+    if spec.sizes is not None:
+        dynamic_size.check(model, spec.name)
     report = weights_room.LoadReport(initialized, list(loaded.skipped), loaded.entry, list(loaded.others))
     return model.eval(), report

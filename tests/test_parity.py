@@ -529,7 +529,7 @@ def test_with_an_unfused_reference_the_engine_is_judged_by_it_and_eager_is_repor
     pixels = _pixels(70)
     graph = _Linear(noise=2.0)  # what quantization does to random weights
     logits = graph.run(normalize(pixels, PREPROCESS))
-    gate = _judged(_Linear(noise=2.0), tolerances={}, unfused=lambda: (logits,))
+    gate = _judged(_Linear(noise=2.0), tolerances={}, unfused=lambda _: (logits,))
     assert gate.reference == "unfused precision graph"
     assert gate.failures == []
     assert gate.metrics["sqnr"] == 200.0
@@ -542,19 +542,19 @@ def test_with_an_unfused_reference_the_engine_is_judged_by_it_and_eager_is_repor
 )
 def test_with_an_unfused_reference_faults_are_caught_all_the_same(engine):
     logits = _Linear(noise=2.0).run(normalize(_pixels(70), PREPROCESS))
-    assert _judged(engine, tolerances={}, unfused=lambda: (logits,)).failures
+    assert _judged(engine, tolerances={}, unfused=lambda _: (logits,)).failures
 
 
 def test_a_wrong_precision_graph_is_caught_although_the_engine_equals_it():
     wrong = _Swapped(noise=50.0)
     (logits,) = run_in_batches(wrong, _pixels(70), PREPROCESS, 8)
-    gate = _judged(wrong, tolerances={}, unfused=lambda: (logits,))
+    gate = _judged(wrong, tolerances={}, unfused=lambda _: (logits,))
     assert gate.metrics["sqnr"] == 200.0
     assert any("cosine to eager" in text for text in gate.failures)
 
 
 def test_a_tolerance_of_the_users_own_overrides_that_of_the_unfused_reference():
     logits = _Linear().run(normalize(_pixels(70), PREPROCESS))
-    gate = _judged(_Linear(noise=2.0), tolerances={"sqnr": 150.0}, unfused=lambda: (logits,))
+    gate = _judged(_Linear(noise=2.0), tolerances={"sqnr": 150.0}, unfused=lambda _: (logits,))
     assert gate.tolerances["sqnr"] == 150.0
     assert any("must be sqnr >= 150" in text for text in gate.failures)

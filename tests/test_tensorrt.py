@@ -149,6 +149,7 @@ def test_timing_cache_is_kept_beside_the_engine_and_taken_again(relu, monkeypatc
         "out": str(relu.with_suffix(".plan")),
         "target": "tensorrt",
         "batch": [1, 2, 4],
+        "sizes": None,
         "workspace_mb": None,
         "refittable": False,
         "strip_weights": False,

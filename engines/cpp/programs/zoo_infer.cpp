@@ -128,10 +128,10 @@ int run(const Arguments& arguments) {
   }
   if (!arguments.logits.empty()) write_npy(arguments.logits, logits, {count, logits.size() / count});
   if (!arguments.inputs.empty()) {
-    const auto& shape = metadata.input.shape;
+    const auto& size = metadata.size_opt;
     write_npy(arguments.inputs, inputs,
-              {count, static_cast<std::size_t>(shape[1]), static_cast<std::size_t>(shape[2]),
-               static_cast<std::size_t>(shape[3])});
+              {count, preprocess.size() / static_cast<std::size_t>(size.height * size.width),
+               static_cast<std::size_t>(size.height), static_cast<std::size_t>(size.width)});
   }
   print(arguments, engine, logits);
   return 0;

@@ -20,8 +20,8 @@ class Runner {
   Runner& operator=(const Runner&) = delete;
   virtual ~Runner() = default;
 
-  // `input` holds `batch` images, `output` as many rows of logits; both were checked. Throws Error.
-  virtual void run(std::span<const float> input, std::int64_t batch, std::span<float> output) = 0;
+  // `input` holds `batch` images of `size`, `output` as many rows of logits; all were checked. Throws Error.
+  virtual void run(std::span<const float> input, std::int64_t batch, InputSize size, std::span<float> output) = 0;
 };
 
 class Backend {

@@ -21,9 +21,8 @@ class EngineState {
   EngineInfo info;
   std::unique_ptr<Backend> backend;
 
-  [[nodiscard]] std::size_t image_size() const {
-    const auto& shape = metadata.input.shape;
-    return static_cast<std::size_t>(shape[1] * shape[2] * shape[3]);
+  [[nodiscard]] std::size_t image_size(InputSize size) const {
+    return static_cast<std::size_t>(metadata.input.shape[1] * size.height * size.width);
   }
   [[nodiscard]] std::size_t classes() const { return static_cast<std::size_t>(metadata.output.shape[1]); }
 };
@@ -51,6 +50,8 @@ std::string why_not(const EngineInfo& info, const Options& options) {
   if (info.state < options.least) return std::string(name(info.state)) + ", not " + name(options.least);
   return {};
 }
+
+std::string text(InputSize size) { return std::to_string(size.height) + "x" + std::to_string(size.width); }
 
 // What was run and compared comes before what is faster.
 std::tuple<State, double> rank(const EngineInfo& info) { return {info.state, info.speedup.value_or(0)}; }
@@ -136,6 +137,10 @@ Context& Context::operator=(Context&&) noexcept = default;
 Context::~Context() = default;
 
 std::span<const float> Context::infer(std::span<const float> input, std::int64_t batch) {
+  return infer(input, batch, state_->engine->metadata.size_opt);
+}
+
+std::span<const float> Context::infer(std::span<const float> input, std::int64_t batch, InputSize size) {
   const auto& engine = *state_->engine;
   const auto& metadata = engine.metadata;
   if (batch < metadata.batch_min || batch > metadata.batch_max) {
@@ -144,14 +149,20 @@ std::span<const float> Context::infer(std::span<const float> input, std::int64_t
                                       std::to_string(metadata.batch_max) +
                                       ": split it, or export with a wider --batch MIN:OPT:MAX");
   }
+  const auto& low = metadata.size_min;
+  const auto& high = metadata.size_max;
+  if (size.height < low.height || size.height > high.height || size.width < low.width || size.width > high.width) {
+    throw Error(ErrorCode::shape, "size " + text(size) + " is outside this bundle's range " + text(low) + " to " +
+                                      text(high) + ": resize, or export with a wider --dynamic-size MIN:OPT:MAX");
+  }
   const auto count = static_cast<std::size_t>(batch);
-  if (input.size() != count * engine.image_size()) {
+  if (input.size() != count * engine.image_size(size)) {
     throw Error(ErrorCode::shape, "input has " + std::to_string(input.size()) + " values, batch " +
-                                      std::to_string(batch) + " needs " +
-                                      std::to_string(count * engine.image_size()));
+                                      std::to_string(batch) + " of " + text(size) + " needs " +
+                                      std::to_string(count * engine.image_size(size)));
   }
   state_->logits.resize(count * engine.classes());
-  state_->runner->run(input, batch, state_->logits);
+  state_->runner->run(input, batch, size, state_->logits);
   return state_->logits;
 }
 

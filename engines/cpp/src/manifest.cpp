@@ -56,7 +56,38 @@ detail::File parse_file(const json& document) {
   return file;
 }
 
-Port parse_port(const json& document) {
+// [height, width]
+InputSize parse_size(const json& document) {
+  if (!document.is_array() || document.size() != 2) throw std::invalid_argument("size " + document.dump());
+  const auto side = [](const json& value) { return integer(json{{"size", value}}, "size", 1, kMostSide); };
+  return {side(document[0]), side(document[1])};
+}
+
+// Sizes that the input may have; the one of preprocess where the recipe says nothing else.
+void parse_sizes(const json& recipe, Metadata& metadata) {
+  metadata.size_opt = {metadata.preprocess.crop_height, metadata.preprocess.crop_width};
+  metadata.size_min = metadata.size_max = metadata.size_opt;
+  const auto& shape = metadata.input.shape;
+  const auto found = recipe.find("input_size");
+  const bool dynamic = found != recipe.end() && !found->is_null();
+  if (dynamic) {
+    metadata.size_min = parse_size(found->at("min"));
+    metadata.size_max = parse_size(found->at("max"));
+  }
+  const auto& low = metadata.size_min;
+  const auto& opt = metadata.size_opt;
+  const auto& high = metadata.size_max;
+  const auto wanted = dynamic ? InputSize{-1, -1} : opt;
+  if (shape.size() != 4 || shape[1] != 3 || InputSize{shape[2], shape[3]} != wanted ||
+      (dynamic && parse_size(found->at("opt")) != opt) || low.height > opt.height || low.width > opt.width ||
+      opt.height > high.height || opt.width > high.width || high.height > kMostValues / 3 / high.width ||
+      metadata.output.shape.size() != 2) {
+    throw std::invalid_argument("shapes of input, input_size, output and preprocess do not belong together");
+  }
+}
+
+// `open`: height and width may be -1, too.
+Port parse_port(const json& document, bool open) {
   Port port{document.at("name"), document.at("dtype"), document.at("layout"), {}};
   if (port.dtype != "float32") throw std::invalid_argument("dtype " + port.dtype + " of " + port.name);
   for (const auto& size : document.at("shape")) {
@@ -65,10 +96,11 @@ Port parse_port(const json& document) {
   }
   std::int64_t values = 1;
   for (std::size_t i = 0; i < port.shape.size(); ++i) {
-    if (i == 0 ? port.shape[i] != -1 : port.shape[i] < 1 || port.shape[i] > kMostValues / values) {
+    if (i == 0 ? port.shape[i] == -1 : open && i > 1 && port.shape[i] == -1) continue;
+    if (i == 0 || port.shape[i] < 1 || port.shape[i] > kMostValues / values) {
       throw std::invalid_argument("shape of " + port.name);
     }
-    if (i > 0) values *= port.shape[i];
+    values *= port.shape[i];
   }
   return port;
 }
@@ -133,18 +165,14 @@ detail::Manifest parse(const json& document) {
   const auto& recipe = document.at("recipe");
   metadata.model = recipe.at("source").at("name");
   metadata.ok = document.at("status").get<std::string>() == "ok";
-  metadata.input = parse_port(recipe.at("input"));
-  metadata.output = parse_port(recipe.at("output"));
+  metadata.input = parse_port(recipe.at("input"), true);
+  metadata.output = parse_port(recipe.at("output"), false);
   metadata.batch_min = integer(recipe.at("batch"), "min", 1, kMostBatch);
   metadata.batch_opt = integer(recipe.at("batch"), "opt", 1, kMostBatch);
   metadata.batch_max = integer(recipe.at("batch"), "max", 1, kMostBatch);
   metadata.labels = recipe.at("labels").get<std::vector<std::string>>();
   metadata.preprocess = parse_preprocess(recipe.at("preprocess"), recipe.at("versions"));
-  const auto& shape = metadata.input.shape;
-  if (shape.size() != 4 || shape[1] != 3 || shape[2] != metadata.preprocess.crop_height ||
-      shape[3] != metadata.preprocess.crop_width || metadata.output.shape.size() != 2) {
-    throw std::invalid_argument("shapes of input, output and preprocess do not belong together");
-  }
+  parse_sizes(recipe, metadata);
   if (metadata.batch_min > metadata.batch_opt ||
       metadata.batch_opt > metadata.batch_max) {
     throw std::invalid_argument("batch range");

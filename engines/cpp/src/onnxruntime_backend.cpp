@@ -79,8 +79,10 @@ class OnnxRuntimeRunner final : public Runner {
         input_shape_(metadata.input.shape),
         output_shape_(metadata.output.shape) {}
 
-  void run(std::span<const float> input, std::int64_t batch, std::span<float> output) override {
+  void run(std::span<const float> input, std::int64_t batch, InputSize size, std::span<float> output) override {
     input_shape_[0] = output_shape_[0] = batch;
+    input_shape_[2] = size.height;
+    input_shape_[3] = size.width;
     try {
       // ONNX Runtime takes inputs as mutable, and does not write to them.
       const auto in = Ort::Value::CreateTensor<float>(memory_, const_cast<float*>(input.data()), input.size(),

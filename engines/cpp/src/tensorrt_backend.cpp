@@ -151,24 +151,25 @@ class TensorRTRunner final : public Runner {
   TensorRTRunner(const TensorRTRunner&) = delete;
   TensorRTRunner& operator=(const TensorRTRunner&) = delete;
   ~TensorRTRunner() override {
-    for (const auto& [batch, graph] : graphs_) {
+    for (const auto& [shape, graph] : graphs_) {
       if (graph != nullptr) static_cast<void>(cuda_.cudaGraphExecDestroy(graph));
     }
   }
 
-  void run(std::span<const float> input, std::int64_t batch, std::span<float> output) override {
+  void run(std::span<const float> input, std::int64_t batch, InputSize size, std::span<float> output) override {
     cuda_.check(cuda_.cudaSetDevice(device_), "device", ErrorCode::device);
     std::copy(input.begin(), input.end(), static_cast<float*>(in_host_.data()));
-    const auto known = graphs_.find(batch);
+    const Shape shape{batch, size.height, size.width};
+    const auto known = graphs_.find(shape);
     if (known != graphs_.end() && known->second != nullptr) {
       cuda_.check(cuda_.cudaGraphLaunch(known->second, stream_.get()), "graph");
     } else {
-      shape(batch);
+      set(shape);
       enqueue(input.size_bytes(), output.size_bytes());
-      // The first run of a batch size lets the library set up; the second is recorded, and replayed from then on.
-      if (known == graphs_.end()) {
+      // The first run of a shape lets the library set up; the second is recorded, and replayed from then on.
+      if (known == graphs_.end() && graphs_.size() < kMostGraphs) {
         cuda_.check(cuda_.cudaStreamSynchronize(stream_.get()), "run");
-        graphs_[batch] = capture(input.size_bytes(), output.size_bytes());
+        graphs_[shape] = capture(input.size_bytes(), output.size_bytes());
       }
     }
     cuda_.check(cuda_.cudaStreamSynchronize(stream_.get()), "run");
@@ -176,20 +177,26 @@ class TensorRTRunner final : public Runner {
   }
 
  private:
+  using Shape = std::array<std::int64_t, 3>;  // batch, height, width
+  static constexpr std::size_t kMostGraphs = 64;  // each holds memory; other shapes are enqueued
+
   [[nodiscard]] std::size_t bytes_of(const Port& port) const {
-    std::int64_t count = metadata_.batch_max;
-    for (std::size_t i = 1; i < port.shape.size(); ++i) count *= port.shape[i];
+    const auto count = metadata_.batch_max * port.shape[1] *
+                       (port.shape.size() > 2 ? metadata_.size_max.height * metadata_.size_max.width : 1);
     return static_cast<std::size_t>(count) * sizeof(float);
   }
 
-  void shape(std::int64_t batch) {
+  void set(const Shape& shape) {
+    const auto [batch, height, width] = shape;
     nvinfer1::Dims dims{};
     dims.nbDims = static_cast<int>(metadata_.input.shape.size());
-    for (std::size_t i = 0; i < metadata_.input.shape.size(); ++i) {
-      dims.d[i] = i == 0 ? batch : metadata_.input.shape[i];
-    }
+    dims.d[0] = batch;
+    dims.d[1] = metadata_.input.shape[1];
+    dims.d[2] = height;
+    dims.d[3] = width;
     if (!context_->setInputShape(metadata_.input.name.c_str(), dims)) {
-      throw Error(ErrorCode::runtime, "TensorRT refuses batch " + std::to_string(batch) + ": " + logger_.last());
+      throw Error(ErrorCode::runtime, "TensorRT refuses batch " + std::to_string(batch) + " of " +
+                                          std::to_string(height) + "x" + std::to_string(width) + ": " + logger_.last());
     }
   }
 
@@ -228,7 +235,7 @@ class TensorRTRunner final : public Runner {
   Buffer out_;
   Stream stream_;
   std::unique_ptr<nvinfer1::IExecutionContext> context_;
-  std::map<std::int64_t, cudaGraphExec_t> graphs_;
+  std::map<Shape, cudaGraphExec_t> graphs_;
 };
 
 class TensorRTBackend final : public Backend {

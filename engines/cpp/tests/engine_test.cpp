@@ -1,6 +1,7 @@
 // Engines give Python's logits to the bit, from many threads, and refuse what they cannot do before they try.
 
 #include <algorithm>
+#include <cmath>
 #include <thread>
 
 #include <gmock/gmock.h>
@@ -219,6 +220,71 @@ TEST_F(Engine, RefusesWrongSizesAndBatchesBeforeItRuns) {
   EXPECT_EQ(infer(nine.size() / 9, 2).first, ez::ErrorCode::shape);
   EXPECT_EQ(infer(nine.size() / 9 * 2 - 1, 2).first, ez::ErrorCode::shape);
   EXPECT_EQ(context.infer(std::span(nine).first(nine.size() / 9), 1).size(), 1000U) << "usable afterwards";
+}
+
+TEST_F(Engine, WithDynamicSizesGivesTheLogitsOfPythonToTheBitAtAnySizeInTheRange) {
+  for (const std::string name : {"onnxruntime-fp32", "onnxruntime-int8"}) {
+    ez::Options options;
+    options.engine = name;
+    const auto engine = ez::Engine::load(bundles() / "dynamic.bundle", options);
+    auto context = engine.context();
+    for (const auto& [height, width] :
+         std::vector<std::pair<std::int64_t, std::int64_t>>{{48, 48}, {61, 79}, {96, 96}, {96, 50}, {64, 64}}) {
+      const auto size = std::to_string(height) + "x" + std::to_string(width);
+      const auto inputs = support::read_npy(bundles() / ("dynamic-inputs-" + size + ".npy"));
+      const auto want = support::read_npy(bundles() / ("dynamic-" + name + "-" + size + ".npy"));
+      const auto found = context.infer(inputs, 8, {height, width});
+      EXPECT_EQ(std::vector<float>(found.begin(), found.end()), want) << name << ' ' << size;
+      const auto one = context.infer(std::span(inputs).first(inputs.size() / 8), 1, {height, width});
+      EXPECT_EQ(std::vector<float>(one.begin(), one.end()), std::vector<float>(want.begin(), want.begin() + 1000));
+      auto options_there = engine.metadata().preprocess;
+      options_there.resize_size = static_cast<int>(
+          std::lround(static_cast<double>(options_there.resize_size) * static_cast<double>(std::min(height, width)) / 64));
+      options_there.crop_height = static_cast<int>(height);
+      options_there.crop_width = static_cast<int>(width);
+      const ez::Preprocessor preprocess(options_there);
+      std::vector<float> image(preprocess.size());
+      const auto bytes = support::read(images().front());
+      preprocess(std::as_bytes(std::span(bytes)), image);
+      EXPECT_EQ(image, std::vector<float>(inputs.begin(), inputs.begin() + static_cast<std::ptrdiff_t>(image.size())));
+    }
+    const auto at_opt = support::read_npy(bundles() / "dynamic-inputs-64x64.npy");
+    const auto logits = context.infer(at_opt, 8);
+    EXPECT_EQ(std::vector<float>(logits.begin(), logits.end()),
+              support::read_npy(bundles() / ("dynamic-" + name + "-64x64.npy")))
+        << "without a size, that of preprocessing";
+  }
+}
+
+TEST_F(Engine, RefusesSizesOutsideTheRangeBeforeItRuns) {
+  const auto engine = ez::Engine::load(bundles() / "dynamic.bundle");
+  EXPECT_EQ(engine.metadata().size_min, (ez::InputSize{48, 48}));
+  EXPECT_EQ(engine.metadata().size_opt, (ez::InputSize{64, 64}));
+  EXPECT_EQ(engine.metadata().size_max, (ez::InputSize{96, 96}));
+  auto context = engine.context();
+  const std::vector<float> values(std::size_t{3} * 100 * 100);
+  for (const auto& [height, width] : std::vector<std::pair<std::int64_t, std::int64_t>>{
+           {47, 64}, {64, 97}, {0, 64}, {64, -64}, {INT64_MAX, INT64_MAX}}) {
+    const auto count = height > 0 && height <= 100 && width > 0 ? static_cast<std::size_t>(3 * height * width) : 0;
+    const auto [code, message] =
+        error_of([&] { static_cast<void>(context.infer(std::span(values).first(count), 1, {height, width})); });
+    EXPECT_EQ(code, ez::ErrorCode::shape);
+    EXPECT_THAT(message, HasSubstr("outside this bundle's range 48x48 to 96x96"));
+  }
+  EXPECT_THAT(error_of([&] { static_cast<void>(context.infer(std::span(values).first(3 * 64 * 64), 1, {64, 65})); }).second,
+              HasSubstr("batch 1 of 64x65 needs 12480"));
+  auto fixed = ez::Engine::load(bundles() / "resnet18.bundle").context();
+  EXPECT_THAT(error_of([&] { static_cast<void>(fixed.infer(std::span(values).first(3 * 48 * 48), 1, {48, 48})); }).second,
+              HasSubstr("range 64x64 to 64x64"));
+}
+
+TEST_F(Engine, WhoseGraphIsOfOneSizeIsNoEngineOfADynamicManifest) {
+  const auto bundle = copy();
+  change(bundle, "/recipe/input/shape", {"batch", 3, "height", "width"});
+  change(bundle, "/recipe/input_size", {{"min", {48, 48}}, {"opt", {64, 64}}, {"max", {96, 96}}});
+  const auto [code, message] = error_of([&] { static_cast<void>(ez::Engine::load(bundle)); });
+  EXPECT_EQ(code, ez::ErrorCode::bundle);
+  EXPECT_THAT(message, HasSubstr("not those of the manifest"));
 }
 
 TEST_F(Engine, IsSharedByManyThreadsAndOutlivedByItsContexts) {

@@ -1,14 +1,16 @@
 """Bundles, images, and what Python makes of them, for the C++ tests: make_bundles.py DIR.
 
 Writes DIR/<model>.bundle (FP32 and INT8 engines, random weights, 64x64), DIR/images, and for each engine
-DIR/<model>-<engine>.npy, the logits of all images, and DIR/<model>-inputs.npy. DIR/attestation.json is what `verify`
-says here of the first.
+DIR/<model>-<engine>.npy, the logits of all images, and DIR/<model>-inputs.npy. DIR/dynamic.bundle takes 48 to 96
+pixels, with inputs and logits of some sizes: DIR/dynamic-inputs-HxW.npy, DIR/dynamic-<engine>-HxW.npy.
+DIR/attestation.json is what `verify` says here of the first.
 """
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -21,9 +23,10 @@ import photos  # noqa: E402
 import engines  # noqa: E402
 from engines.verify import verify  # noqa: E402
 from exporter import ExportOptions, export_zoo  # noqa: E402
-from exporter.options import BatchRange, Tolerance  # noqa: E402
+from exporter.options import BatchRange, SizeRange, Tolerance  # noqa: E402
 
 MODELS = ("resnet18", "mobilenet_v2", "squeezenet1_1")
+SIZES = ((48, 48), (64, 64), (61, 79), (96, 50), (96, 96))
 
 
 def write_images(folder: Path) -> list[Path]:
@@ -57,6 +60,34 @@ def turned(orientation: int) -> Image.Exif:
     return exif
 
 
+def export(out: Path, model: str, bundle: Path, **size: Any) -> None:
+    export_zoo(
+        ExportOptions(
+            model,
+            precisions=("fp32", "int8"),
+            targets=("onnxruntime",),
+            calib=out / "calibration",
+            weights="none",
+            batch=BatchRange.parse("1:4:8"),
+            # Of random weights nothing is expected but the same logits in C++ and Python.
+            tolerances=tuple(Tolerance.parse(f"int8:{m}") for m in ("sqnr=0", "top1=0", "cosine=0")),
+            out=bundle,
+            **size,
+        )
+    )
+
+
+def write_dynamic(out: Path, paths: list[Path]) -> None:
+    bundle = out / "dynamic.bundle"
+    export(out, "squeezenet1_1", bundle, dynamic_size=SizeRange.parse("48:64:96"))
+    for name in ("onnxruntime-fp32", "onnxruntime-int8"):
+        engine = engines.load(bundle, engine=name)
+        for height, width in SIZES:
+            inputs = engine.preprocess(paths[:8], size=(height, width))
+            np.save(out / f"dynamic-inputs-{height}x{width}.npy", inputs)
+            np.save(out / f"dynamic-{name}-{height}x{width}.npy", engine.run(inputs))
+
+
 def main() -> None:
     out = Path(sys.argv[1])
     out.mkdir(parents=True, exist_ok=True)
@@ -64,26 +95,14 @@ def main() -> None:
     photos.write(out / "calibration", 80)
     for model in MODELS:
         bundle = out / f"{model}.bundle"
-        export_zoo(
-            ExportOptions(
-                model,
-                precisions=("fp32", "int8"),
-                targets=("onnxruntime",),
-                calib=out / "calibration",
-                weights="none",
-                input_size=(64, 64),
-                batch=BatchRange.parse("1:4:8"),
-                # Of random weights nothing is expected but the same logits in C++ and Python.
-                tolerances=tuple(Tolerance.parse(f"int8:{m}") for m in ("sqnr=0", "top1=0", "cosine=0")),
-                out=bundle,
-            )
-        )
+        export(out, model, bundle, input_size=(64, 64))
         for name in ("onnxruntime-fp32", "onnxruntime-int8"):
             engine = engines.load(bundle, engine=name)
             inputs = engine.preprocess(paths)
             np.save(out / f"{model}-inputs.npy", inputs)
             logits = [engine.run(inputs[start : start + 4]) for start in range(0, len(inputs), 4)]
             np.save(out / f"{model}-{name}.npy", np.concatenate(logits))
+    write_dynamic(out, paths)
     _, attestation = verify(out / f"{MODELS[0]}.bundle")
     assert attestation is not None
     attestation.replace(out / "attestation.json")

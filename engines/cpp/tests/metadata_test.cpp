@@ -32,6 +32,8 @@ TEST_F(Metadata, IsWhatTheManifestSays) {
   EXPECT_EQ(found.model, "resnet18");
   EXPECT_TRUE(found.ok);
   EXPECT_EQ(found.input.shape, (std::vector<std::int64_t>{-1, 3, 64, 64}));
+  EXPECT_EQ(found.size_min, (ez::InputSize{64, 64})) << "one size";
+  EXPECT_EQ(found.size_max, (ez::InputSize{64, 64}));
   EXPECT_EQ(found.output.shape, (std::vector<std::int64_t>{-1, 1000}));
   EXPECT_EQ(found.input.dtype, "float32");
   EXPECT_EQ(found.batch_min, 1);
@@ -48,6 +50,38 @@ TEST_F(Metadata, IsWhatTheManifestSays) {
   EXPECT_EQ(found.engines[1].state, ez::State::verified);
   EXPECT_GT(found.engines[1].speedup.value_or(0), 0);
   EXPECT_GT(found.engines[1].size_bytes, 1000000U);
+}
+
+TEST_F(Metadata, WithoutSizesIsThatOfABundleFromBefore) {
+  auto document = manifest();
+  document["recipe"].erase("input_size");
+  support::write(directory_.path() / "manifest.json", document.dump());
+  EXPECT_EQ(ez::read_metadata(directory_.path()).size_max, (ez::InputSize{64, 64}));
+}
+
+TEST_F(Metadata, WithSizesThatDoNotBelongTogetherIsRefused) {
+  const auto dynamic = json::parse(support::read(support::bundles() / "dynamic.bundle/manifest.json"));
+  support::write(directory_.path() / "manifest.json", dynamic.dump());
+  EXPECT_EQ(ez::read_metadata(directory_.path()).input.shape, (std::vector<std::int64_t>{-1, 3, -1, -1}));
+  for (const auto& [pointer, value] : std::vector<std::pair<const char*, json>>{
+           {"/recipe/input_size", nullptr},
+           {"/recipe/input_size", "48 to 96"},
+           {"/recipe/input_size/min", {48}},
+           {"/recipe/input_size/min", {65, 48}},
+           {"/recipe/input_size/max", {96, 63}},
+           {"/recipe/input_size/max", {96, 65501}},
+           {"/recipe/input_size/max", {60000, 60000}},
+           {"/recipe/input_size/opt", {64, 65}},
+           {"/recipe/input_size/min", {0, 48}},
+           {"/recipe/input_size/min", {48.5, 48}},
+           {"/recipe/input/shape", {"batch", 3, 64, 64}},
+           {"/recipe/input/shape", {"batch", 3, "height", 64}},
+           {"/recipe/input/shape", {"batch", "channels", "height", "width"}},
+           {"/recipe/output/shape", {"batch", "classes"}}}) {
+    auto document = dynamic;
+    document[json::json_pointer(pointer)] = value;
+    EXPECT_EQ(error_with(document.dump()).first, ez::ErrorCode::bundle) << pointer << " " << value;
+  }
 }
 
 TEST_F(Metadata, OfNoBundleIsRefused) {

@@ -34,11 +34,16 @@ class EXPORT_ZOO_API Context {
   Context& operator=(Context&&) noexcept;
   ~Context();
 
-  /// Logits of `batch` preprocessed images, batch * classes values, image by image.
+  /// Logits of `batch` preprocessed images of the size that Metadata::preprocess makes, batch * classes values, image by
+  /// image.
   ///
   /// `input` holds batch * 3 * height * width values. The result is valid until the next call or the context's end.
   /// Throws Error: shape before anything is run, runtime if the backend fails.
   [[nodiscard]] std::span<const float> infer(std::span<const float> input, std::int64_t batch);
+
+  /// The same for images of another size, within Metadata::size_min and size_max. To make them, preprocess with other
+  /// crop_height and crop_width, and resize_size in proportion.
+  [[nodiscard]] std::span<const float> infer(std::span<const float> input, std::int64_t batch, InputSize size);
 
  private:
   friend class Engine;

@@ -20,7 +20,15 @@ enum class State {
 
 [[nodiscard]] EXPORT_ZOO_API const char* name(State state) noexcept;
 
-/// An input or output. `shape[0]`, the batch, is -1.
+/// Of an input, in pixels.
+struct InputSize {
+  std::int64_t height = 0;
+  std::int64_t width = 0;
+
+  [[nodiscard]] bool operator==(const InputSize&) const = default;
+};
+
+/// An input or output. `shape[0]`, the batch, is -1; so are the input's height and width, where they are dynamic.
 struct Port {
   std::string name;
   std::string dtype;   ///< "float32"
@@ -65,6 +73,9 @@ struct Metadata {
   std::int64_t batch_min = 1;  ///< batches that were verified
   std::int64_t batch_opt = 1;
   std::int64_t batch_max = 1;
+  InputSize size_min;  ///< input sizes that were verified; all three are the same unless exported with --dynamic-size
+  InputSize size_opt;  ///< what `preprocess` makes
+  InputSize size_max;
   std::vector<std::string> labels;  ///< class names by index; empty where they are not known
   PreprocessOptions preprocess;
   std::vector<EngineInfo> engines;
