@@ -50,7 +50,8 @@ def config(manifest: m.Manifest, engine: m.Engine, name: str, *, delay_us: int =
 
     labels = '    label_filename: "labels.txt"\n' if recipe.labels else ""
     text = f"name: {_quoted(name)}\nplatform: {_quoted(platform)}\nmax_batch_size: {recipe.batch.max}\n"
-    text += f"input [\n{port(recipe.input)}]\noutput [\n{port(recipe.output, labels)}]\n"
+    outputs = [port(recipe.output, labels), *map(port, recipe.further_outputs)]
+    text += f"input [\n{port(recipe.input)}]\noutput [\n{','.join(outputs)}]\n"
     text += f"instance_group [\n  {{\n    count: 1\n    kind: {kind}\n  }}\n]\n"
     if recipe.batch.max > 1:
         text += (

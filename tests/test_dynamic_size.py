@@ -24,8 +24,9 @@ from calibration.graph_io import sha256_of
 from calibration.images import SyntheticStream, synthetic_images
 from calibration.preprocess import Preprocess, normalize
 from engines import bundle as room
+from engines.bundle import HeldOut
 from engines.equalize import observed
-from engines.gate import HeldOut, images_compared, judge
+from engines.gate import images_compared, judge
 from engines.manifest import Batch
 from engines.onnxruntime_engine import OnnxRuntimeEngine
 from engines.parity import DEFAULT_TOLERANCES, odd_size, sizes_to_check
@@ -359,20 +360,20 @@ def test_an_engine_that_is_wrong_at_another_size_fails_with_the_size_named(sums,
     module = _made(Means)
     at_opt, further = _held(module, 16, 16), [_held(module, 16, 16), _held(module, 8, 24)]
 
-    def plain(pixels: np.ndarray) -> np.ndarray:
+    def plain(pixels: np.ndarray) -> tuple[np.ndarray, ...]:
         with torch.inference_mode():
-            return module(torch.from_numpy(normalize(pixels, PREPROCESS))).numpy()
+            return (module(torch.from_numpy(normalize(pixels, PREPROCESS))).numpy(),)
 
     gate = judge(
         OnnxRuntimeEngine(sums),
         pixels=at_opt.pixels,
-        eager=at_opt.logits,
+        eager={"logits": at_opt.logits},
         labels=None,
         preprocess=PREPROCESS,
         batch=Batch(min=1, opt=4, max=8),
         tolerances=DEFAULT_TOLERANCES["fp32"],
         unfused=plain if unfused else None,
-        further=further,
+        sizes=[(held.pixels, {"logits": held.logits}) for held in further],
         progress=done.append,
     )
     assert gate.sizes == [(16, 16), (8, 24)]
@@ -458,7 +459,7 @@ def test_held_out_images_of_other_sizes_are_the_first_ones_resized(bundle, digit
     by_hash = {sha256_of(path): path for path in digits.images.rglob("*.png")}
     first = [by_hash[sha256] for sha256 in manifest.artifacts.held_out.image_sha256[:32]]
     engine = engines.load(bundle, engine="onnxruntime-fp32")
-    for part in held.further:
+    for part in held.sizes:
         size = part.pixels.shape[1:3]
         inputs = engine.preprocess(first, size=size)
         assert np.array_equal(inputs, normalize(part.pixels, manifest.recipe.preprocess))

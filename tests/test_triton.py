@@ -11,6 +11,7 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
 
 from engines.bundle import read_manifest
 from engines.loading import load
+from engines.triton import config
 
 
 def read(model) -> ModelConfig:
@@ -46,6 +47,18 @@ def test_a_repository_is_what_triton_reads_and_serves_the_verified_engine(cli, d
     engine = next(e for e in best.manifest.artifacts.engines if e.name == best.name)
     assert (model / "1" / "model.onnx").read_bytes() == (digits_bundle / engine.file.path).read_bytes()
     assert {path.name for path in (tmp_path / "models").iterdir()} == {"resnet18"}
+
+
+def test_every_output_is_configured(digits_bundle):
+    manifest = read_manifest(digits_bundle)
+    dense = manifest.recipe.output.model_copy(
+        update={"name": "aux", "shape": ["batch", 10, "height", "width"]}
+    )
+    recipe = manifest.recipe.model_copy(update={"further_outputs": [dense]})
+    text = config(manifest.model_copy(update={"recipe": recipe}), manifest.artifacts.engines[0], "net")
+    first, second = text_format.Parse(text, ModelConfig()).output
+    assert (first.name, list(first.dims), first.label_filename) == ("logits", [10], "labels.txt")
+    assert (second.name, list(second.dims), second.label_filename) == ("aux", [10, -1, -1], "")
 
 
 def test_versions_share_a_configuration(cli, digits_bundle, tmp_path):

@@ -95,6 +95,10 @@ void print(const Arguments& arguments, const ez::Engine& engine, const std::vect
 int run(const Arguments& arguments) {
   const auto engine = ez::Engine::load(arguments.bundle, arguments.options);
   const auto& metadata = engine.metadata();
+  const bool dense = metadata.output.shape.size() > 2;
+  if (dense && arguments.logits.empty()) {
+    throw ez::Error(ez::ErrorCode::shape, metadata.model + " gives classes for each pixel: write them with --logits FILE");
+  }
   const ez::Preprocessor preprocess(metadata.preprocess);
   const auto count = arguments.images.size();
   std::vector<float> inputs(count * preprocess.size());
@@ -126,7 +130,14 @@ int run(const Arguments& arguments) {
     const auto found = context.infer(run > some ? std::span<const float>(filled) : part, static_cast<std::int64_t>(run));
     logits.insert(logits.end(), found.begin(), found.begin() + static_cast<std::ptrdiff_t>(found.size() / run * some));
   }
-  if (!arguments.logits.empty()) write_npy(arguments.logits, logits, {count, logits.size() / count});
+  if (!arguments.logits.empty()) {
+    std::vector<std::size_t> shape{count};
+    for (std::size_t i = 1; i < metadata.output.shape.size(); ++i) {
+      const auto side = i == 2 ? metadata.size_opt.height : metadata.size_opt.width;
+      shape.push_back(static_cast<std::size_t>(metadata.output.shape[i] != -1 ? metadata.output.shape[i] : side));
+    }
+    write_npy(arguments.logits, logits, shape);
+  }
   if (!arguments.inputs.empty()) {
     const auto& size = metadata.size_opt;
     write_npy(arguments.inputs, inputs,

@@ -12,6 +12,15 @@
 
 namespace export_zoo::detail {
 
+// Values that one image has in a port, where the input is of this size.
+inline std::size_t values_of_image(const Port& port, InputSize size) {
+  std::int64_t values = 1;
+  for (std::size_t i = 1; i < port.shape.size(); ++i) {
+    values *= port.shape[i] != -1 ? port.shape[i] : i == 2 ? size.height : size.width;
+  }
+  return static_cast<std::size_t>(values);
+}
+
 // Buffers, stream and execution context of one thread.
 class Runner {
  public:
@@ -20,7 +29,7 @@ class Runner {
   Runner& operator=(const Runner&) = delete;
   virtual ~Runner() = default;
 
-  // `input` holds `batch` images of `size`, `output` as many rows of logits; all were checked. Throws Error.
+  // `input` holds `batch` images of `size`, `output` has room for the first output of them; all were checked. Throws Error.
   virtual void run(std::span<const float> input, std::int64_t batch, InputSize size, std::span<float> output) = 0;
 };
 

@@ -21,10 +21,6 @@ class EngineState {
   EngineInfo info;
   std::unique_ptr<Backend> backend;
 
-  [[nodiscard]] std::size_t image_size(InputSize size) const {
-    return static_cast<std::size_t>(metadata.input.shape[1] * size.height * size.width);
-  }
-  [[nodiscard]] std::size_t classes() const { return static_cast<std::size_t>(metadata.output.shape[1]); }
 };
 
 class ContextState {
@@ -156,12 +152,12 @@ std::span<const float> Context::infer(std::span<const float> input, std::int64_t
                                       text(high) + ": resize, or export with a wider --dynamic-size MIN:OPT:MAX");
   }
   const auto count = static_cast<std::size_t>(batch);
-  if (input.size() != count * engine.image_size(size)) {
+  const auto wanted = count * detail::values_of_image(metadata.input, size);
+  if (input.size() != wanted) {
     throw Error(ErrorCode::shape, "input has " + std::to_string(input.size()) + " values, batch " +
-                                      std::to_string(batch) + " of " + text(size) + " needs " +
-                                      std::to_string(count * engine.image_size(size)));
+                                      std::to_string(batch) + " of " + text(size) + " needs " + std::to_string(wanted));
   }
-  state_->logits.resize(count * engine.classes());
+  state_->logits.resize(count * detail::values_of_image(metadata.output, size));
   state_->runner->run(input, batch, size, state_->logits);
   return state_->logits;
 }

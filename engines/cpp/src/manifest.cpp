@@ -78,11 +78,20 @@ void parse_sizes(const json& recipe, Metadata& metadata) {
   const auto& opt = metadata.size_opt;
   const auto& high = metadata.size_max;
   const auto wanted = dynamic ? InputSize{-1, -1} : opt;
+  const auto logits = [&](const Port& port) {
+    const auto& sides = port.shape;
+    const bool open = sides.size() == 4 && sides[2] == -1 && sides[3] == -1;
+    if (open) return dynamic && sides[1] <= kMostValues / high.height / high.width;
+    return sides.size() == 2 || (sides.size() == 4 && !dynamic && sides[2] > 0 && sides[3] > 0);
+  };
+  if (!logits(metadata.output) ||
+      !std::all_of(metadata.further_outputs.begin(), metadata.further_outputs.end(), logits)) {
+    throw std::invalid_argument("an output that is neither [N, classes] nor [N, classes, height, width]");
+  }
   if (shape.size() != 4 || shape[1] != 3 || InputSize{shape[2], shape[3]} != wanted ||
       (dynamic && parse_size(found->at("opt")) != opt) || low.height > opt.height || low.width > opt.width ||
-      opt.height > high.height || opt.width > high.width || high.height > kMostValues / 3 / high.width ||
-      metadata.output.shape.size() != 2) {
-    throw std::invalid_argument("shapes of input, input_size, output and preprocess do not belong together");
+      opt.height > high.height || opt.width > high.width || high.height > kMostValues / 3 / high.width) {
+    throw std::invalid_argument("shapes of input, input_size and preprocess do not belong together");
   }
 }
 
@@ -166,7 +175,10 @@ detail::Manifest parse(const json& document) {
   metadata.model = recipe.at("source").at("name");
   metadata.ok = document.at("status").get<std::string>() == "ok";
   metadata.input = parse_port(recipe.at("input"), true);
-  metadata.output = parse_port(recipe.at("output"), false);
+  metadata.output = parse_port(recipe.at("output"), true);
+  for (const auto& port : recipe.value("further_outputs", json::array())) {
+    metadata.further_outputs.push_back(parse_port(port, true));
+  }
   metadata.batch_min = integer(recipe.at("batch"), "min", 1, kMostBatch);
   metadata.batch_opt = integer(recipe.at("batch"), "opt", 1, kMostBatch);
   metadata.batch_max = integer(recipe.at("batch"), "max", 1, kMostBatch);

@@ -77,12 +77,17 @@ class OnnxRuntimeRunner final : public Runner {
         input_name_(metadata.input.name),
         output_name_(metadata.output.name),
         input_shape_(metadata.input.shape),
-        output_shape_(metadata.output.shape) {}
+        output_shape_(metadata.output.shape),
+        open_output_(output_shape_.size() == 4 && output_shape_[2] == -1) {}
 
   void run(std::span<const float> input, std::int64_t batch, InputSize size, std::span<float> output) override {
     input_shape_[0] = output_shape_[0] = batch;
     input_shape_[2] = size.height;
     input_shape_[3] = size.width;
+    if (open_output_) {
+      output_shape_[2] = size.height;
+      output_shape_[3] = size.width;
+    }
     try {
       // ONNX Runtime takes inputs as mutable, and does not write to them.
       const auto in = Ort::Value::CreateTensor<float>(memory_, const_cast<float*>(input.data()), input.size(),
@@ -105,6 +110,7 @@ class OnnxRuntimeRunner final : public Runner {
   std::string output_name_;
   std::vector<std::int64_t> input_shape_;
   std::vector<std::int64_t> output_shape_;
+  bool open_output_;
 };
 
 class OnnxRuntimeBackend final : public Backend {
@@ -156,7 +162,7 @@ class OnnxRuntimeBackend final : public Backend {
     bool good = false;
     try {
       Ort::AllocatorWithDefaultOptions allocator;
-      good = session_->GetInputCount() == 1 && session_->GetOutputCount() == 1 &&
+      good = session_->GetInputCount() == 1 && session_->GetOutputCount() == 1 + metadata_.further_outputs.size() &&
              session_->GetInputNameAllocated(0, allocator).get() == metadata_.input.name &&
              session_->GetOutputNameAllocated(0, allocator).get() == metadata_.output.name &&
              same(session_->GetInputTypeInfo(0), metadata_.input) &&

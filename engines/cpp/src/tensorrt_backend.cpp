@@ -147,6 +147,12 @@ class TensorRTRunner final : public Runner {
         !context_->setTensorAddress(metadata.output.name.c_str(), out_.data())) {
       throw Error(ErrorCode::runtime, "TensorRT: the plan's tensors are not those of the manifest: " + logger.last());
     }
+    for (const auto& port : metadata.further_outputs) {  // nobody reads them, but TensorRT writes them
+      further_.push_back(std::make_unique<Buffer>(cuda, bytes_of(port), false));
+      if (!context_->setTensorAddress(port.name.c_str(), further_.back()->data())) {
+        throw Error(ErrorCode::runtime, "TensorRT: the plan has no output " + port.name + ": " + logger.last());
+      }
+    }
   }
   TensorRTRunner(const TensorRTRunner&) = delete;
   TensorRTRunner& operator=(const TensorRTRunner&) = delete;
@@ -181,9 +187,7 @@ class TensorRTRunner final : public Runner {
   static constexpr std::size_t kMostGraphs = 64;  // each holds memory; other shapes are enqueued
 
   [[nodiscard]] std::size_t bytes_of(const Port& port) const {
-    const auto count = metadata_.batch_max * port.shape[1] *
-                       (port.shape.size() > 2 ? metadata_.size_max.height * metadata_.size_max.width : 1);
-    return static_cast<std::size_t>(count) * sizeof(float);
+    return static_cast<std::size_t>(metadata_.batch_max) * values_of_image(port, metadata_.size_max) * sizeof(float);
   }
 
   void set(const Shape& shape) {
@@ -233,6 +237,7 @@ class TensorRTRunner final : public Runner {
   Buffer in_;
   Buffer out_host_;
   Buffer out_;
+  std::vector<std::unique_ptr<Buffer>> further_;
   Stream stream_;
   std::unique_ptr<nvinfer1::IExecutionContext> context_;
   std::map<Shape, cudaGraphExec_t> graphs_;

@@ -77,7 +77,7 @@ TEST_P(EveryEngine, GivesTheLogitsOfPythonToTheBit) {
 }
 
 INSTANTIATE_TEST_SUITE_P(OnTheCpu, EveryEngine,
-                         testing::Combine(testing::Values("resnet18", "mobilenet_v2", "squeezenet1_1"),
+                         testing::Combine(testing::Values("resnet18", "mobilenet_v2", "squeezenet1_1", "Pixels"),
                                           testing::Values("onnxruntime-fp32", "onnxruntime-int8")));
 
 TEST_F(Engine, TakesTheFastestVerifiedOneUnlessOneIsAskedFor) {

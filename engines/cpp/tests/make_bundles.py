@@ -3,11 +3,13 @@
 Writes DIR/<model>.bundle (FP32 and INT8 engines, random weights, 64x64), DIR/images, and for each engine
 DIR/<model>-<engine>.npy, the logits of all images, and DIR/<model>-inputs.npy. DIR/dynamic.bundle takes 48 to 96
 pixels, with inputs and logits of some sizes: DIR/dynamic-inputs-HxW.npy, DIR/dynamic-<engine>-HxW.npy.
+DIR/Pixels.bundle is of a network of our own with two outputs, the first for each pixel.
 DIR/attestation.json is what `verify` says here of the first.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,16 @@ from engines.verify import verify  # noqa: E402
 from exporter import ExportOptions, export_zoo  # noqa: E402
 from exporter.options import BatchRange, SizeRange, Tolerance  # noqa: E402
 
-MODELS = ("resnet18", "mobilenet_v2", "squeezenet1_1")
+OWN = str(ROOT / "tests" / "own_networks.py")
+MODELS = ("resnet18", "mobilenet_v2", "squeezenet1_1", f"{OWN}:Pixels")
+PREPROCESS = {
+    "resize_size": 72,
+    "crop_height": 64,
+    "crop_width": 64,
+    "interpolation": "bilinear",
+    "mean": [0.485, 0.456, 0.406],
+    "std": [0.229, 0.224, 0.225],
+}
 SIZES = ((48, 48), (64, 64), (61, 79), (96, 50), (96, 96))
 
 
@@ -60,7 +71,7 @@ def turned(orientation: int) -> Image.Exif:
     return exif
 
 
-def export(out: Path, model: str, bundle: Path, **size: Any) -> None:
+def export(out: Path, model: str, bundle: Path, **more: Any) -> None:
     export_zoo(
         ExportOptions(
             model,
@@ -72,7 +83,7 @@ def export(out: Path, model: str, bundle: Path, **size: Any) -> None:
             # Of random weights nothing is expected but the same logits in C++ and Python.
             tolerances=tuple(Tolerance.parse(f"int8:{m}") for m in ("sqnr=0", "top1=0", "cosine=0")),
             out=bundle,
-            **size,
+            **more,
         )
     )
 
@@ -93,9 +104,12 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     paths = write_images(out / "images")
     photos.write(out / "calibration", 80)
-    for model in MODELS:
+    preprocess = out / "preprocess.json"
+    preprocess.write_text(json.dumps(PREPROCESS))
+    for network in MODELS:
+        model = network.rpartition(":")[2]
         bundle = out / f"{model}.bundle"
-        export(out, model, bundle, input_size=(64, 64))
+        export(out, network, bundle, input_size=(64, 64), preprocess=preprocess if ":" in network else None)
         for name in ("onnxruntime-fp32", "onnxruntime-int8"):
             engine = engines.load(bundle, engine=name)
             inputs = engine.preprocess(paths)

@@ -77,7 +77,11 @@ TEST_F(Metadata, WithSizesThatDoNotBelongTogetherIsRefused) {
            {"/recipe/input/shape", {"batch", 3, 64, 64}},
            {"/recipe/input/shape", {"batch", 3, "height", 64}},
            {"/recipe/input/shape", {"batch", "channels", "height", "width"}},
-           {"/recipe/output/shape", {"batch", "classes"}}}) {
+           {"/recipe/output/shape", {"batch", "classes"}},
+           {"/recipe/output/shape", {"batch", 10, "height"}},
+           {"/recipe/output/shape", {"batch", 10, 5, 5}},
+           {"/recipe/output/shape", {"batch", 1000000, "height", "width"}},
+           {"/recipe/further_outputs", {{{"name", "aux"}, {"dtype", "float32"}, {"layout", "NC"}, {"shape", {"batch"}}}}}}) {
     auto document = dynamic;
     document[json::json_pointer(pointer)] = value;
     EXPECT_EQ(error_with(document.dump()).first, ez::ErrorCode::bundle) << pointer << " " << value;

@@ -121,6 +121,10 @@ class Service {
         preprocess_(engine_.metadata().preprocess),
         batcher_(engine_, limits()),
         decoders_(std::max(1U, std::thread::hardware_concurrency())) {
+    if (engine_.metadata().output.shape.size() > 2) {
+      throw ez::Error(ez::ErrorCode::shape, engine_.metadata().model + " gives classes for each pixel, and this service "
+                                                "classes for each image: use the library");
+    }
     server_.new_task_queue = [this] { return new httplib::ThreadPool(settings_.threads); };
     server_.set_payload_max_length(settings.max_bytes);
     // One request a connection: httplib would take the rest of a body that was refused for the next request.

@@ -28,7 +28,8 @@ struct InputSize {
   [[nodiscard]] bool operator==(const InputSize&) const = default;
 };
 
-/// An input or output. `shape[0]`, the batch, is -1; so are the input's height and width, where they are dynamic.
+/// An input or output. `shape[0]`, the batch, is -1; so are height and width (of the input, and of an output that has them),
+/// where they are dynamic.
 struct Port {
   std::string name;
   std::string dtype;   ///< "float32"
@@ -69,7 +70,8 @@ struct Metadata {
   std::string model;  ///< "resnet50"
   bool ok = false;    ///< false: the bundle failed its gate and is not to be served
   Port input;
-  Port output;
+  Port output;  ///< what Context::infer gives: logits [N, classes], or of each pixel, [N, classes, height, width]
+  std::vector<Port> further_outputs;  ///< of networks with several; Context::infer does not give them
   std::int64_t batch_min = 1;  ///< batches that were verified
   std::int64_t batch_opt = 1;
   std::int64_t batch_max = 1;
