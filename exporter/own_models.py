@@ -116,15 +116,9 @@ def resolve(options: ExportOptions) -> ModelSpec:
 
     Raises:
         BadInputError: it cannot be imported or called, or its network is none for images.
-        UsageError: options that are torchvision's, or no `--preprocess`.
+        UsageError: no `--preprocess`.
     """
     model = options.model
-    for option, given in (
-        ("--transforms", options.transforms),
-        ("--transform-input", options.transform_input),
-    ):
-        if given is not None:
-            raise UsageError(f"{option}: {model} is no model of torchvision", hint="leave it out")
     if options.preprocess is None:
         raise UsageError(
             f"{model}: needs --preprocess FILE: nobody else knows what it was trained with",
@@ -139,23 +133,16 @@ def resolve(options: ExportOptions) -> ModelSpec:
     if weights.kind == "factory":
         weights = dataclasses.replace(weights, sha256=weights_room.state_digest(module))
     source, _, function = model.rpartition(":")
-    return ModelSpec(
+    return ModelSpec.of(
+        options,
         zoo="python",
         name=function,
-        factory=f"{Path(source).name}:{function}",
-        factory_path=source,
-        weights_kind=weights.kind,
-        weights_name=weights.name,
-        weights_sha256=weights.sha256,
-        weights_path=weights.path,
-        init_missing=options.init_missing,
-        model_args=options.model_args,
-        reading=weights_room.Reading.of(options),
-        seed=options.seed,
+        weights=weights,
         preprocess=preprocess,
         labels=labels,
         outputs=outputs,
-        num_classes_given=options.num_classes,
+        factory=f"{Path(source).name}:{function}",
+        factory_path=source,
         version=uuid.uuid4().hex,  # the code may be any: the cache cannot tell when it changed
     )
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from calibration.preprocess import Preprocess
 from engines.manifest import WeightsKind, ZooName
-from exporter.options import SizeRange
-from exporter.weights import Reading
+from exporter.options import ExportOptions, SizeRange
+from exporter.weights import ChosenWeights, Reading
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,40 @@ class ModelSpec:
     """Of --num-classes, for a function that need not take it."""
     version: str = ""
     """Of the library that the model's code comes from, or what else tells one code from another."""
+
+    @classmethod
+    def of(
+        cls,
+        options: ExportOptions,
+        *,
+        zoo: ZooName,
+        name: str,
+        weights: ChosenWeights,
+        preprocess: Preprocess,
+        labels: tuple[str, ...],
+        outputs: tuple[Output, ...],
+        **more: Any,
+    ) -> ModelSpec:
+        """What a source found, and what the options say."""
+        return cls(
+            zoo=zoo,
+            name=name,
+            weights_kind=weights.kind,
+            weights_name=weights.name,
+            weights_sha256=weights.sha256,
+            weights_path=weights.path,
+            init_missing=options.init_missing,
+            model_args=options.model_args,
+            reading=Reading.of(options),
+            seed=options.seed,
+            preprocess=preprocess,
+            labels=labels,
+            outputs=outputs,
+            fully_convolutional=options.fully_convolutional,
+            sizes=options.dynamic_size,
+            num_classes_given=options.num_classes,
+            **more,
+        )
 
     @property
     def num_classes(self) -> int:

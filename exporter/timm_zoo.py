@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from calibration.errors import BadInputError, EnvironmentFailureError, UsageError
+from calibration.errors import BadInputError, EnvironmentFailureError
 from calibration.preprocess import Preprocess
 from exporter import weights as weights_room
 from exporter.eager import outputs_of
@@ -83,17 +83,10 @@ def resolve(options: ExportOptions) -> ModelSpec:
 
     Raises:
         BadInputError: timm has no such model, or its preprocessing cannot be reproduced.
-        UsageError: options that are torchvision's.
         EnvironmentFailureError: timm is not installed, or the download failed.
     """
     name = options.model.removeprefix("timm/")
     _check_name(name)
-    for option, given in (
-        ("--transforms", options.transforms),
-        ("--transform-input", options.transform_input),
-    ):
-        if given is not None:
-            raise UsageError(f"{option}: timm/{name} is no model of torchvision", hint="leave it out")
     labels: tuple[str, ...] = ()
     if options.preprocess is not None:
         preprocess, labels = read_preprocess(options.preprocess)
@@ -106,21 +99,14 @@ def resolve(options: ExportOptions) -> ModelSpec:
     )
     if weights.kind == "timm":
         weights = dataclasses.replace(weights, sha256=weights_room.state_digest(module))
-    return ModelSpec(
+    return ModelSpec.of(
+        options,
         zoo="timm",
         name=name,
-        weights_kind=weights.kind,
-        weights_name=weights.name,
-        weights_sha256=weights.sha256,
-        weights_path=weights.path,
-        init_missing=options.init_missing,
-        model_args=options.model_args,
-        reading=weights_room.Reading.of(options),
-        seed=options.seed,
+        weights=weights,
         preprocess=preprocess,
         labels=labels,
         outputs=outputs_of(module, preprocess.crop_height, preprocess.crop_width, options.model),
-        num_classes_given=options.num_classes,
         version=_timm().__version__,
     )
 

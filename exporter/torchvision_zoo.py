@@ -127,6 +127,7 @@ def _summary(name: str, p: Preprocess) -> str:
 
 _OTHER_OPTIONS = {
     "weights": "--weights",
+    "weights_backbone": "--weights",
     "num_classes": "--num-classes",
     "image_size": "--input-size",
     "input_size": "--input-size",
@@ -168,28 +169,25 @@ def resolve(options: ExportOptions) -> ModelSpec:
             warnings.simplefilter("ignore")
             dynamic_size.check(get_model(name, weights=None), name)
     arguments = {key: model_argument(key, text) for key, text in options.model_args}
-    reading = weights_room.Reading.of(options)
     known: WeightsEnum | None = None
-    path: Path | None = None
-    sha256 = ""
     if options.weights == "none":
-        kind: WeightsKind = "random"
-        weights_name = "random"
+        weights = weights_room.ChosenWeights("random", "random")
     else:
         if weights_room.looks_like_file(options.weights):
             file = weights_room.local_file(Path(options.weights), name)
         else:
             file = weights_room.downloaded(weights_room.by_name(name, options.weights, option="--weights"))
-        known, path, sha256 = file.known, file.path, file.sha256
-        kind = "torchvision" if known is not None else "file"
-        weights_name = str(known) if known is not None else file.path.name
+        known = file.known
+        kind: WeightsKind = "torchvision" if known is not None else "file"
+        called = str(known) if known is not None else file.path.name
+        weights = weights_room.ChosenWeights(kind, called, file.sha256, file.path)
     if options.preprocess is not None:
         preprocess, given_labels = read_preprocess(options.preprocess)
         preprocess = resized(preprocess, options)
     else:
         given_labels = ()
         preprocess = _choose_transforms(
-            options, get_model_weights(name)["DEFAULT"] if kind == "random" else known
+            options, get_model_weights(name)["DEFAULT"] if weights.kind == "random" else known
         )
     transform_input: bool | None = None
     if name in TRANSFORM_INPUT_MODELS:
@@ -207,25 +205,19 @@ def resolve(options: ExportOptions) -> ModelSpec:
     if name in segmentation_names():
         shape = (num_classes, preprocess.crop_height, preprocess.crop_width)
         auxiliary = bool(arguments.get("aux_loss"))
-        if path is not None:
-            state = weights_room.read_weights(path, reading).state
+        if weights.path is not None:
+            state = weights_room.read_weights(weights.path, weights_room.Reading.of(options)).state
             auxiliary = any(key.startswith(_SEGMENTATION_AUX) for key in state)
         outputs = tuple(Output(n, shape) for n in (("out", "aux") if auxiliary else ("out",)))
-    return ModelSpec(
+    return ModelSpec.of(
+        options,
         zoo="torchvision",
         name=name,
-        weights_kind=kind,
-        weights_name=weights_name,
-        weights_sha256=sha256,
-        weights_path=path,
-        transform_input=transform_input,
-        init_missing=options.init_missing,
-        model_args=options.model_args,
-        reading=reading,
-        seed=options.seed,
+        weights=weights,
         preprocess=preprocess,
         labels=given_labels or (categories if trained_labels else ()),
         outputs=outputs,
+        transform_input=transform_input,
     )
 
 

@@ -31,12 +31,11 @@ def resolve(options: ExportOptions) -> ModelSpec:
         room: ModuleType = timm_zoo
     else:
         room = own_models if ":" in options.model else torchvision_zoo
+    if room is not torchvision_zoo:
+        _refuse_torchvisions(options)
     if options.fully_convolutional:
         fully_convolutional.check(options.model)
     spec: ModelSpec = room.resolve(options)
-    spec = dataclasses.replace(
-        spec, fully_convolutional=options.fully_convolutional, sizes=options.dynamic_size
-    )
     size = (spec.preprocess.crop_height, spec.preprocess.crop_width)
     for output in spec.outputs:
         if spec.sizes is not None and len(output.shape) > 1 and output.shape[1:] != size:
@@ -51,6 +50,15 @@ def resolve(options: ExportOptions) -> ModelSpec:
             hint="give one for each class, or leave them out",
         )
     return spec
+
+
+def _refuse_torchvisions(options: ExportOptions) -> None:
+    for option, given in (
+        ("--transforms", options.transforms),
+        ("--transform-input", options.transform_input),
+    ):
+        if given is not None:
+            raise UsageError(f"{option}: {options.model} is no model of torchvision", hint="leave it out")
 
 
 def footprint(spec: ModelSpec) -> memory.Footprint | None:
