@@ -79,7 +79,8 @@ def matrix(
     from exporter import matrix_plan, matrix_report, matrix_run, torchvision_zoo
 
     given = matrix_plan.read(file)
-    cells = matrix_plan.cells(file, given, torchvision_zoo.model_names(), job)
+    names = matrix_plan.Names(torchvision_zoo.model_names(), torchvision_zoo.segmentation_names())
+    cells = matrix_plan.cells(file, given, names, job)
     if github:
         click.echo(json.dumps(matrix_plan.github(given, file, job)))
         return
@@ -133,5 +134,5 @@ def matrix(
         hint = f"the reasons are above and in {out / 'results'}; bundles of failed gates in {out / 'bundles'}"
         if gates:
             raise ParityError(f"{file}: parity gate failed: {', '.join(gates)}", hint=hint)
-        names = ", ".join(result.name for result in failed)
-        raise CellsFailedError(f"{file}: {len(failed)} of {len(results)} cells failed: {names}", hint=hint)
+        missed = ", ".join(result.name for result in failed)
+        raise CellsFailedError(f"{file}: {len(failed)} of {len(results)} cells failed: {missed}", hint=hint)

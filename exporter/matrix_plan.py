@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +73,11 @@ class MatrixFile(_Model):
     jobs: list[Job] = []
 
 
+def cell_name(model: str, engine: str) -> str:
+    """Of a cell, and of its files: `timm-resnet18-onnxruntime-fp32`."""
+    return f"{re.sub(r'[^A-Za-z0-9_.]+', '-', model).strip('-.')}-{engine}"
+
+
 @dataclass(frozen=True)
 class Cell:
     """One engine of one model, and the command line that makes it."""
@@ -100,7 +106,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        return f"{self.model}-{self.engine}"
+        return cell_name(self.model, self.engine)
 
 
 def read(path: Path) -> MatrixFile:
@@ -144,11 +150,35 @@ def _arguments(options: dict[str, Value]) -> Iterator[str]:
                 yield f"--{name}={one}"
 
 
-def _models(patterns: Sequence[str], names: Sequence[str], path: Path) -> Iterable[str]:
+@dataclass(frozen=True)
+class Names:
+    """What globs over models mean: classification networks, so that `*` is those; or, where none matches, others."""
+
+    models: Sequence[str]
+    others: Sequence[str] = ()
+
+    def matching(self, pattern: str) -> list[str]:
+        for names in (self.models, self.others):
+            if found := [name for name in names if fnmatch.fnmatchcase(name, pattern)]:
+                return found
+        return []
+
+
+def _names_itself(pattern: str) -> bool:
+    """timm's and the user's own networks: nobody has a list of them."""
+    return pattern.startswith("timm/") or ":" in pattern
+
+
+def _models(patterns: Sequence[str], names: Names, path: Path) -> Iterable[str]:
     """The models that the patterns mean, each once, in the patterns' order."""
     found: dict[str, None] = {}
     for pattern in patterns:
-        matching = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+        if _names_itself(pattern) and any(sign in pattern for sign in "*?["):
+            raise UsageError(
+                f"{path}: models: {pattern!r}: globs are over torchvision's models",
+                hint="name networks of timm, and your own, one by one",
+            )
+        matching = [pattern] if _names_itself(pattern) else names.matching(pattern)
         if not matching:
             raise UsageError(
                 f"{path}: models: {pattern!r} matches no model", hint="`export-zoo list` shows all"
@@ -157,19 +187,19 @@ def _models(patterns: Sequence[str], names: Sequence[str], path: Path) -> Iterab
     return found
 
 
-def cells(path: Path, given: MatrixFile, names: Sequence[str], job: str | None = None) -> list[Cell]:
+def cells(path: Path, given: MatrixFile, names: Names, job: str | None = None) -> list[Cell]:
     """All cells of a matrix, or of some of its jobs, model by model.
 
     Args:
         path: of the file, for messages.
-        names: of the zoo's models.
+        names: of torchvision's models.
         job: a glob over the names of the file's jobs.
 
     Raises:
         UsageError: a pattern without a model, a job that is not there, or options that `export` does not take.
     """
     for rule in (*given.exclude, *given.override, *given.jobs):
-        _models(rule.models, names, path)
+        _models([pattern for pattern in rule.models if not _names_itself(pattern)], names, path)
     models = _models(given.models, names, path)
     chosen: Sequence[Job | None] = [None] if job is None else _jobs(given, path, job)
     found: dict[str, Cell] = {}

@@ -21,7 +21,7 @@ from calibration.errors import EnvironmentFailureError
 from calibration.files import replacing
 from calibration.machine import cpu_model, instruction_set, library_versions
 from engines.bundle import read_manifest
-from exporter.matrix_plan import Cell
+from exporter.matrix_plan import Cell, cell_name
 from exporter.publish import failed_place
 
 Status = Literal["ok", "failed", "excluded"]
@@ -71,7 +71,7 @@ class CellResult:
 
     @property
     def name(self) -> str:
-        return f"{self.model}-{self.engine_name}"
+        return cell_name(self.model, self.engine_name)
 
     def figure(self, *path: str) -> float | None:
         """A number of the engine's description, or None."""

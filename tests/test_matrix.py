@@ -15,7 +15,7 @@ from exporter.cli import main
 from exporter.matrix_run import CellResult
 
 ROOT = Path(__file__).parent.parent
-NAMES = ("resnet18", "resnet34", "squeezenet1_1", "vgg11")
+NAMES = matrix_plan.Names(("resnet18", "resnet34", "squeezenet1_1", "vgg11"), ("fcn_resnet50", "lraspp"))
 MINIMAL = "models: [resnet18]\nprecisions: [fp32]\ntargets: [onnxruntime]\n"
 SMALL = """\
 models: squeezenet1_1
@@ -138,14 +138,41 @@ def test_the_matrix_of_ci_is_whole():
     given = matrix_plan.read(ROOT / "ci" / "matrix.yaml")
     from exporter.torchvision_zoo import model_names
 
-    every = {cell.name for cell in matrix_plan.cells(ROOT / "ci" / "matrix.yaml", given, model_names())}
+    every = {
+        cell.name
+        for cell in matrix_plan.cells(ROOT / "ci" / "matrix.yaml", given, matrix_plan.Names(model_names()))
+    }
     in_jobs = [
         cell.name
         for job in given.jobs
-        for cell in matrix_plan.cells(ROOT / "ci" / "matrix.yaml", given, model_names(), job.name)
+        for cell in matrix_plan.cells(
+            ROOT / "ci" / "matrix.yaml", given, matrix_plan.Names(model_names()), job.name
+        )
     ]
     assert set(in_jobs) == every
     assert {name.split("-")[0] for name in every} == set(model_names())
+
+
+def test_segmentation_timm_and_the_users_own_are_named_beside_the_classifiers(tmp_path):
+    found = planned(
+        tmp_path,
+        'models: ["*", "fcn*", timm/resnet18.a1_in1k, "nets/my net.py:build"]\n'
+        "precisions: fp32\ntargets: onnxruntime\n"
+        'override: [{models: "timm/*", options: {input-size: 64}}]\n',
+    )
+    assert [cell.model for cell in found] == [
+        *NAMES.models,
+        "fcn_resnet50",
+        "timm/resnet18.a1_in1k",
+        "nets/my net.py:build",
+    ]
+    assert [cell.name for cell in found[-2:]] == [
+        "timm-resnet18.a1_in1k-onnxruntime-fp32",
+        "nets-my-net.py-build-onnxruntime-fp32",
+    ]
+    assert found[-2].arguments == ("--input-size=64",)
+    with pytest.raises(UsageError, match=r"'timm/res\*': globs are over torchvision's models"):
+        planned(tmp_path, 'models: "timm/res*"\nprecisions: fp32\ntargets: onnxruntime\n')
 
 
 # -- cells in processes of their own ---------------------------------------------------------------------------
