@@ -100,8 +100,9 @@ def matrix(
 
     if stored:
         known = matrix_run.stored(out / "results")
-        results = [known[cell.name] for cell in cells if cell.name in known]
-        if not results:
+        found = [matrix_run.left_out(cell) if cell.excluded else known.get(cell.name) for cell in cells]
+        results = [result for result in found if result is not None]
+        if all(result.status == "excluded" for result in results):
             raise UsageError(
                 f"--stored: {out / 'results'} has no result of these cells", hint="run them first"
             )

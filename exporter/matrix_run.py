@@ -221,6 +221,13 @@ def run_cell(cell: Cell, bundle: Path, *, seconds: float, memory: float | None) 
     )
 
 
+def left_out(cell: Cell) -> CellResult:
+    """The result of a cell that the file excludes, with the file's reason."""
+    return CellResult(
+        cell.model, cell.target, cell.precision, tuple(cell.command()), "excluded", cell.excluded
+    )
+
+
 def run(
     cells: Sequence[Cell],
     out: Path,
@@ -258,9 +265,7 @@ def run(
     for cell in cells:
         bundle, earlier, cached = bundles / f"{cell.name}.bundle", known.get(cell.name), False
         if cell.excluded:
-            result = CellResult(
-                cell.model, cell.target, cell.precision, tuple(cell.command()), "excluded", cell.excluded
-            )
+            result = left_out(cell)
         elif (
             not again
             and earlier is not None

@@ -309,6 +309,9 @@ def test_stored_results_are_told_without_running_anything(ran, tmp_path, monkeyp
     assert f"| {cell.model} | {cell.engine} | ok | verified | 64x64 |" in page.read_text()
     assert result.date[:10] in page.read_text()
     assert main(["matrix", str(path), "--out", str(tmp_path / "none"), "--stored"]) == 2
+    excluded = path.read_text() + "exclude: [{models: squeezenet1_1, precisions: fp16, reason: slow}]\n"
+    assert main(["matrix", str(write(path, excluded)), "--out", str(out), "--stored"]) == 0
+    assert "1 ok, 1 excluded" in capsys.readouterr().out
     matrix_run._store(out / "results", result)
 
 
