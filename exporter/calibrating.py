@@ -12,7 +12,7 @@ from calibration.errors import EnvironmentFailureError, UsageError
 from calibration.files import replacing
 from calibration.images import check_folder
 from calibration.ranges import Ranges
-from exporter import stages
+from exporter import ranges_stage, stages
 from exporter.context import Context
 from exporter.image_stage import choose_images
 from exporter.options import ExportOptions
@@ -65,7 +65,7 @@ def calibrate(
             )
         exported = stages.export_graph(context, spec, stages.EagerModel(spec))
         simplified = stages.simplify_graph(context, spec, exported)
-        _, ranges = stages.calibrate(context, spec, simplified.directory / "graph.onnx", chosen, shard)
+        _, ranges = ranges_stage.calibrate(context, spec, simplified.directory / "graph.onnx", chosen, shard)
         _write(ranges, out)
     return ranges
 

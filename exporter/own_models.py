@@ -19,6 +19,7 @@ from torch import nn
 
 from calibration.errors import BadInputError, UsageError
 from exporter import weights as weights_room
+from exporter import weights_files
 from exporter.eager import outputs_of
 from exporter.model_arguments import value_of
 from exporter.options import ExportOptions
@@ -129,7 +130,7 @@ def resolve(options: ExportOptions) -> ModelSpec:
     preprocess = resized(preprocess, options)
     module = _made(model, _arguments(options.model_args, options.num_classes), options.seed)
     outputs = outputs_of(module, preprocess.crop_height, preprocess.crop_width, model)
-    weights = weights_room.chosen(options, "factory", "as the factory returns them")
+    weights = weights_files.chosen(options, "factory", "as the factory returns them")
     if weights.kind == "factory":
         weights = dataclasses.replace(weights, sha256=weights_room.state_digest(module))
     source, _, function = model.rpartition(":")

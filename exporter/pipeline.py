@@ -19,7 +19,7 @@ from engines import manifest, target
 from engines.bundle import HeldOut
 from engines.manifest import Engine
 from engines.tensorrt_build import check_capabilities
-from exporter import __version__, publish, stages
+from exporter import __version__, publish, ranges_stage, stages
 from exporter.building import EngineFiles, build
 from exporter.context import Context
 from exporter.image_stage import ChosenImages, choose_images
@@ -252,7 +252,7 @@ def _run(context: Context) -> ExportResult:
     del model  # gigabytes that the sessions of the next stages need
     calibrated: tuple[Path, Ranges] | None = None
     if set(options.precisions) != {"fp32"}:
-        obtain = stages.calibrate if options.ranges is None else stages.read_ranges
+        obtain = ranges_stage.calibrate if options.ranges is None else ranges_stage.read_ranges
         calibrated = obtain(context, spec, graph, chosen)
         _refuse_overlap(calibrated[1], reference)
     ranges = calibrated[1] if calibrated is not None else None

@@ -9,7 +9,8 @@ from typing import Any
 from calibration.preprocess import Preprocess
 from engines.manifest import WeightsKind, ZooName
 from exporter.options import ExportOptions, SizeRange
-from exporter.weights import ChosenWeights, Reading
+from exporter.weights import Reading
+from exporter.weights_files import ChosenWeights
 
 
 @dataclass(frozen=True)

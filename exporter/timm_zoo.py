@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from calibration.errors import BadInputError, EnvironmentFailureError
 from calibration.preprocess import Preprocess
 from exporter import weights as weights_room
+from exporter import weights_files
 from exporter.eager import outputs_of
 from exporter.model_arguments import value_of
 from exporter.options import ExportOptions
@@ -93,7 +94,7 @@ def resolve(options: ExportOptions) -> ModelSpec:
     else:
         preprocess = preprocess_of(name)
     preprocess = resized(preprocess, options)
-    weights = weights_room.chosen(options, "timm", f"timm/{name}")
+    weights = weights_files.chosen(options, "timm", f"timm/{name}")
     module = _made(
         name, options.model_args, options.num_classes, preprocess, pretrained=weights.kind == "timm"
     )

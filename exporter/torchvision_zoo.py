@@ -18,7 +18,7 @@ from torchvision.transforms import InterpolationMode
 from calibration.errors import BadInputError, UsageError
 from calibration.preprocess import Preprocess
 from engines.manifest import WeightsKind
-from exporter import dynamic_size, memory
+from exporter import dynamic_size, memory, weights_files
 from exporter import weights as weights_room
 from exporter.model_arguments import value_of
 from exporter.options import ExportOptions
@@ -105,7 +105,7 @@ def preprocess_of(weights: WeightsEnum) -> Preprocess:
 
 def _choose_transforms(options: ExportOptions, known: WeightsEnum | None) -> Preprocess:
     if options.transforms is not None:
-        named = weights_room.by_name(options.model, options.transforms, option="--transforms")
+        named = weights_files.by_name(options.model, options.transforms, option="--transforms")
         return resized(preprocess_of(named), options)
     if known is not None:
         return resized(preprocess_of(known), options)
@@ -171,16 +171,16 @@ def resolve(options: ExportOptions) -> ModelSpec:
     arguments = {key: model_argument(key, text) for key, text in options.model_args}
     known: WeightsEnum | None = None
     if options.weights == "none":
-        weights = weights_room.ChosenWeights("random", "random")
+        weights = weights_files.ChosenWeights("random", "random")
     else:
-        if weights_room.looks_like_file(options.weights):
-            file = weights_room.local_file(Path(options.weights), name)
+        if weights_files.looks_like_file(options.weights):
+            file = weights_files.local_file(Path(options.weights), name)
         else:
-            file = weights_room.downloaded(weights_room.by_name(name, options.weights, option="--weights"))
+            file = weights_files.downloaded(weights_files.by_name(name, options.weights, option="--weights"))
         known = file.known
         kind: WeightsKind = "torchvision" if known is not None else "file"
         called = str(known) if known is not None else file.path.name
-        weights = weights_room.ChosenWeights(kind, called, file.sha256, file.path)
+        weights = weights_files.ChosenWeights(kind, called, file.sha256, file.path)
     if options.preprocess is not None:
         preprocess, given_labels = read_preprocess(options.preprocess)
         preprocess = resized(preprocess, options)

@@ -21,7 +21,7 @@ from calibration.errors import BadInputError, EnvironmentFailureError, ParityErr
 from calibration.graph_io import sha256_of
 from calibration.images import synthetic_images
 from engines.parity import check_reference
-from exporter import torchvision_zoo, weights, zoo
+from exporter import torchvision_zoo, weights, weights_files, zoo
 from exporter.options import ExportOptions
 from exporter.reference import eager_outputs
 from exporter.spec import ModelSpec
@@ -413,7 +413,7 @@ def _publish(monkeypatch, model: str, files: dict[str, Path]) -> type[WeightsEnu
         for name, path in files.items()
     }
     published = WeightsEnum("Published", {**members, "DEFAULT": members[next(iter(files))]})
-    monkeypatch.setattr(weights, "get_model_weights", lambda name: published)
+    monkeypatch.setattr(weights_files, "get_model_weights", lambda name: published)
     monkeypatch.setattr(torchvision_zoo, "get_model_weights", lambda name: published)
     return published
 
@@ -423,7 +423,7 @@ def test_a_file_with_the_content_of_torchvisions_weights_is_recognised_by_any_na
 ):
     path = _save(tmp_path / "my-copy.pth", state)
     published = _publish(monkeypatch, SMALL, {"IMAGENET1K_V1": path})
-    found = weights.local_file(path, SMALL)
+    found = weights_files.local_file(path, SMALL)
     assert found.known is published["IMAGENET1K_V1"]
     assert found.sha256 == sha256_of(path)
 
@@ -454,7 +454,7 @@ def test_the_content_tells_which_of_several_preprocessings_applies(tmp_path, mon
 def test_a_name_that_promises_torchvisions_weights_must_keep_it(name, tmp_path):
     (tmp_path / name).write_bytes(b"something else")
     with pytest.raises(BadInputError, match=r"ResNet18_Weights\.IMAGENET1K_V1") as caught:
-        weights.local_file(tmp_path / name, "resnet18")
+        weights_files.local_file(tmp_path / name, "resnet18")
     assert "f37072fd" in caught.value.message
     assert sha256_of(tmp_path / name)[:8] in caught.value.message
     assert "rename" in caught.value.hint
@@ -463,7 +463,7 @@ def test_a_name_that_promises_torchvisions_weights_must_keep_it(name, tmp_path):
 @pytest.mark.parametrize("name", ["resnet18.pth", "resnet18-00000000.pth", "resnet34-b627a593.pth"])
 def test_a_name_that_promises_nothing_of_this_model_is_just_a_name(name, tmp_path):
     (tmp_path / name).write_bytes(b"something else")
-    assert weights.local_file(tmp_path / name, "resnet18").known is None
+    assert weights_files.local_file(tmp_path / name, "resnet18").known is None
     spec = zoo.resolve(ExportOptions("resnet18", weights=str(tmp_path / name)))
     assert (spec.weights_kind, spec.weights_name, spec.labels) == ("file", name, ())
 
@@ -485,16 +485,16 @@ def test_weights_are_downloaded_once_and_checked_by_their_hash(state, tmp_path, 
     path = _save(tmp_path / "server.pth", state)
     path = path.rename(tmp_path / f"net-{sha256_of(path)[:8]}.pth")
     source = _weights_at(path.as_uri())
-    found = weights.downloaded(source)
+    found = weights_files.downloaded(source)
     assert found.path == tmp_path / "torch" / "hub" / "checkpoints" / path.name
     assert found.path.read_bytes() == path.read_bytes()
     assert found.known is source
     path.unlink()
-    assert weights.downloaded(source) == found
+    assert weights_files.downloaded(source) == found
 
     found.path.write_bytes(b"damaged")
     with pytest.raises(BadInputError, match="damaged") as caught:
-        weights.downloaded(source)
+        weights_files.downloaded(source)
     assert str(found.path) in caught.value.message
     assert "delete" in caught.value.hint
 
@@ -504,7 +504,7 @@ def test_a_download_with_another_hash_is_refused_and_not_kept(tmp_path, monkeypa
     path = tmp_path / "net-00000000.pth"
     path.write_bytes(b"not what the name says")
     with pytest.raises(EnvironmentFailureError, match=r"invalid hash value") as caught:
-        weights.downloaded(_weights_at(path.as_uri()))
+        weights_files.downloaded(_weights_at(path.as_uri()))
     assert path.as_uri() in caught.value.message
     assert "--weights ./net-00000000.pth" in caught.value.hint
     assert not [p for p in (tmp_path / "torch").rglob("*") if p.is_file()]
@@ -516,7 +516,7 @@ def test_a_download_with_another_hash_is_refused_and_not_kept(tmp_path, monkeypa
 def test_weights_are_found_by_name(name):
     from torchvision.models import ResNet50_Weights
 
-    assert weights.by_name("resnet50", name, option="--weights") is ResNet50_Weights.IMAGENET1K_V2
+    assert weights_files.by_name("resnet50", name, option="--weights") is ResNet50_Weights.IMAGENET1K_V2
 
 
 @pytest.mark.parametrize(
