@@ -13,7 +13,6 @@ from calibration.machine import instruction_set, library_versions
 from calibration.preprocess import UnreadableImageError, decode, normalize, resize_and_crop
 from engines import manifest as m
 from engines.bundle import attestations, checked, named, read_manifest
-from engines.gate import Runnable
 from engines.onnxruntime_engine import OnnxRuntimeEngine
 from engines.target import DISTRIBUTIONS, PRECISIONS, device_capability, driver_too_old
 from engines.tensorrt_engine import TensorRTEngine
@@ -50,7 +49,7 @@ def open_engine(
     graph: Path | None = None,
     threads: int = 0,
     runtime_cache: Path | None = None,
-) -> Runnable:
+) -> OnnxRuntimeEngine | TensorRTEngine:
     """An engine file, ready to run.
 
     Args:
@@ -101,6 +100,12 @@ class LoadedEngine:
             threads=threads,
             runtime_cache=Path(runtime_cache) if runtime_cache is not None else None,
         )
+        names = [port.name for port in manifest.recipe.outputs]
+        if self._backend.output_names != names:
+            raise BadInputError(
+                f"{path}: its outputs are {', '.join(self._backend.output_names)}, the manifest's {', '.join(names)}",
+                hint="export the bundle again",
+            )
 
     def preprocess(
         self, images: Sequence[Path | str | bytes], *, size: tuple[int, int] | None = None
@@ -115,7 +120,15 @@ class LoadedEngine:
             BadInputError: one of them cannot be decoded; the message names it. Or the engine does not take this size.
         """
         preprocess = self.manifest.recipe.preprocess
+        if isinstance(images, (str, bytes, Path)):
+            raise BadInputError(f"{images!r:.80}: one image, not a list of them", hint="pass [image]")
         if size is not None:
+            if len(found := tuple(size) if isinstance(size, Sequence) else ()) != 2 or not all(
+                isinstance(side, int) for side in found
+            ):
+                raise BadInputError(
+                    f"size {size!r}: not (height, width) in pixels", hint="for example (224, 320)"
+                )
             self._check_size(*size)
             preprocess = preprocess.at_size(*size)
         pixels = []

@@ -156,7 +156,9 @@ class Recipe(_Model):
     @model_validator(mode="after")
     def _sized(self) -> Recipe:
         crop = (self.preprocess.crop_height, self.preprocess.crop_width)
-        wanted = ["height", "width"] if self.input_size is not None else list(crop)
+        wanted: list[int | str] = ["height", "width"] if self.input_size is not None else [*crop]
+        if len({port.name for port in self.outputs}) < len(self.outputs):
+            raise ValueError("two outputs have the same name")
         if self.input.shape[2:] != wanted or (self.input_size is not None and self.input_size.opt != crop):
             raise ValueError("sizes of input, input_size and preprocess do not belong together")
         return self

@@ -47,6 +47,7 @@ class OnnxRuntimeEngine:
             ) from error
         (feed,) = self._session.get_inputs()
         self.input_name: str = feed.name
+        self.output_names = [output.name for output in self._session.get_outputs()]
         self.input_shape: tuple[int | str, ...] = tuple(feed.shape)
 
     def run(self, batch: Float32Array) -> Float32Array:

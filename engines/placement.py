@@ -133,9 +133,9 @@ def place_onnxruntime(graph: ir.Graph, kept: Set[str] = frozenset()) -> Placemen
     groups = _Groups()
     wanted: set[str] = set()
 
-    def want(value: ir.Value) -> bool:
-        """Quantize a tensor, for all its readers; the logits and what they are a view of stay float."""
-        if constant(value) or value.name is None or ends_in_output(value):
+    def want(value: ir.Value, *, needed: bool = False) -> bool:
+        """Quantize a tensor, for its readers; an output, and what it is a view of, only where a layer reads it, too."""
+        if constant(value) or value.name is None or (ends_in_output(value) and not needed):
             return False
         wanted.add(value.name)
         return True
@@ -145,7 +145,7 @@ def place_onnxruntime(graph: ir.Graph, kept: Set[str] = frozenset()) -> Placemen
         if weight is None:
             continue
         placement.weights[_name(node)] = weight
-        want(_input(node, 0))
+        want(_input(node, 0), needed=True)
         if node.op_type == "Conv":
             want(activated(node.outputs[0]))
 

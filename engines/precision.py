@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +21,7 @@ from calibration.ranges import Ranges, TensorRange
 from engines.first_conv import block_first_convolution
 from engines.half import LEAST_SCALE, halve
 from engines.keep_float import kept_float
-from engines.placement import POLICIES, Placement, QuantizedWeight
+from engines.placement import LAYOUT, POLICIES, Placement, QuantizedWeight, ends_in_output
 from engines.rewrites import remove_unused_initializers
 
 _MAX_BIAS = 2.0**30
@@ -102,6 +103,16 @@ def weight_levels(reduce_range: bool) -> int:
     return 63 if reduce_range else 127
 
 
+_BLOCK_ELEMENTS = 1 << 22
+"""Of a weight, computed with in float64 at a time: VGG's first Linear layer has 100 million."""
+
+
+def _blocks(channels: npt.NDArray[Any]) -> list[slice]:
+    """Rows of a matrix, some at a time."""
+    step = max(1, _BLOCK_ELEMENTS // max(1, channels[0].size))
+    return [slice(start, start + step) for start in range(0, len(channels), step)]
+
+
 def quantize_weight(
     weight: npt.NDArray[np.float32],
     axis: int,
@@ -124,17 +135,21 @@ def quantize_weight(
         half: round the scales to FP16 first.
     """
     levels = weight_levels(reduce_range)
-    rest = tuple(i for i in range(weight.ndim) if i != axis)
-    scale = np.abs(weight).max(axis=rest).astype(np.float64) / levels
+    channels = np.moveaxis(weight, axis, 0)
+    channels = channels.reshape(len(channels), -1)
+    blocks = _blocks(channels)
+    scale = np.concatenate([np.abs(channels[b]).max(axis=1) for b in blocks]).astype(np.float64) / levels
     if bias is not None:
         scale = np.maximum(scale, np.abs(bias.astype(np.float64)) / (np.float64(input_scale) * _MAX_BIAS))
     scale32 = np.maximum(scale, _TINY / min(np.float64(input_scale), 1.0)).astype(np.float32)
     if half:
         scale32 = half_scale(scale32)
-    shape = [1] * weight.ndim
-    shape[axis] = -1
-    scaled = weight.astype(np.float64) / scale32.astype(np.float64).reshape(shape)
-    quantized = np.clip(np.rint(scaled), -levels, levels).astype(np.int8)
+    integers = np.empty(channels.shape, dtype=np.int8)
+    for b in blocks:
+        scaled = channels[b].astype(np.float64) / scale32[b].astype(np.float64)[:, None]
+        integers[b] = np.clip(np.rint(scaled), -levels, levels)
+    moved = np.moveaxis(weight, axis, 0).shape
+    quantized = np.ascontiguousarray(np.moveaxis(integers.reshape(moved), 0, axis))
     if bias is None:
         return quantized, scale32, None
     unit = (input_scale * scale32).astype(np.float64)
@@ -237,7 +252,12 @@ class _Quantizer:
 
     def _activation(self, value: ir.Value) -> None:
         name = str(value.name)
-        uses = list(value.uses())
+        # What an output is a view of is not to lose anything.
+        uses = [
+            use
+            for use in value.uses()
+            if not (use.node.op_type in LAYOUT and ends_in_output(use.node.outputs[0]))
+        ]
         scale = self.scales[name]
         producer = value.producer()
         module = graph_io.module_of(producer)
@@ -332,16 +352,15 @@ class _Quantizer:
         assert value.const_value is not None
         bias = value.const_value.numpy().astype(np.float32)
         quantized, scales, _ = self._quantized(node, rule, weight, None, input_scale)
-        shape = [1] * weight.ndim
-        shape[rule.axis] = -1
-        error = quantized * scales.astype(np.float64).reshape(shape) - weight
         mean = self.means[str(node.name)]
-        if node.op_type == "Conv":
-            groups = node.attributes.get_int("group", 1)
-            by_group = error.reshape(groups, -1, *weight.shape[1:])
-            added = np.einsum("gocyx,gcyx->go", by_group, mean.reshape(groups, *weight.shape[1:])).ravel()
-        else:
-            added = np.moveaxis(error, rule.axis, 0) @ mean
+        rows, exact = (np.moveaxis(array, rule.axis, 0) for array in (quantized, weight))
+        rows, exact = rows.reshape(len(rows), -1), exact.reshape(len(exact), -1)
+        groups = node.attributes.get_int("group", 1) if node.op_type == "Conv" else 1
+        means = mean.reshape(groups, -1).repeat(len(rows) // groups, axis=0) if groups > 1 else None
+        added = np.empty(len(rows))
+        for b in _blocks(rows):
+            error = rows[b] * scales[b].astype(np.float64)[:, None] - exact[b]
+            added[b] = error @ mean.ravel() if means is None else (error * means[b]).sum(axis=1)
         corrected = (bias - added).astype(np.float32)
         node.replace_input_with(
             rule.bias_index, _initializer(self.graph, f"{node.name}_bias_corrected", corrected)

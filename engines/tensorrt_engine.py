@@ -123,7 +123,7 @@ class TensorRTEngine:
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
         modes = {name: self._engine.get_tensor_mode(name) for name in names}
         (self.input_name,) = (name for name, mode in modes.items() if mode == trt.TensorIOMode.INPUT)
-        self._output_names = [name for name, mode in modes.items() if mode == trt.TensorIOMode.OUTPUT]
+        self.output_names = [name for name, mode in modes.items() if mode == trt.TensorIOMode.OUTPUT]
         least, _, most = self._engine.get_tensor_profile_shape(self.input_name, 0)
         self._least, self._most = tuple(least), tuple(most)
         self._lock = threading.Lock()
@@ -131,7 +131,7 @@ class TensorRTEngine:
         self._context.set_input_shape(self.input_name, self._most)
         sizes = {
             name: 4 * math.prod(self._context.get_tensor_shape(name))
-            for name in (self.input_name, *self._output_names)
+            for name in (self.input_name, *self.output_names)
         }
         self._buffers = {name: _checked(cuda, cuda.cudaMalloc(size)) for name, size in sizes.items()}
         for name, pointer in self._buffers.items():
@@ -200,7 +200,7 @@ class TensorRTEngine:
             self._context.set_input_shape(self.input_name, batch.shape)
             outputs = {
                 name: np.empty(tuple(self._context.get_tensor_shape(name)), dtype=np.float32)
-                for name in self._output_names
+                for name in self.output_names
             }
             to, back = kinds.cudaMemcpyHostToDevice, kinds.cudaMemcpyDeviceToHost
             _checked(cuda, cuda.cudaMemcpyAsync(source, batch.ctypes.data, batch.nbytes, to, self._stream))

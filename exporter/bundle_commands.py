@@ -88,7 +88,7 @@ def inspect(bundle: Path, json_path: Path | None, quiet: bool, verbose: bool) ->
         "model": f"{recipe.source.name}, {recipe.source.num_classes} classes",
         "weights": trained.name + (f" (SHA-256 {trained.sha256[:16]}...)" if trained.sha256 else ""),
         "input": f"{recipe.input.name}: float32 {recipe.input.shape} {recipe.input.layout}",
-        "output": f"{recipe.output.name}: float32 {recipe.output.shape}",
+        "output": "; ".join(f"{port.name}: float32 {port.shape}" for port in recipe.outputs),
         "batch": f"{recipe.batch.min} to {recipe.batch.max}, best at {recipe.batch.opt}",
         "preprocess": f"RGB, resize {p.resize_size} {p.interpolation} antialiased, "
         f"crop {p.crop_height}x{p.crop_width}, /255, mean {list(p.mean)}, std {list(p.std)} ({p.source})",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections.abc import Mapping
 
 import torch
@@ -10,7 +12,7 @@ from torch import nn
 from calibration.errors import BadInputError
 from exporter.spec import Output
 
-_PROBE_BATCH = 2
+_PROBE_BATCHES = (3, 2)
 
 
 def run_eager(module: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -21,11 +23,14 @@ def run_eager(module: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor
     Raises:
         BadInputError: it returns something else than floating point tensors.
     """
-    found = module(images)
+    with contextlib.redirect_stdout(sys.stderr):  # what the network prints is no result of ours
+        found = module(images)
     if isinstance(found, torch.Tensor):
         named: dict[str, object] = {"logits": found}
     elif isinstance(found, Mapping):
         named = {str(name): value for name, value in found.items()}
+    elif isinstance(found, tuple) and hasattr(found, "_asdict"):
+        named = dict(found._asdict())
     elif isinstance(found, (tuple, list)):
         named = {f"output_{i}" if i else "logits": value for i, value in enumerate(found)}
     else:
@@ -41,27 +46,48 @@ def run_eager(module: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor
 
 
 def outputs_of(module: nn.Module, height: int, width: int, model: str) -> tuple[Output, ...]:
-    """The network's outputs, found by running it on two black images.
+    """The eval-mode network's outputs, found by running it on images of noise.
 
     Raises:
-        BadInputError: it does not run, or gives other than [N, classes] or [N, classes, height, width].
+        BadInputError: it does not run, gives other than [N, classes] or [N, classes, height, width], trains itself or
+            gives something else each time.
     """
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(max(_PROBE_BATCHES), 3, height, width, generator=generator)
     try:
         with torch.inference_mode():
-            found = run_eager(module, torch.zeros(_PROBE_BATCH, 3, height, width))
-    except BadInputError:
-        raise
+            first, again, fewer = (
+                run_eager(module, images[:batch]) for batch in (_PROBE_BATCHES[0], *_PROBE_BATCHES)
+            )
+    except BadInputError as error:
+        raise BadInputError(f"{model}: {error.message}", hint=error.hint) from error
     except Exception as error:
         raise BadInputError(
-            f"{model}: does not run on float32 [{_PROBE_BATCH}, 3, {height}, {width}]: {error}",
-            hint="choose another --input-size; networks take RGB images",
+            f"{model}: does not run on float32 [{_PROBE_BATCHES[0]}, 3, {height}, {width}]: {error}",
+            hint="it must take a batch of RGB images of any number; --input-size chooses another size",
         ) from error
-    for name, tensor in found.items():
-        shape = list(tensor.shape)
-        if tensor.ndim not in (2, 4) or shape[0] != _PROBE_BATCH or shape[1] < 2:
+    if training := [name for name, part in module.named_modules() if part.training]:
+        raise BadInputError(
+            f"{model}: puts {training[0] or 'itself'} into training mode when it runs",
+            hint="BatchNorm and dropout must be in eval mode: leave out .train()",
+        )
+    for name, tensor in first.items():
+        for batch, found in ((_PROBE_BATCHES[0], tensor), (_PROBE_BATCHES[1], fewer[name])):
+            shape = list(found.shape)
+            if found.ndim not in (2, 4) or shape[0] != batch or shape[1] < 2:
+                raise BadInputError(
+                    f"{model}: output {name!r} is {shape} for {batch} images, not [N, classes] or "
+                    "[N, classes, height, width] with two classes or more",
+                    hint="return such logits, alone, as a tuple or as a dictionary",
+                )
+        if not torch.equal(tensor.nan_to_num(), again[name].nan_to_num()):
             raise BadInputError(
-                f"{model}: output {name!r} is {shape} for {_PROBE_BATCH} images, not [N, classes] or "
-                "[N, classes, height, width]",
-                hint="return logits of two classes or more",
+                f"{model}: output {name!r} differs between two runs on the same images",
+                hint="dropout that is always on, random numbers or state that changes cannot be compared: leave it out",
             )
-    return tuple(Output(name, tuple(tensor.shape[1:])) for name, tensor in found.items())
+        if name == "input" or name in module.state_dict():
+            raise BadInputError(
+                f"{model}: output {name!r} has the name of {'the input' if name == 'input' else 'a parameter'}",
+                hint="give that entry of the dictionary another name",
+            )
+    return tuple(Output(name, tuple(tensor.shape[1:])) for name, tensor in first.items())

@@ -70,6 +70,7 @@ def export(
     *,
     outputs: Sequence[str] = ("logits",),
     sizes: SizeRange | None = None,
+    own: bool = False,
     external_threshold: int | None = None,
 ) -> list[Path]:
     """Export an eval-mode network of float32 [N, 3, height, width]; returns the files written.
@@ -79,6 +80,7 @@ def export(
 
     Args:
         sizes: the input's height and width are symbolic, too, `height` and `width`, and may be anything between.
+        own: the network is the user's own, and so is what the exporter refuses in it.
 
     Raises:
         ExportDefectError: the exporter refused, or baked the batch in.
@@ -106,23 +108,45 @@ def export(
                 optimize=True,
                 opset_version=OPSET,
                 input_names=[INPUT],
-                output_names=list(outputs),
+                output_names=[f"output:{index}" for index in range(len(outputs))],
                 dynamic_shapes=(dims,),
             )
         assert program is not None
     except Exception as error:
         if sizes is not None:
             raise _one_size_only(model, (height, width), dims) from error
-        text = click.unstyle(str(error)).strip().splitlines()
-        raise ExportDefectError(
-            f"torch.onnx.export failed: {text[0] if text else type(error).__name__}", hint=_REPORT
-        ) from error
+        text = _reason(error)
+        if own:
+            raise BadInputError(
+                f"torch.onnx.export refuses the network: {text}",
+                hint="it must compute the same steps for all images: no branch on values, no TorchScript; "
+                "`torch.export.export(network, (images,))` tells where",
+            ) from error
+        raise ExportDefectError(f"torch.onnx.export failed: {text}", hint=_REPORT) from error
     graph = program.model
+    _name_outputs(graph.graph, outputs)
     _strip_metadata(graph, dict(model.named_modules()))
     check_dynamic_batch(graph)
     if sizes is not None and not all(isinstance(size, ir.SymbolicDim) for size in _sizes_of(graph)):
         raise _one_size_only(model, (height, width), dims)
     return graph_io.save(graph, out, external_threshold=external_threshold)
+
+
+def _name_outputs(graph: ir.Graph, names: Sequence[str]) -> None:
+    """Give the outputs their names; a value inside that the exporter called the same gets another."""
+    inside = {str(value.name): value for node in graph for value in node.outputs}
+    for output, name in zip(graph.outputs, names, strict=True):
+        if name in inside:
+            inside[name].name = f"{name}:inside"
+        output.name = name
+
+
+def _reason(error: BaseException) -> str:
+    """The exporter's words are about its steps; what it stumbled over is the first cause, in its first line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = click.unstyle(str(error)).strip().splitlines()
+    return text[0] if text else type(error).__name__
 
 
 def _check_runs(
@@ -131,7 +155,7 @@ def _check_runs(
     """Refuse a size that the model does not run at; `why` tells more of one that lies between those that do."""
     with torch.inference_mode():
         try:
-            model(torch.zeros(1, 3, *size))
+            run_eager(model, torch.zeros(1, 3, *size))
         except Exception as error:
             text = f"the model does not run at input {size[0]}x{size[1]}"
             if sizes is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import importlib
@@ -54,7 +55,7 @@ def _imported(source: str, model: str) -> ModuleType:
             ) from error
         raise BadInputError(
             f"{model}: {source} cannot be imported: {type(error).__name__}: {error}",
-            hint="it must import in the environment that export-zoo runs in",
+            hint="it must import where export-zoo runs; for relative imports give package.module:FUNCTION",
         ) from error
     return module
 
@@ -93,21 +94,33 @@ def _made(model: str, arguments: Mapping[str, Any], seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            made = factory(**arguments)
+            with contextlib.redirect_stdout(sys.stderr):
+                made = factory(**arguments)
         except (Exception, SystemExit) as error:
             raise BadInputError(
                 f"{model}: called with ({shown}), it raises {type(error).__name__}: {error}",
                 hint="--num-classes and --model-arg become its keyword arguments",
             ) from error
-    if not isinstance(made, nn.Module):
+    while isinstance(made, nn.Module) and isinstance(inner := _wrapped(made), nn.Module):
+        made = inner
+    if not isinstance(made, nn.Module) or isinstance(made, torch.jit.ScriptModule):
         raise BadInputError(
             f"{model}: returns {type(made).__name__}, not a torch.nn.Module",
-            hint="name a function that returns the network",
+            hint="name a function that returns the network, not scripted or traced",
         )
-    return made.float().eval()
+    return made.eval()
+
+
+def _wrapped(module: nn.Module) -> object:
+    """What torch.compile, DataParallel and DistributedDataParallel wrap."""
+    if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return module.module
+    return getattr(module, "_orig_mod", None)
 
 
 def _arguments(spec_args: tuple[tuple[str, str], ...], num_classes: int | None) -> dict[str, Any]:
+    if any(key == "num_classes" for key, _ in spec_args):
+        raise UsageError("--model-arg num_classes: use --num-classes", hint="leave it out")
     classes = {} if num_classes is None else {"num_classes": num_classes}
     return {**classes, **{key: value_of(key, text) for key, text in spec_args}}
 
@@ -129,6 +142,12 @@ def resolve(options: ExportOptions) -> ModelSpec:
     preprocess, labels = read_preprocess(options.preprocess)
     preprocess = resized(preprocess, options)
     module = _made(model, _arguments(options.model_args, options.num_classes), options.seed)
+    kinds = {str(p.dtype).removeprefix("torch.") for p in module.parameters() if p.is_floating_point()}
+    notes = tuple(
+        f"{model}: its weights are {kind}: exported, and compared, as float32"
+        for kind in sorted(kinds - {"float32"})
+    )
+    module = module.float()
     outputs = outputs_of(module, preprocess.crop_height, preprocess.crop_width, model)
     weights = weights_files.chosen(options, "factory", "as the factory returns them")
     if weights.kind == "factory":
@@ -144,6 +163,7 @@ def resolve(options: ExportOptions) -> ModelSpec:
         outputs=outputs,
         factory=f"{Path(source).name}:{function}",
         factory_path=source,
+        notes=notes,
         version=uuid.uuid4().hex,  # the code may be any: the cache cannot tell when it changed
     )
 
@@ -151,6 +171,5 @@ def resolve(options: ExportOptions) -> ModelSpec:
 def construct(spec: ModelSpec, state: Mapping[str, torch.Tensor] | None) -> nn.Module:
     """The network as the factory returns it."""
     del state
-    return _made(
-        f"{spec.factory_path}:{spec.name}", _arguments(spec.model_args, spec.num_classes_given), spec.seed
-    )
+    arguments = _arguments(spec.model_args, spec.num_classes_given)
+    return _made(f"{spec.factory_path}:{spec.name}", arguments, spec.seed).float()

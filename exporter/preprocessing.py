@@ -23,8 +23,9 @@ class PreprocessFile(Preprocess):
     @field_validator("mean", "std")
     @classmethod
     def _usable(cls, values: tuple[float, float, float], info: ValidationInfo) -> tuple[float, float, float]:
-        if not all(math.isfinite(value) and (value > 0 or info.field_name == "mean") for value in values):
-            raise ValueError("must be finite, and std over 0")
+        mean = info.field_name == "mean"
+        if not all(math.isfinite(value) and (0 <= value <= 1 if mean else value > 0) for value in values):
+            raise ValueError("must be on the 0..1 scale" if mean else "must be over 0")
         return values
 
 

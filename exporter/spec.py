@@ -49,6 +49,8 @@ class ModelSpec:
     """The same file or module, wherever it lies."""
     num_classes_given: int | None = None
     """Of --num-classes, for a function that need not take it."""
+    notes: tuple[str, ...] = ()
+    """To be warned of."""
     version: str = ""
     """Of the library that the model's code comes from, or what else tells one code from another."""
 
@@ -98,6 +100,6 @@ class ModelSpec:
 
     def key(self) -> dict[str, Any]:
         """Hashable identity: where files lie does not count, nor do the labels."""
-        left_out = ("weights_path", "labels", "preprocess", "factory_path")
+        left_out = ("weights_path", "labels", "preprocess", "factory_path", "notes")
         fields = {k: v for k, v in asdict(self).items() if k not in left_out}
         return {**fields, "preprocess": self.preprocess.model_dump(exclude={"source"})}

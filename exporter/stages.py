@@ -19,7 +19,7 @@ from calibration.machine import instruction_set
 from calibration.preprocess import normalize
 from engines.bundle import HeldOut
 from engines.gate import SUBSET
-from engines.outputs import as_rows, sampled_shape
+from engines.outputs import as_rows
 from engines.parity import Size, check_reference, sizes_to_check
 from exporter.context import IMAGE_BATCH, Context
 from exporter.image_stage import SYNTHETIC_IMAGES, ChosenImages
@@ -67,9 +67,11 @@ def resolve_model(context: Context) -> ModelSpec:
         _check_memory(context, spec)
     if p.resize_size < max(p.crop_height, p.crop_width):
         context.reporter.warn(
-            f"--resize-size {p.resize_size} is less than the input {p.crop_height}x{p.crop_width}: "
+            f"the resize to {p.resize_size} is less than the input {p.crop_height}x{p.crop_width}: "
             "images get a black border"
         )
+    for note in spec.notes:
+        context.reporter.warn(note)
     if spec.reading.allow_pickle:
         context.reporter.warn(f"--allow-pickle: code in {spec.weights_path} is run")
     if spec.weights_kind == "random":
@@ -105,6 +107,19 @@ def _synthetic(spec: ModelSpec, count: int, seed: int) -> Iterator[npt.NDArray[n
         yield normalize(images.synthetic_images(count, height, width, seed), spec.preprocess)
 
 
+def _check_follows(module: nn.Module, inputs: npt.NDArray[np.float32]) -> None:
+    """An output for each pixel must be as large as the input, whatever its size: that is what the manifest says."""
+    from exporter.eager import outputs_of
+
+    size = inputs.shape[2:]
+    for output in outputs_of(module, size[0], size[1], "--dynamic-size"):
+        if len(output.shape) > 1 and output.shape[1:] != size:
+            raise BadInputError(
+                f"--dynamic-size: at {size[0]}x{size[1]}, output {output.name} is {output.shape[1]}x{output.shape[2]}",
+                hint="use --input-size: one size for each bundle",
+            )
+
+
 def export_graph(context: Context, spec: ModelSpec, model: EagerModel) -> StageResult:
     """Eager model -> `model.onnx`, checked against eager at two batches of every size."""
 
@@ -115,9 +130,12 @@ def export_graph(context: Context, spec: ModelSpec, model: EagerModel) -> StageR
         p = spec.preprocess
         path = directory / "model.onnx"
         names = [output.name for output in spec.outputs]
-        graph.export(module, p.crop_height, p.crop_width, path, outputs=names, sizes=spec.sizes)
+        own = spec.zoo == "python"
+        graph.export(module, p.crop_height, p.crop_width, path, outputs=names, sizes=spec.sizes, own=own)
         error = 0.0
         for inputs in _synthetic(spec, max(graph.CHECK_BATCHES), spec.seed):
+            if spec.sizes is not None:
+                _check_follows(module, inputs)
             error = max(error, graph.check_batches(path, module, inputs))
         return {**asdict(report), "error": error, "opset": graph.OPSET}
 
@@ -199,7 +217,7 @@ def run_reference(
             outputs = eager_outputs(model.built[0], pixels, p, progress)
         np.save(directory / "inputs.npy", pixels)
         for name, output in zip(reference_files(spec), outputs, strict=True):
-            check_reference(as_rows(output))
+            check_reference(as_rows(output), "" if name == "logits" else f"{name}: ")
             np.save(directory / f"{name}.npy", output)
         for height, width in _further_sizes(spec):
             there = p.at_size(height, width)
@@ -211,11 +229,6 @@ def run_reference(
             outputs = eager_outputs(model.built[0], pixels, there)
             for name, output in zip(reference_files(spec), outputs, strict=True):
                 check_reference(as_rows(output), f"at {height}x{width}, ")
-                if output.ndim == 4 and output.shape[2:] != sampled_shape((0, height, width))[1:]:
-                    raise BadInputError(
-                        f"--dynamic-size: at {height}x{width}, output {name} is not as large as the input",
-                        hint="use --input-size: one size for each bundle",
-                    )
                 np.save(directory / f"{name}-{height}x{width}.npy", output)
         return {
             "sha256": [i.sha256 for i in stream.images] if stream else [],

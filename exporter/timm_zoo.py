@@ -132,7 +132,8 @@ def _made(
         made: nn.Module = timm.create_model(name, pretrained=pretrained, **arguments)
     except OSError as error:
         raise EnvironmentFailureError(
-            f"timm/{name}: download of its weights failed: {str(error).splitlines()[0]}",
+            f"timm/{name}: download of its weights ({config.hf_hub_id or config.url} on Hugging Face) failed: "
+            f"{str(error).splitlines()[0]}",
             hint="run it where there is a network once, or pass --weights FILE; --weights none runs without",
         ) from error
     except Exception as error:

@@ -27,6 +27,8 @@ def resolve(options: ExportOptions) -> ModelSpec:
         UsageError: options that do not fit the model, or preprocessing that must be chosen.
         EnvironmentFailureError: a failed download, or a library that is not installed.
     """
+    if options.model.endswith(".py"):
+        raise UsageError(f"model {options.model!r}: which function of it?", hint="give FILE.py:FUNCTION")
     if options.model.startswith("timm/"):
         room: ModuleType = timm_zoo
     else:

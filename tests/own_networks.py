@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -75,6 +76,121 @@ class Pixels(nn.Module):
         x = self.body(x)
         scores = nn.functional.interpolate(self.scores(x), size=size, mode="bilinear", align_corners=False)
         return scores, self.fc(x.mean(dim=(2, 3)))
+
+
+class Taps(nn.Module):
+    """Outputs that other layers read: the image itself, before and after an activation, and behind a view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.flat, self.head = nn.Linear(8, 8), nn.Linear(8, 6)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        before = self.first(x)
+        after = before.relu()
+        pooled = self.flat(self.second(after).mean(dim=(2, 3)))
+        return {
+            "scores": self.head(pooled),
+            "image": x,
+            "before": before,
+            "after": after,
+            "view": after.flatten(1),
+            "pooled": pooled,
+        }
+
+
+class Scores(NamedTuple):
+    scores: torch.Tensor
+    features: torch.Tensor
+
+
+class Named(nn.Module):
+    """A named tuple, and a word on stdout each time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+        print("made")
+
+    def forward(self, x: torch.Tensor) -> Scores:
+        print("run")
+        found = self.conv(x).mean(dim=(2, 3))
+        return Scores(found, found.relu())
+
+
+class Noisy(nn.Module):
+    """Dropout that is always on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.dropout(self.fc(x.mean(dim=(2, 3))), training=True)
+
+
+class Trains(nn.Module):
+    """BatchNorm that goes on learning."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.fc = nn.BatchNorm2d(3), nn.Linear(3, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.norm.train()
+        return self.fc(self.norm(x).mean(dim=(2, 3)))
+
+
+class Branches(nn.Module):
+    """A branch on values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.fc(x.mean(dim=(2, 3)))
+        return x if x.sum() > 0 else -x
+
+
+class SameSize(nn.Module):
+    """Scores at 64x64 places, whatever the image's size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scores = nn.Conv2d(3, 5, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.interpolate(self.scores(x), size=(64, 64), mode="bilinear", align_corners=False)
+
+
+class Clashes(nn.Module):
+    def __init__(self, name: str = "input") -> None:
+        super().__init__()
+        self.name, self.fc = name, nn.Linear(3, 4)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {self.name: self.fc(x.mean(dim=(2, 3)))}
+
+
+class Two(nn.Module):
+    """Two rows, for any number of images."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mean(dim=(2, 3))[:2]
+
+
+def half() -> nn.Module:
+    return padded().half()
+
+
+def wrapped() -> nn.Module:
+    return torch.compile(nn.DataParallel(padded()))  # type: ignore[return-value]
+
+
+def scripted() -> nn.Module:
+    return torch.jit.script(padded())
 
 
 class Sum(nn.Module):

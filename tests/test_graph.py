@@ -294,7 +294,7 @@ def test_reshape_to_a_fixed_batch_is_found_by_running_other_batches(exported, tm
 def test_output_of_another_batch_is_found(exported, tmp_path):
     module, path = exported
     baked = _edited_reshape(path, tmp_path / "baked.onnx", [-1, 16, 4])  # four rows for each image
-    with pytest.raises(ExportDefectError, match=r"logits are \[4, 10\] at batch 1, eager's \[1, 10\]"):
+    with pytest.raises(ExportDefectError, match=r"logits are \[4, 10\] at batch 1, .*, eager's \[1, 10\]"):
         graph.check_batches(baked, module, _batch())
 
 

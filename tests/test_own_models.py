@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from own_networks import Pixels, TwoHeads, padded
@@ -161,9 +163,15 @@ def test_a_module_beside_the_shell_is_found(preprocess, tmp_path):
         ("{}:breaks", "raises RuntimeError: no licence server", "--model-arg"),
         ("{}:leaves", "raises SystemExit", "--model-arg"),
         ("{}:text", "returns str, not a torch.nn.Module", "network"),
-        ("{}:Sum", r"output 'logits' is \[2\] for 2 images", "logits"),
+        ("{}:Sum", r"output 'logits' is \[3\] for 3 images", "logits"),
         ("{}:Argmax", "other than tensors of floating point", "logits"),
-        ("{}:Gray", r"does not run on float32 \[2, 3, 64, 64\]", "RGB"),
+        ("{}:Gray", r"does not run on float32 \[3, 3, 64, 64\]", "RGB"),
+        ("{}:Two", r"output 'logits' is \[2, 3\] for 3 images", "logits"),
+        ("{}:Noisy", "output 'logits' differs between two runs", "dropout"),
+        ("{}:Trains", "puts norm into training mode", "eval mode"),
+        ("{}:Branches", "torch.onnx.export refuses the network: .*[Dd]ata-dependent", "no branch on values"),
+        ("{}:scripted", "returns RecursiveScriptModule", "not scripted"),
+        ("{}:Clashes", "output 'input' has the name of the input", "another name"),
         ("no.such.package:build", "no module 'no' here", "FILE.py"),
         ("json:nothing", "has no function", "network"),
     ],
@@ -171,8 +179,6 @@ def test_a_module_beside_the_shell_is_found(preprocess, tmp_path):
 def test_what_is_no_network_is_refused_with_the_reason(cli, preprocess, tmp_path, model, message, hint):
     done = cli(model.format(NETWORKS), "--preprocess", preprocess, "--out", tmp_path / "out")
     assert done.code == 5
-    import re
-
     assert re.search(message, done.json["error"]["message"]), done.json["error"]
     assert hint in done.json["error"]["hint"]
     assert not (tmp_path / "out").exists()
@@ -183,6 +189,8 @@ def test_what_is_no_network_is_refused_with_the_reason(cli, preprocess, tmp_path
     [
         ("{}:", {}, "not FILE.py:FUNCTION"),
         (":build", {}, "not FILE.py:FUNCTION"),
+        ("{}", {}, "which function of it"),
+        ("{}:padded", {"model_args": (("num_classes", "9"),)}, "use --num-classes"),
         ("{}:padded", {"preprocess": None}, "needs --preprocess FILE"),
         ("{}:padded", {"preprocess": None, "transforms": "DEFAULT"}, "--transforms"),
         ("{}:padded", {"transform_input": True}, "--transform-input"),
@@ -204,7 +212,7 @@ def test_code_that_does_not_import_is_named(preprocess, tmp_path):
     (tmp_path / "broken.py").write_text("import nothing_of_that_name\n")
     with pytest.raises(BadInputError, match="cannot be imported: ModuleNotFoundError") as error:
         zoo.resolve(ExportOptions(f"{tmp_path / 'broken.py'}:build", preprocess=preprocess))
-    assert "environment" in error.value.hint
+    assert "package.module:FUNCTION" in error.value.hint
 
 
 def test_a_network_is_called_by_the_name_of_its_function():
@@ -232,6 +240,94 @@ def test_all_outputs_of_a_dictionary_are_compared(cli, photos, preprocess, tmp_p
     outputs = engines.load(tmp_path / "b.bundle").run_all(np.ones((1, 3, 64, 64), dtype=np.float32))
     assert {name: value.shape for name, value in outputs.items()} == {"species": (1, 10), "age": (1, 4)}
     assert cli("verify", tmp_path / "b.bundle").code == 0
+
+
+def test_outputs_that_other_layers_read_are_exact_and_their_readers_quantized(
+    cli, photos, preprocess, tmp_path
+):
+    given = (
+        f"--batch 1:2:3 --verify-images 32 --input-size 32 --tolerance top1=0 --tolerance misplaced={10**6}"
+    )
+    done = cli(
+        *(f"{NETWORKS}:Taps", *given.split(), *INT8, "--calib", photos, "--preprocess", preprocess),
+        *("--target", "onnxruntime", "--target", "tensorrt-rtx", "--out", tmp_path / "b.bundle"),
+    )
+    assert done.code == 0, done.json["error"]
+    int8 = read_manifest(tmp_path / "b.bundle").artifacts.engines[2]
+    assert int8.name == "onnxruntime-int8"
+    figures = {name: further.eager_metrics["sqnr"] for name, further in int8.gate.further.items()}
+    assert figures["image"] == 200.0
+    assert figures["view"] == pytest.approx(figures["after"], abs=3)
+    graph = onnx.load(tmp_path / "b.bundle" / int8.file.path)
+    assert sum(node.op_type == "QuantizeLinear" for node in graph.graph.node) >= 3
+
+
+def test_what_a_network_prints_is_no_result_and_its_names_are_kept(cli, photos, preprocess, tmp_path):
+    done = cli(
+        *(f"{NETWORKS}:Named", "--batch", "1:2:3", "--verify-images", "32", "--verify", photos),
+        *("--preprocess", preprocess, "--out", tmp_path / "b.bundle"),
+    )
+    assert done.code == 0, done.json["error"]
+    assert "made" in done.err
+    assert "made" not in done.out
+    assert "run" not in done.out.split()
+    assert [p.name for p in read_manifest(tmp_path / "b.bundle").recipe.outputs] == ["scores", "features"]
+    shown = cli("inspect", tmp_path / "b.bundle").out
+    assert "features: float32 ['batch', 8]" in shown
+
+
+def test_what_compile_and_data_parallel_wrap_is_exported(preprocess):
+    spec = resolved("wrapped", preprocess)
+    assert "head.weight" in zoo.build(spec)[0].state_dict()
+
+
+def test_half_precision_is_exported_as_float32_with_a_warning(preprocess):
+    spec = resolved("half", preprocess)
+    assert spec.notes == (f"{NETWORKS}:half: its weights are float16: exported, and compared, as float32",)
+    assert zoo.build(spec)[0].head.weight.dtype is torch.float32
+    assert resolved("padded", preprocess).notes == ()
+
+
+def test_an_output_that_does_not_follow_the_size_is_refused(cli, preprocess, tmp_path):
+    done = cli(
+        *(
+            f"{NETWORKS}:SameSize",
+            "--preprocess",
+            preprocess,
+            "--dynamic-size",
+            "64:64:96",
+            "--batch",
+            "1:2:3",
+        ),
+        *("--out", tmp_path / "out"),
+    )
+    assert done.code == 5
+    assert re.search(r"--dynamic-size: at \d+x\d+, output logits is 64x64", done.json["error"]["message"])
+
+
+def test_the_names_of_outputs_must_be_those_of_the_graph(cli, preprocess, tmp_path):
+    bundle = tmp_path / "b.bundle"
+    done = cli(f"{NETWORKS}:TwoHeads", "--preprocess", preprocess, "--batch", "1", "--out", bundle)
+    assert done.code == 0, done.json["error"]
+    document = json.loads((bundle / "manifest.json").read_text())
+    document["recipe"]["further_outputs"][0]["name"] = "years"
+    (bundle / "manifest.json").write_text(json.dumps(document))
+    with pytest.raises(BadInputError, match="outputs are species, age, the manifest's species, years"):
+        engines.load(bundle)
+    document["recipe"]["further_outputs"][0]["name"] = "species"
+    (bundle / "manifest.json").write_text(json.dumps(document))
+    with pytest.raises(BadInputError, match="damaged manifest"):
+        engines.load(bundle)
+
+
+def test_images_and_sizes_of_a_wrong_kind_are_refused(digits_bundle, photos):
+    engine, image = engines.load(digits_bundle), next(photos.iterdir())
+    for one in (image, str(image), image.read_bytes()):
+        with pytest.raises(BadInputError, match="one image, not a list"):
+            engine.preprocess(one)
+    for size in (32, (32.0, 32), "32x32", (32, 32, 3)):
+        with pytest.raises(BadInputError, match=r"not \(height, width\)"):
+            engine.preprocess([image], size=size)
 
 
 def test_an_engine_whose_second_output_is_wrong_fails_by_that_outputs_name(
@@ -336,6 +432,7 @@ def test_labels_of_the_file_reach_the_bundle_and_must_fit(cli, tmp_path):
         ({"mean": None}, "mean"),
         ({"std": [0.1, 0.0, 0.1]}, "std"),
         ({"std": [0.1, 0.1]}, "std"),
+        ({"mean": [123.7, 116.3, 103.5]}, "mean: .*0..1 scale"),
         ({"interpolation": "nearest"}, "interpolation"),
         ({"crop_height": 0}, "crop_height"),
         ({"colour": "BGR"}, "colour"),

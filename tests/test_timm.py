@@ -81,7 +81,8 @@ def test_a_download_that_fails_says_what_to_do(monkeypatch):
 
     monkeypatch.setattr(timm, "create_model", offline)
     with pytest.raises(
-        EnvironmentFailureError, match=r"download of its weights failed: no network$"
+        EnvironmentFailureError,
+        match=r"download of its weights \(timm/resnet18.* on Hugging Face\) failed: no network$",
     ) as error:
         zoo.resolve(ExportOptions("timm/resnet18"))
     assert "--weights none" in error.value.hint
