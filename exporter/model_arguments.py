@@ -20,8 +20,10 @@ def value_of(key: str, text: str) -> Any:
     `norm_layer=GroupNorm(8)` passes 8 as the class's first argument.
 
     Raises:
-        UsageError: it is none of these.
+        UsageError: it is none of these, or has an option of its own.
     """
+    if key == "num_classes":
+        raise UsageError("--model-arg num_classes: use --num-classes", hint="leave it out")
     if key.endswith("_layer"):
         match = _LAYER.fullmatch(text)
         layer = getattr(nn, match[1], None) if match is not None else None

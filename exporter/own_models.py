@@ -119,8 +119,6 @@ def _wrapped(module: nn.Module) -> object:
 
 
 def _arguments(spec_args: tuple[tuple[str, str], ...], num_classes: int | None) -> dict[str, Any]:
-    if any(key == "num_classes" for key, _ in spec_args):
-        raise UsageError("--model-arg num_classes: use --num-classes", hint="leave it out")
     classes = {} if num_classes is None else {"num_classes": num_classes}
     return {**classes, **{key: value_of(key, text) for key, text in spec_args}}
 

@@ -128,7 +128,6 @@ def _summary(name: str, p: Preprocess) -> str:
 _OTHER_OPTIONS = {
     "weights": "--weights",
     "weights_backbone": "--weights",
-    "num_classes": "--num-classes",
     "image_size": "--input-size",
     "input_size": "--input-size",
     "transform_input": "--transform-input",
