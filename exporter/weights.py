@@ -5,12 +5,14 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import re
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
+from torchvision.models import MNASNet
 
 from calibration.errors import BadInputError, UsageError
 from exporter.options import ExportOptions
@@ -215,9 +217,12 @@ def load_into(
             hint="quantized checkpoints cannot be exported: give the float weights",
         )
     misshaped = [name for name in wanted if name in state and state[name].shape != wanted[name]]
+    given = OrderedDict((name, tensor) for name, tensor in state.items() if name not in misshaped)
+    if isinstance(model, MNASNet):  # refuses a state dict that does not say; 2 is what torchvision publishes
+        given._metadata = {"": {"version": 2}}  # type: ignore[attr-defined]
     try:
-        result = model.load_state_dict({n: t for n, t in state.items() if n not in misshaped}, strict=False)
-    except RuntimeError as error:
+        result = model.load_state_dict(given, strict=False)
+    except (RuntimeError, ValueError) as error:
         text = " ".join(str(error).split())  # PyTorch lists every parameter
         text = text if len(text) < 300 else f"{text[:300]}..."
         raise BadInputError(f"--weights {origin}: {text}", hint=_ARCHITECTURE) from error

@@ -815,6 +815,18 @@ def test_an_input_size_that_the_architecture_refuses_is_bad_input():
         assert "--input-size" in caught.value.hint
 
 
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("model", ["mnasnet0_5", "vit_b_32", "densenet121"])
+def test_networks_that_ask_a_state_dict_for_its_version_are_loaded(model, suffix, tmp_path):
+    size = {"image_size": 32} if model == "vit_b_32" else {}
+    trained = get_model(model, weights=None, num_classes=10, **size)
+    path = _save(tmp_path / f"net{suffix}", trained.state_dict())
+    loaded, _ = zoo.build(
+        zoo.resolve(_options(model, weights=str(path), input_size=(32, 32), transforms="DEFAULT"))
+    )
+    assert _equal(loaded.state_dict(), trained.state_dict())
+
+
 def test_weights_that_are_not_finite_are_refused_by_name(state):
     broken = {**state, "fc.bias": torch.full_like(state["fc.bias"], float("nan"))}
     with pytest.raises(BadInputError, match=r"not finite: fc\.bias"):
