@@ -7,6 +7,7 @@ import logging
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -454,7 +455,12 @@ def test_an_engine_that_only_an_attestation_calls_verified_is_chosen(bundle, tmp
     path.write_text(attested.model_dump_json())
     opened = []
     monkeypatch.setattr(loading, "device_capability", lambda: "8.9")  # there is no GPU to ask
-    monkeypatch.setattr(loading, "TensorRTEngine", lambda plan, **options: opened.append(plan))
+
+    def opening(plan, **_):
+        opened.append(plan)
+        return SimpleNamespace(output_names=["logits"])
+
+    monkeypatch.setattr(loading, "TensorRTEngine", opening)
     loaded = engines.load(copy)
     assert (loaded.name, loaded.state) == ("tensorrt-rtx-fp16", "verified")
     assert "-tensorrt-rtx-fp16." in opened[0].name
