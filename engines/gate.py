@@ -15,6 +15,7 @@ from engines.manifest import Batch, FurtherMetrics, Gate
 from engines.outputs import as_rows, sampled
 from engines.parity import (
     MIN_UNFUSED_COSINE,
+    Metrics,
     batches_to_check,
     check_reference,
     compare,
@@ -111,7 +112,7 @@ def _judge_size(
         outputs = run_in_batches(engine, pixels, preprocess, size, progress)
         for (name, judge_of), logits in zip(judges.items(), outputs, strict=True):
             where = f"size {height}x{width}, batch {size}: " + _of_output(name, eager)
-            found += [where + text for text in [*judge_of.part(logits), *judge_of.astray(logits)]]
+            found += [where + text for text in judge_of.elsewhere(logits)]
     return found
 
 
@@ -226,19 +227,23 @@ class _OutputJudge:
         """Figures of all images, and what does not hold of them."""
         metrics = eager = compare(as_rows(self._reference), as_rows(logits), self._labels)
         counts = {} if logits.ndim == 2 else {"images": len(logits), "pixels": metrics.images}
-        problems = [*failures(metrics, self.limits), *self.astray(logits)]
+        problems = failures(metrics, self.limits)
         if self._unfused:
             eager = compare(as_rows(self._eager), as_rows(logits), self._labels)
+            problems += _astray(eager)
         figures = FurtherMetrics(
             metrics={**metrics.as_dict(), **counts}, eager_metrics={**eager.as_dict(), **counts}
         )
         return figures, problems
 
-    def astray(self, logits: Float32Array) -> list[str]:
-        """An engine that is judged by its own unfused graph must be near to eager, too; else that graph is wrong."""
-        if not self._unfused:
-            return []
-        cosine = compare(as_rows(self._eager), as_rows(logits)).cosine
-        if cosine >= MIN_UNFUSED_COSINE:
-            return []
-        return [f"cosine to eager is {cosine:.3g}, must be >= {MIN_UNFUSED_COSINE}"]
+    def elsewhere(self, logits: Float32Array) -> list[str]:
+        """What does not hold at another size."""
+        far = _astray(compare(as_rows(self._eager), as_rows(logits))) if self._unfused else []
+        return [*self.part(logits), *far]
+
+
+def _astray(eager: Metrics) -> list[str]:
+    """An engine that is judged by its own unfused graph must be near to eager, too; else that graph is wrong."""
+    if eager.cosine >= MIN_UNFUSED_COSINE:
+        return []
+    return [f"cosine to eager is {eager.cosine:.3g}, must be >= {MIN_UNFUSED_COSINE}"]

@@ -282,16 +282,23 @@ def check_dynamic_batch(model: ir.Model) -> None:
 
 
 def check_batches(
-    graph: Path, model: nn.Module, inputs: npt.NDArray[np.float32], batches: tuple[int, ...] = CHECK_BATCHES
+    graph: Path,
+    model: nn.Module,
+    inputs: npt.NDArray[np.float32],
+    batches: tuple[int, ...] = CHECK_BATCHES,
+    *,
+    follows: bool = False,
 ) -> float:
     """Run the graph at other batches than it was traced with, and compare with eager.
 
     Args:
         inputs: float32 [N, 3, H, W], N at least the largest batch.
+        follows: outputs for each pixel must be as large as the input: that is what the manifest of a dynamic size says.
 
     Returns the largest error, relative to the largest logit.
 
     Raises:
+        BadInputError: an output does not follow the input's size.
         ExportDefectError: the graph fails at a batch, or gives other logits than eager.
     """
     try:
@@ -303,6 +310,13 @@ def check_batches(
     for batch in batches:
         with torch.inference_mode():
             wanted = run_eager(model, torch.from_numpy(inputs[:batch]))
+        for name, tensor in wanted.items():
+            if follows and tensor.ndim == 4 and tensor.shape[2:] != inputs.shape[2:]:
+                raise BadInputError(
+                    f"--dynamic-size: at {inputs.shape[2]}x{inputs.shape[3]}, output {name} is "
+                    f"{tensor.shape[2]}x{tensor.shape[3]}",
+                    hint="use --input-size: one size for each bundle",
+                )
         try:
             found = engine.run_all(inputs[:batch])
         except Exception as error:

@@ -107,19 +107,6 @@ def _synthetic(spec: ModelSpec, count: int, seed: int) -> Iterator[npt.NDArray[n
         yield normalize(images.synthetic_images(count, height, width, seed), spec.preprocess)
 
 
-def _check_follows(module: nn.Module, inputs: npt.NDArray[np.float32]) -> None:
-    """An output for each pixel must be as large as the input, whatever its size: that is what the manifest says."""
-    from exporter.eager import outputs_of
-
-    size = inputs.shape[2:]
-    for output in outputs_of(module, size[0], size[1], "--dynamic-size"):
-        if len(output.shape) > 1 and output.shape[1:] != size:
-            raise BadInputError(
-                f"--dynamic-size: at {size[0]}x{size[1]}, output {output.name} is {output.shape[1]}x{output.shape[2]}",
-                hint="use --input-size: one size for each bundle",
-            )
-
-
 def export_graph(context: Context, spec: ModelSpec, model: EagerModel) -> StageResult:
     """Eager model -> `model.onnx`, checked against eager at two batches of every size."""
 
@@ -134,9 +121,8 @@ def export_graph(context: Context, spec: ModelSpec, model: EagerModel) -> StageR
         graph.export(module, p.crop_height, p.crop_width, path, outputs=names, sizes=spec.sizes, own=own)
         error = 0.0
         for inputs in _synthetic(spec, max(graph.CHECK_BATCHES), spec.seed):
-            if spec.sizes is not None:
-                _check_follows(module, inputs)
-            error = max(error, graph.check_batches(path, module, inputs))
+            follows = spec.sizes is not None
+            error = max(error, graph.check_batches(path, module, inputs, follows=follows))
         return {**asdict(report), "error": error, "opset": graph.OPSET}
 
     with context.reporter.stage("export") as stage:

@@ -50,13 +50,12 @@ class Registered(nn.Module):
 class TwoHeads(nn.Module):
     """A dictionary of two classifications."""
 
-    def __init__(self, wrong: bool = False) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.body = nn.Sequential(
             nn.Conv2d(3, 16, 3, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
         )
         self.species, self.age = nn.Linear(16, 10), nn.Linear(16, 4)
-        self.wrong = wrong
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         x = self.body(x)
