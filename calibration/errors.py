@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from pydantic import ValidationError
+
 
 class ExportZooError(Exception):
     """Base of all errors we raise on purpose. Anything else that escapes is a bug (exit code 1)."""
@@ -67,6 +69,12 @@ class EnvironmentFailureError(ExportZooError):
 
     exit_code = 7
     kind = "environment"
+
+
+def first_of(error: ValidationError) -> str:
+    """The first fault that pydantic found in a file, in a line: the key and what is wrong with it."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc'])) or 'the whole'}: {first['msg']}"
 
 
 INTERRUPTED = 130

@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from calibration.errors import BadInputError
+from calibration.errors import BadInputError, first_of
 from calibration.histogram import Histogram
 from calibration.preprocess import Preprocess
 
@@ -118,9 +118,7 @@ class Ranges(BaseModel):
         except UnicodeDecodeError as error:
             raise BadInputError(f"{path}: not a ranges file: not text", hint=again) from error
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "the whole"
-            raise BadInputError(f"{path}: not a ranges file: {where}: {first['msg']}", hint=again) from error
+            raise BadInputError(f"{path}: not a ranges file: {first_of(error)}", hint=again) from error
         if not found.image_sha256 or len(set(found.image_sha256)) < len(found.image_sha256):
             raise BadInputError(f"{path}: no images, or one of them twice: edited by hand?", hint=again)
         return found

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import ValidationError
 
-from calibration.errors import BadInputError
+from calibration.errors import BadInputError, first_of
 from calibration.graph_io import sha256_of
 from engines import manifest as m
 from engines.outputs import sampled_shape
@@ -43,11 +43,12 @@ def read_manifest(bundle: Path) -> m.Manifest:
                 hint="use the export-zoo that wrote it, or export again",
             )
         found = m.Manifest.model_validate(document)
-    except (ValidationError, ValueError, OSError, RecursionError) as error:
-        lines = str(error).splitlines()
+    except ValidationError as error:
         raise BadInputError(
-            f"{path}: damaged manifest: {' '.join(lines[:3])}", hint="export the bundle again"
+            f"{path}: damaged manifest: {first_of(error)}", hint="export the bundle again"
         ) from error
+    except (ValueError, OSError, RecursionError) as error:
+        raise BadInputError(f"{path}: damaged manifest: {error}", hint="export the bundle again") from error
     for file in found.files():
         if file.path.startswith("/") or ".." in Path(file.path).parts:
             raise BadInputError(f"{path}: {file.path!r} points outside the bundle", hint="do not use it")

@@ -13,7 +13,7 @@ import click
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from calibration.errors import UsageError
+from calibration.errors import UsageError, first_of
 from engines.target import PRECISIONS, TARGETS
 
 Value = bool | int | float | str | list[str | int | float]
@@ -122,9 +122,7 @@ def read(path: Path) -> MatrixFile:
     try:
         found = MatrixFile.model_validate(document)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the whole"
-        raise UsageError(f"{path}: {where}: {first['msg']}", hint="see docs/matrix.md") from error
+        raise UsageError(f"{path}: {first_of(error)}", hint="see docs/matrix.md") from error
     rules: list[MatrixFile | Where] = [found, *found.exclude, *found.override, *found.jobs]
     for rule in rules:
         for key, given, known in (

@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 from pydantic import Field, ValidationError, ValidationInfo, field_validator
 
-from calibration.errors import BadInputError
+from calibration.errors import BadInputError, first_of
 from calibration.preprocess import Preprocess
 from exporter.options import ExportOptions
 
@@ -42,9 +42,7 @@ def read_preprocess(path: Path) -> tuple[Preprocess, tuple[str, ...]]:
     except OSError as error:
         raise BadInputError(f"--preprocess {path}: cannot be read: {error.strerror}", hint=hint) from error
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the whole"
-        raise BadInputError(f"--preprocess {path}: {where}: {first['msg']}", hint=hint) from error
+        raise BadInputError(f"--preprocess {path}: {first_of(error)}", hint=hint) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise BadInputError(
             f"--preprocess {path}: neither JSON nor YAML: {' '.join(str(error).split())}", hint=hint

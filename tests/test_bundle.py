@@ -432,13 +432,21 @@ def _with_an_unknown_state(document):
 
 
 @pytest.mark.parametrize(
-    "change",
-    [_without_recipe, _with_more, _with_a_short_hash, _with_text_for_a_number, _with_an_unknown_state],
+    ("change", "key"),
+    [
+        (_without_recipe, "recipe"),
+        (_with_more, "recipe.surprise"),
+        (_with_a_short_hash, "recipe.graph.sha256"),
+        (_with_text_for_a_number, "recipe.batch.max"),
+        (_with_an_unknown_state, "artifacts.engines.0.state"),
+    ],
 )
-def test_manifest_that_does_not_validate_is_refused(bundle, change):
+def test_manifest_that_does_not_validate_is_refused_with_its_key(bundle, change, key):
     _edit(bundle, change)
-    with pytest.raises(BadInputError, match="damaged manifest"):
+    with pytest.raises(BadInputError) as raised:
         engines.load(bundle)
+    assert f"manifest.json: damaged manifest: {key}: " in raised.value.message
+    assert "errors.pydantic.dev" not in raised.value.message
 
 
 def _graph(document):
