@@ -67,9 +67,8 @@ def usable_cores() -> int:
 
 def cpu_model() -> str:
     """`model name` of /proc/cpuinfo, and the number of usable cores."""
-    return (
-        f"{_cpu_info().get('model name', platform.processor() or platform.machine())}, {usable_cores()} cores"
-    )
+    name, cores = _cpu_info().get("model name", platform.processor() or platform.machine()), usable_cores()
+    return f"{name}, {cores} {'core' if cores == 1 else 'cores'}"
 
 
 _CGROUPS = (
