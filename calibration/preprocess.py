@@ -6,7 +6,7 @@ Kept free of torch so that a bundle can be used and verified without it.
 from __future__ import annotations
 
 import io
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +44,10 @@ class Preprocess(BaseModel):
     mean: tuple[float, float, float] = Field(description="Per channel RGB, on the 0..1 scale.")
     std: tuple[float, float, float] = Field(description="Per channel RGB, on the 0..1 scale.")
     source: str = Field(description="Where the parameters come from, for people.")
+
+    def figures(self) -> dict[str, Any]:
+        """All that counts: where they come from is for people."""
+        return self.model_dump(exclude={"source"})
 
     def at_size(self, height: int, width: int) -> Preprocess:
         """The same for another input size, in pixels: the resize keeps its proportion to the crop."""

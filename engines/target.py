@@ -181,6 +181,14 @@ def device_capability() -> str | None:
     return f"{values[0]}.{values[1]}"
 
 
+def device_name() -> str | None:
+    """The first CUDA device's name and compute capability, "NVIDIA H100 80GB HBM3, 9.0" say; None without one."""
+    driver, capability, name = _driver(), device_capability(), ctypes.create_string_buffer(256)
+    if driver is None or capability is None or driver.cuDeviceGetName(name, len(name), 0) != 0:
+        return None
+    return f"{name.value.decode()}, {capability}"
+
+
 def _automatic(known: Mapping[str, Target]) -> list[Target]:
     """ONNX Runtime always; TensorRT where it can be built, else TensorRT-RTX, which needs no GPU to build."""
     available = [known[name] for name in AUTOMATIC if not known[name].unavailable]

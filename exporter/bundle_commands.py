@@ -44,16 +44,16 @@ def verify(bundle: Path, json_path: Path | None, quiet: bool, verbose: bool) -> 
         "attestation": str(path) if path else None,
         "engines": attestation.model_dump(mode="json")["engines"],
     }
-    for name, gate in attestation.engines.items():
-        sqnr, top1 = gate.eager_metrics["sqnr"] or 0.0, gate.eager_metrics["top1"] or 0.0
-        state = "FAILED" if gate.failures else attestation.states[name]
-        if not quiet:
-            images = f"{100 * top1:.1f} % of {gate.metrics['images']} images"
-            click.echo(f"{name}: {state}, SQNR {sqnr:.1f} dB, top-1 agreement {images}")
     if not quiet:
-        click.echo(
-            f"attestation: {path or f'not written, {bundle / room.ATTESTATIONS} cannot be written to'}"
-        )
+        with outcome.printing():
+            for name, gate in attestation.engines.items():
+                sqnr, top1 = gate.eager_metrics["sqnr"] or 0.0, gate.eager_metrics["top1"] or 0.0
+                state = "FAILED" if gate.failures else attestation.states[name]
+                images = f"{100 * top1:.1f} % of {gate.metrics['images']} images"
+                click.echo(f"{name}: {state}, SQNR {sqnr:.1f} dB, top-1 agreement {images}")
+            click.echo(
+                f"attestation: {path or f'not written, {bundle / room.ATTESTATIONS} cannot be written to'}"
+            )
     failures = [f"{name}: {text}" for name, gate in attestation.engines.items() for text in gate.failures]
     if failures:
         raise ParityError(

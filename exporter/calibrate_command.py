@@ -82,7 +82,7 @@ def calibrate(
         chosen = options.ExportOptions(
             model=what[0], keep_float=tuple(given["keep_float"]), **options.model_options(given)
         )
-        out = out if out is not None else Path(f"{what[0]}.ranges.json")
+        out = out if out is not None else Path(f"{chosen.short_name}.ranges.json")
         from exporter.calibrating import calibrate as run
 
         ranges = run(chosen, out, shard=part, reporter=now.reporter)

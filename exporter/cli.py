@@ -49,7 +49,7 @@ def _leading_flags(args: Sequence[str]) -> list[str]:
 def _refuse_mistyped(word: str, commands: Sequence[str]) -> None:
     """A word near to a command and not near to the name of a model is a mistyped command."""
     near = difflib.get_close_matches(word.lower(), commands, n=1, cutoff=0.6)
-    if word.startswith("-") or not near:
+    if word.startswith("-") or not near or ":" in word or "/" in word:
         return
     from exporter.torchvision_zoo import model_names
 

@@ -80,9 +80,17 @@ def outputs_of(module: nn.Module, height: int, width: int, model: str) -> tuple[
                     "[N, classes, height, width] with two classes or more",
                     hint="return such logits, alone, as a tuple or as a dictionary",
                 )
-        if not torch.allclose(
-            tensor, again[name], rtol=1e-3, atol=1e-3 * float(tensor.std()), equal_nan=True
-        ):
+        if tensor.dtype != torch.float32:
+            raise BadInputError(
+                f"{model}: output {name!r} is {str(tensor.dtype).removeprefix('torch.')}, not float32",
+                hint="end with .float(): engines give float32",
+            )
+        if not bool(tensor.isfinite().all()):
+            raise BadInputError(
+                f"{model}: output {name!r} is not finite for images of noise: NaN or infinity cannot be compared",
+                hint="leave out masks of -inf, or mask with a large negative number; or did the training diverge?",
+            )
+        if not torch.allclose(tensor, again[name], rtol=1e-3, atol=1e-3 * float(tensor.std())):
             raise BadInputError(
                 f"{model}: output {name!r} differs between two runs on the same images",
                 hint="dropout that is always on, random numbers or state that changes cannot be compared: leave it out",

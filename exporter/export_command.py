@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -167,7 +166,7 @@ def export(model: str, json_path: Path | None, quiet: bool, verbose: bool, **giv
     except KeptError as error:
         now.document |= _described(error.result.bundle, error.result.manifest)
         if not quiet:
-            with contextlib.suppress(BrokenPipeError, SystemExit):  # the verdict is what counts
+            with outcome.printing():
                 print_table(error.result.engines, random=error.result.manifest.recipe.source.weights.random)
         raise
     now.document |= _described(result.bundle, result.manifest)

@@ -18,6 +18,7 @@ from engines.loading import open_engine
 from engines.manifest import Gate, Latency, Recipe
 from engines.onnxruntime_engine import OnnxRuntimeEngine
 from engines.parity import DEFAULT_TOLERANCES, MIN_UNFUSED_COSINE
+from engines.target import device_name
 from engines.verify import judge_engine
 from exporter.building import EngineFiles
 from exporter.context import Context
@@ -159,7 +160,9 @@ def time_engines(
 
     with context.reporter.stage("bench") as stage:
         hashes = {"fp32": sha256_of(fp32), **{name: sha256_of(engine.file) for name, engine in timed.items()}}
-        key = context.key("onnxruntime", engines=hashes, batch=recipe.batch.opt, machine=cpu_model())
+        key = context.key(
+            "onnxruntime", engines=hashes, batch=recipe.batch.opt, machine=[cpu_model(), device_name()]
+        )
         result = context.cache.run("bench", key, make)
         stage.cached = result.cached
         stage.detail = f"{len(timed)} engine(s) in turn with FP32 at batch {recipe.batch.opt}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 
@@ -87,7 +88,7 @@ def matrix(
     if dry_run:
         for cell in cells:
             click.echo(
-                f"excluded: {cell.name}: {cell.excluded}" if cell.excluded else " ".join(cell.command())
+                f"excluded: {cell.name}: {cell.excluded}" if cell.excluded else shlex.join(cell.command())
             )
         return
     shown = 0
@@ -116,9 +117,14 @@ def matrix(
             keep_bundles=not no_bundles,
             done=done,
         )
+    lines = {cell.name: tuple(cell.command()) for cell in cells}
+    others = [result.name for result in results if result.command != lines[result.name]]
     title = f"Matrix {file.name}" + (f", job {job}" if job else "")
     missing = len(cells) - len(results)
     about = f"Made by `export-zoo matrix {file}` of the results in `{out / 'results'}`, a JSON file per cell."
+    if others:
+        about += f" Of other options than the file has now: {', '.join(others)}."
+        click.echo(f"warning: {len(others)} result(s) are of other options than {file} has now", err=True)
     outcome.current().document |= {"out": str(out), "cells": [asdict(result) for result in results]}
     for option, path, text in (
         ("--junit", junit, matrix_report.junit),
@@ -128,8 +134,9 @@ def matrix(
         if path is not None:
             matrix_report.write(path, text(results), option)
     if not quiet:
-        matrix_report.print_summary(results)
-        click.echo(matrix_report.totals(results) + (f", {missing} not run" if missing else ""))
+        with outcome.printing():
+            matrix_report.print_summary(results)
+            click.echo(matrix_report.totals(results) + (f", {missing} not run" if missing else ""))
     if failed := [result for result in results if result.status == "failed"]:
         gates = [result.name for result in failed if result.gate]
         hint = f"the reasons are above and in {out / 'results'}; bundles of failed gates in {out / 'bundles'}"

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import click
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from calibration.errors import UsageError, first_of
 from engines.target import PRECISIONS, TARGETS
+from exporter import yaml_text
 
 Value = bool | int | float | str | list[str | int | float]
 
@@ -112,10 +112,10 @@ class Cell:
 def read(path: Path) -> MatrixFile:
     """Raises UsageError, naming the file and the key, where it is none."""
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        document = yaml_text.load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}", hint="give a YAML file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml_text.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(
             f"{path}: not YAML: {' '.join(str(error).split())}", hint="see docs/matrix.md"
         ) from error
@@ -203,7 +203,11 @@ def cells(path: Path, given: MatrixFile, names: Names, job: str | None = None) -
     found: dict[str, Cell] = {}
     for one in chosen:
         for cell in _cells_of(given, models, one):
-            found.setdefault(cell.name, cell)
+            if found.setdefault(cell.name, cell).model != cell.model:
+                raise UsageError(
+                    f"{path}: models: {found[cell.name].model} and {cell.model} would both be called {cell.name}",
+                    hint="rename one of the files or functions",
+                )
     _check(path, found.values())
     if not found:
         raise UsageError(f"{path}: no cell is left", hint="check models, targets and jobs")

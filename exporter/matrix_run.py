@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -19,8 +20,10 @@ import psutil
 
 from calibration.errors import EnvironmentFailureError
 from calibration.files import replacing
-from calibration.machine import cpu_model, instruction_set, library_versions
+from calibration.machine import available_memory, cpu_model, instruction_set, library_versions
 from engines.bundle import read_manifest
+from exporter import __version__
+from exporter.matrix_inputs import fingerprints
 from exporter.matrix_plan import Cell, cell_name
 from exporter.publish import failed_place
 
@@ -43,6 +46,7 @@ class CellResult:
         nodes: of the simplified FP32 graph.
         peak_mib: of the process and its children, sampled ten times a second.
         random: the weights were random: INT8 figures say nothing about accuracy.
+        inputs: of the files that the command line names, see `matrix_inputs.fingerprints`.
     """
 
     model: str
@@ -63,6 +67,7 @@ class CellResult:
     machine: str = ""
     instruction_set: str = ""
     versions: dict[str, str] = field(default_factory=dict)
+    inputs: dict[str, str] = field(default_factory=dict)
     date: str = ""
 
     @property
@@ -103,6 +108,11 @@ def _store(folder: Path, result: CellResult) -> None:
         raise EnvironmentFailureError(
             f"{path}: cannot be written: {error.strerror}", hint="free some space, or give another --out"
         ) from error
+
+
+def _versions(cell: Cell) -> dict[str, str]:
+    own = (*_VERSIONS, "timm") if cell.model.startswith("timm/") else _VERSIONS
+    return {**library_versions(*own), "export-zoo": __version__}
 
 
 def _memory_of(process: psutil.Process) -> int:
@@ -164,7 +174,7 @@ def _nodes(bundle: Path) -> int | None:
 def _budget(memory: float | None) -> int:
     if memory is not None:
         return int(memory * 2**30)
-    return max(2 * _SPARE_BYTES, psutil.virtual_memory().available - _SPARE_BYTES)
+    return max(2 * _SPARE_BYTES, available_memory() - _SPARE_BYTES)
 
 
 def run_cell(cell: Cell, bundle: Path, *, seconds: float, memory: float | None) -> CellResult:
@@ -175,7 +185,7 @@ def run_cell(cell: Cell, bundle: Path, *, seconds: float, memory: float | None) 
         seconds: after which it is ended.
         memory: GiB at which it is ended; None for what is free now, less one.
     """
-    begin, date = time.monotonic(), datetime.now(timezone.utc)
+    begin, date, inputs = time.monotonic(), datetime.now(timezone.utc), fingerprints(cell)
     with tempfile.TemporaryDirectory(prefix="export-zoo-") as directory:
         json_path, log_path = Path(directory) / "result.json", Path(directory) / "log"
         command = [sys.executable, "-m", "exporter.cli", *cell.command()]
@@ -183,6 +193,7 @@ def run_cell(cell: Cell, bundle: Path, *, seconds: float, memory: float | None) 
             process = subprocess.Popen(
                 [*command, f"--out={bundle}", f"--json={json_path}", "--quiet"],
                 stdin=subprocess.DEVNULL,
+                env={**os.environ, "TMPDIR": directory},  # gone with it, even where it is killed
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C is for us: we end it
@@ -216,7 +227,8 @@ def run_cell(cell: Cell, bundle: Path, *, seconds: float, memory: float | None) 
         warnings=tuple(document.get("warnings", ())),
         machine=cpu_model(),
         instruction_set=instruction_set(),
-        versions=library_versions(*_VERSIONS),
+        versions=_versions(cell),
+        inputs=inputs or {},
         date=date.strftime("%Y-%m-%dT%H:%M:%SZ"),
     )
 
@@ -240,8 +252,8 @@ def run(
 ) -> list[CellResult]:
     """Run the cells one after the other; a failing one does not stop the others.
 
-    Results lie in `out`/results, bundles in `out`/bundles. A cell whose result is there, ok, of the same command line
-    and library versions is not run again.
+    Results lie in `out`/results, bundles in `out`/bundles. A cell whose result is there, ok, of the same command line,
+    versions and files is not run again.
 
     Args:
         seconds, memory: limits of a cell, as of `run_cell`.
@@ -261,7 +273,6 @@ def run(
             f"{out}: cannot be made: {error.strerror}", hint="give another --out"
         ) from error
     known, found = stored(results), []
-    versions = library_versions(*_VERSIONS)
     for cell in cells:
         bundle, earlier, cached = bundles / f"{cell.name}.bundle", known.get(cell.name), False
         if cell.excluded:
@@ -271,11 +282,14 @@ def run(
             and earlier is not None
             and earlier.status == "ok"
             and earlier.command == tuple(cell.command())
-            and earlier.versions == versions
+            and earlier.versions == _versions(cell)
+            and earlier.inputs == fingerprints(cell)
             and (bundle.exists() or not keep_bundles)
         ):
             result, cached = earlier, True
         else:
+            # Or a run that is stopped leaves an old result beside a new bundle.
+            (results / f"{cell.name}.json").unlink(missing_ok=True)
             result = run_cell(cell, bundle, seconds=seconds, memory=memory)
             if not keep_bundles:
                 for path in (bundle, failed_place(bundle)):

@@ -6,18 +6,21 @@ import re
 from functools import partial
 from typing import Any
 
-import yaml
 from torch import nn
 
 from calibration.errors import UsageError
+from exporter import yaml_text
 
 _LAYER = re.compile(r"(?:torch\.)?(?:nn\.)?([A-Z]\w*)(?:\((\d+)\))?")
 
 
-def value_of(key: str, text: str) -> Any:
-    """YAML (numbers, true, lists, words), or for `*_layer` a class of `torch.nn`.
+def value_of(key: str, text: str, *, layers: bool = False) -> Any:
+    """YAML (numbers, true, lists, words), or for `*_layer` a class of `torch.nn` where there is one of that name.
 
     `norm_layer=GroupNorm(8)` passes 8 as the class's first argument.
+
+    Args:
+        layers: `*_layer` takes nothing else, as with torchvision's networks.
 
     Raises:
         UsageError: it is none of these, or has an option of its own.
@@ -27,15 +30,18 @@ def value_of(key: str, text: str) -> Any:
     if key.endswith("_layer"):
         match = _LAYER.fullmatch(text)
         layer = getattr(nn, match[1], None) if match is not None else None
-        if match is None or not (isinstance(layer, type) and issubclass(layer, nn.Module)):
+        if match is not None and isinstance(layer, type) and issubclass(layer, nn.Module):
+            return layer if match[2] is None else partial(layer, int(match[2]))
+        if layers or text.endswith(
+            ")"
+        ):  # others may take numbers, or names of their own: `relu`, `LayerNorm2d`
             raise UsageError(
                 f"--model-arg {key}={text}: no class of torch.nn",
                 hint=f"for example --model-arg {key}=GroupNorm(8)",
             )
-        return layer if match[2] is None else partial(layer, int(match[2]))
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        return yaml_text.load(text)
+    except yaml_text.YAMLError as error:
         raise UsageError(
             f"--model-arg {key}={text}: not a number, true, false, a list or a word",
             hint=f"for example --model-arg {key}=[1,2]",

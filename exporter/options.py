@@ -342,8 +342,12 @@ class ExportOptions:
     @property
     def out_dir(self) -> Path:
         """Where the bundle goes: `out`, or `<model>.bundle` in the current directory."""
-        name = self.model.removeprefix("timm/").rpartition(":")[2]
-        return self.out if self.out is not None else Path(f"{name}.bundle")
+        return self.out if self.out is not None else Path(f"{self.short_name}.bundle")
+
+    @property
+    def short_name(self) -> str:
+        """The model's, without what a file cannot be called: `vit` of `nets/vit.py:vit`."""
+        return self.model.removeprefix("timm/").rpartition(":")[2]
 
     @property
     def crop_size(self) -> tuple[int, int] | None:

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,21 @@ _INTERRUPTED = {
 def current() -> Outcome:
     """The outcome of the command that runs now."""
     return _current
+
+
+@contextlib.contextmanager
+def printing() -> Iterator[None]:
+    """For what is printed before the verdict: that nobody reads on (`| head`) changes no exit code."""
+    try:
+        yield
+    except (BrokenPipeError, SystemExit):  # Rich ends the program
+        _silence()
+
+
+def _silence() -> None:
+    """Or the flush at the end of the program fails, too."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _json_path(arguments: Sequence[str]) -> Path | None:
@@ -130,10 +145,9 @@ def execute(app: click.Command, given: Sequence[str]) -> int:
     except MemoryError as failure:
         code, error = EnvironmentFailureError.exit_code, _out_of_memory(failure)
     except (BrokenPipeError, SystemExit):
-        # Rich ends the program when nobody reads on. Output comes last: with results there, all else is done.
+        # With results there, all else is done: what may fail after them is told first, or prints in `printing`.
         code = 0 if _current.document else 1
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _silence()
     except OSError as failure:
         code = EnvironmentFailureError.exit_code
         where = f"{failure.filename}: " if failure.filename else ""

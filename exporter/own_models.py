@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import difflib
 import importlib
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from calibration.errors import BadInputError, UsageError
 from exporter import weights as weights_room
@@ -27,6 +29,9 @@ from exporter.options import ExportOptions
 from exporter.preprocessing import read_preprocess, resized
 from exporter.spec import ModelSpec
 
+_files: dict[tuple[Path, int], ModuleType] = {}
+"""Those that were imported, by place and time of their last change: registries take a name but once."""
+
 
 def _imported(source: str, model: str) -> ModuleType:
     """The module of `FILE.py` or of `package.module`; what it imports from beside it is found."""
@@ -34,11 +39,14 @@ def _imported(source: str, model: str) -> ModuleType:
     is_file = source.endswith(".py")
     if is_file and not path.is_file():
         raise BadInputError(f"{model}: no such file: {source}", hint="give FILE.py:FUNCTION")
+    known = (path.resolve(), path.stat().st_mtime_ns) if is_file else None
+    if known in _files:
+        return _files[known]
     folder = str(path.resolve().parent if is_file else Path.cwd())
     if folder not in sys.path:  # kept there: functions import when they are called, too
-        sys.path.insert(0, folder)
+        sys.path.append(folder)  # last: a profile.py in it is not the standard library's
     try:
-        if not is_file:
+        if known is None:
             return importlib.import_module(source)
         name = f"export_zoo_user_{path.stem}"
         found = importlib.util.spec_from_file_location(name, path)
@@ -57,6 +65,7 @@ def _imported(source: str, model: str) -> ModuleType:
             f"{model}: {source} cannot be imported: {type(error).__name__}: {error}",
             hint="it must import where export-zoo runs; for relative imports give package.module:FUNCTION",
         ) from error
+    _files[known] = module
     return module
 
 
@@ -67,7 +76,8 @@ def _factory(model: str) -> Callable[..., Any]:
             f"model {model!r}: not FILE.py:FUNCTION or package.module:FUNCTION",
             hint="for example models/net.py:build",
         )
-    module = _imported(source, model)
+    with contextlib.redirect_stdout(sys.stderr):
+        module = _imported(source, model)
     found = getattr(module, name, None)
     if not callable(found):
         named = [n for n in vars(module) if callable(getattr(module, n)) and not n.startswith("_")]
@@ -76,10 +86,12 @@ def _factory(model: str) -> Callable[..., Any]:
             f"{model}: {source} has no function {name!r}",
             hint=f"did you mean {' or '.join(near)}?" if near else "name a function that returns the network",
         )
-    return (lambda: found) if isinstance(found, nn.Module) else found
+    # A copy: it is kept with its file, and weights are loaded into what is exported.
+    return (lambda: copy.deepcopy(found)) if isinstance(found, nn.Module) else found
 
 
-def _made(model: str, arguments: Mapping[str, Any], seed: int) -> nn.Module:
+def _made(model: str, arguments: Mapping[str, Any], seed: int, size: tuple[int, int]) -> nn.Module:
+    """In eval mode, on the CPU, with the types of its weights as they are."""
     factory = _factory(model)
     shown = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
     try:
@@ -101,14 +113,24 @@ def _made(model: str, arguments: Mapping[str, Any], seed: int) -> nn.Module:
                 f"{model}: called with ({shown}), it raises {type(error).__name__}: {error}",
                 hint="--num-classes and --model-arg become its keyword arguments",
             ) from error
-    while isinstance(made, nn.Module) and isinstance(inner := _wrapped(made), nn.Module):
-        made = inner
+        while isinstance(made, nn.Module) and isinstance(inner := _wrapped(made), nn.Module):
+            made = inner
+        if isinstance(made, nn.Module):
+            made = made.cpu().eval()
+            _materialize(made, size)
     if not isinstance(made, nn.Module) or isinstance(made, torch.jit.ScriptModule):
         raise BadInputError(
             f"{model}: returns {type(made).__name__}, not a torch.nn.Module",
             hint="name a function that returns the network, not scripted or traced",
         )
-    return made.eval()
+    return made
+
+
+def _materialize(module: nn.Module, size: tuple[int, int]) -> None:
+    """Give lazy layers their shapes, which a first run decides."""
+    if any(isinstance(part, LazyModuleMixin) for part in module.modules()):
+        with contextlib.suppress(Exception), torch.no_grad(), contextlib.redirect_stdout(sys.stderr):
+            module(torch.zeros(2, 3, *size))  # where it does not run, `outputs_of` says so
 
 
 def _wrapped(module: nn.Module) -> object:
@@ -139,14 +161,15 @@ def resolve(options: ExportOptions) -> ModelSpec:
         )
     preprocess, labels = read_preprocess(options.preprocess)
     preprocess = resized(preprocess, options)
-    module = _made(model, _arguments(options.model_args, options.num_classes), options.seed)
+    size = (preprocess.crop_height, preprocess.crop_width)
+    module = _made(model, _arguments(options.model_args, options.num_classes), options.seed, size)
     kinds = {str(p.dtype).removeprefix("torch.") for p in module.parameters() if p.is_floating_point()}
     notes = tuple(
         f"{model}: its weights are {kind}: exported, and compared, as float32"
         for kind in sorted(kinds - {"float32"})
     )
     module = module.float()
-    outputs = outputs_of(module, preprocess.crop_height, preprocess.crop_width, model)
+    outputs = outputs_of(module, *size, model)
     weights = weights_files.chosen(options, "factory", "as the factory returns them")
     if weights.kind == "factory":
         weights = dataclasses.replace(weights, sha256=weights_room.state_digest(module))
@@ -170,4 +193,5 @@ def construct(spec: ModelSpec, state: Mapping[str, torch.Tensor] | None) -> nn.M
     """The network as the factory returns it."""
     del state
     arguments = _arguments(spec.model_args, spec.num_classes_given)
-    return _made(f"{spec.factory_path}:{spec.name}", arguments, spec.seed).float()
+    size = (spec.preprocess.crop_height, spec.preprocess.crop_width)
+    return _made(f"{spec.factory_path}:{spec.name}", arguments, spec.seed, size).float()

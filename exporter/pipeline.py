@@ -243,6 +243,9 @@ def _run(context: Context) -> ExportResult:
         if folder is not None:
             check_folder(folder, option)  # before weights are downloaded
     spec = stages.resolve_model(context)
+    if options.out is None:
+        named = {"zoo": spec.zoo, "name": spec.name, "factory": spec.factory}
+        publish.check_same_network(options.out_dir, named)
     model = stages.EagerModel(spec)
     chosen = choose_images(context, spec)
     exported = stages.export_graph(context, spec, model)

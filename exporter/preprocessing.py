@@ -6,11 +6,11 @@ import json
 import math
 from pathlib import Path
 
-import yaml
 from pydantic import Field, ValidationError, ValidationInfo, field_validator
 
 from calibration.errors import BadInputError, first_of
 from calibration.preprocess import Preprocess
+from exporter import yaml_text
 from exporter.options import ExportOptions
 
 
@@ -37,13 +37,13 @@ def read_preprocess(path: Path) -> tuple[Preprocess, tuple[str, ...]]:
     """
     hint = "see docs/usage.md, `--preprocess`"
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        document = yaml_text.load(path.read_text(encoding="utf-8"))
         found = PreprocessFile.model_validate(document)
     except OSError as error:
         raise BadInputError(f"--preprocess {path}: cannot be read: {error.strerror}", hint=hint) from error
     except ValidationError as error:
         raise BadInputError(f"--preprocess {path}: {first_of(error)}", hint=hint) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml_text.YAMLError, UnicodeDecodeError) as error:
         raise BadInputError(
             f"--preprocess {path}: neither JSON nor YAML: {' '.join(str(error).split())}", hint=hint
         ) from error

@@ -12,8 +12,9 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from calibration.errors import UsageError
 from calibration.files import replacing
@@ -60,13 +61,36 @@ def check_destination(out: Path) -> None:
             )
 
 
+def check_same_network(out: Path, source: Mapping[str, Any]) -> None:
+    """Refuse to put a bundle in the place of another network's, where the place was not chosen but by default.
+
+    Args:
+        source: what must be equal in the manifest's `recipe.source`.
+
+    Raises:
+        UsageError: it is another's.
+    """
+    found = (_manifest(out) or {}).get("recipe", {}).get("source", {})
+    for key, value in source.items():
+        if found and found.get(key) != value:
+            raise UsageError(
+                f"{out}: holds the bundle of another network ({key} {found.get(key)!r}, not {value!r})",
+                hint="give another --out, or remove that one",
+            )
+
+
 def _is_bundle(directory: Path) -> bool:
-    """It has a manifest of ours, of whatever version; `manifest.json` is a common name."""
+    return _manifest(directory) is not None
+
+
+def _manifest(directory: Path) -> dict[str, Any] | None:
+    """A manifest of ours, of whatever version; `manifest.json` is a common name."""
     try:
         document = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return False
-    return isinstance(document, dict) and {"schema_version", "recipe", "artifacts"} <= document.keys()
+        return None
+    ours = isinstance(document, dict) and {"schema_version", "recipe", "artifacts"} <= document.keys()
+    return document if ours else None
 
 
 @contextlib.contextmanager

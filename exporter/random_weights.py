@@ -43,11 +43,17 @@ def _last_norm_of_branch(block: nn.Module) -> nn.BatchNorm2d | None:
 def make_usable(model: nn.Module, spec: ModelSpec) -> None:
     """Give random weights logits that vary with the input, so that parity has something to compare.
 
+    The user's own network gets its layers' own initialization, whatever weights its function gave it.
+
     ViT's head is initialized to zero and ConvNeXt's layer scale to 1e-6; BatchNorm's untrained statistics let
     activations vanish or explode, and are estimated on a few seeded images instead. Residual branches start
     small, as in training (Goyal et al. 2017, arXiv 1706.02677, section 5.1, start at 0): at full strength a random
     ResNet is so chaotic that one flipped rounding tie decides its answer.
     """
+    if spec.zoo == "python":  # the user's function may have loaded trained ones
+        for module in model.modules():
+            if callable(reset := getattr(module, "reset_parameters", None)):
+                reset()
     lasts = [last for module in model.modules() if (last := _last_norm_of_branch(module)) is not None]
     gain = min(RESIDUAL_GAIN, max(1, len(lasts)) ** -0.5)
     for last_norm in lasts:

@@ -101,7 +101,7 @@ def read_ranges(context: Context, spec: ModelSpec, graph: Path, chosen: ChosenIm
         ranges = Ranges.read(path)
         for what, have, want in (
             ("graph (weights, input size, versions)", ranges.graph_sha256, sha256_of(graph)),
-            ("preprocessing", ranges.preprocess, spec.preprocess),
+            ("preprocessing", ranges.preprocess.figures(), spec.preprocess.figures()),
         ):
             if have != want:
                 raise BadInputError(

@@ -102,4 +102,4 @@ class ModelSpec:
         """Hashable identity: where files lie does not count, nor do the labels."""
         left_out = ("weights_path", "labels", "preprocess", "factory_path", "notes")
         fields = {k: v for k, v in asdict(self).items() if k not in left_out}
-        return {**fields, "preprocess": self.preprocess.model_dump(exclude={"source"})}
+        return {**fields, "preprocess": self.preprocess.figures()}

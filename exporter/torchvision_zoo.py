@@ -145,7 +145,7 @@ def model_argument(key: str, text: str) -> Any:
     """
     if key in _OTHER_OPTIONS:
         raise UsageError(f"--model-arg {key}: use {_OTHER_OPTIONS[key]}", hint="leave it out")
-    return value_of(key, text)
+    return value_of(key, text, layers=True)
 
 
 def resolve(options: ExportOptions) -> ModelSpec:

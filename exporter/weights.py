@@ -7,8 +7,9 @@ import hashlib
 import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -53,6 +54,8 @@ class Loaded:
     """A state dict, where in the file it was, what else is there, and the names that were left out."""
 
     state: dict[str, torch.Tensor]
+    versions: Mapping[str, Any] = field(default_factory=dict)
+    """Of each module's state, by the module's name, as PyTorch keeps them; none in safetensors and plain mappings."""
     entry: str = ""
     others: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
@@ -150,6 +153,7 @@ def read_weights(path: Path, reading: Reading = Reading()) -> Loaded:
             + ("" if reading.allow_pickle else "; --allow-pickle, if you trust it, runs the code in it"),
         ) from error
     loaded, entry, others = _entry(path, loaded, reading.key)
+    versions = dict(getattr(loaded, "_metadata", {}))
     if isinstance(loaded, Mapping):  # of torch.optim.swa_utils.AveragedModel
         loaded = {name: value for name, value in loaded.items() if name != "n_averaged"}
     if (
@@ -168,6 +172,11 @@ def read_weights(path: Path, reading: Reading = Reading()) -> Loaded:
         for prefix in _PREFIXES:
             if all(name.startswith(prefix) for name in state):
                 state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+                versions = {
+                    f"{name}.".removeprefix(prefix)[:-1]: version
+                    for name, version in versions.items()
+                    if f"{name}.".startswith(prefix)
+                }
                 stripped = True
     for old, new in reading.renames:
         if not any(name.startswith(old) for name in state):
@@ -175,7 +184,12 @@ def read_weights(path: Path, reading: Reading = Reading()) -> Loaded:
                 f"--rename {old}={new}: no name in {path} begins with {old!r}",
                 hint=f"it has: {_shown(list(state))}",
             )
-        renamed = {(new + n.removeprefix(old) if n.startswith(old) else n): t for n, t in state.items()}
+
+        def named(name: str, old: str = old, new: str = new) -> str:
+            return new + name.removeprefix(old) if name.startswith(old) else name
+
+        renamed = {named(name): tensor for name, tensor in state.items()}
+        versions = {named(f"{name}.").removesuffix("."): version for name, version in versions.items()}
         if len(renamed) < len(state):
             raise UsageError(f"--rename {old}={new}: two names become one", hint="choose another prefix")
         state = renamed
@@ -188,7 +202,7 @@ def read_weights(path: Path, reading: Reading = Reading()) -> Loaded:
             )
         skipped += matched
         state = {name: tensor for name, tensor in state.items() if name not in matched}
-    return Loaded(state, entry, others, tuple(skipped))
+    return Loaded(state, versions, entry, others, tuple(skipped))
 
 
 def _shown(names: Sequence[str]) -> str:
@@ -196,18 +210,24 @@ def _shown(names: Sequence[str]) -> str:
 
 
 def load_into(
-    model: nn.Module, state: dict[str, torch.Tensor], *, origin: str, init_missing: Sequence[str]
+    model: nn.Module,
+    state: dict[str, torch.Tensor],
+    *,
+    origin: str,
+    init_missing: Sequence[str],
+    versions: Mapping[str, Any] | None = None,
 ) -> list[str]:
     """Load a state dict strictly; returns the parameters left at their (seeded) random initialization.
 
     Args:
+        versions: of modules' states, as `Loaded` has them: a module brings an older one up to date as it is loaded.
         init_missing: glob patterns of parameters that may be missing or of another shape: a new head.
 
     Raises:
         BadInputError: keys are missing, unexpected or mis-shaped; the message lists them.
     """
-    # Old DenseNet checkpoints have names from before modules could hold dots. A plain dict has no version
-    # metadata: modules then apply their own renaming of old checkpoints (ViT's MLP, BatchNorm's counter).
+    # Old DenseNet checkpoints have names from before modules could hold dots. Without versions modules apply their
+    # own renaming of old checkpoints (ViT's MLP, BatchNorm's counter).
     state = {(f"{m[1]}{m[2]}" if (m := _DENSENET.match(name)) else name): t for name, t in state.items()}
     wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
     kinds = {n: t.dtype for n, t in model.state_dict().items() if n in state and t.is_floating_point()}
@@ -218,8 +238,10 @@ def load_into(
         )
     misshaped = [name for name in wanted if name in state and state[name].shape != wanted[name]]
     given = OrderedDict((name, tensor) for name, tensor in state.items() if name not in misshaped)
-    if isinstance(model, MNASNet):  # refuses a state dict that does not say; 2 is what torchvision publishes
-        given._metadata = {"": {"version": 2}}  # type: ignore[attr-defined]
+    # MNASNet refuses a state dict that does not say its version; 2 is what torchvision publishes.
+    usual = {name: {"version": 2} for name, module in model.named_modules() if isinstance(module, MNASNet)}
+    if known := {**usual, **(versions or {})}:
+        given._metadata = known  # type: ignore[attr-defined]
     try:
         result = model.load_state_dict(given, strict=False)
     except (RuntimeError, ValueError) as error:
@@ -263,7 +285,8 @@ _ARCHITECTURE = "is it the state dict of this architecture? --init-missing PATTE
 
 def _advice(state: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Size], wrong: Sequence[str]) -> str:
     """What would fit: another head or input size is the usual reason."""
-    head = [name for name in wanted if name.endswith("weight")][-1].rpartition(".")[0]
+    weights = [name for name in wanted if name.endswith(".weight")]  # none where all are parametrized
+    head = weights[-1].removesuffix(".weight") if weights else ""
     if f"{head}.weight" in wrong:
         found, expected = state[f"{head}.weight"].shape[0], wanted[f"{head}.weight"][0]
         # The auxiliary heads of googlenet and inception_v3 change with the head.

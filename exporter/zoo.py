@@ -38,6 +38,8 @@ def resolve(options: ExportOptions) -> ModelSpec:
     if options.fully_convolutional:
         fully_convolutional.check(options.model)
     spec: ModelSpec = room.resolve(options)
+    if spec.weights_path is None:
+        _refuse_without_file(options)
     size = (spec.preprocess.crop_height, spec.preprocess.crop_width)
     for output in spec.outputs:
         if spec.sizes is not None and len(output.shape) > 1 and output.shape[1:] != size:
@@ -61,6 +63,22 @@ def _refuse_torchvisions(options: ExportOptions) -> None:
     ):
         if given is not None:
             raise UsageError(f"{option}: {options.model} is no model of torchvision", hint="leave it out")
+
+
+def _refuse_without_file(options: ExportOptions) -> None:
+    """Or an untrained network would be exported where one forgot --weights."""
+    for option, given in (
+        ("--weights-key", options.weights_key),
+        ("--rename", options.renames),
+        ("--skip-weights", options.skip_weights),
+        ("--init-missing", options.init_missing),
+        ("--allow-pickle", options.allow_pickle),
+    ):
+        if given:
+            raise UsageError(
+                f"{option}: {options.model} reads no weights file",
+                hint="give --weights FILE, or leave it out",
+            )
 
 
 def footprint(spec: ModelSpec) -> memory.Footprint | None:
@@ -107,7 +125,16 @@ def build(spec: ModelSpec) -> tuple[nn.Module, weights_room.LoadReport]:
             make_usable(model, spec)
         elif state is not None:
             initialized = weights_room.load_into(
-                model, state, origin=str(spec.weights_path), init_missing=spec.init_missing
+                model,
+                state,
+                origin=str(spec.weights_path),
+                init_missing=spec.init_missing,
+                versions=loaded.versions,
+            )
+        elif weights_room.state_digest(model) != spec.weights_sha256:  # it is made twice
+            raise BadInputError(
+                f"{spec.name}: has other weights each time that it is made",
+                hint="seed what draws random numbers: PyTorch's are seeded, NumPy's and Python's are not",
             )
     if spec.fully_convolutional:
         p = spec.preprocess

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
 from typing import NamedTuple
 
 import torch
 from torch import nn
+from torchvision.models import mnasnet0_5
 
 
 def padded(mode: str = "zeros", num_classes: int = 10) -> nn.Module:
@@ -209,6 +211,68 @@ class Gray(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.conv(x).mean(dim=(2, 3))
+
+
+class Double(nn.Module):
+    """Logits that a prior in double precision is added to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.prior = nn.Linear(3, 4), torch.zeros(4, dtype=torch.float64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x.mean(dim=(2, 3))) + self.prior
+
+
+class Masked(nn.Module):
+    """A class that is never chosen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x.mean(dim=(2, 3))) + torch.tensor([0.0, 0.0, 0.0, -torch.inf])
+
+
+class Lazy(nn.Module):
+    """Layers that learn their shapes when they are run first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.LazyConv2d(8, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.LazyLinear(6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body(x)
+
+
+class Inner(nn.Module):
+    """torchvision's MNASNet, which refuses a state dict of no version, as a part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = mnasnet0_5(weights=None, num_classes=6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body(x)
+
+
+def unseeded() -> nn.Module:
+    """Other weights each time."""
+    network = padded()
+    nn.init.constant_(network.head.bias, next(_numbers))
+    return network
+
+
+def trained() -> nn.Module:
+    """Weights that the function loads itself."""
+    network = padded()
+    for parameter in network.parameters():
+        nn.init.constant_(parameter, 0.5)
+    return network
+
+
+_numbers = itertools.count()
 
 
 def breaks() -> nn.Module:

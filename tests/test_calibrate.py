@@ -152,6 +152,19 @@ def test_a_file_that_is_none_is_refused_before_any_work(cli, arguments, tmp_path
         assert done.json["stages"] == []
 
 
+def test_the_same_preprocessing_under_another_name_belongs(cli, arguments, tmp_path):
+    """`source` is for people: of a file with another name, say."""
+    parts = [calibrated(cli, arguments, tmp_path / f"{i}.json", "--shard", f"{i}/2") for i in (1, 2)]
+    document = json.loads(parts[1].read_text())
+    document["preprocess"]["source"] = "p.yaml"
+    parts[1].write_text(json.dumps(document))
+    done = cli("calibrate", "--merge", *reversed(parts), "--out", tmp_path / "merged.json")
+    assert done.code == 0, done.err
+    export = [*arguments, "--precision", "int8", "--steps", "none", "--method", "minmax"]
+    done = cli(*export, "--ranges", tmp_path / "merged.json", "--out", tmp_path / "out")
+    assert done.code == 0, done.err
+
+
 def test_shards_that_do_not_belong_together_are_refused(cli, arguments, tmp_path):
     first = calibrated(cli, arguments, tmp_path / "1.json", "--shard", "1/2")
     done = cli("calibrate", "--merge", first, first, "--out", tmp_path / "merged.json")

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -12,6 +15,8 @@ import pytest
 from calibration.errors import EnvironmentFailureError, UsageError
 from exporter import matrix_plan, matrix_report, matrix_run
 from exporter.cli import main
+from exporter.matrix_inputs import _of_folder as fingerprinted
+from exporter.matrix_inputs import fingerprints
 from exporter.matrix_run import CellResult
 
 ROOT = Path(__file__).parent.parent
@@ -71,6 +76,18 @@ exclude:
     assert arguments["vgg11-onnxruntime-fp32"] == (*shared, "--input-size=96")
     assert arguments["vgg11-onnxruntime-int8"] == ("--weights=DEFAULT", *shared[1:], "--input-size=64")
     assert [cell.excluded for cell in found] == ["", "too old", "", ""]
+
+
+def test_text_with_colons_needs_no_quotes(tmp_path):
+    """In YAML 1.1 `1:4:8` is 3848."""
+    (cell,) = planned(tmp_path, MINIMAL + "options: {batch: 1:4:8}\n")
+    assert cell.arguments == ("--batch=1:4:8",)
+
+
+def test_two_networks_that_would_share_a_name_are_refused(tmp_path):
+    text = MINIMAL.replace("[resnet18]", "['v1/net.py:build', 'v1-net.py:build']")
+    with pytest.raises(UsageError, match=r"would both be called v1-net\.py-build-onnxruntime-fp32"):
+        planned(tmp_path, text)
 
 
 def test_a_job_is_a_part_of_the_matrix_with_options_of_its_own(tmp_path):
@@ -239,6 +256,83 @@ def test_a_second_run_takes_what_is_done_and_runs_what_is_not(ran, monkeypatch):
     matrix_run._store(out / "results", result)
 
 
+def test_a_cell_is_run_again_when_its_files_changed(ran, tmp_path, monkeypatch):
+    cell, out, result = ran
+    images = tmp_path / "images"
+    images.mkdir()
+    (images / "a.png").write_bytes(b"1")
+    (tmp_path / "net.py").write_text("build = 1\n")
+    (tmp_path / "best.pth").write_bytes(b"1")
+    arguments = (*cell.arguments, f"--calib={images}", f"--weights={tmp_path / 'best.pth'}")
+    given = dataclasses.replace(cell, model=f"{tmp_path / 'net.py'}:build", arguments=arguments)
+    made = []
+
+    def run_cell(cell, bundle, **_):
+        made.append(cell.name)
+        bundle.mkdir(exist_ok=True)
+        return dataclasses.replace(
+            result, model=cell.model, command=tuple(cell.command()), inputs=fingerprints(cell) or {}
+        )
+
+    monkeypatch.setattr(matrix_run, "run_cell", run_cell)
+    changes = [
+        lambda: None,
+        lambda: (images / "b.png").write_bytes(b"2"),
+        lambda: (tmp_path / "net.py").write_text("build = 2\n"),
+        lambda: (tmp_path / "beside.py").write_text("build = 3\n"),
+        lambda: (tmp_path / "best.pth").write_bytes(b"2"),
+    ]
+    for runs, change in enumerate(changes, 1):
+        change()
+        fingerprinted.cache_clear()  # as another process
+        for _ in range(2):
+            matrix_run.run([given], out, seconds=1)
+            assert len(made) == runs
+    package = dataclasses.replace(cell, model="package.module:build")
+    for _ in range(2):
+        matrix_run.run([package], out, seconds=1)
+    assert len(made) == len(changes) + 2, "a package's code may be anywhere"
+
+
+def test_a_run_that_is_stopped_leaves_no_old_result(ran, monkeypatch):
+    cell, out, result = ran
+
+    def run_cell(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(matrix_run, "run_cell", run_cell)
+    with pytest.raises(KeyboardInterrupt):
+        matrix_run.run([cell], out, seconds=1, again=True)
+    assert cell.name not in matrix_run.stored(out / "results")
+    matrix_run._store(out / "results", result)
+
+
+def test_a_cell_gets_what_its_container_has_left(monkeypatch):
+    monkeypatch.setattr(matrix_run, "available_memory", lambda: 8 << 30)
+    assert matrix_run._budget(None) == 7 << 30
+
+
+def test_a_failed_gate_is_told_by_the_exit_code_though_nobody_reads_on(ran, tmp_path):
+    _, out, result = ran
+    matrix_run._store(out / "results", dataclasses.replace(result, status="failed", gate=True, reason="sqnr"))
+    path = write(tmp_path / "m.yaml", SMALL)
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = ["matrix", str(path), "--out", str(out), "--stored", "--json", str(tmp_path / "r.json")]
+    done = subprocess.run(
+        [sys.executable, "-m", "exporter.cli", *command],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+        cwd=ROOT,
+    )
+    os.close(writer)
+    matrix_run._store(out / "results", result)
+    assert done.returncode == 3, done.stderr
+    assert json.loads((tmp_path / "r.json").read_text())["exit_code"] == 3
+
+
 def test_a_cell_that_takes_too_long_or_too_much_memory_is_ended(ran, tmp_path):
     cell, _, _ = ran
     late = matrix_run.run_cell(cell, tmp_path / "a.bundle", seconds=0.5, memory=None)
@@ -285,7 +379,7 @@ override:
 
 
 def test_without_a_failed_gate_the_exit_code_is_that_of_bad_input(tmp_path, monkeypatch):
-    failed = CellResult("vgg11", "onnxruntime", "fp32", (), "failed", "killed by signal 11")
+    failed = CellResult("resnet18", "onnxruntime", "fp32", (), "failed", "killed by signal 11")
     monkeypatch.setattr(matrix_run, "run", lambda *_, **__: [failed])
     path = write(tmp_path / "m.yaml", MINIMAL)
     assert main(["matrix", str(path), "-q"]) == 5
@@ -309,6 +403,10 @@ def test_stored_results_are_told_without_running_anything(ran, tmp_path, monkeyp
     assert f"| {cell.model} | {cell.engine} | ok | verified | 64x64 |" in page.read_text()
     assert result.date[:10] in page.read_text()
     assert main(["matrix", str(path), "--out", str(tmp_path / "none"), "--stored"]) == 2
+    other = write(tmp_path / "other.yaml", SMALL.replace("1:2:3", "1:2:4"))
+    assert main(["matrix", str(other), "--out", str(out), "--stored", "--markdown", str(page)]) == 0
+    assert "1 result(s) are of other options" in capsys.readouterr().err
+    assert "Of other options than the file has now: squeezenet1_1-onnxruntime-fp32." in page.read_text()
     excluded = path.read_text() + "exclude: [{models: squeezenet1_1, precisions: fp16, reason: slow}]\n"
     assert main(["matrix", str(write(path, excluded)), "--out", str(out), "--stored"]) == 0
     assert "1 ok, 1 excluded" in capsys.readouterr().out

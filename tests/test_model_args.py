@@ -13,6 +13,7 @@ from torchvision import models
 from calibration.errors import BadInputError, UsageError
 from engines.bundle import read_manifest
 from exporter import torchvision_zoo, zoo
+from exporter.model_arguments import value_of
 from exporter.options import ExportOptions, parse_model_args
 
 SMALL = ["--weights", "none", "--input-size", "64", "--verify-images", "32", "--batch", "1:2:3"]
@@ -43,6 +44,28 @@ def test_layers_are_classes_of_torch_nn(text):
     assert torchvision_zoo.model_argument("norm_layer", text).func is nn.GroupNorm
     assert isinstance(torchvision_zoo.model_argument("norm_layer", text), partial)
     assert torchvision_zoo.model_argument("activation_layer", "SiLU") is nn.SiLU
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("eps", "1e-6", 1e-6),
+        ("ratio", "1:4:8", "1:4:8"),
+        ("answer", "no", "no"),
+        ("n_layer", "12", 12),
+        ("act_layer", "relu", "relu"),
+        ("norm_layer", "LayerNorm2d", "LayerNorm2d"),
+        ("norm_layer", "LayerNorm", nn.LayerNorm),
+    ],
+)
+def test_values_are_those_of_yaml_1_2_and_other_networks_take_names_for_layers(key, text, value):
+    assert value_of(key, text) == value
+
+
+@pytest.mark.parametrize(("key", "text"), [("when", "2024-13-45"), ("norm_layer", "GrupNorm(8)")])
+def test_what_is_neither_value_nor_layer_is_refused(key, text):
+    with pytest.raises(UsageError, match=f"--model-arg {key}="):
+        value_of(key, text)
 
 
 @pytest.mark.parametrize(

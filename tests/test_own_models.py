@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -15,6 +16,7 @@ import onnx
 import pytest
 import torch
 from own_networks import Pixels, TwoHeads, padded
+from safetensors.torch import save_file
 
 import engines
 from calibration.errors import BadInputError, UsageError
@@ -171,6 +173,9 @@ def test_a_module_beside_the_shell_is_found(preprocess, tmp_path):
         ("{}:Trains", "puts norm into training mode", "eval mode"),
         ("{}:Branches", "torch.onnx.export refuses the network: .*[Dd]ata-dependent", "no branch on values"),
         ("{}:scripted", "returns RecursiveScriptModule", "not scripted"),
+        ("{}:Double", "output 'logits' is float64, not float32", ".float()"),
+        ("{}:Masked", "output 'logits' is not finite", "-inf"),
+        ("{}:unseeded", "has other weights each time that it is made", "seed"),
         ("{}:Clashes", "output 'input' has the name of the input", "another name"),
         ("no.such.package:build", "no module 'no' here", "FILE.py"),
         ("json:nothing", "has no function", "network"),
@@ -194,6 +199,11 @@ def test_what_is_no_network_is_refused_with_the_reason(cli, preprocess, tmp_path
         ("{}:padded", {"preprocess": None}, "needs --preprocess FILE"),
         ("{}:padded", {"preprocess": None, "transforms": "DEFAULT"}, "--transforms"),
         ("{}:padded", {"transform_input": True}, "--transform-input"),
+        ("{}:padded", {"weights_key": "ema"}, "--weights-key: .* reads no weights file"),
+        ("{}:padded", {"renames": (("a", "b"),)}, "--rename: .* reads no weights file"),
+        ("{}:padded", {"skip_weights": ("a*",)}, "--skip-weights: .* reads no weights file"),
+        ("{}:padded", {"init_missing": ("a*",)}, "--init-missing: .* reads no weights file"),
+        ("{}:padded", {"allow_pickle": True}, "--allow-pickle: .* reads no weights file"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(preprocess, model, given, message):
@@ -218,6 +228,81 @@ def test_code_that_does_not_import_is_named(preprocess, tmp_path):
 def test_a_network_is_called_by_the_name_of_its_function():
     assert ExportOptions("nets/net.py:build").out_dir == Path("build.bundle")
     assert ExportOptions("timm/resnet18").out_dir == Path("resnet18.bundle")
+    assert ExportOptions("timm/resnet18.a1_in1k").short_name == "resnet18.a1_in1k"
+
+
+def test_a_default_bundle_does_not_take_the_place_of_another_networks(cli, preprocess, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in "ab":
+        (tmp_path / f"{name}.py").write_text(f"from own_networks import Registered as build  # {name}\n")
+    assert cli("a.py:build", *SMALL, "--preprocess", preprocess).code == 0
+    before = (tmp_path / "build.bundle" / "manifest.json").read_bytes()
+    other = cli("b.py:build", *SMALL, "--preprocess", preprocess)
+    assert other.code == 2
+    assert "build.bundle: holds the bundle of another network" in other.json["error"]["message"]
+    assert (tmp_path / "build.bundle" / "manifest.json").read_bytes() == before
+    assert cli("a.py:build", *SMALL, "--preprocess", preprocess).code == 0, "the same one again"
+
+
+def test_a_file_is_imported_once_and_again_when_it_changed(preprocess, tmp_path):
+    """Registries take a name once."""
+    path = tmp_path / "net.py"
+    text = "import own_networks as o\nassert not hasattr(o, 'known_{0}')\no.known_{0} = True\n"
+    path.write_text(text.format(1) + "def build(): return o.padded()\n")
+    options = ExportOptions(f"{path}:build", preprocess=preprocess)
+    assert zoo.build(zoo.resolve(options))[0](torch.zeros(1, 3, 64, 64)).shape == (1, 10)
+    path.write_text(text.format(2) + "def build(): return o.padded(num_classes=7)\n")
+    os.utime(path, ns=(0, 1))
+    assert zoo.resolve(options).num_classes == 7
+
+
+def test_a_module_of_a_file_is_not_changed_by_weights_that_are_loaded(preprocess, tmp_path):
+    given = {name: torch.zeros_like(value) for name, value in padded().state_dict().items()}
+    torch.save(given, tmp_path / "net.pth")
+    plain = resolved("made", preprocess)
+    zoo.build(resolved("made", preprocess, weights=str(tmp_path / "net.pth")))
+    assert resolved("made", preprocess).weights_sha256 == plain.weights_sha256
+
+
+def test_what_lies_beside_a_file_does_not_hide_the_standard_library(preprocess, tmp_path):
+    (tmp_path / "profile.py").write_text("raise SystemExit('a script of the user')\n")
+    (tmp_path / "net.py").write_text("from own_networks import padded as build\n")
+    zoo.resolve(ExportOptions(f"{tmp_path / 'net.py'}:build", preprocess=preprocess))
+    found = importlib.util.find_spec("profile")
+    assert found is not None
+    assert tmp_path not in Path(found.origin).parents
+
+
+def test_lazy_layers_get_their_shapes(preprocess, tmp_path):
+    spec = resolved("Lazy", preprocess)
+    network, _ = zoo.build(spec)
+    assert network.body[3].weight.shape == (6, 8 * 31 * 31)
+    torch.save(network.state_dict(), tmp_path / "net.pth")
+    again, _ = zoo.build(resolved("Lazy", preprocess, weights=str(tmp_path / "net.pth"), seed=3))
+    assert torch.equal(again.body[3].weight, network.body[3].weight)
+
+
+def test_mnasnet_as_a_part_takes_safetensors(preprocess, tmp_path):
+    state = resolved_state("Inner", preprocess)
+    save_file(state, tmp_path / "net.safetensors")
+    network, _ = zoo.build(resolved("Inner", preprocess, weights=str(tmp_path / "net.safetensors")))
+    assert torch.equal(network.state_dict()["body.classifier.1.weight"], state["body.classifier.1.weight"])
+
+
+def resolved_state(function: str, preprocess: Path) -> dict[str, torch.Tensor]:
+    return {n: t.clone() for n, t in zoo.build(resolved(function, preprocess))[0].state_dict().items()}
+
+
+def test_random_weights_take_the_place_of_those_that_the_function_loads(preprocess):
+    network, _ = zoo.build(resolved("trained", preprocess, weights="none"))
+    assert network.first.weight.unique().numel() > 1
+    network, _ = zoo.build(resolved("trained", preprocess))
+    assert network.first.weight.unique().numel() == 1
+
+
+@pytest.mark.parametrize("word", ["calibrate.py:build", "nets/export.py:net", "timm/inspect"])
+def test_a_network_is_not_taken_for_a_mistyped_command(cli, word):
+    assert "no command" not in cli(word, "--weights", "none").json["error"]["message"]
 
 
 # -- several outputs ------------------------------------------------------------------------------------------------

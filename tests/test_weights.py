@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import re
+from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -816,6 +817,47 @@ def test_an_input_size_that_the_architecture_refuses_is_bad_input():
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+class _Flipped(nn.Module):
+    """Takes files of before version 2 to hold its weight with the other sign."""
+
+    _version = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *rest) -> None:
+        if local_metadata.get("version", 1) < 2:
+            state_dict[f"{prefix}weight"] = -state_dict[f"{prefix}weight"]
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "renames"),
+    [("", ()), ("module.", ()), ("net.", (("net.", ""),)), ("old.", (("old.part.", "part."),))],
+)
+def test_modules_are_told_the_version_of_what_they_load(prefix, renames, tmp_path):
+    """Or they would take it for an old one, and change it."""
+    outer = nn.Sequential(OrderedDict(part=_Flipped()))
+    saved = outer
+    for name in reversed(prefix.split(".")[:-1]):
+        saved = nn.Sequential(OrderedDict([(name, saved)]))
+    torch.save({"state_dict": saved.state_dict()}, tmp_path / "net.pth")
+    loaded = weights.read_weights(tmp_path / "net.pth", weights.Reading(renames=renames))
+    model = nn.Sequential(OrderedDict(part=_Flipped()))
+    weights.load_into(model, loaded.state, origin="net.pth", init_missing=(), versions=loaded.versions)
+    assert torch.equal(model.part.weight, torch.ones(3))
+    weights.load_into(model, loaded.state, origin="net.pth", init_missing=())
+    assert torch.equal(model.part.weight, -torch.ones(3)), "without a version it is taken for an old one"
+
+
+def test_a_network_of_parametrized_layers_refuses_plain_weights_with_their_names():
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)))
+    with pytest.raises(BadInputError, match=r"missing: 0\.bias") as error:
+        _load(model, {"other": torch.zeros(3)})
+    assert "architecture" in error.value.hint
+
+
 @pytest.mark.parametrize("model", ["mnasnet0_5", "vit_b_32", "densenet121"])
 def test_networks_that_ask_a_state_dict_for_its_version_are_loaded(model, suffix, tmp_path):
     size = {"image_size": 32} if model == "vit_b_32" else {}

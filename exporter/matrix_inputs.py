@@ -1,0 +1,56 @@
+"""What a cell's result depends on beside its command line: the files that the command line names."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cache
+from pathlib import Path
+
+from calibration.graph_io import sha256_of
+from exporter.matrix_plan import Cell
+
+_FILES = ("--weights", "--preprocess", "--ranges", "--timing-cache")
+_FOLDERS = ("--calib", "--verify")
+
+
+def fingerprints(cell: Cell) -> dict[str, str] | None:
+    """SHA-256 of each file and folder by its name on the command line; None where no file tells what is run.
+
+    Of a folder of images names and sizes count, of `FILE.py:FUNCTION` all Python files beside it; a function of a
+    package may come from anywhere.
+    """
+    found = {}
+    for argument in cell.arguments:
+        option, _, value = argument.partition("=")
+        path = Path(value)
+        if option in _FILES and path.is_file():
+            found[value] = _of_file(path.resolve(), path.stat().st_mtime_ns)
+        elif option in _FOLDERS and path.is_dir():
+            found[value] = _of_folder(path.resolve())
+    source, colon, _ = cell.model.rpartition(":")
+    if colon and not source.endswith(".py"):
+        return None
+    if colon:
+        found[cell.model] = _of_code(Path(source).resolve().parent)
+    return found
+
+
+@cache
+def _of_file(path: Path, changed: int) -> str:
+    del changed  # or a file would keep its hash for a whole run
+    return sha256_of(path)
+
+
+@cache
+def _of_folder(folder: Path) -> str:
+    combined = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        combined.update(f"{path.relative_to(folder)}\0{path.stat().st_size}\0".encode())
+    return combined.hexdigest()
+
+
+def _of_code(folder: Path) -> str:
+    combined = hashlib.sha256()
+    for path in sorted(folder.glob("*.py")):
+        combined.update(f"{path.name}\0".encode() + path.read_bytes() + b"\0")
+    return combined.hexdigest()
