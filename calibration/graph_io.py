@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 from pathlib import Path
 
@@ -23,8 +24,14 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
+_LARGE = 16 << 20
+"""Bytes of a graph's file above which earlier graphs are cleared away first."""
+
+
 def load(path: Path) -> ir.Model:
     """Read a graph; its weights stay memory-mapped where they are external."""
+    if path.stat().st_size > _LARGE:
+        gc.collect()  # a graph refers to itself: those that nobody needs any more would stay, with their weights
     model = ir.load(path)
     for value in model.graph.initializers.values():
         if isinstance(tensor := value.const_value, ir.ExternalTensor):

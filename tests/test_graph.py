@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from onnx import numpy_helper
 from torch import nn
 
+from calibration import graph_io
 from calibration.errors import BadInputError, ExportDefectError, ParityError
 from calibration.graph_io import external_files, sha256_of
 from engines.onnxruntime_engine import OnnxRuntimeEngine
@@ -594,3 +596,13 @@ def test_modules_with_equal_weights_keep_their_own_path(vit):
     modules = _modules(vit[1] / "model.onnx")
     layers = [f"encoder.layers.encoder_layer_{i}.ln_{j}" for i in (0, 1) for j in (1, 2)]
     assert [modules[node.name] for node in nodes] == [*layers, "encoder.ln"]
+
+
+def test_large_graphs_that_nobody_needs_do_not_pile_up(tmp_path):
+    """They refer to themselves: tuning a VGG loads its half gigabyte some forty times."""
+    values = [numpy_helper.from_array(np.zeros((5, 1 << 20), np.float32), "weight")]
+    made = onnx.helper.make_graph([], "large", [], [], values)
+    onnx.save(onnx.helper.make_model(made), tmp_path / "g.onnx")
+    first = weakref.ref(graph_io.load(tmp_path / "g.onnx").graph)
+    graph_io.load(tmp_path / "g.onnx")
+    assert first() is None
