@@ -111,8 +111,10 @@ def ask(port: int, text: bytes) -> bytes:
         return found
 
 
-def manners(port: int, image: bytes) -> list[str]:
+def manners(port: int, admin: int, image: bytes) -> list[str]:
     """What clients do wrong one at a time: each gets one answer, of this status, and the connection is closed."""
+    chunked = b"Transfer-Encoding: chunked\r\n"
+    begun = b"Host: x\r\n" + chunked + b"\r\n5\r\nhello\r\n"  # and never ended
     post = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\n"
     whole = post + b"Content-Length: %d\r\n" % len(image)
     form = (
@@ -130,6 +132,16 @@ def manners(port: int, image: bytes) -> list[str]:
             + b"Content-Type: multipart/form-data; boundary=x\r\nContent-Length: %d\r\n\r\n" % len(form)
             + form,
         ),
+        "chunked form": (
+            415,
+            post
+            + b"Content-Type: multipart/form-data; boundary=x\r\n"
+            + chunked
+            + b"\r\n%x\r\n" % len(form)
+            + form
+            + b"\r\n0\r\n\r\n",
+        ),
+        "chunked": (200, post + chunked + b"\r\n%x\r\n" % len(image) + image + b"\r\n0\r\n\r\n"),
         "negative": (400, post + b"Content-Length: -1\r\n\r\n"),
         "enormous": (413, post + b"Content-Length: 99999999999999999999999\r\n\r\n"),
         "late": (408, post + b"Content-Length: 1000\r\n\r\n" + b"x" * 10),
@@ -147,10 +159,25 @@ def manners(port: int, image: bytes) -> list[str]:
         ),
         "empty top": (400, whole.replace(b"predict", b"predict?top=") + b"\r\n" + image),
         "elsewhere": (404, b"GET /v2 HTTP/1.1\r\n\r\n"),
+        # None of these bodies may be waited for: what httplib reads of them is kept in memory, without a limit.
+        "POST elsewhere": (404, b"POST /v2 HTTP/1.1\r\n" + begun),
+        **{
+            method: (405, b"%s /v1/predict HTTP/1.1\r\n%s" % (method.encode(), begun))
+            for method in ("PUT", "PATCH", "DELETE", "OPTIONS")
+        },
+        "PUT without a length": (405, b"PUT /v1/predict HTTP/1.1\r\n\r\n" + b"x" * 100),
+        "GET with chunks": (200, b"GET /healthz HTTP/1.1\r\n" + begun),
+        "HEAD with chunks": (200, b"HEAD /healthz HTTP/1.1\r\n" + begun),
     }
+    asked = [(name, port, *case) for name, case in cases.items()]
+    asked += [
+        ("GET of admin", admin, 200, b"GET /healthz HTTP/1.1\r\n" + begun),
+        ("POST to admin", admin, 405, b"POST /metrics HTTP/1.1\r\n" + begun),
+        ("PUT to admin", admin, 405, b"PUT /v1/predict HTTP/1.1\r\n" + begun),
+    ]
     wrong = []
-    for name, (status, text) in cases.items():
-        answer = ask(port, text)
+    for name, where, status, text in asked:
+        answer = ask(where, text)
         if not answer.startswith(b"HTTP/1.1 %d " % status) or answer.count(b"HTTP/1.1 ") != 1:
             wrong.append(f"{name}: {answer[:200]!r}")
         if b"EXCEPTION" in answer:
@@ -210,7 +237,9 @@ def main() -> int:
         for where in (port, admin):
             if f'requests_total{{status="200"}} {answered}\n' not in get(where, "/metrics"):
                 wrong.append("the metrics tell another number of answers")
-        wrong += manners(port, (bundles / "images" / "00-baseline.jpg").read_bytes())
+        if 'request_seconds_bucket{le="0.1"}' not in get(port, "/metrics"):
+            wrong.append("the metrics' bounds are not those of the buckets")
+        wrong += manners(port, admin, (bundles / "images" / "00-baseline.jpg").read_bytes())
         wrong += second_on_the_port(command)
     finally:
         server.send_signal(signal.SIGTERM)

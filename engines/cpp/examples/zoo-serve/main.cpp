@@ -71,7 +71,6 @@ class Metrics {
   std::string text(const zoo_serve::Batcher& batcher) const {
     const std::lock_guard lock(mutex_);
     std::ostringstream out;
-    out << std::setprecision(17);  // sums grow
     out << "# TYPE zoo_serve_requests_total counter\n";
     for (const auto& [status, count] : answers_) {
       out << "zoo_serve_requests_total{status=\"" << status << "\"} " << count << '\n';
@@ -81,6 +80,7 @@ class Metrics {
       out << "zoo_serve_request_seconds_bucket{le=\"" << kBounds.at(i) << "\"} " << counts_.at(i) << '\n';
     }
     out << "zoo_serve_request_seconds_bucket{le=\"+Inf\"} " << count_ << '\n';
+    out << std::setprecision(17);  // sums grow; the labels above are 0.1, not 0.10000000000000001
     out << "zoo_serve_request_seconds_sum " << seconds_ << "\nzoo_serve_request_seconds_count " << count_ << '\n';
     out << "# TYPE zoo_serve_batches_total counter\nzoo_serve_batches_total " << batcher.batches() << '\n';
     out << "# TYPE zoo_serve_images_total counter\nzoo_serve_images_total " << batcher.images() << '\n';
@@ -147,6 +147,13 @@ class Service {
     });
     tell(server_);
     tell(admin_);
+    admin_.set_pre_routing_handler([](const auto& request, auto& response) {
+      if (reads(request)) return httplib::Server::HandlerResponse::Unhandled;
+      response.status = 405;
+      response.set_header("Allow", "GET, HEAD");
+      reply(response, {{"error", request.method + ": only GET and HEAD are served on --admin-port"}});
+      return httplib::Server::HandlerResponse::Handled;
+    });
     admin_.set_keep_alive_max_count(1);
     admin_.set_tcp_nodelay(true);
     admin_.set_socket_options(own_port);
@@ -224,10 +231,27 @@ class Service {
     metrics_.answered(status, {});
   }
 
-  // What is refused by its head: httplib would read the body to its end first.
+  // Their bodies are left unread by httplib.
+  static bool reads(const httplib::Request& request) { return request.method == "GET" || request.method == "HEAD"; }
+
+  // What is refused by its head: httplib would read the body to its end first, and for all but our own reader into
+  // memory, without a limit where it is chunked or compressed.
   httplib::Server::HandlerResponse admit(const httplib::Request& request, httplib::Response& response) {
     using Handled = httplib::Server::HandlerResponse;
-    if (request.method != "POST") return Handled::Unhandled;
+    if (reads(request)) return Handled::Unhandled;
+    if (request.method != "POST") {
+      response.set_header("Allow", "GET, HEAD, POST");
+      refuse(response, 405, request.method + ": POST an image to /v1/predict");
+      return Handled::Handled;
+    }
+    if (request.path != "/v1/predict") {
+      refuse(response, 404, request.path + ": POST the image to /v1/predict");
+      return Handled::Handled;
+    }
+    if (request.is_multipart_form_data()) {  // httplib would throw at one that is chunked
+      refuse(response, 415, "a form: send the image itself, curl --data-binary @cat.jpg");
+      return Handled::Handled;
+    }
     const auto length = request.get_header_value("Content-Length");
     if (length.empty()) {
       if (request.has_header("Transfer-Encoding")) return Handled::Unhandled;
@@ -242,10 +266,6 @@ class Service {
     }
     if (failed != std::errc() || size > settings_.max_bytes) {
       refuse(response, 413, "more than " + std::to_string(settings_.max_bytes) + " bytes: --max-bytes");
-      return Handled::Handled;
-    }
-    if (request.is_multipart_form_data()) {
-      refuse(response, 415, "a form: send the image itself, curl --data-binary @cat.jpg");
       return Handled::Handled;
     }
     return Handled::Unhandled;
