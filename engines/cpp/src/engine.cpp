@@ -20,7 +20,6 @@ class EngineState {
   Metadata metadata;
   EngineInfo info;
   std::unique_ptr<Backend> backend;
-
 };
 
 class ContextState {
@@ -34,13 +33,22 @@ class ContextState {
 
 namespace {
 
-// Why an engine cannot be loaded, from its description alone; empty where it can.
-std::string why_not(const EngineInfo& info, const Options& options) {
+// Why an engine cannot be loaded, from its description alone; empty where it can. `capability` is that of the GPU here.
+std::string why_not(const EngineInfo& info, const std::optional<std::string>& capability, const Options& options) {
   if (info.target != "onnxruntime") {
 #ifndef EXPORT_ZOO_WITH_TENSORRT
+    static_cast<void>(capability);
     return "this library was built without TensorRT";
 #else
     if (!info.has_weights) return "its plan has no weights: refit it in Python";
+    // One that was asked for by name is opened, which tells more.
+    if (options.engine.empty()) {
+      if (!capability) return "there is no CUDA device here";
+      const auto& built = info.compute_capabilities;
+      if (!info.hardware_compatible && std::find(built.begin(), built.end(), *capability) == built.end()) {
+        return "it was not built for this GPU, of compute capability " + *capability;
+      }
+    }
 #endif
   }
   if (info.state < options.least) return std::string(name(info.state)) + ", not " + name(options.least);
@@ -49,26 +57,33 @@ std::string why_not(const EngineInfo& info, const Options& options) {
 
 std::string text(InputSize size) { return std::to_string(size.height) + "x" + std::to_string(size.width); }
 
-// What was run and compared comes before what is faster.
-std::tuple<State, double> rank(const EngineInfo& info) { return {info.state, info.speedup.value_or(0)}; }
+// What was run and compared comes before what is faster. A GPU's engine that was never timed is taken before the CPU's, the
+// lower precision first: as in Python.
+std::tuple<State, bool, double, int> rank(const EngineInfo& info) {
+  const bool untimed = info.target != "onnxruntime" && !info.speedup;
+  return {info.state, untimed, info.speedup.value_or(0), info.precision == "int8" ? 2 : info.precision == "fp16" ? 1 : 0};
+}
 
-// The best of those that can be loaded, or the one that is asked for. Throws Error.
-std::size_t choose(const std::filesystem::path& bundle, const Metadata& metadata, const Options& options) {
+// Those that can be loaded, the best first, or the one that is asked for. Throws Error.
+std::vector<std::size_t> choose(const std::filesystem::path& bundle, const Metadata& metadata,
+                                const std::optional<std::string>& capability, const Options& options) {
   std::string reasons;
   bool lower = false;  // whether that would help
-  std::size_t best = metadata.engines.size();
+  std::vector<std::size_t> found;
   for (std::size_t i = 0; i < metadata.engines.size(); ++i) {
     const auto& info = metadata.engines[i];
     if (!options.engine.empty() && info.name != options.engine) continue;
-    const auto reason = why_not(info, options);
-    if (!reason.empty()) {
+    const auto reason = why_not(info, capability, options);
+    if (reason.empty()) {
+      found.push_back(i);
+    } else {
       lower = lower || info.state < options.least;
       reasons += (reasons.empty() ? "" : "; ") + info.name + ": " + reason;
-    } else if (best == metadata.engines.size() || rank(info) > rank(metadata.engines[best])) {
-      best = i;
     }
   }
-  if (best < metadata.engines.size()) return best;
+  std::stable_sort(found.begin(), found.end(),
+                   [&](auto a, auto b) { return rank(metadata.engines[a]) > rank(metadata.engines[b]); });
+  if (!found.empty()) return found;
   if (reasons.empty()) {
     std::string names;
     for (const auto& info : metadata.engines) names += (names.empty() ? "" : ", ") + info.name;
@@ -77,6 +92,21 @@ std::size_t choose(const std::filesystem::path& bundle, const Metadata& metadata
   throw Error(ErrorCode::state, bundle.string() + ": no engine that may be loaded here: " + reasons +
                                     (lower ? ": `export-zoo verify` it here, or lower Options::least (--state)"
                                            : ": choose another engine"));
+}
+
+std::unique_ptr<detail::Backend> open(const std::filesystem::path& bundle, const detail::EngineFiles& files,
+                                      const EngineInfo& info, const Metadata& metadata, const Options& options) {
+  for (const auto& file : files.beside) detail::checked(bundle, file);
+  const auto path = detail::checked(bundle, files.engine);
+#ifdef EXPORT_ZOO_WITH_TENSORRT
+  if (info.target != "onnxruntime") return detail::open_tensorrt(path, info, metadata, options);
+#endif
+  return detail::open_onnxruntime(path, info, metadata, options);
+}
+
+// Whether another engine may run where one failed like this.
+bool is_of_the_machine(ErrorCode code) {
+  return code == ErrorCode::backend_missing || code == ErrorCode::backend_version || code == ErrorCode::device;
 }
 
 }  // namespace
@@ -100,20 +130,23 @@ Engine Engine::load(const std::filesystem::path& bundle, const Options& options)
   }
 #endif
   detail::apply_attestations(bundle, capability, manifest.metadata.engines);
-  const auto chosen = choose(bundle, manifest.metadata, options);
-  const auto& files = manifest.files[chosen];
-  for (const auto& file : files.beside) detail::checked(bundle, file);
-  const auto path = detail::checked(bundle, files.engine);
   auto state = std::make_shared<detail::EngineState>();
-  state->info = manifest.metadata.engines[chosen];
   state->metadata = std::move(manifest.metadata);
-#ifdef EXPORT_ZOO_WITH_TENSORRT
-  const auto open = state->info.target == "onnxruntime" ? detail::open_onnxruntime : detail::open_tensorrt;
-#else
-  const auto open = detail::open_onnxruntime;
-#endif
-  state->backend = open(path, state->info, state->metadata, options);
-  return Engine(std::move(state));
+  std::optional<ErrorCode> code;  // of the best
+  std::string reasons;
+  for (const auto i : choose(bundle, state->metadata, capability, options)) {
+    try {
+      state->info = state->metadata.engines[i];
+      state->backend = open(bundle, manifest.files[i], state->info, state->metadata, options);
+      return Engine(std::move(state));
+    } catch (const Error& error) {
+      if (!is_of_the_machine(error.code())) throw;
+      code = code.value_or(error.code());
+      const std::string reason = error.what();
+      if (reasons.find(reason) == std::string::npos) reasons += (reasons.empty() ? "" : "; ") + reason;
+    }
+  }
+  throw Error(*code, reasons);
 }
 
 Context Engine::context() const {

@@ -35,6 +35,16 @@ class Engine : public support::WithBundles {
     support::write(bundle / "manifest.json", document.dump());
   }
 
+  // The second engine, INT8, as one of TensorRT that was verified and never timed: the best of the bundle.
+  static void compile(const fs::path& bundle) {
+    change(bundle, "/artifacts/engines/1/name", "tensorrt-int8");
+    change(bundle, "/artifacts/engines/1/target", "tensorrt");
+    change(bundle, "/artifacts/engines/1/latency", nullptr);
+    change(bundle, "/artifacts/engines/1/plan",
+           {{"version", "11.1.0"}, {"compute_capabilities", {"8.9"}}, {"hardware_compatible", false},
+            {"version_compatible", false}, {"refittable", false}, {"strip_weights", false}, {"workspace_mb", nullptr}});
+  }
+
   static std::vector<fs::path> images() {
     std::vector<fs::path> found;
     for (const auto& entry : fs::directory_iterator(bundles() / "images")) found.push_back(entry.path());
@@ -159,13 +169,64 @@ TEST_F(Engine, ThatIsNotThereIsRefusedWithThoseThatAre) {
 
 TEST_F(Engine, OfTensorRTIsNotReplacedByTheCpuInSilence) {
   const auto bundle = copy();
-  change(bundle, "/artifacts/engines/1/target", "tensorrt");
+  compile(bundle);
   ez::Options options;
-  options.engine = "onnxruntime-int8";
+  options.engine = "tensorrt-int8";
   // Built without TensorRT, or without a library or a device here.
   EXPECT_THAT(error_of([&] { static_cast<void>(ez::Engine::load(bundle, options)); }).first,
               testing::AnyOf(ez::ErrorCode::state, ez::ErrorCode::backend_missing, ez::ErrorCode::device));
 }
+
+// An environment variable for as long as this lives.
+class Variable {
+ public:
+  Variable(const char* name, const char* value) : name_(name) { setenv(name, value, 1); }
+  Variable(const Variable&) = delete;
+  Variable& operator=(const Variable&) = delete;
+  ~Variable() { unsetenv(name_); }
+
+ private:
+  const char* name_;
+};
+
+TEST_F(Engine, OfTensorRTIsLeftOutWithoutADevice) {
+  const auto bundle = copy();
+  compile(bundle);
+  const Variable cudart("EXPORT_ZOO_CUDART", "/nowhere/libcudart.so");
+  EXPECT_EQ(ez::Engine::load(bundle).info().name, "onnxruntime-fp32");
+  change(bundle, "/artifacts/engines/0/state", "built");
+  const auto [code, message] = error_of([&] { static_cast<void>(ez::Engine::load(bundle)); });
+  EXPECT_EQ(code, ez::ErrorCode::state);
+  EXPECT_THAT(message, HasSubstr("tensorrt-int8: "));
+}
+
+#ifdef EXPORT_ZOO_TEST_CUDART  // built with TensorRT: a CUDA runtime that tells of one device, 8.9, and of nothing else
+TEST_F(Engine, OfTensorRTIsTriedFirstAndLeftOutWithoutItsLibrary) {
+  const auto bundle = copy();
+  compile(bundle);
+  const Variable cudart("EXPORT_ZOO_CUDART", EXPORT_ZOO_TEST_CUDART);
+  const Variable tensorrt("EXPORT_ZOO_TENSORRT", "/nowhere/libnvinfer.so");
+  EXPECT_EQ(ez::Engine::load(bundle).info().name, "onnxruntime-fp32");
+  ez::Options options;
+  options.onnxruntime = "/nowhere/libonnxruntime.so";
+  const auto [code, message] = error_of([&] { static_cast<void>(ez::Engine::load(bundle, options)); });
+  EXPECT_EQ(code, ez::ErrorCode::backend_missing) << "of the one that was never timed, which comes first";
+  EXPECT_THAT(message, testing::MatchesRegex(".*/nowhere/libnvinfer.so.*/nowhere/libonnxruntime.so.*"));
+}
+
+TEST_F(Engine, OfTensorRTIsLeftOutOnAnotherGpu) {
+  const auto bundle = copy();
+  compile(bundle);
+  const Variable cudart("EXPORT_ZOO_CUDART", EXPORT_ZOO_TEST_CUDART);
+  change(bundle, "/artifacts/engines/1/plan/compute_capabilities", {"8.6", "9.0"});
+  EXPECT_EQ(ez::Engine::load(bundle).info().name, "onnxruntime-fp32");
+  change(bundle, "/artifacts/engines/0/state", "built");
+  const auto message = [&] { return error_of([&] { static_cast<void>(ez::Engine::load(bundle)); }).second; };
+  EXPECT_THAT(message(), HasSubstr("tensorrt-int8: it was not built for this GPU, of compute capability 8.9"));
+  change(bundle, "/artifacts/engines/1/plan/hardware_compatible", true);
+  EXPECT_THAT(message(), HasSubstr("libnvinfer")) << "tried";
+}
+#endif
 
 TEST_F(Engine, WhosePortsAreNotThoseOfTheManifestIsRefused) {
   for (const auto& [pointer, value] : std::vector<std::pair<const char*, nlohmann::json>>{
