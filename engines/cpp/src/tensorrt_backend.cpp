@@ -3,9 +3,9 @@
 
 #include <algorithm>
 #include <array>
+#include <cstdint>
 #include <fstream>
 #include <iterator>
-#include <map>
 #include <mutex>
 #include <vector>
 
@@ -156,41 +156,42 @@ class TensorRTRunner final : public Runner {
   }
   TensorRTRunner(const TensorRTRunner&) = delete;
   TensorRTRunner& operator=(const TensorRTRunner&) = delete;
-  ~TensorRTRunner() override {
-    for (const auto& [shape, graph] : graphs_) {
-      if (graph != nullptr) static_cast<void>(cuda_.cudaGraphExecDestroy(graph));
-    }
-  }
+  ~TensorRTRunner() override { forget(); }
 
   void run(std::span<const float> input, std::int64_t batch, InputSize size, std::span<float> output) override {
     cuda_.check(cuda_.cudaSetDevice(device_), "device", ErrorCode::device);
     std::copy(input.begin(), input.end(), static_cast<float*>(in_host_.data()));
     const Shape shape{batch, size.height, size.width};
-    const auto known = graphs_.find(shape);
-    if (known != graphs_.end() && known->second != nullptr) {
-      cuda_.check(cuda_.cudaGraphLaunch(known->second, stream_.get()), "graph");
+    if (shape != shape_) set(shape);
+    // The first run of a shape lets the library set up; the second in a row is recorded, and replayed from then on.
+    if (runs_ == 1 && graph_ == nullptr) graph_ = capture(input.size_bytes(), output.size_bytes());
+    if (graph_ != nullptr) {
+      cuda_.check(cuda_.cudaGraphLaunch(graph_, stream_.get()), "graph");
     } else {
-      set(shape);
       enqueue(input.size_bytes(), output.size_bytes());
-      // The first run of a shape lets the library set up; the second is recorded, and replayed from then on.
-      if (known == graphs_.end() && graphs_.size() < kMostGraphs) {
-        cuda_.check(cuda_.cudaStreamSynchronize(stream_.get()), "run");
-        graphs_[shape] = capture(input.size_bytes(), output.size_bytes());
-      }
     }
     cuda_.check(cuda_.cudaStreamSynchronize(stream_.get()), "run");
+    ++runs_;
     std::copy_n(static_cast<const float*>(out_host_.data()), output.size(), output.begin());
   }
 
  private:
   using Shape = std::array<std::int64_t, 3>;  // batch, height, width
-  static constexpr std::size_t kMostGraphs = 64;  // each holds memory; other shapes are enqueued
 
   [[nodiscard]] std::size_t bytes_of(const Port& port) const {
     return static_cast<std::size_t>(metadata_.batch_max) * values_of_image(port, metadata_.size_max) * sizeof(float);
   }
 
+  // A graph is that of one shape: replayed after its context was given another, it may run with what belongs to that.
+  void forget() {
+    if (graph_ != nullptr) static_cast<void>(cuda_.cudaGraphExecDestroy(graph_));
+    graph_ = nullptr;
+    shape_ = {};
+    runs_ = 0;
+  }
+
   void set(const Shape& shape) {
+    forget();
     const auto [batch, height, width] = shape;
     nvinfer1::Dims dims{};
     dims.nbDims = static_cast<int>(metadata_.input.shape.size());
@@ -201,6 +202,21 @@ class TensorRTRunner final : public Runner {
     if (!context_->setInputShape(metadata_.input.name.c_str(), dims)) {
       throw Error(ErrorCode::runtime, "TensorRT refuses batch " + std::to_string(batch) + " of " +
                                           std::to_string(height) + "x" + std::to_string(width) + ": " + logger_.last());
+    }
+    // What the plan leaves open until now must fit the buffers, too.
+    check_room(metadata_.output, shape);
+    for (const auto& port : metadata_.further_outputs) check_room(port, shape);
+    shape_ = shape;
+  }
+
+  void check_room(const Port& port, const Shape& shape) const {
+    const auto found = context_->getTensorShape(port.name.c_str());
+    std::array<std::int64_t, 4> wanted{shape[0], port.shape[1], 0, 0};
+    for (std::size_t i = 2; i < port.shape.size(); ++i) wanted.at(i) = port.shape[i] != -1 ? port.shape[i] : shape.at(i - 1);
+    if (found.nbDims != static_cast<int>(port.shape.size()) ||
+        !std::equal(found.d, found.d + found.nbDims, wanted.begin())) {
+      throw Error(ErrorCode::bundle, "TensorRT: output " + port.name +
+                                         " has not the shape that the manifest says: export the bundle again");
     }
   }
 
@@ -240,7 +256,9 @@ class TensorRTRunner final : public Runner {
   std::vector<std::unique_ptr<Buffer>> further_;
   Stream stream_;
   std::unique_ptr<nvinfer1::IExecutionContext> context_;
-  std::map<Shape, cudaGraphExec_t> graphs_;
+  Shape shape_{};  // what the context is set to; zeros: nothing
+  std::uint64_t runs_ = 0;  // of that shape, in a row
+  cudaGraphExec_t graph_ = nullptr;  // of that shape; null where it cannot be recorded
 };
 
 class TensorRTBackend final : public Backend {
@@ -261,8 +279,11 @@ class TensorRTBackend final : public Backend {
     std::ifstream file(path, std::ios::binary);
     const std::vector<char> plan((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
     if (!file) throw Error(ErrorCode::runtime, path.string() + ": cannot be read");
+    // Such a plan brings code of its own for the host, which TensorRT loads only when it may; its hash was checked.
+    if (info.version_compatible) runtime_->setEngineHostCodeAllowed(true);
     engine_.reset(runtime_->deserializeCudaEngine(plan.data(), plan.size()));
     if (!engine_) throw Error(ErrorCode::runtime, description_ + " cannot load " + info.name + ": " + logger_.last());
+    check_ports(path);
   }
 
   std::unique_ptr<Runner> runner() const override {
@@ -304,6 +325,29 @@ class TensorRTBackend final : public Backend {
                                          here + ": export again for it");
     }
     cuda_.check(cuda_.cudaSetDevice(device_), "device", ErrorCode::device);
+  }
+
+  // The manifest says what buffers are made for. What a plan leaves open (-1) is compared when a shape is set.
+  void check_ports(const std::filesystem::path& path) const {
+    const auto same = [&](const Port& port, nvinfer1::TensorIOMode mode) {
+      const auto* name = port.name.c_str();
+      if (engine_->getTensorIOMode(name) != mode || engine_->getTensorDataType(name) != nvinfer1::DataType::kFLOAT) {
+        return false;
+      }
+      const auto shape = engine_->getTensorShape(name);
+      if (shape.nbDims != static_cast<int>(port.shape.size())) return false;
+      const bool open = mode == nvinfer1::TensorIOMode::kOUTPUT;
+      return std::equal(shape.d + 1, shape.d + shape.nbDims, port.shape.begin() + 1,
+                        [&](std::int64_t here, std::int64_t wanted) { return here == wanted || (open && here == -1); });
+    };
+    const auto& further = metadata_.further_outputs;
+    const auto output = [&](const Port& port) { return same(port, nvinfer1::TensorIOMode::kOUTPUT); };
+    if (static_cast<std::size_t>(engine_->getNbIOTensors()) != 2 + further.size() ||
+        !same(metadata_.input, nvinfer1::TensorIOMode::kINPUT) || !output(metadata_.output) ||
+        !std::all_of(further.begin(), further.end(), output)) {
+      throw Error(ErrorCode::bundle, path.string() +
+                                         ": its input and output are not those of the manifest: export the bundle again");
+    }
   }
 
   Metadata metadata_;
