@@ -61,8 +61,19 @@ def config(manifest: m.Manifest, engine: m.Engine, name: str, *, delay_us: int =
     return text
 
 
+def _stripped(engine: m.Engine) -> bool:
+    """A plan without weights: Triton does not refit it."""
+    return engine.plan is not None and engine.plan.strip_weights
+
+
 def _chosen(bundle: Path, manifest: m.Manifest, wanted: str | None) -> m.Engine:
-    """The engine that is asked for, or the fastest verified one that Triton has a backend for."""
+    """The engine that is asked for, or the fastest verified one that Triton can run."""
+    batch = manifest.recipe.batch
+    if batch.min > 1:
+        raise TargetUnavailableError(
+            f"{bundle}: verified at batches {batch.min} to {batch.max}, and Triton runs a lone request at 1",
+            hint=f"export with --batch 1:{batch.opt}:{batch.max}",
+        )
     if wanted is not None:
         engine = named(bundle, manifest, wanted)
         if engine.target not in _PLATFORMS:
@@ -70,11 +81,20 @@ def _chosen(bundle: Path, manifest: m.Manifest, wanted: str | None) -> m.Engine:
                 f"--engine {wanted}: Triton has no backend for {engine.target}",
                 hint="use an engine of onnxruntime or tensorrt",
             )
+        if _stripped(engine):
+            raise TargetUnavailableError(
+                f"--engine {wanted}: its plan has no weights, and Triton does not refit it",
+                hint="export without --strip-weights, or use an engine of onnxruntime",
+            )
         return engine
-    served = [e for e in manifest.artifacts.engines if e.target in _PLATFORMS and e.state == "verified"]
+    served = [
+        e
+        for e in manifest.artifacts.engines
+        if e.target in _PLATFORMS and e.state == "verified" and not _stripped(e)
+    ]
     if not served:
         raise TargetUnavailableError(
-            f"{bundle}: no verified engine of onnxruntime or tensorrt",
+            f"{bundle}: no verified engine of onnxruntime or tensorrt that has its weights",
             hint="name one with --engine, or export with --target onnxruntime",
         )
     return max(served, key=lambda engine: engine.latency.speedup if engine.latency is not None else 0.0)

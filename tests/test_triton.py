@@ -133,6 +133,39 @@ def test_bundles_that_are_not_to_be_served_are_refused(cli, digits_bundle, tmp_p
     assert not (tmp_path / "models").exists()
 
 
+def test_a_bundle_that_was_never_verified_at_one_image_is_refused(cli, digits_bundle, tmp_path):
+    several = changed(digits_bundle, tmp_path, lambda d: d["recipe"]["batch"].update(min=2))
+    done = cli("triton", several, tmp_path / "models")
+    assert done.code == 4
+    assert "batches 2 to 32" in done.json["error"]["message"]
+    assert "--batch 1:8:32" in done.json["error"]["hint"]
+    assert not (tmp_path / "models").exists()
+
+
+def test_a_plan_without_weights_is_refused_and_never_chosen(cli, digits_bundle, tmp_path):
+    def strip(document):
+        engine = next(e for e in document["artifacts"]["engines"] if e["name"] == "onnxruntime-int8")
+        engine.update(name="tensorrt-int8", target="tensorrt", graph=engine["file"], state="verified")
+        engine["file"] = {**engine["file"], "path": "files/stripped.plan"}
+        engine["latency"]["speedup"] = 100
+        engine["plan"] = {
+            "version": "11.1.0",
+            "compute_capabilities": ["8.9"],
+            **dict.fromkeys(("hardware_compatible", "version_compatible"), False),
+            **dict.fromkeys(("refittable", "strip_weights"), True),
+            "workspace_mb": None,
+        }
+
+    stripped = changed(digits_bundle, tmp_path, strip)
+    done = cli("triton", stripped, tmp_path / "models", "--engine", "tensorrt-int8")
+    assert done.code == 4
+    assert "no weights" in done.json["error"]["message"]
+    assert not (tmp_path / "models").exists()
+    done = cli("triton", stripped, tmp_path / "models")
+    assert done.code == 0, done.err
+    assert read(tmp_path / "models" / "resnet18").platform == "onnxruntime_onnx"
+
+
 def test_a_damaged_engine_and_a_place_that_cannot_be_written_leave_nothing(cli, digits_bundle, tmp_path):
     copy = tmp_path / "copy.bundle"
     shutil.copytree(digits_bundle, copy)
