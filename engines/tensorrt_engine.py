@@ -69,6 +69,8 @@ class TensorRTEngine:
         weights: for a plan without weights: the ONNX graph that it was built from, which has them.
         runtime_cache: where TensorRT-RTX keeps the kernels that it compiles for this GPU; read if it is there, and
             written after each input shape that is run for the first time. Unused by `tensorrt`: it compiles nothing.
+        host_code: the plan was built `--version-compatible`: it brings code of its own for the host, which TensorRT
+            loads only when it is allowed to.
 
     Raises:
         TargetUnavailableError: the packages are missing, or the plan belongs to another GPU or version.
@@ -82,6 +84,7 @@ class TensorRTEngine:
         target: str,
         weights: Path | None = None,
         runtime_cache: Path | None = None,
+        host_code: bool = False,
     ) -> None:
         self._cuda = cuda = _cuda()
         try:
@@ -95,6 +98,8 @@ class TensorRTEngine:
         # Kept: an engine must not outlive the runtime, nor that its logger.
         self._logger = _logger(trt)
         self._runtime = trt.Runtime(self._logger)
+        if host_code:
+            self._runtime.engine_host_code_allowed = True
         data = plan.read_bytes()
         if target == "tensorrt-rtx":
             validity, diagnostics = self._runtime.get_engine_validity(data)

@@ -429,6 +429,7 @@ def test_runtime_caches_calls_are_those_of_this_tensorrt_rtx():
     assert {"serialize", "deserialize"} <= set(dir(trt.IRuntimeCache))
     assert {"refit_from_file"} <= set(dir(trt.OnnxParserRefitter))
     assert {"refit_cuda_engine"} <= set(dir(trt.Refitter))
+    assert hasattr(trt.Runtime, "engine_host_code_allowed")
 
 
 @pytest.mark.skipif(has_cuda_device(), reason="there is a GPU here")
@@ -436,6 +437,34 @@ def test_without_a_gpu_the_runtime_says_so(bundle):
     plan = next((bundle / "files").glob("*-tensorrt-rtx-int8.*.plan"))
     with pytest.raises(EnvironmentFailureError, match="CUDA"):
         TensorRTEngine(plan, target="tensorrt-rtx")
+
+
+@pytest.mark.parametrize("host_code", [False, True])
+def test_host_code_of_a_plan_is_allowed_only_where_it_has_to_be(tmp_path, monkeypatch, host_code):
+    """A version-compatible plan cannot be loaded without; up to loading, with a TensorRT that refuses it."""
+    from engines import tensorrt_engine
+
+    allowed = []
+
+    class Runtime:
+        engine_host_code_allowed = False
+
+        def __init__(self, logger):
+            pass
+
+        def deserialize_cuda_engine(self, data):
+            allowed.append(self.engine_host_code_allowed)
+
+    trt = SimpleNamespace(ILogger=type("ILogger", (), {}), Runtime=Runtime, __version__="11.1.0")
+    success = SimpleNamespace(cudaSuccess=0)
+    monkeypatch.setitem(sys.modules, "tensorrt", trt)
+    monkeypatch.setattr(
+        tensorrt_engine, "_cuda", lambda: SimpleNamespace(cudaFree=lambda _: (0,), cudaError_t=success)
+    )
+    (tmp_path / "net.plan").write_bytes(b"plan")
+    with pytest.raises(TargetUnavailableError, match="cannot load it"):
+        TensorRTEngine(tmp_path / "net.plan", target="tensorrt", host_code=host_code)
+    assert allowed == [host_code]
 
 
 def test_an_engine_that_only_an_attestation_calls_verified_is_chosen(bundle, tmp_path, monkeypatch):
