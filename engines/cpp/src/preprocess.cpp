@@ -16,6 +16,22 @@ constexpr std::int64_t kMaxSide = 65500;
 
 }  // namespace
 
+PreprocessOptions at_size(PreprocessOptions options, InputSize size) {
+  const int shorter = std::min(options.crop_height, options.crop_width);
+  if (shorter < 1 || size.height < 1 || size.width < 1 || size.height > kMaxSide || size.width > kMaxSide) {
+    throw Error(ErrorCode::shape, "preprocess: a size of " + std::to_string(size.height) + "x" + std::to_string(size.width) +
+                                      " pixels: give 1 to " + std::to_string(kMaxSide) + ", and the options of a bundle");
+  }
+  // As Python does: divided first, and half to even.
+  const double ratio = static_cast<double>(options.resize_size) / shorter;
+  const double resized = std::nearbyint(static_cast<double>(std::min(size.height, size.width)) * ratio);
+  // One that is too large is refused by Preprocessor.
+  options.resize_size = static_cast<int>(std::clamp(resized, 1.0, static_cast<double>(kMaxSide) + 1));
+  options.crop_height = static_cast<int>(size.height);
+  options.crop_width = static_cast<int>(size.width);
+  return options;
+}
+
 Preprocessor::Preprocessor(const PreprocessOptions& options) : options_(options), table_(3 * 256) {
   for (const int side : {options.resize_size, options.crop_height, options.crop_width}) {
     if (side < 1 || side > kMaxSide) {
@@ -23,11 +39,17 @@ Preprocessor::Preprocessor(const PreprocessOptions& options) : options_(options)
     }
   }
   for (std::size_t channel = 0; channel < 3; ++channel) {
+    const float mean = options.mean.at(channel);
+    const float std_dev = options.std_dev.at(channel);
+    if (!std::isfinite(mean) || !std::isfinite(std_dev) || std_dev <= 0) {
+      throw Error(ErrorCode::shape, "preprocess: mean " + std::to_string(mean) + " and std_dev " + std::to_string(std_dev) +
+                                        ": std_dev must be above 0, both finite: take the options of a bundle");
+    }
     for (std::size_t value = 0; value < 256; ++value) {
       // Each step rounded to float, as torchvision does.
       const float scaled = static_cast<float>(value) / 255.0F;
-      const float centred = scaled - options.mean.at(channel);
-      table_[channel * 256 + value] = centred / options.std_dev.at(channel);
+      const float centred = scaled - mean;
+      table_[channel * 256 + value] = centred / std_dev;
     }
   }
 }

@@ -1,7 +1,6 @@
 // Engines give Python's logits to the bit, from many threads, and refuse what they cannot do before they try.
 
 #include <algorithm>
-#include <cmath>
 #include <thread>
 
 #include <gmock/gmock.h>
@@ -298,12 +297,7 @@ TEST_F(Engine, WithDynamicSizesGivesTheLogitsOfPythonToTheBitAtAnySizeInTheRange
       EXPECT_EQ(std::vector<float>(found.begin(), found.end()), want) << name << ' ' << size;
       const auto one = context.infer(std::span(inputs).first(inputs.size() / 8), 1, {height, width});
       EXPECT_EQ(std::vector<float>(one.begin(), one.end()), std::vector<float>(want.begin(), want.begin() + 1000));
-      auto options_there = engine.metadata().preprocess;
-      options_there.resize_size = static_cast<int>(
-          std::lround(static_cast<double>(options_there.resize_size) * static_cast<double>(std::min(height, width)) / 64));
-      options_there.crop_height = static_cast<int>(height);
-      options_there.crop_width = static_cast<int>(width);
-      const ez::Preprocessor preprocess(options_there);
+      const ez::Preprocessor preprocess(ez::at_size(engine.metadata().preprocess, {height, width}));
       std::vector<float> image(preprocess.size());
       const auto bytes = support::read(images().front());
       preprocess(std::as_bytes(std::span(bytes)), image);

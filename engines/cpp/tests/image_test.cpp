@@ -79,6 +79,38 @@ TEST(Decode, RefusesProgressiveFilesOfThousandsOfScans) {
 TEST(Preprocess, RefusesOptionsThatAreOfNoBundle) {
   EXPECT_EQ(error_of([] { ez::Preprocessor(ez::PreprocessOptions()); }).first, ez::ErrorCode::shape);
   EXPECT_EQ(error_of([] { ez::Preprocessor(options_of(-1, 8, 8)); }).first, ez::ErrorCode::shape);
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  for (const float value : {0.0F, -1.0F, kInfinity, std::numeric_limits<float>::quiet_NaN()}) {
+    auto options = options_of(8, 8, 8);
+    options.std_dev[1] = value;  // 0 is what an empty PreprocessOptions has
+    const auto [code, message] = error_of([&] { ez::Preprocessor{options}; });
+    EXPECT_EQ(code, ez::ErrorCode::shape) << value;
+    EXPECT_THAT(message, HasSubstr("std_dev"));
+  }
+  auto options = options_of(8, 8, 8);
+  options.mean[2] = kInfinity;
+  EXPECT_EQ(error_of([&] { ez::Preprocessor{options}; }).first, ez::ErrorCode::shape);
+}
+
+TEST(Preprocess, AtAnotherSizeResizesInProportionAsPythonRounds) {
+  const auto resize = [](int was, int crop, std::int64_t height, std::int64_t width) {
+    const auto options = ez::at_size(options_of(was, crop, crop + 10), {height, width});
+    EXPECT_EQ(options.crop_height, height);
+    EXPECT_EQ(options.crop_width, width);
+    return options.resize_size;
+  };
+  EXPECT_EQ(resize(232, 224, 224, 500), 232);
+  EXPECT_EQ(resize(232, 224, 500, 294), 304) << "304.5, half to even";
+  EXPECT_EQ(resize(232, 224, 182, 182), 189) << "188.5, and a little more where the ratio comes first";
+  EXPECT_EQ(resize(2, 224, 1, 1), 1) << "never 0";
+  EXPECT_EQ(resize(65500, 1, 65500, 65500), 65501) << "more than Preprocessor takes";
+}
+
+TEST(Preprocess, AtASizeThatCannotBeIsRefused) {
+  for (const auto& size : {ez::InputSize{0, 8}, {8, -1}, {65501, 8}, {8, INT64_MAX}}) {
+    EXPECT_EQ(error_of([&] { static_cast<void>(ez::at_size(options_of(8, 8, 8), size)); }).first, ez::ErrorCode::shape);
+  }
+  EXPECT_EQ(error_of([] { static_cast<void>(ez::at_size({}, {8, 8})); }).first, ez::ErrorCode::shape);
 }
 
 TEST(Preprocess, RefusesRoomOfTheWrongSizeAndImagesThatAreNone) {

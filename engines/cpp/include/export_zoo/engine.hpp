@@ -41,8 +41,8 @@ class EXPORT_ZOO_API Context {
   /// Throws Error: shape before anything is run, runtime if the backend fails.
   [[nodiscard]] std::span<const float> infer(std::span<const float> input, std::int64_t batch);
 
-  /// The same for images of another size, within Metadata::size_min and size_max. To make them, preprocess with other
-  /// crop_height and crop_width, and resize_size in proportion.
+  /// The same for images of another size, within Metadata::size_min and size_max. To make them, preprocess with
+  /// at_size(options, size).
   [[nodiscard]] std::span<const float> infer(std::span<const float> input, std::int64_t batch, InputSize size);
 
  private:

@@ -23,13 +23,18 @@ inline constexpr std::uint64_t kMostPixels = 178'956'970;
 
 /// JPEG or PNG bytes to an image, with the pixels that Pillow decodes: EXIF (or XMP) orientation applied, grayscale,
 /// palette and CMYK converted, alpha dropped, 16-bit cut to its high byte. Throws Error (image): another format, damaged,
-/// truncated, or more than `most_pixels` (3 bytes of memory each, 6 where it must be turned).
+/// truncated, or more than `most_pixels`. While it is decoded each pixel takes 3 bytes of memory, 6 where the image must be
+/// turned, 7 of a CMYK JPEG; a progressive JPEG holds its coefficients, too: up to 9 bytes, 12 turned, 15 of CMYK.
 [[nodiscard]] EXPORT_ZOO_API Image decode(std::span<const std::byte> file, std::uint64_t most_pixels = kMostPixels);
+
+/// The same options for inputs of another size, of a bundle with dynamic ones: the resize keeps its proportion to the crop, as
+/// Python's preprocess(images, size=...) does. Throws Error (shape) where a side is not 1 to 65,500.
+[[nodiscard]] EXPORT_ZOO_API PreprocessOptions at_size(PreprocessOptions options, InputSize size);
 
 /// Images to the network's input, with the bits that torchvision's eval transforms and Pillow make of them at export.
 class EXPORT_ZOO_API Preprocessor {
  public:
-  /// Throws Error (shape) where a size is not 1 to 65,500.
+  /// Throws Error (shape) where a size is not 1 to 65,500, or where mean or std_dev cannot be (std_dev is above 0).
   explicit Preprocessor(const PreprocessOptions& options);
 
   /// Values of one image: 3 * height * width.
