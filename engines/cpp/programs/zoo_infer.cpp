@@ -63,20 +63,25 @@ void write_npy(const std::string& path, const std::vector<float>& values, const 
   if (!file) throw ez::Error(ez::ErrorCode::runtime, path + ": cannot be written");
 }
 
+// Classes of each image; of logits for each pixel there are none to print.
 void print(const Arguments& arguments, const ez::Engine& engine, const std::vector<float>& logits) {
   const auto& labels = engine.metadata().labels;
+  const bool dense = engine.metadata().output.shape.size() > 2;
   const auto classes = logits.size() / arguments.images.size();
   auto document = nlohmann::json::array();
   for (std::size_t i = 0; i < arguments.images.size(); ++i) {
-    const auto scores = ez::softmax(std::span(logits).subspan(i * classes, classes));
-    auto entry = nlohmann::json{{"image", arguments.images[i]}, {"classes", nlohmann::json::array()}};
-    if (!arguments.json) std::cout << arguments.images[i] << '\n';
-    for (const auto& found : ez::top_k(scores, arguments.top)) {
-      const auto label = found.index < labels.size() ? labels[found.index] : std::to_string(found.index);
-      entry["classes"].push_back({{"index", found.index}, {"label", label}, {"probability", found.score}});
-      if (!arguments.json) {
-        std::cout << "  " << std::fixed << std::setprecision(2) << std::setw(6) << 100 * static_cast<double>(found.score)
-                  << " %  " << label << '\n';
+    auto entry = nlohmann::json{{"image", arguments.images[i]}};
+    if (!dense) {
+      entry["classes"] = nlohmann::json::array();
+      if (!arguments.json) std::cout << arguments.images[i] << '\n';
+      const auto scores = ez::softmax(std::span(logits).subspan(i * classes, classes));
+      for (const auto& found : ez::top_k(scores, arguments.top)) {
+        const auto label = found.index < labels.size() ? labels[found.index] : std::to_string(found.index);
+        entry["classes"].push_back({{"index", found.index}, {"label", label}, {"probability", found.score}});
+        if (!arguments.json) {
+          std::cout << "  " << std::fixed << std::setprecision(2) << std::setw(6)
+                    << 100 * static_cast<double>(found.score) << " %  " << label << '\n';
+        }
       }
     }
     document.push_back(std::move(entry));
@@ -162,7 +167,7 @@ int main(int argc, char** argv) {
   app.add_option("--batch", arguments.batch, "Images at once (default: the bundle's optimum)")
       ->check(CLI::Range(1, 1 << 20));
   app.add_option("--top", arguments.top, "Classes to print")->check(CLI::Range(1, 1 << 20))->capture_default_str();
-  app.add_option("--logits", arguments.logits, "Write raw logits here, .npy, float32 [N, classes]");
+  app.add_option("--logits", arguments.logits, "Write raw logits here, .npy, float32 [N, classes] or [N, classes, height, width]");
   app.add_option("--inputs", arguments.inputs, "Write preprocessed inputs here, .npy, float32 [N, 3, H, W]");
   const std::map<std::string, ez::State> states{
       {"built", ez::State::built}, {"graph", ez::State::graph_verified}, {"verified", ez::State::verified}};
