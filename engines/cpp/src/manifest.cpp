@@ -1,8 +1,11 @@
 #include "manifest.hpp"
 
+#include <algorithm>
+#include <array>
 #include <charconv>
 #include <cmath>
 #include <limits>
+#include <string_view>
 
 #include <nlohmann/json.hpp>
 
@@ -21,6 +24,8 @@ constexpr int kSchemaVersion = 1;
 constexpr std::int64_t kMostValues = std::int64_t{1} << 31;  // of one image
 constexpr std::int64_t kMostBatch = 1 << 20;
 constexpr std::int64_t kMostSide = 65500;
+constexpr std::array<std::string_view, 3> kTargets{"onnxruntime", "tensorrt", "tensorrt-rtx"};
+constexpr std::array<std::string_view, 3> kPrecisions{"fp32", "fp16", "int8"};
 
 // Whole numbers only: 255.9 and true would be cut, and 2^32 + 1 wrapped.
 std::int64_t integer(const json& document, const char* key, std::int64_t least,
@@ -43,6 +48,16 @@ State parse_state(const std::string& text) {
   if (text == "graph verified") return State::graph_verified;
   if (text == "verified") return State::verified;
   throw std::invalid_argument("unknown state '" + text + "'");
+}
+
+// What an engine may be called after its gate.
+State state_after(const json& gate) {
+  const std::string ran = gate.at("ran");
+  if (ran != "engine" && ran != "precision graph") throw std::invalid_argument("a gate that ran '" + ran + "'");
+  const auto& failures = gate.at("failures");
+  if (!failures.is_array()) throw std::invalid_argument("failures of a gate are no list");
+  if (!failures.empty()) return State::built;
+  return ran == "engine" ? State::verified : State::graph_verified;
 }
 
 detail::File parse_file(const json& document) {
@@ -149,7 +164,19 @@ EngineInfo parse_engine(const json& document, detail::EngineFiles& files) {
   engine.name = document.at("name");
   engine.target = document.at("target");
   engine.precision = document.at("precision");
+  if (std::find(kTargets.begin(), kTargets.end(), engine.target) == kTargets.end()) {
+    throw std::invalid_argument("unknown target '" + engine.target + "'");
+  }
+  if (std::find(kPrecisions.begin(), kPrecisions.end(), engine.precision) == kPrecisions.end()) {
+    throw std::invalid_argument("unknown precision '" + engine.precision + "'");
+  }
+  if (engine.name != engine.target + "-" + engine.precision) {
+    throw std::invalid_argument("engine " + engine.name + " is not " + engine.target + "-" + engine.precision);
+  }
   engine.state = parse_state(document.at("state"));
+  if (const auto reached = state_after(document.at("gate")); engine.state > reached) {
+    throw std::invalid_argument(engine.name + " is called " + name(engine.state) + ", its gate makes it " + name(reached));
+  }
   files.engine = parse_file(document.at("file"));
   engine.size_bytes = files.engine.size_bytes;
   for (const auto& file : document.at("external_data")) {
@@ -157,7 +184,11 @@ EngineInfo parse_engine(const json& document, detail::EngineFiles& files) {
     engine.size_bytes += files.beside.back().size_bytes;
   }
   if (engine.target == "onnxruntime") engine.built_by = document.at("built_by").at("onnxruntime");
-  if (const auto& plan = document.at("plan"); !plan.is_null()) {
+  const auto& plan = document.at("plan");
+  if (plan.is_null() != (engine.target == "onnxruntime")) {
+    throw std::invalid_argument(engine.name + ": a plan is TensorRT's, and only its");
+  }
+  if (!plan.is_null()) {
     engine.built_by = plan.at("version");
     engine.compute_capabilities = plan.at("compute_capabilities").get<std::vector<std::string>>();
     engine.hardware_compatible = plan.at("hardware_compatible");
@@ -193,7 +224,12 @@ detail::Manifest parse(const json& document) {
   if (!engines.is_array() || engines.empty()) throw std::invalid_argument("it has no engines");
   for (const auto& engine : engines) {
     detail::EngineFiles files;
-    metadata.engines.push_back(parse_engine(engine, files));
+    auto info = parse_engine(engine, files);
+    const auto same = [&](const EngineInfo& other) { return other.name == info.name; };
+    if (std::any_of(metadata.engines.begin(), metadata.engines.end(), same)) {
+      throw std::invalid_argument("engine " + info.name + " is there twice");
+    }
+    metadata.engines.push_back(std::move(info));
     found.files.push_back(std::move(files));
   }
   return found;

@@ -145,6 +145,49 @@ TEST_F(Metadata, ThatIsNestedAMillionDeepIsRefused) {
   EXPECT_THAT(error_with("{\"schema_version\":" + open + std::string(1000000, ']') + "}").second, HasSubstr("too deep"));
 }
 
+TEST_F(Metadata, ThatCallsAnEngineMoreThanItsGateDoesIsRefused) {
+  const auto found = [&](const char* state, const char* ran, const json& failures) {
+    auto document = manifest();
+    auto& engine = document["artifacts"]["engines"][1];
+    engine["state"] = state;
+    engine["gate"]["ran"] = ran;
+    engine["gate"]["failures"] = failures;
+    return document.dump();
+  };
+  const json none = json::array();
+  const json failed{"top1 3 %"};
+  for (const auto& [state, ran, failures, wrong] : std::vector<std::tuple<const char*, const char*, json, const char*>>{
+           {"verified", "precision graph", none, "called verified, its gate makes it graph verified"},
+           {"verified", "engine", failed, "called verified, its gate makes it built"},
+           {"graph verified", "precision graph", failed, "called graph verified, its gate makes it built"},
+           {"verified", "nothing", none, "'nothing'"},
+           {"built", "engine", nullptr, "failures"}}) {
+    const auto [code, message] = error_with(found(state, ran, failures));
+    EXPECT_EQ(code, ez::ErrorCode::bundle);
+    EXPECT_THAT(message, HasSubstr(wrong));
+  }
+  for (const auto& [state, ran, failures] : std::vector<std::tuple<const char*, const char*, json>>{
+           {"verified", "engine", none}, {"graph verified", "engine", none}, {"built", "precision graph", failed}}) {
+    support::write(directory_.path() / "manifest.json", found(state, ran, failures));
+    EXPECT_STREQ(name(ez::read_metadata(directory_.path()).engines[1].state), state);
+  }
+}
+
+TEST_F(Metadata, OfAnEngineThatIsNotWhatItIsCalledIsRefused) {
+  for (const auto& [pointer, value, wrong] : std::vector<std::tuple<const char*, json, const char*>>{
+           {"/artifacts/engines/1/target", "openvino", "unknown target 'openvino'"},
+           {"/artifacts/engines/1/precision", "fp8", "unknown precision 'fp8'"},
+           {"/artifacts/engines/1/precision", "fp16", "onnxruntime-int8 is not onnxruntime-fp16"},
+           {"/artifacts/engines/1", manifest()["artifacts"]["engines"][0], "onnxruntime-fp32 is there twice"},
+           {"/artifacts/engines/1/plan", {{"version", "11.1.0"}}, "a plan is TensorRT's"}}) {
+    auto document = manifest();
+    document[json::json_pointer(pointer)] = value;
+    const auto [code, message] = error_with(document.dump());
+    EXPECT_EQ(code, ez::ErrorCode::bundle);
+    EXPECT_THAT(message, HasSubstr(wrong));
+  }
+}
+
 TEST_F(Metadata, WithValuesThatCannotBeIsRefused) {
   const std::vector<std::pair<const char*, json>> changes{
       {"/schema_version", 4294967297},               {"/schema_version", true},
