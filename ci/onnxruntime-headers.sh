@@ -7,12 +7,17 @@ cd "$(dirname "$0")/../engines/cpp"
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 mkdir -p "$work"/{lists/partial,cache/archives/partial}
-# The mirror that this machine's own apt uses, or DEBIAN_MIRROR where it is not Debian's.
+# The mirror that this machine's own apt uses, or DEBIAN_MIRROR where that is not Debian's, as on Ubuntu.
 mirror=${DEBIAN_MIRROR:-}
 [ -n "$mirror" ] || mirror=$(apt-cache policy 2>/dev/null | grep -o -m1 'http[s]*://[^ ]*/debian/\? ' | tr -d ' ' || true)
 keyring=/usr/share/keyrings/debian-archive-keyring.gpg
 if [ -z "$mirror" ]; then
-  echo "onnxruntime-headers.sh: apt knows no Debian mirror here: set DEBIAN_MIRROR to the URL of one" >&2
+  echo "onnxruntime-headers.sh: apt knows no Debian mirror here (it is Ubuntu's?): set DEBIAN_MIRROR to the URL of one," \
+    "http://HOST/debian" >&2
+  exit 1
+fi
+if [ ! -f "$keyring" ]; then
+  echo "onnxruntime-headers.sh: there is no $keyring: apt-get install debian-archive-keyring" >&2
   exit 1
 fi
 echo "deb [signed-by=$keyring] $mirror trixie main" >"$work/sources.list"
