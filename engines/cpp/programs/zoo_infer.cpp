@@ -37,13 +37,16 @@ struct Arguments {
 
 std::vector<std::byte> read(const std::string& path) {
   std::error_code error;
-  if (!std::filesystem::is_regular_file(path, error)) throw ez::Error(ez::ErrorCode::image, "not a file");
+  if (!std::filesystem::is_regular_file(path, error)) {
+    throw ez::Error(ez::ErrorCode::image, "not a file: give a JPEG or PNG");
+  }
   const auto size = std::filesystem::file_size(path, error);
-  if (error || size > kMostBytes) throw ez::Error(ez::ErrorCode::image, "larger than 1 GiB");
+  if (error) throw ez::Error(ez::ErrorCode::image, "cannot be read: " + error.message() + ": check its permissions");
+  if (size > kMostBytes) throw ez::Error(ez::ErrorCode::image, "larger than 1 GiB: give a JPEG or PNG");
   std::vector<std::byte> bytes(size);
   std::ifstream file(path, std::ios::binary);
   file.read(reinterpret_cast<char*>(bytes.data()), static_cast<std::streamsize>(size));
-  if (!file) throw ez::Error(ez::ErrorCode::image, "cannot be read");
+  if (!file) throw ez::Error(ez::ErrorCode::image, "cannot be read: check its permissions");
   return bytes;
 }
 
@@ -60,7 +63,9 @@ void write_npy(const std::string& path, const std::vector<float>& values, const 
   file << header;
   file.write(reinterpret_cast<const char*>(values.data()), static_cast<std::streamsize>(values.size() * sizeof(float)));
   file.close();  // what is buffered may not fit
-  if (!file) throw ez::Error(ez::ErrorCode::runtime, path + ": cannot be written");
+  if (!file) {
+    throw ez::Error(ez::ErrorCode::runtime, path + ": cannot be written: check its directory and the room on the disk");
+  }
 }
 
 // Classes of each image; of logits for each pixel there are none to print.
@@ -94,7 +99,7 @@ void print(const Arguments& arguments, const ez::Engine& engine, const std::vect
               << '\n';
   }
   std::cout.flush();
-  if (!std::cout) throw ez::Error(ez::ErrorCode::runtime, "standard output: cannot be written");
+  if (!std::cout) throw ez::Error(ez::ErrorCode::runtime, "standard output: cannot be written: check what reads it");
 }
 
 int run(const Arguments& arguments) {
@@ -167,7 +172,8 @@ int main(int argc, char** argv) {
   app.add_option("--batch", arguments.batch, "Images at once (default: the bundle's optimum)")
       ->check(CLI::Range(1, 1 << 20));
   app.add_option("--top", arguments.top, "Classes to print")->check(CLI::Range(1, 1 << 20))->capture_default_str();
-  app.add_option("--logits", arguments.logits, "Write raw logits here, .npy, float32 [N, classes] or [N, classes, height, width]");
+  app.add_option("--logits", arguments.logits,
+                 "Write raw logits here, .npy, float32 [N, classes] or [N, classes, height, width]");
   app.add_option("--inputs", arguments.inputs, "Write preprocessed inputs here, .npy, float32 [N, 3, H, W]");
   const std::map<std::string, ez::State> states{
       {"built", ez::State::built}, {"graph", ez::State::graph_verified}, {"verified", ez::State::verified}};

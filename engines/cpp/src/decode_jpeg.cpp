@@ -123,13 +123,13 @@ bool read_rows(Jpeg& jpeg, std::uint8_t* rows, std::size_t stride) {
 Image decode_jpeg(std::span<const std::uint8_t> file, std::uint64_t most_pixels) {
   const auto jpeg = std::make_unique<Jpeg>();
   const auto check = [&](bool good) {
-    if (!good) throw Error(ErrorCode::image, std::string("damaged JPEG: ") + jpeg->failure.message);
+    if (!good) throw Error(ErrorCode::image, std::string("damaged JPEG: ") + jpeg->failure.message + ": save it again");
   };
   check(read_header(*jpeg, file));
   const auto& info = jpeg->info;
   const auto components = static_cast<std::size_t>(info.num_components);
   if (components != 1 && components != 3 && components != 4) {
-    throw Error(ErrorCode::image, "JPEG with " + std::to_string(components) + " colours");
+    throw Error(ErrorCode::image, "JPEG with " + std::to_string(components) + " colours: convert it to RGB first");
   }
   refuse_bomb(info.image_width, info.image_height, most_pixels);
   const std::size_t pixels = std::size_t{info.image_width} * info.image_height;

@@ -139,7 +139,7 @@ namespace {
 // From the first chunk, before any other is looked at.
 void check_size(std::span<const std::uint8_t> file, std::uint64_t most_pixels) {
   constexpr std::size_t kWidth = 16;
-  if (file.size() < kWidth + 8) throw Error(ErrorCode::image, "damaged PNG: the file is truncated");
+  if (file.size() < kWidth + 8) throw Error(ErrorCode::image, "damaged PNG: the file is truncated: save it again");
   const auto number = [&](std::size_t at) {
     return std::uint64_t{file[at]} << 24 | std::uint64_t{file[at + 1]} << 16 | std::uint64_t{file[at + 2]} << 8 |
            std::uint64_t{file[at + 3]};
@@ -154,13 +154,15 @@ Image decode_png(std::span<const std::uint8_t> file, std::uint64_t most_pixels) 
   Png reader;
   reader.source.rest = file;
   const auto check = [&](bool good) {
-    if (!good) throw Error(ErrorCode::image, std::string("damaged PNG: ") + reader.source.message);
+    if (!good) throw Error(ErrorCode::image, std::string("damaged PNG: ") + reader.source.message + ": save it again");
   };
   check(read_header(reader));
   const auto width = png_get_image_width(reader.png, reader.info);
   const auto height = png_get_image_height(reader.png, reader.info);
   const std::size_t stride = std::size_t{width} * 3;
-  if (png_get_rowbytes(reader.png, reader.info) != stride) throw Error(ErrorCode::image, "PNG of an unknown kind");
+  if (png_get_rowbytes(reader.png, reader.info) != stride) {
+    throw Error(ErrorCode::image, "PNG of an unknown kind: convert it to RGB first");
+  }
   Image image{static_cast<int>(width), static_cast<int>(height), {}};
   image.rgb.resize(stride * height);
   std::vector<png_bytep> rows(height);

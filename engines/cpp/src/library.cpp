@@ -40,7 +40,8 @@ Library::Library(const std::filesystem::path& given, const char* variable, std::
 void* Library::symbol(const char* name) const {
   void* found = dlsym(handle_, name);
   if (found == nullptr) {
-    throw Error(ErrorCode::backend_version, path_ + ": has no symbol " + name + ": not the library it should be");
+    throw Error(ErrorCode::backend_version, path_ + ": has no symbol " + name +
+                                                ": not the library it should be: give the right path");
   }
   return found;
 }

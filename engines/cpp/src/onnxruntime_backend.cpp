@@ -46,14 +46,16 @@ const Runtime& runtime(const std::filesystem::path& given) {
   if (api == nullptr) {
     throw Error(ErrorCode::backend_version, library.path() + ": ONNX Runtime " + base->GetVersionString() +
                                                 " is too old, 1." + std::to_string(ORT_API_VERSION) +
-                                                " or newer is needed");
+                                                " or newer is needed: give it in Options::onnxruntime or "
+                                                "$EXPORT_ZOO_ONNXRUNTIME");
   }
   Ort::InitApi(api);
   auto fresh = std::make_unique<Runtime>();
   try {
     fresh->env = Ort::Env(ORT_LOGGING_LEVEL_ERROR, "export_zoo");
   } catch (const Ort::Exception& error) {
-    throw Error(ErrorCode::runtime, library.path() + ": ONNX Runtime does not start: " + error.what());
+    throw Error(ErrorCode::runtime, library.path() + ": ONNX Runtime does not start: " + error.what() +
+                                        ": install it again, or give another one");
   }
   fresh->path = library.path();
   fresh->version = base->GetVersionString();
@@ -65,7 +67,7 @@ Ort::MemoryInfo cpu_memory() {
   try {
     return Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault);
   } catch (const Ort::Exception& error) {
-    throw Error(ErrorCode::runtime, std::string("ONNX Runtime: ") + error.what());
+    throw Error(ErrorCode::runtime, std::string("ONNX Runtime: ") + error.what() + ": is there free memory?");
   }
 }
 
@@ -99,7 +101,7 @@ class OnnxRuntimeRunner final : public Runner {
       session_.Run(Ort::RunOptions{nullptr}, &input_name, &in, 1, &output_name, &out, 1);
     } catch (const Ort::Exception& error) {
       throw Error(ErrorCode::runtime, std::string("ONNX Runtime failed at batch ") + std::to_string(batch) + ": " +
-                                          error.what());
+                                          error.what() + ": is there memory for it? A smaller batch needs less");
     }
   }
 

@@ -19,8 +19,8 @@ constexpr std::int64_t kMaxSide = 65500;
 PreprocessOptions at_size(PreprocessOptions options, InputSize size) {
   const int shorter = std::min(options.crop_height, options.crop_width);
   if (shorter < 1 || size.height < 1 || size.width < 1 || size.height > kMaxSide || size.width > kMaxSide) {
-    throw Error(ErrorCode::shape, "preprocess: a size of " + std::to_string(size.height) + "x" + std::to_string(size.width) +
-                                      " pixels: give 1 to " + std::to_string(kMaxSide) + ", and the options of a bundle");
+    throw Error(ErrorCode::shape, "preprocess: a size of " + std::to_string(size.height) + "x" +
+                                      std::to_string(size.width) + " pixels: give 1 to " + std::to_string(kMaxSide) + ", and the options of a bundle");
   }
   // As Python does: divided first, and half to even.
   const double ratio = static_cast<double>(options.resize_size) / shorter;
@@ -42,8 +42,8 @@ Preprocessor::Preprocessor(const PreprocessOptions& options) : options_(options)
     const float mean = options.mean.at(channel);
     const float std_dev = options.std_dev.at(channel);
     if (!std::isfinite(mean) || !std::isfinite(std_dev) || std_dev <= 0) {
-      throw Error(ErrorCode::shape, "preprocess: mean " + std::to_string(mean) + " and std_dev " + std::to_string(std_dev) +
-                                        ": std_dev must be above 0, both finite: take the options of a bundle");
+      throw Error(ErrorCode::shape, "preprocess: mean " + std::to_string(mean) + " and std_dev " +
+                                        std::to_string(std_dev) + ": std_dev must be above 0, both finite: take the options of a bundle");
     }
     for (std::size_t value = 0; value < 256; ++value) {
       // Each step rounded to float, as torchvision does.

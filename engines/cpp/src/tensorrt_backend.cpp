@@ -55,7 +55,9 @@ struct Cuda {
   explicit Cuda() : library({}, "EXPORT_ZOO_CUDART", kCudart, "CUDA's runtime") {}
 
   void check(cudaError_t status, const char* what, ErrorCode code = ErrorCode::runtime) const {
-    if (status != cudaSuccess) throw Error(code, std::string("CUDA: ") + what + ": " + cudaGetErrorString(status));
+    if (status == cudaSuccess) return;
+    throw Error(code, std::string("CUDA: ") + what + ": " + cudaGetErrorString(status) +
+                          ": see nvidia-smi: driver, free memory, other processes");
   }
 };
 
@@ -142,15 +144,20 @@ class TensorRTRunner final : public Runner {
         out_(cuda, bytes_of(metadata.output), false),
         stream_(cuda),
         context_(engine.createExecutionContext()) {
-    if (!context_) throw Error(ErrorCode::runtime, "TensorRT: no execution context: " + logger.last());
+    if (!context_) {
+      throw Error(ErrorCode::runtime, "TensorRT: no execution context: " + logger.last() +
+                                          ": see nvidia-smi for free memory, and share fewer contexts");
+    }
     if (!context_->setTensorAddress(metadata.input.name.c_str(), in_.data()) ||
         !context_->setTensorAddress(metadata.output.name.c_str(), out_.data())) {
-      throw Error(ErrorCode::runtime, "TensorRT: the plan's tensors are not those of the manifest: " + logger.last());
+      throw Error(ErrorCode::runtime, "TensorRT: the plan's tensors are not those of the manifest: " + logger.last() +
+                                          ": export the bundle again");
     }
     for (const auto& port : metadata.further_outputs) {  // nobody reads them, but TensorRT writes them
       further_.push_back(std::make_unique<Buffer>(cuda, bytes_of(port), false));
       if (!context_->setTensorAddress(port.name.c_str(), further_.back()->data())) {
-        throw Error(ErrorCode::runtime, "TensorRT: the plan has no output " + port.name + ": " + logger.last());
+        throw Error(ErrorCode::runtime, "TensorRT: the plan has no output " + port.name + ": " + logger.last() +
+                                            ": export the bundle again");
       }
     }
   }
@@ -201,7 +208,8 @@ class TensorRTRunner final : public Runner {
     dims.d[3] = width;
     if (!context_->setInputShape(metadata_.input.name.c_str(), dims)) {
       throw Error(ErrorCode::runtime, "TensorRT refuses batch " + std::to_string(batch) + " of " +
-                                          std::to_string(height) + "x" + std::to_string(width) + ": " + logger_.last());
+                                          std::to_string(height) + "x" + std::to_string(width) + ": " + logger_.last() +
+                                          ": export the bundle again");
     }
     // What the plan leaves open until now must fit the buffers, too.
     check_room(metadata_.output, shape);
@@ -212,7 +220,9 @@ class TensorRTRunner final : public Runner {
   void check_room(const Port& port, const Shape& shape) const {
     const auto found = context_->getTensorShape(port.name.c_str());
     std::array<std::int64_t, 4> wanted{shape[0], port.shape[1], 0, 0};
-    for (std::size_t i = 2; i < port.shape.size(); ++i) wanted.at(i) = port.shape[i] != -1 ? port.shape[i] : shape.at(i - 1);
+    for (std::size_t i = 2; i < port.shape.size(); ++i) {
+      wanted.at(i) = port.shape[i] != -1 ? port.shape[i] : shape.at(i - 1);
+    }
     if (found.nbDims != static_cast<int>(port.shape.size()) ||
         !std::equal(found.d, found.d + found.nbDims, wanted.begin())) {
       throw Error(ErrorCode::bundle, "TensorRT: output " + port.name +
@@ -223,7 +233,10 @@ class TensorRTRunner final : public Runner {
   void enqueue(std::size_t in, std::size_t out) {
     const auto stream = stream_.get();
     cuda_.check(cuda_.cudaMemcpyAsync(in_.data(), in_host_.data(), in, cudaMemcpyHostToDevice, stream), "copy");
-    if (!context_->enqueueV3(stream)) throw Error(ErrorCode::runtime, "TensorRT: " + logger_.last());
+    if (!context_->enqueueV3(stream)) {
+      throw Error(ErrorCode::runtime, "TensorRT could not run the engine: " + logger_.last() +
+                                          ": see nvidia-smi, or run an engine of onnxruntime");
+    }
     cuda_.check(cuda_.cudaMemcpyAsync(out_host_.data(), out_.data(), out, cudaMemcpyDeviceToHost, stream), "copy");
   }
 
@@ -275,14 +288,20 @@ class TensorRTBackend final : public Backend {
     const auto create =
         reinterpret_cast<void* (*)(void*, int)>(library_.symbol("createInferRuntime_INTERNAL"));
     runtime_.reset(static_cast<nvinfer1::IRuntime*>(create(&logger_, NV_TENSORRT_VERSION)));
-    if (!runtime_) throw Error(ErrorCode::runtime, description_ + ": " + logger_.last());
+    if (!runtime_) {
+      throw Error(ErrorCode::runtime, description_ + " does not start: " + logger_.last() +
+                                          ": see nvidia-smi, or load an engine of onnxruntime");
+    }
     std::ifstream file(path, std::ios::binary);
     const std::vector<char> plan((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
-    if (!file) throw Error(ErrorCode::runtime, path.string() + ": cannot be read");
+    if (!file) throw Error(ErrorCode::runtime, path.string() + ": cannot be read: check its permissions");
     // Such a plan brings code of its own for the host, which TensorRT loads only when it may; its hash was checked.
     if (info.version_compatible) runtime_->setEngineHostCodeAllowed(true);
     engine_.reset(runtime_->deserializeCudaEngine(plan.data(), plan.size()));
-    if (!engine_) throw Error(ErrorCode::runtime, description_ + " cannot load " + info.name + ": " + logger_.last());
+    if (!engine_) {
+      throw Error(ErrorCode::runtime, description_ + " cannot load " + info.name + ": " + logger_.last() +
+                                          ": export again on this machine, or load an engine of onnxruntime");
+    }
     check_ports(path);
   }
 
@@ -301,7 +320,8 @@ class TensorRTBackend final : public Backend {
     description_ = (info.target == "tensorrt-rtx" ? "TensorRT-RTX " : "TensorRT ") + here;
     if (info.target == "tensorrt" && version / 10000 != NV_TENSORRT_MAJOR) {
       throw Error(ErrorCode::backend_version, library_.path() + " is " + description_ + ", this library was built for " +
-                                                  std::to_string(NV_TENSORRT_MAJOR));
+                                                  std::to_string(NV_TENSORRT_MAJOR) +
+                                                  ": install that, or build this library for yours");
     }
     if (!info.version_compatible && !(info.built_by + ".").starts_with(here + ".")) {
       throw Error(ErrorCode::backend_version, library_.path() + " is " + description_ + ", " + info.name +
@@ -314,7 +334,8 @@ class TensorRTBackend final : public Backend {
     int count = 0;
     cuda_.check(cuda_.cudaGetDeviceCount(&count), "no device", ErrorCode::device);
     if (device_ < 0 || device_ >= count) {
-      throw Error(ErrorCode::device, "CUDA device " + std::to_string(device_) + ": there are " + std::to_string(count));
+      throw Error(ErrorCode::device, "CUDA device " + std::to_string(device_) + ": there are " + std::to_string(count) +
+                                         ": set Options::device, the first is 0");
     }
     const auto here = capability_of(cuda_, device_);
     const auto& built = info.compute_capabilities;

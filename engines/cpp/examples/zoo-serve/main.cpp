@@ -278,7 +278,7 @@ class Service {
     if (wanted > most || metadata.batch_min > 1) {
       throw ez::Error(ez::ErrorCode::shape, "--max-batch " + std::to_string(wanted) + ": the bundle was verified at " +
                                                 std::to_string(metadata.batch_min) + " to " + std::to_string(most) +
-                                                "; serving needs 1, too");
+                                                "; serving needs 1, too: give fewer, or export with --batch 1:OPT:MAX");
     }
     return {wanted, std::chrono::microseconds(settings_.wait_us), settings_.queue};
   }
@@ -433,7 +433,8 @@ int main(int argc, char** argv) {
     waiter.join();
     if (!served) {
       std::cerr << "zoo-serve: cannot listen on " << settings.host << ':' << settings.port
-                << (settings.admin_port > 0 ? ", or on --admin-port" : "") << '\n';
+                << (settings.admin_port > 0 ? ", or on --admin-port" : "")
+                << ": is the port taken? Give another --port, or an address of this machine as --host\n";
       return 1;
     }
   } catch (const ez::Error& error) {

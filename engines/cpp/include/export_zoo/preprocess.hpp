@@ -27,8 +27,8 @@ inline constexpr std::uint64_t kMostPixels = 178'956'970;
 /// turned, 7 of a CMYK JPEG; a progressive JPEG holds its coefficients, too: up to 9 bytes, 12 turned, 15 of CMYK.
 [[nodiscard]] EXPORT_ZOO_API Image decode(std::span<const std::byte> file, std::uint64_t most_pixels = kMostPixels);
 
-/// The same options for inputs of another size, of a bundle with dynamic ones: the resize keeps its proportion to the crop, as
-/// Python's preprocess(images, size=...) does. Throws Error (shape) where a side is not 1 to 65,500.
+/// The same options for inputs of another size, of a bundle with dynamic ones: the resize keeps its proportion to the crop,
+/// as Python's preprocess(images, size=...) does. Throws Error (shape) where a side is not 1 to 65,500.
 [[nodiscard]] EXPORT_ZOO_API PreprocessOptions at_size(PreprocessOptions options, InputSize size);
 
 /// Images to the network's input, with the bits that torchvision's eval transforms and Pillow make of them at export.
