@@ -1,7 +1,10 @@
 // Engines give Python's logits to the bit, from many threads, and refuse what they cannot do before they try.
 
 #include <algorithm>
+#include <optional>
 #include <thread>
+
+#include <dlfcn.h>
 
 #include <gmock/gmock.h>
 #include <nlohmann/json.hpp>
@@ -179,13 +182,17 @@ TEST_F(Engine, OfTensorRTIsNotReplacedByTheCpuInSilence) {
 // An environment variable for as long as this lives.
 class Variable {
  public:
-  Variable(const char* name, const char* value) : name_(name) { setenv(name, value, 1); }
+  Variable(const char* name, const char* value) : name_(name) {
+    if (const char* was = std::getenv(name)) was_ = was;
+    setenv(name, value, 1);
+  }
   Variable(const Variable&) = delete;
   Variable& operator=(const Variable&) = delete;
-  ~Variable() { unsetenv(name_); }
+  ~Variable() { was_ ? setenv(name_, was_->c_str(), 1) : unsetenv(name_); }
 
  private:
   const char* name_;
+  std::optional<std::string> was_;
 };
 
 TEST_F(Engine, OfTensorRTIsLeftOutWithoutADevice) {
@@ -199,11 +206,11 @@ TEST_F(Engine, OfTensorRTIsLeftOutWithoutADevice) {
   EXPECT_THAT(message, HasSubstr("tensorrt-int8: "));
 }
 
-#ifdef EXPORT_ZOO_TEST_CUDART  // built with TensorRT: a CUDA runtime that tells of one device, 8.9, and of nothing else
+#ifdef EXPORT_ZOO_TEST_TENSORRT  // built with TensorRT: fake_tensorrt.cpp, which is CUDA with one device, too
 TEST_F(Engine, OfTensorRTIsTriedFirstAndLeftOutWithoutItsLibrary) {
   const auto bundle = copy();
   compile(bundle);
-  const Variable cudart("EXPORT_ZOO_CUDART", EXPORT_ZOO_TEST_CUDART);
+  const Variable cudart("EXPORT_ZOO_CUDART", EXPORT_ZOO_TEST_TENSORRT);
   const Variable tensorrt("EXPORT_ZOO_TENSORRT", "/nowhere/libnvinfer.so");
   EXPECT_EQ(ez::Engine::load(bundle).info().name, "onnxruntime-fp32");
   ez::Options options;
@@ -216,14 +223,84 @@ TEST_F(Engine, OfTensorRTIsTriedFirstAndLeftOutWithoutItsLibrary) {
 TEST_F(Engine, OfTensorRTIsLeftOutOnAnotherGpu) {
   const auto bundle = copy();
   compile(bundle);
-  const Variable cudart("EXPORT_ZOO_CUDART", EXPORT_ZOO_TEST_CUDART);
+  const Variable cudart("EXPORT_ZOO_CUDART", EXPORT_ZOO_TEST_TENSORRT);
   change(bundle, "/artifacts/engines/1/plan/compute_capabilities", {"8.6", "9.0"});
   EXPECT_EQ(ez::Engine::load(bundle).info().name, "onnxruntime-fp32");
   change(bundle, "/artifacts/engines/0/state", "built");
   const auto message = [&] { return error_of([&] { static_cast<void>(ez::Engine::load(bundle)); }).second; };
   EXPECT_THAT(message(), HasSubstr("tensorrt-int8: it was not built for this GPU, of compute capability 8.9"));
   change(bundle, "/artifacts/engines/1/plan/hardware_compatible", true);
-  EXPECT_THAT(message(), HasSubstr("libnvinfer")) << "tried";
+  const Variable tensorrt("EXPORT_ZOO_TENSORRT", "/nowhere/libnvinfer.so");
+  EXPECT_THAT(message(), HasSubstr("/nowhere/libnvinfer.so")) << "tried";
+}
+
+// A bundle whose best engine is that of a TensorRT that is not one.
+class FakeTensorRT : public Engine {
+ protected:
+  FakeTensorRT() {
+    compile(bundle_);
+    // Of the version that is faked, whatever the headers' is.
+    const auto of = reinterpret_cast<int (*)()>(dlsym(library_, "getInferLibVersion"));
+    const int version = of();
+    change(bundle_, "/artifacts/engines/1/plan/version",
+           std::to_string(version / 10000) + "." + std::to_string(version / 100 % 100) + ".0");
+  }
+
+  [[nodiscard]] int launches() const { return *static_cast<int*>(dlsym(library_, "fake_launches")); }
+
+  fs::path bundle_ = copy();
+  void* library_ = dlopen(EXPORT_ZOO_TEST_TENSORRT, RTLD_NOW);
+  Variable cudart_{"EXPORT_ZOO_CUDART", EXPORT_ZOO_TEST_TENSORRT};
+  Variable tensorrt_{"EXPORT_ZOO_TENSORRT", EXPORT_ZOO_TEST_TENSORRT};
+  Variable input_{"FAKE_INPUT", "3x64x64"};
+  Variable output_{"FAKE_OUTPUT", "1000"};
+  Variable room_{"FAKE_ROOM", "1000"};  // what the output is once the batch is known
+};
+
+TEST_F(FakeTensorRT, ReplaysAGraphUntilTheShapeChanges) {
+  const auto engine = ez::Engine::load(bundle_);
+  EXPECT_EQ(engine.info().name, "tensorrt-int8");
+  auto context = engine.context();
+  const std::vector<float> input(std::size_t{3} * 3 * 64 * 64);
+  const auto before = launches();
+  for (const std::size_t batch : {1, 1, 1, 2, 1, 1, 3, 3, 3, 1}) {
+    const auto values = batch * 3 * 64 * 64;
+    const auto found = context.infer(std::span(input).first(values), static_cast<std::int64_t>(batch));
+    EXPECT_EQ(found.size(), batch * 1000);
+    EXPECT_THAT(found, testing::Each(static_cast<float>(batch * 1000 + 64)));
+  }
+  EXPECT_EQ(launches() - before, 5) << "from the second run in a row on";
+}
+
+TEST_F(FakeTensorRT, WhosePortsAreNotThoseOfTheManifestIsRefused) {
+  for (const auto& [variable, value] : std::vector<std::pair<const char*, const char*>>{
+           {"FAKE_OUTPUT", "1001"}, {"FAKE_OUTPUT", "1000x1"}, {"FAKE_INPUT", "3x64x65"}, {"FAKE_INPUT", "3x64x-1"}}) {
+    const Variable input("FAKE_INPUT", "3x64x64");
+    const Variable output("FAKE_OUTPUT", "1000");
+    const Variable changed(variable, value);
+    const auto [code, message] = error_of([&] { static_cast<void>(ez::Engine::load(bundle_)); });
+    EXPECT_EQ(code, ez::ErrorCode::bundle) << variable << ' ' << value;
+    EXPECT_THAT(message, HasSubstr("not those of the manifest"));
+  }
+}
+
+TEST_F(FakeTensorRT, WhoseOutputIsOpenIsComparedWhenAShapeIsSet) {
+  const Variable output("FAKE_OUTPUT", "-1");
+  auto context = ez::Engine::load(bundle_).context();
+  const std::vector<float> input(std::size_t{3} * 64 * 64);
+  EXPECT_EQ(context.infer(input, 1).size(), 1000U);
+  const Variable room("FAKE_ROOM", "1001");
+  auto other = ez::Engine::load(bundle_).context();
+  const auto [code, message] = error_of([&] { static_cast<void>(other.infer(input, 1)); });
+  EXPECT_EQ(code, ez::ErrorCode::bundle);
+  EXPECT_THAT(message, HasSubstr("output logits"));
+}
+
+TEST_F(FakeTensorRT, MayRunHostCodeOnlyOfAVersionCompatiblePlan) {
+  change(bundle_, "/artifacts/engines/1/plan/version_compatible", true);
+  EXPECT_THAT(error_of([&] { static_cast<void>(ez::Engine::load(bundle_)); }).second, HasSubstr("cannot load"));
+  const Variable allowed("FAKE_HOST_CODE", "1");
+  EXPECT_EQ(ez::Engine::load(bundle_).info().name, "tensorrt-int8");
 }
 #endif
 
