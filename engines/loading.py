@@ -61,7 +61,13 @@ def open_engine(
     """
     if plan is not None:
         weights = graph if plan.strip_weights else None
-        return TensorRTEngine(path, target=target, weights=weights, runtime_cache=runtime_cache)
+        return TensorRTEngine(
+            path,
+            target=target,
+            weights=weights,
+            runtime_cache=runtime_cache,
+            host_code=plan.version_compatible,
+        )
     return OnnxRuntimeEngine(path, threads=threads, half=precision == "fp16")
 
 
