@@ -47,6 +47,8 @@ def main() -> None:
             f"{name:24s} {height:>4d}x{width:<4d} {expected(cells['int8']):9.0f} {cells['fp32'].peak_mib:7d} "
             f"{cells['int8'].peak_mib:7d}  {ratios[-1]:.2f}"
         )
+    if not ratios:
+        raise SystemExit("no model has results of both FP32 and INT8 for onnxruntime")
     print(f"{len(ratios)} models, expected over measured peak {min(ratios):.2f} to {max(ratios):.2f}")
 
 

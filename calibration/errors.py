@@ -72,8 +72,12 @@ class EnvironmentFailureError(ExportZooError):
 
 
 def first_of(error: ValidationError) -> str:
-    """The first fault that pydantic found in a file, in a line: the key and what is wrong with it."""
-    first = error.errors()[0]
+    """A fault that pydantic found in a file, in a line: the key and what is wrong with it.
+
+    An unknown key comes first, for one that is mistyped is missing, too.
+    """
+    faults = error.errors()
+    first = next((fault for fault in faults if fault["type"] == "extra_forbidden"), faults[0])
     return f"{'.'.join(map(str, first['loc'])) or 'the whole'}: {first['msg']}"
 
 

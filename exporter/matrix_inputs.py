@@ -14,11 +14,11 @@ _FOLDERS = ("--calib", "--verify")
 
 
 def fingerprints(cell: Cell) -> dict[str, str] | None:
-    """SHA-256 of each file and folder by its name on the command line; None where no file tells what is run.
-
-    Of a folder of images names and sizes count, of `FILE.py:FUNCTION` all Python files beside it; a function of a
-    package may come from anywhere.
+    """SHA-256 of each file and folder by its name on the command line, of a folder of names and sizes; None for the
+    user's own networks: what their code imports and reads may lie anywhere.
     """
+    if ":" in cell.model:
+        return None
     found = {}
     for argument in cell.arguments:
         option, _, value = argument.partition("=")
@@ -27,11 +27,6 @@ def fingerprints(cell: Cell) -> dict[str, str] | None:
             found[value] = _of_file(path.resolve(), path.stat().st_mtime_ns)
         elif option in _FOLDERS and path.is_dir():
             found[value] = _of_folder(path.resolve())
-    source, colon, _ = cell.model.rpartition(":")
-    if colon and not source.endswith(".py"):
-        return None
-    if colon:
-        found[cell.model] = _of_code(Path(source).resolve().parent)
     return found
 
 
@@ -46,11 +41,4 @@ def _of_folder(folder: Path) -> str:
     combined = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         combined.update(f"{path.relative_to(folder)}\0{path.stat().st_size}\0".encode())
-    return combined.hexdigest()
-
-
-def _of_code(folder: Path) -> str:
-    combined = hashlib.sha256()
-    for path in sorted(folder.glob("*.py")):
-        combined.update(f"{path.name}\0".encode() + path.read_bytes() + b"\0")
     return combined.hexdigest()

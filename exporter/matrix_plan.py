@@ -179,7 +179,8 @@ def _models(patterns: Sequence[str], names: Names, path: Path) -> Iterable[str]:
         matching = [pattern] if _names_itself(pattern) else names.matching(pattern)
         if not matching:
             raise UsageError(
-                f"{path}: models: {pattern!r} matches no model", hint="`export-zoo list` shows all"
+                f"{path}: models: {pattern!r} matches no model",
+                hint="`export-zoo list` shows torchvision's; networks of timm, and your own, are named one by one",
             )
         found |= dict.fromkeys(matching)
     return found

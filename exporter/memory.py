@@ -20,7 +20,7 @@ _BASE = 1600 * MIB
 """Python with PyTorch, ONNX Runtime and the exporter's rules."""
 _EXPORT_COPIES = 11.0
 """Of the weights, while the graph is exported, written and simplified."""
-_EXTERNAL_COPIES = 6.0
+_EXTERNAL_COPIES = 4.0
 """The same above 2 GiB, where weights lie in files of their own."""
 _RUN_COPIES = 4.5
 _LAYER = 5 * MIB

@@ -280,6 +280,12 @@ class ExportOptions:
                 raise UsageError(
                     f"--precision {precision}: unknown", hint=f"choose from {', '.join(PRECISIONS)}"
                 )
+        if ":" in self.model and self.preprocess is None:
+            raise UsageError(
+                f"{self.model}: needs --preprocess FILE: nobody else knows what it was trained with",
+                hint='for example {"resize_size": 256, "crop_height": 224, "crop_width": 224, "interpolation": '
+                '"bilinear", "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}',
+            )
         if self.preprocess is not None and self.transforms is not None:
             raise UsageError("--preprocess and --transforms: both say the same", hint="leave one out")
         if self.weights == "none" and self.init_missing:

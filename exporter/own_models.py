@@ -153,12 +153,7 @@ def resolve(options: ExportOptions) -> ModelSpec:
         UsageError: no `--preprocess`.
     """
     model = options.model
-    if options.preprocess is None:
-        raise UsageError(
-            f"{model}: needs --preprocess FILE: nobody else knows what it was trained with",
-            hint='for example {"resize_size": 256, "crop_height": 224, "crop_width": 224, "interpolation": '
-            '"bilinear", "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}',
-        )
+    assert options.preprocess is not None
     preprocess, labels = read_preprocess(options.preprocess)
     preprocess = resized(preprocess, options)
     size = (preprocess.crop_height, preprocess.crop_width)
@@ -182,11 +177,16 @@ def resolve(options: ExportOptions) -> ModelSpec:
         preprocess=preprocess,
         labels=labels,
         outputs=outputs,
-        factory=f"{Path(source).name}:{function}",
+        factory=f"{_told(Path(source))}:{function}",
         factory_path=source,
         notes=notes,
         version=uuid.uuid4().hex,  # the code may be any: the cache cannot tell when it changed
     )
+
+
+def _told(source: Path) -> str:
+    """As it was given where that is relative: no machine's folders get into the bundle."""
+    return source.name if source.is_absolute() or ".." in source.parts else source.as_posix()
 
 
 def construct(spec: ModelSpec, state: Mapping[str, torch.Tensor] | None) -> nn.Module:

@@ -163,7 +163,7 @@ def read_weights(path: Path, reading: Reading = Reading()) -> Loaded:
     ):
         raise BadInputError(
             f"--weights {path}: holds a {type(loaded).__name__}, not a mapping of names to tensors",
-            hint="save model.state_dict(), not the model or the whole checkpoint",
+            hint=_entry_advice(loaded),
         )
     state = {str(name): tensor for name, tensor in loaded.items()}
     stripped = True
@@ -203,6 +203,13 @@ def read_weights(path: Path, reading: Reading = Reading()) -> Loaded:
         skipped += matched
         state = {name: tensor for name, tensor in state.items() if name not in matched}
     return Loaded(state, versions, entry, others, tuple(skipped))
+
+
+def _entry_advice(loaded: object) -> str:
+    entries = [str(k) for k, v in loaded.items() if _is_state(v)] if isinstance(loaded, Mapping) else []
+    if entries:
+        return f"--weights-key {entries[0]} reads the state dict in it"
+    return "save model.state_dict(), not the model or the whole checkpoint"
 
 
 def _shown(names: Sequence[str]) -> str:
@@ -285,6 +292,11 @@ _ARCHITECTURE = "is it the state dict of this architecture? --init-missing PATTE
 
 def _advice(state: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Size], wrong: Sequence[str]) -> str:
     """What would fit: another head or input size is the usual reason."""
+    prefix = f"{next(iter(state), '').partition('.')[0]}."
+    if all(name.startswith(prefix) for name in state) and wanted.keys() & {
+        n.removeprefix(prefix) for n in state
+    }:
+        return f"all names begin with {prefix!r}: --rename {prefix}= takes it away"
     weights = [name for name in wanted if name.endswith(".weight")]  # none where all are parametrized
     head = weights[-1].removesuffix(".weight") if weights else ""
     if f"{head}.weight" in wrong:

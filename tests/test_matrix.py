@@ -175,7 +175,8 @@ def test_segmentation_timm_and_the_users_own_are_named_beside_the_classifiers(tm
         tmp_path,
         'models: ["*", "fcn*", timm/resnet18.a1_in1k, "nets/my net.py:build"]\n'
         "precisions: fp32\ntargets: onnxruntime\n"
-        'override: [{models: "timm/*", options: {input-size: 64}}]\n',
+        'override: [{models: "timm/*", options: {input-size: 64}}, '
+        '{models: "nets/my net.py:build", options: {preprocess: p.yaml}}]\n',
     )
     assert [cell.model for cell in found] == [
         *NAMES.models,
@@ -261,10 +262,9 @@ def test_a_cell_is_run_again_when_its_files_changed(ran, tmp_path, monkeypatch):
     images = tmp_path / "images"
     images.mkdir()
     (images / "a.png").write_bytes(b"1")
-    (tmp_path / "net.py").write_text("build = 1\n")
     (tmp_path / "best.pth").write_bytes(b"1")
     arguments = (*cell.arguments, f"--calib={images}", f"--weights={tmp_path / 'best.pth'}")
-    given = dataclasses.replace(cell, model=f"{tmp_path / 'net.py'}:build", arguments=arguments)
+    given = dataclasses.replace(cell, arguments=arguments)
     made = []
 
     def run_cell(cell, bundle, **_):
@@ -278,8 +278,6 @@ def test_a_cell_is_run_again_when_its_files_changed(ran, tmp_path, monkeypatch):
     changes = [
         lambda: None,
         lambda: (images / "b.png").write_bytes(b"2"),
-        lambda: (tmp_path / "net.py").write_text("build = 2\n"),
-        lambda: (tmp_path / "beside.py").write_text("build = 3\n"),
         lambda: (tmp_path / "best.pth").write_bytes(b"2"),
     ]
     for runs, change in enumerate(changes, 1):
@@ -288,10 +286,10 @@ def test_a_cell_is_run_again_when_its_files_changed(ran, tmp_path, monkeypatch):
         for _ in range(2):
             matrix_run.run([given], out, seconds=1)
             assert len(made) == runs
-    package = dataclasses.replace(cell, model="package.module:build")
+    own = dataclasses.replace(cell, model="nets/net.py:build")
     for _ in range(2):
-        matrix_run.run([package], out, seconds=1)
-    assert len(made) == len(changes) + 2, "a package's code may be anywhere"
+        matrix_run.run([own], out, seconds=1)
+    assert len(made) == len(changes) + 2, "what its code reads may be anywhere"
 
 
 def test_a_run_that_is_stopped_leaves_no_old_result(ran, monkeypatch):

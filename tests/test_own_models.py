@@ -197,7 +197,8 @@ def test_what_is_no_network_is_refused_with_the_reason(cli, preprocess, tmp_path
         ("{}", {}, "which function of it"),
         ("{}:padded", {"model_args": (("num_classes", "9"),)}, "use --num-classes"),
         ("{}:padded", {"preprocess": None}, "needs --preprocess FILE"),
-        ("{}:padded", {"preprocess": None, "transforms": "DEFAULT"}, "--transforms"),
+        ("{}:padded", {"preprocess": None, "transforms": "DEFAULT"}, "needs --preprocess FILE"),
+        ("timm/resnet18", {"preprocess": None, "transforms": "DEFAULT"}, "--transforms: timm/resnet18 is no"),
         ("{}:padded", {"transform_input": True}, "--transform-input"),
         ("{}:padded", {"weights_key": "ema"}, "--weights-key: .* reads no weights file"),
         ("{}:padded", {"renames": (("a", "b"),)}, "--rename: .* reads no weights file"),
@@ -226,7 +227,7 @@ def test_code_that_does_not_import_is_named(preprocess, tmp_path):
 
 
 def test_a_network_is_called_by_the_name_of_its_function():
-    assert ExportOptions("nets/net.py:build").out_dir == Path("build.bundle")
+    assert ExportOptions("nets/net.py:build", preprocess=Path("p.json")).out_dir == Path("build.bundle")
     assert ExportOptions("timm/resnet18").out_dir == Path("resnet18.bundle")
     assert ExportOptions("timm/resnet18.a1_in1k").short_name == "resnet18.a1_in1k"
 
@@ -242,6 +243,9 @@ def test_a_default_bundle_does_not_take_the_place_of_another_networks(cli, prepr
     assert "build.bundle: holds the bundle of another network" in other.json["error"]["message"]
     assert (tmp_path / "build.bundle" / "manifest.json").read_bytes() == before
     assert cli("a.py:build", *SMALL, "--preprocess", preprocess).code == 0, "the same one again"
+    (tmp_path / "v2").mkdir()
+    shutil.copy(tmp_path / "a.py", tmp_path / "v2")
+    assert cli("v2/a.py:build", *SMALL, "--preprocess", preprocess).code == 2, "the same name elsewhere"
 
 
 def test_a_file_is_imported_once_and_again_when_it_changed(preprocess, tmp_path):
@@ -515,6 +519,7 @@ def test_labels_of_the_file_reach_the_bundle_and_must_fit(cli, tmp_path):
     ("change", "message"),
     [
         ({"mean": None}, "mean"),
+        ({"mean": None, "means": [0.5, 0.5, 0.5]}, "means: Extra inputs"),
         ({"std": [0.1, 0.0, 0.1]}, "std"),
         ({"std": [0.1, 0.1]}, "std"),
         ({"mean": [123.7, 116.3, 103.5]}, "mean: .*0..1 scale"),

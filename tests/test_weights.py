@@ -851,6 +851,16 @@ def test_modules_are_told_the_version_of_what_they_load(prefix, renames, tmp_pat
     assert torch.equal(model.part.weight, -torch.ones(3)), "without a version it is taken for an old one"
 
 
+def test_hints_name_the_option_that_would_read_the_file(state, tmp_path):
+    torch.save({"net": state, "acc": 0.9}, tmp_path / "net.pth")
+    with pytest.raises(BadInputError) as error:
+        weights.read_weights(tmp_path / "net.pth")
+    assert "--weights-key net" in error.value.hint
+    with pytest.raises(BadInputError) as error:
+        _load(_small(), {f"backbone.{name}": tensor for name, tensor in state.items()})
+    assert "--rename backbone.=" in error.value.hint
+
+
 def test_a_network_of_parametrized_layers_refuses_plain_weights_with_their_names():
     model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)))
     with pytest.raises(BadInputError, match=r"missing: 0\.bias") as error:
