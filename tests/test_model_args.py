@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from functools import partial
 
@@ -96,14 +97,18 @@ def test_what_the_function_does_not_take_is_refused_with_its_words(text):
         built("resnet50", text)
 
 
-def test_weights_of_the_plain_network_do_not_fit_a_variant(tmp_path):
-    torch.save(models.resnet18().state_dict(), tmp_path / "net.pth")
+@pytest.mark.parametrize(
+    ("kept", "message"), [(dict, "Unexpected running stats"), (copy.copy, r"unexpected: bn1\.weight")]
+)
+def test_weights_of_the_plain_network_do_not_fit_a_variant(tmp_path, kept, message):
+    """A plain dictionary has no versions of its modules: InstanceNorm2d then says itself what it does not take."""
+    torch.save(kept(models.resnet18().state_dict()), tmp_path / "net.pth")
     options = ExportOptions(
         "resnet18",
         weights=str(tmp_path / "net.pth"),
         model_args=(("width_per_group", "64"), ("norm_layer", "InstanceNorm2d")),
     )
-    with pytest.raises(BadInputError, match="Unexpected running stats") as error:
+    with pytest.raises(BadInputError, match=message) as error:
         zoo.build(zoo.resolve(options))
     assert len(error.value.message) < 500
 
