@@ -816,7 +816,6 @@ def test_an_input_size_that_the_architecture_refuses_is_bad_input():
         assert "--input-size" in caught.value.hint
 
 
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 class _Flipped(nn.Module):
     """Takes files of before version 2 to hold its weight with the other sign."""
 
@@ -868,6 +867,7 @@ def test_a_network_of_parametrized_layers_refuses_plain_weights_with_their_names
     assert "architecture" in error.value.hint
 
 
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 @pytest.mark.parametrize("model", ["mnasnet0_5", "vit_b_32", "densenet121"])
 def test_networks_that_ask_a_state_dict_for_its_version_are_loaded(model, suffix, tmp_path):
     size = {"image_size": 32} if model == "vit_b_32" else {}
