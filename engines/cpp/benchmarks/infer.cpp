@@ -64,6 +64,8 @@ int main(int argc, char** argv) {
   settings.SetIntraOpNumThreads(threads);
   // As the library does: two sessions of one process that spin would take each other's cores.
   settings.AddConfigEntry("session.force_spinning_stop", "1");
+  constexpr const char* kExactEntry = "session.x64quantprecision";
+  if (engine.backend().find(kExactEntry) != std::string::npos) settings.AddConfigEntry(kExactEntry, "1");
   Ort::Session session(env, argv[3], settings);
   const auto memory = Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault);
   std::vector<float> output(static_cast<std::size_t>(batch * out_shape[1]));

@@ -94,7 +94,7 @@ void print(const Arguments& arguments, const ez::Engine& engine, const std::vect
   if (arguments.json) {
     const auto& info = engine.info();
     std::cout << nlohmann::json{{"engine", info.name}, {"state", name(info.state)}, {"backend", engine.backend()},
-                                {"images", document}}
+                                {"why", engine.why()}, {"images", document}}
                      .dump(1, ' ', false, nlohmann::json::error_handler_t::replace)
               << '\n';
   }
@@ -153,6 +153,11 @@ int run(const Arguments& arguments) {
     write_npy(arguments.inputs, inputs,
               {count, preprocess.size() / static_cast<std::size_t>(size.height * size.width),
                static_cast<std::size_t>(size.height), static_cast<std::size_t>(size.width)});
+  }
+  if (!arguments.json) {  // not among the classes, which programs read
+    const auto& info = engine.info();
+    std::cerr << "zoo-infer: " << info.name << " (" << name(info.state) << ", " << engine.backend()
+              << "): " << engine.why() << '\n';
   }
   print(arguments, engine, logits);
   return 0;

@@ -1,19 +1,14 @@
 #include "attestation.hpp"
 
 #include <algorithm>
-#include <array>
-#include <fstream>
-#include <iterator>
 #include <set>
-#include <sstream>
-#include <string_view>
 #include <utility>
-
-#include <sys/utsname.h>
+#include <vector>
 
 #include <nlohmann/json.hpp>
 
 #include "checksum.hpp"
+#include "cpu.hpp"
 #include "files.hpp"
 
 namespace export_zoo::detail {
@@ -22,16 +17,6 @@ namespace {
 
 using nlohmann::json;
 namespace fs = std::filesystem;
-
-std::set<std::string> cpu_flags() {
-  std::ifstream file("/proc/cpuinfo");
-  for (std::string line; std::getline(file, line);) {
-    if (!line.starts_with("flags")) continue;
-    std::istringstream words(line.substr(line.find(':') + 1));
-    return {std::istream_iterator<std::string>(words), {}};
-  }
-  return {};
-}
 
 // Files by name, the newest first: they are named by time.
 std::vector<fs::path> newest_first(const fs::path& directory) {
@@ -77,39 +62,28 @@ std::optional<State> state_of(const json& attestation, const std::string& engine
 
 }  // namespace
 
-std::string instruction_set() {
-  utsname here{};
-  uname(&here);
-  const std::string machine = here.machine;
-  if (machine != "x86_64") return machine;
-  constexpr std::array<std::pair<const char*, const char*>, 5> kSets{{{"amx_int8", "amx-int8"},
-                                                                     {"avx512_vnni", "avx512-vnni"},
-                                                                     {"avx_vnni", "avx-vnni"},
-                                                                     {"avx512bw", "avx512"},
-                                                                     {"avx2", "avx2"}}};
-  const auto flags = cpu_flags();
-  for (const auto& [flag, name] : kSets) {
-    if (flags.contains(flag)) return name;
-  }
-  return machine;
-}
-
 void apply_attestations(const fs::path& bundle, const std::optional<std::string>& compute_capability,
                         std::vector<EngineInfo>& engines) {
   const auto files = newest_first(bundle / "attestations");
   if (files.empty()) return;
   const auto manifest_sha256 = sha256_of(bundle / "manifest.json");
   const auto instructions = instruction_set();
-  std::set<std::string> settled;
+  std::vector<json> attestations;
   for (const auto& path : files) {
-    const auto attestation = read_attestation(path, manifest_sha256);
-    if (!attestation) continue;
-    const bool cpu = entry(*attestation, "instruction_set") == instructions;
-    const bool gpu = compute_capability && entry(*attestation, "compute_capability") == *compute_capability;
+    if (auto attestation = read_attestation(path, manifest_sha256)) attestations.push_back(std::move(*attestation));
+  }
+  // A real machine's go before those of emulated CPUs.
+  const auto is_real = [](const json& attestation) { return entry(attestation, "emulation").is_null(); };
+  std::stable_partition(attestations.begin(), attestations.end(), is_real);
+  std::set<std::string> settled;
+  for (const auto& attestation : attestations) {
+    const bool cpu = entry(attestation, "instruction_set") == instructions;
+    const bool gpu = compute_capability && entry(attestation, "compute_capability") == *compute_capability;
     for (auto& engine : engines) {
       if (!(engine.target == "onnxruntime" ? cpu : gpu) || settled.contains(engine.name)) continue;
-      if (const auto state = state_of(*attestation, engine.name)) {
-        engine.state = *state;
+      if (const auto state = state_of(attestation, engine.name)) {
+        // Nothing is verified by emulation, but an engine that failed under it is not verified any more.
+        if (is_real(attestation) || *state == State::built) engine.state = *state;
         settled.insert(engine.name);
       }
     }

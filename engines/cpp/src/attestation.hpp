@@ -10,10 +10,6 @@
 
 namespace export_zoo::detail {
 
-// The widest integer instruction set that ONNX Runtime's kernels choose by: INT8 logits are the same on the same one.
-// Named as in the attestations: "avx512-vnni", "avx2", ...; else the machine's name.
-[[nodiscard]] std::string instruction_set();
-
 // Give each engine the state that the newest attestation of a machine like this one ran it to, if there is one.
 // `compute_capability` is that of the GPU that would run TensorRT's engines. Attestations that cannot be read, or of
 // another manifest, are left out.

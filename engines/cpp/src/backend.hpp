@@ -44,7 +44,7 @@ class Backend {
   [[nodiscard]] virtual const std::string& description() const noexcept = 0;
 };
 
-// Throw Error: backend_missing, backend_version, runtime.
+// Throw Error: backend_missing, backend_version, runtime, cpu.
 std::unique_ptr<Backend> open_onnxruntime(const std::filesystem::path& engine, const EngineInfo& info,
                                           const Metadata& metadata, const Options& options);
 

@@ -19,6 +19,7 @@ class EngineState {
  public:
   Metadata metadata;
   EngineInfo info;
+  std::string why;
   std::unique_ptr<Backend> backend;
 };
 
@@ -64,9 +65,17 @@ std::tuple<State, bool, double, int> rank(const EngineInfo& info) {
   return {info.state, untimed, info.speedup.value_or(0), info.precision == "int8" ? 2 : info.precision == "fp16" ? 1 : 0};
 }
 
-// Those that can be loaded, the best first, or the one that is asked for. Throws Error.
+// An engine that cannot be loaded here.
+struct LeftOut {
+  std::string name;
+  std::string reason;
+};
+
+// Engines that can be loaded, the best first, or the one that is asked for. The others are added to `left_out`. Throws
+// Error.
 std::vector<std::size_t> choose(const std::filesystem::path& bundle, const Metadata& metadata,
-                                const std::optional<std::string>& capability, const Options& options) {
+                                const std::optional<std::string>& capability, const Options& options,
+                                std::vector<LeftOut>& left_out) {
   std::string reasons;
   bool lower = false;  // whether that would help
   std::vector<std::size_t> found;
@@ -79,6 +88,7 @@ std::vector<std::size_t> choose(const std::filesystem::path& bundle, const Metad
     } else {
       lower = lower || info.state < options.least;
       reasons += (reasons.empty() ? "" : "; ") + info.name + ": " + reason;
+      left_out.push_back({info.name, reason});
     }
   }
   std::stable_sort(found.begin(), found.end(),
@@ -106,7 +116,15 @@ std::unique_ptr<detail::Backend> open(const std::filesystem::path& bundle, const
 
 // Whether another engine may run where one failed like this.
 bool is_of_the_machine(ErrorCode code) {
-  return code == ErrorCode::backend_missing || code == ErrorCode::backend_version || code == ErrorCode::device;
+  return code == ErrorCode::backend_missing || code == ErrorCode::backend_version || code == ErrorCode::device ||
+         code == ErrorCode::cpu;
+}
+
+std::string why_chosen(const EngineInfo& info, const std::vector<LeftOut>& left_out, const Options& options) {
+  if (!options.engine.empty()) return "asked for";
+  std::string why = std::string("fastest ") + name(info.state) + " engine that may be loaded here";
+  for (const auto& other : left_out) why += "; " + other.name + " was left out: " + other.reason;
+  return why;
 }
 
 }  // namespace
@@ -134,15 +152,18 @@ Engine Engine::load(const std::filesystem::path& bundle, const Options& options)
   state->metadata = std::move(manifest.metadata);
   std::optional<ErrorCode> code;  // of the best
   std::string reasons;
-  for (const auto i : choose(bundle, state->metadata, capability, options)) {
+  std::vector<LeftOut> left_out;
+  for (const auto i : choose(bundle, state->metadata, capability, options, left_out)) {
     try {
       state->info = state->metadata.engines[i];
       state->backend = open(bundle, manifest.files[i], state->info, state->metadata, options);
+      state->why = why_chosen(state->info, left_out, options);
       return Engine(std::move(state));
     } catch (const Error& error) {
       if (!is_of_the_machine(error.code())) throw;
       code = code.value_or(error.code());
       const std::string reason = error.what();
+      left_out.push_back({state->info.name, reason});
       if (reasons.find(reason) == std::string::npos) reasons += (reasons.empty() ? "" : "; ") + reason;
     }
   }
@@ -159,6 +180,7 @@ Context Engine::context() const {
 const Metadata& Engine::metadata() const noexcept { return state_->metadata; }
 const EngineInfo& Engine::info() const noexcept { return state_->info; }
 const std::string& Engine::backend() const noexcept { return state_->backend->description(); }
+const std::string& Engine::why() const noexcept { return state_->why; }
 
 Context::Context(std::unique_ptr<detail::ContextState> state) : state_(std::move(state)) {}
 Context::Context(Context&&) noexcept = default;

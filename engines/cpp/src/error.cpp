@@ -26,6 +26,8 @@ const char* name(ErrorCode code) noexcept {
       return "image";
     case ErrorCode::runtime:
       return "runtime";
+    case ErrorCode::cpu:
+      return "cpu";
   }
   return "unknown";
 }

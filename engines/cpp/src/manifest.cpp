@@ -159,6 +159,26 @@ PreprocessOptions parse_preprocess(const json& document, const json& versions) {
   return found;
 }
 
+// Entries of an ONNX Runtime session. Keys outside `session.` are refused: they may load a library. Keys that name a
+// file are refused, too: ONNX Runtime writes to it.
+std::map<std::string, std::string> parse_session(const json& document) {
+  if (!document.is_object()) {
+    throw std::invalid_argument("saturating_cpu_session is " + document.dump() + ", not an object");
+  }
+  std::map<std::string, std::string> entries;
+  for (const auto& [key, value] : document.items()) {
+    const auto holds = [&, &name = key](const char* part) { return name.find(part) != std::string::npos; };
+    if (!key.starts_with("session.") || holds("file") || holds("path")) {
+      throw std::invalid_argument("saturating_cpu_session has the entry '" + key + "', which is not allowed");
+    }
+    if (!value.is_string()) {
+      throw std::invalid_argument("saturating_cpu_session: " + key + " is " + value.dump() + ", not a string");
+    }
+    entries.emplace(key, value);
+  }
+  return entries;
+}
+
 EngineInfo parse_engine(const json& document, detail::EngineFiles& files) {
   EngineInfo engine;
   engine.name = document.at("name");
@@ -196,6 +216,9 @@ EngineInfo parse_engine(const json& document, detail::EngineFiles& files) {
     engine.has_weights = !plan.at("strip_weights").get<bool>();
   }
   if (const auto& latency = document.at("latency"); !latency.is_null()) engine.speedup = latency.at("speedup");
+  if (const auto found = document.find("saturating_cpu_session"); found != document.end() && !found->is_null()) {
+    engine.saturating_cpu_session = parse_session(*found);
+  }
   return engine;
 }
 

@@ -1,15 +1,16 @@
 #include <algorithm>
 #include <array>
+#include <map>
 #include <mutex>
+#include <string_view>
 #include <vector>
-
-#define ORT_API_MANUAL_INIT
-#include <onnxruntime_cxx_api.h>
 
 #include <export_zoo/error.hpp>
 
 #include "backend.hpp"
+#include "kernel_probe.hpp"
 #include "library.hpp"
+#include "onnxruntime.hpp"
 
 namespace export_zoo::detail {
 
@@ -17,6 +18,7 @@ namespace {
 
 constexpr int kMostThreads = 1024;
 constexpr std::array<const char*, 2> kNames{"libonnxruntime.so.1", "libonnxruntime.so"};
+constexpr const char* kExactEntry = "session.x64quantprecision";  // INT8 weights become uint8 where sums would saturate
 
 // One ONNX Runtime for the whole process: its C++ API keeps the function table in a global.
 struct Runtime {
@@ -69,6 +71,35 @@ Ort::MemoryInfo cpu_memory() {
   } catch (const Ort::Exception& error) {
     throw Error(ErrorCode::runtime, std::string("ONNX Runtime: ") + error.what() + ": is there free memory?");
   }
+}
+
+// Session entries that keep the engine's INT8 sums exact on this CPU; none where they are exact anyway.
+std::map<std::string, std::string> entries_here(const EngineInfo& info, const Ort::Env& env) {
+  if (info.precision != "int8") return {};
+  auto entries = info.saturating_cpu_session.value_or(std::map<std::string, std::string>{{kExactEntry, "1"}});
+  if (entries.empty() || !int8_sums_saturate(env)) return {};
+  return entries;
+}
+
+// Parts of the messages with which ONNX Runtime refuses kExactEntry where nodes share an INT8 tensor: of 1.24 and later,
+// and of 1.21 to 1.23, whose messages name the tensor that should replace the shared one.
+constexpr std::array<std::string_view, 3> kSharedTensor{"AddInitializedOrtValue", "Attempt to replace the existing tensor",
+                                                        "_s8_2_u8"};
+
+bool refuses_shared_tensor(std::string_view message) {
+  const auto in = [&](std::string_view part) { return message.find(part) != std::string_view::npos; };
+  return std::any_of(kSharedTensor.begin(), kSharedTensor.end(), in);
+}
+
+// The engine that cannot be exact here, and the next step.
+std::string not_exact(const std::filesystem::path& engine, const std::string& library, const Metadata& metadata,
+                      const Options& options) {
+  constexpr std::string_view kOther = "onnxruntime-fp32";
+  const auto is_other = [&](const EngineInfo& info) { return info.name == kOther; };
+  const bool other = !options.engine.empty() && std::any_of(metadata.engines.begin(), metadata.engines.end(), is_other);
+  return engine.string() + ": INT8 sums saturate on this CPU, and " + library + " refuses " + kExactEntry +
+         ", which makes them exact, because nodes of the graph share an INT8 tensor: export the bundle again" +
+         (other ? ", or load " + std::string(kOther) : "");
 }
 
 class OnnxRuntimeRunner final : public Runner {
@@ -126,6 +157,9 @@ class OnnxRuntimeBackend final : public Backend {
       throw Error(ErrorCode::runtime, "Options::threads is " + std::to_string(options.threads) + ": give 0 (all cores) to " +
                                           std::to_string(kMostThreads));
     }
+    const auto entries = entries_here(info, here.env);
+    const auto found = entries.find(kExactEntry);
+    const bool exact = found != entries.end() && found->second == "1";
     try {
       Ort::SessionOptions session;
       session.SetIntraOpNumThreads(options.threads);
@@ -135,12 +169,18 @@ class OnnxRuntimeBackend final : public Backend {
       if (info.precision == "fp16") {
         session.AddConfigEntry("optimization.disable_specified_optimizers", "NchwcTransformer");
       }
+      for (const auto& [key, value] : entries) session.AddConfigEntry(key.c_str(), value.c_str());
+      if (exact) session.SetLogSeverityLevel(ORT_LOGGING_LEVEL_FATAL);  // a refusal is thrown, not logged
       session_ = std::make_unique<Ort::Session>(here.env, engine.c_str(), session);
     } catch (const Ort::Exception& error) {
+      if (exact && refuses_shared_tensor(error.what())) {
+        throw Error(ErrorCode::cpu, not_exact(engine, description_, metadata, options));
+      }
       throw Error(ErrorCode::runtime, engine.string() + ": " + description_ + " cannot load it: " + error.what() +
                                           ": it was verified with " + info.built_by +
                                           ": use that version, or another engine of the bundle");
     }
+    if (exact) description_ += std::string(", exact INT8 sums (") + kExactEntry + ")";
     check_ports(engine);
   }
 

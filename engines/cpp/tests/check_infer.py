@@ -25,11 +25,15 @@ def main() -> None:
         file = Path(folder) / "logits.npy"
         for model in ("resnet18", "Pixels"):
             want = np.load(bundles / f"{model}-onnxruntime-fp32.npy")[: len(images)]
-            plain = infer(model, "--logits", file, "--top", "2").stdout
+            done = infer(model, "--logits", file, "--top", "2")
+            plain = done.stdout
+            assert "onnxruntime-fp32 (verified, ONNX Runtime " in done.stderr, done
+            assert done.stderr.endswith("): asked for\n"), done
             assert np.array_equal(np.load(file), want), model
             printed = json.loads(infer(model, "--logits", file, "--top", "2", "--json").stdout)
             assert printed["engine"] == "onnxruntime-fp32", printed
             assert (printed["state"], printed["backend"][:13]) == ("verified", "ONNX Runtime "), printed
+            assert printed["why"] == "asked for", printed
             assert [entry["image"] for entry in printed["images"]] == [*map(str, images)], printed
             for entry, logits in zip(printed["images"], want, strict=True):
                 if model == "Pixels":  # no class of an image, and none of its first pixels

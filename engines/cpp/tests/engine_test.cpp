@@ -96,12 +96,19 @@ TEST_F(Engine, TakesTheFastestVerifiedOneUnlessOneIsAskedFor) {
   const auto bundle = copy();
   change(bundle, "/artifacts/engines/1/latency/speedup", 2.5);
   EXPECT_EQ(ez::Engine::load(bundle).info().name, "onnxruntime-int8");
+  EXPECT_EQ(ez::Engine::load(bundle).why(), "fastest verified engine that may be loaded here");
+  ez::Options options;
+  options.engine = "onnxruntime-fp32";
+  EXPECT_EQ(ez::Engine::load(bundle, options).info().name, "onnxruntime-fp32");
+  EXPECT_EQ(ez::Engine::load(bundle, options).why(), "asked for");
   change(bundle, "/artifacts/engines/1/latency/speedup", 0.5);
   EXPECT_EQ(ez::Engine::load(bundle).info().name, "onnxruntime-fp32");
   change(bundle, "/artifacts/engines/0/state", "graph verified");
   EXPECT_EQ(ez::Engine::load(bundle).info().name, "onnxruntime-int8") << "run before fast";
   change(bundle, "/artifacts/engines/1/state", "built");
   EXPECT_EQ(ez::Engine::load(bundle).info().name, "onnxruntime-fp32");
+  EXPECT_EQ(ez::Engine::load(bundle).why(),
+            "fastest graph verified engine that may be loaded here; onnxruntime-int8 was left out: built, not graph verified");
 }
 
 TEST_F(Engine, ThatIsNotVerifiedIsLoadedOnlyWhenAskedFor) {
@@ -160,6 +167,117 @@ TEST_F(Engine, HasTheStateThatTheNewestAttestationOfAMachineLikeThisOneSays) {
   }
 }
 
+TEST_F(Engine, IsLoweredAndNeverRaisedByAnEmulatedCpu) {
+  using nlohmann::json;
+  const auto bundle = copy();
+  auto document = json::parse(support::read(bundles() / "attestation.json"));
+  fs::create_directory(bundle / "attestations");
+  ez::Options options;
+  options.engine = "onnxruntime-int8";
+  options.least = ez::State::built;
+  const auto state = [&] { return ez::Engine::load(bundle, options).info().state; };
+  const auto attest = [&](const char* name, const json& emulation, const json& failures) {
+    document["emulation"] = emulation;
+    document["engines"]["onnxruntime-int8"]["failures"] = failures;
+    support::write(bundle / "attestations" / name, document.dump());
+  };
+  const json emulated{{"cpu", "haswell"}};
+  const auto failed = json::array({"SQNR 3 dB"});
+  attest("2.json", emulated, failed);
+  EXPECT_EQ(state(), ez::State::built);
+  attest("1.json", nullptr, json::array());
+  EXPECT_EQ(state(), ez::State::verified) << "a real machine's goes before a newer one of an emulated CPU";
+  attest("1.json", nullptr, failed);
+  attest("2.json", emulated, json::array());
+  EXPECT_EQ(state(), ez::State::built);
+}
+
+// An INT8 engine whose sums are as large as they can be: saturating_bundles.py.
+class Int8 : public Engine {
+ protected:
+  static ez::Engine load(const fs::path& bundle, const char* name) {
+    ez::Options options;
+    options.engine = name;
+    return ez::Engine::load(bundle, options);
+  }
+
+  static std::vector<float> logits(const ez::Engine& engine) {
+    const auto inputs = support::read_npy(bundles() / "saturating-inputs.npy");
+    auto context = engine.context();
+    const auto found = context.infer(inputs, 4);
+    return {found.begin(), found.end()};
+  }
+
+  // What the probe says, by what is told of an engine that needs the session entry where sums saturate.
+  static bool saturates() { return exact(load(bundles() / "saturating.bundle", "onnxruntime-int8")); }
+
+  static bool exact(const ez::Engine& engine) {
+    return engine.backend().find(", exact INT8 sums (session.x64quantprecision)") != std::string::npos;
+  }
+
+  std::vector<float> want_ = support::read_npy(bundles() / "saturating-exact.npy");
+};
+
+TEST_F(Int8, IsExactOnEveryCpu) {
+  const auto bundle = copy("saturating");
+  EXPECT_EQ(logits(load(bundle, "onnxruntime-int8")), want_) << "a manifest that does not say";
+  for (const auto& session : {nlohmann::json(nullptr), nlohmann::json{{"session.x64quantprecision", "1"}}}) {
+    change(bundle, "/artifacts/engines/1/saturating_cpu_session", session);
+    const auto engine = load(bundle, "onnxruntime-int8");
+    EXPECT_EQ(logits(engine), want_) << session;
+    EXPECT_EQ(exact(engine), saturates()) << session;
+  }
+}
+
+TEST_F(Int8, HasTheEntryOnlyWhereItIsWrongWithoutIt) {
+  const auto bundle = copy("saturating");
+  for (const auto& session : {nlohmann::json::object(), nlohmann::json{{"session.x64quantprecision", "0"}}}) {
+    change(bundle, "/artifacts/engines/1/saturating_cpu_session", session);
+    const auto engine = load(bundle, "onnxruntime-int8");
+    EXPECT_FALSE(exact(engine));
+    EXPECT_EQ(logits(engine) != want_, saturates()) << "the probe and a convolution agree";
+  }
+}
+
+TEST_F(Int8, AloneGetsTheEntry) {
+  const auto bundle = copy("saturating");
+  change(bundle, "/artifacts/engines/0/saturating_cpu_session", {{"session.x64quantprecision", "1"}});
+  EXPECT_FALSE(exact(load(bundle, "onnxruntime-fp32")));
+}
+
+TEST_F(Int8, ThatCannotBeExactIsLeftOut) {
+  const auto bundle = copy("shared");
+  if (!saturates()) {
+    EXPECT_EQ(ez::Engine::load(bundle).info().name, "onnxruntime-int8");
+    EXPECT_EQ(logits(ez::Engine::load(bundle)), support::read_npy(bundles() / "shared-exact.npy"));
+    return;
+  }
+  const auto engine = ez::Engine::load(bundle);
+  EXPECT_EQ(engine.info().name, "onnxruntime-fp32");
+  EXPECT_THAT(engine.why(),
+              testing::MatchesRegex("fastest verified engine that may be loaded here; onnxruntime-int8 was left out: .*"
+                                    "share an INT8 tensor: export the bundle again"));
+  auto [code, message] = error_of([&] { static_cast<void>(load(bundle, "onnxruntime-int8")); });
+  EXPECT_EQ(code, ez::ErrorCode::cpu);
+  EXPECT_STREQ(name(code), "cpu");
+  EXPECT_THAT(message, HasSubstr((bundle / "files/onnxruntime-int8.onnx").string()));
+  EXPECT_THAT(message, HasSubstr("export the bundle again, or load onnxruntime-fp32"));
+  change(bundle, "/artifacts/engines/0/state", "built");
+  std::tie(code, message) = error_of([&] { static_cast<void>(ez::Engine::load(bundle)); });
+  EXPECT_EQ(code, ez::ErrorCode::cpu) << "there is no other";
+  EXPECT_THAT(message, HasSubstr("export the bundle again"));
+}
+
+TEST_F(Int8, IsLoadedByManyThreadsAtOnce) {
+  std::vector<int> wrong(8);
+  std::vector<std::thread> threads;
+  for (auto& count : wrong) {
+    threads.emplace_back([&] { count += logits(load(bundles() / "saturating.bundle", "onnxruntime-int8")) != want_; });
+  }
+  for (auto& thread : threads) thread.join();
+  EXPECT_THAT(wrong, testing::Each(0));
+}
+
 TEST_F(Engine, ThatIsNotThereIsRefusedWithThoseThatAre) {
   ez::Options options;
   options.engine = "onnxruntime-fp64";
@@ -200,6 +318,7 @@ TEST_F(Engine, OfTensorRTIsLeftOutWithoutADevice) {
   compile(bundle);
   const Variable cudart("EXPORT_ZOO_CUDART", "/nowhere/libcudart.so");
   EXPECT_EQ(ez::Engine::load(bundle).info().name, "onnxruntime-fp32");
+  EXPECT_THAT(ez::Engine::load(bundle).why(), HasSubstr("; tensorrt-int8 was left out: "));
   change(bundle, "/artifacts/engines/0/state", "built");
   const auto [code, message] = error_of([&] { static_cast<void>(ez::Engine::load(bundle)); });
   EXPECT_EQ(code, ez::ErrorCode::state);
@@ -213,6 +332,7 @@ TEST_F(Engine, OfTensorRTIsTriedFirstAndLeftOutWithoutItsLibrary) {
   const Variable cudart("EXPORT_ZOO_CUDART", EXPORT_ZOO_TEST_TENSORRT);
   const Variable tensorrt("EXPORT_ZOO_TENSORRT", "/nowhere/libnvinfer.so");
   EXPECT_EQ(ez::Engine::load(bundle).info().name, "onnxruntime-fp32");
+  EXPECT_THAT(ez::Engine::load(bundle).why(), HasSubstr("; tensorrt-int8 was left out: "));
   ez::Options options;
   options.onnxruntime = "/nowhere/libonnxruntime.so";
   const auto [code, message] = error_of([&] { static_cast<void>(ez::Engine::load(bundle, options)); });

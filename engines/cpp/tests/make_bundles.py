@@ -4,7 +4,7 @@ Writes DIR/<model>.bundle (FP32 and INT8 engines, random weights, 64x64), DIR/im
 DIR/<model>-<engine>.npy, the logits of all images, and DIR/<model>-inputs.npy. DIR/dynamic.bundle takes 48 to 96
 pixels, with inputs and logits of some sizes: DIR/dynamic-inputs-HxW.npy, DIR/dynamic-<engine>-HxW.npy.
 DIR/Pixels.bundle is of a network of our own with two outputs, the first for each pixel.
-DIR/attestation.json is what `verify` says here of the first.
+DIR/attestation.json is what `verify` says here of the first. saturating_bundles.py writes two more.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[3]
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
 import photos  # noqa: E402
+import saturating_bundles  # noqa: E402
 
 import engines  # noqa: E402
 from engines.verify import verify  # noqa: E402
@@ -121,6 +122,7 @@ def main() -> None:
     assert attestation is not None
     attestation.replace(out / "attestation.json")
     attestation.parent.rmdir()
+    saturating_bundles.write(out, template=out / f"{MODELS[0]}.bundle")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,10 @@
 // Manifests are read in full, and damaged ones refused with what is wrong.
 
+#include <map>
+#include <optional>
+#include <string>
+#include <vector>
+
 #include <gmock/gmock.h>
 #include <nlohmann/json.hpp>
 
@@ -185,6 +190,54 @@ TEST_F(Metadata, OfAnEngineThatIsNotWhatItIsCalledIsRefused) {
     const auto [code, message] = error_with(document.dump());
     EXPECT_EQ(code, ez::ErrorCode::bundle);
     EXPECT_THAT(message, HasSubstr(wrong));
+  }
+}
+
+TEST_F(Metadata, SaysTheSessionOfASaturatingCpu) {
+  using Entries = std::map<std::string, std::string>;
+  for (const auto& [value, want] : std::vector<std::pair<json, std::optional<Entries>>>{
+           {{{"session.x64quantprecision", "1"}}, Entries{{"session.x64quantprecision", "1"}}},
+           {{{"session.x64quantprecision", "1"}, {"session.other", ""}},
+            Entries{{"session.x64quantprecision", "1"}, {"session.other", ""}}},
+           {json::object(), Entries{}},
+           {nullptr, std::nullopt}}) {
+    auto document = manifest();
+    document["artifacts"]["engines"][1]["saturating_cpu_session"] = value;
+    support::write(directory_.path() / "manifest.json", document.dump());
+    EXPECT_EQ(ez::read_metadata(directory_.path()).engines[1].saturating_cpu_session, want) << value;
+  }
+  auto document = manifest();
+  document["artifacts"]["engines"][1].erase("saturating_cpu_session");
+  support::write(directory_.path() / "manifest.json", document.dump());
+  EXPECT_EQ(ez::read_metadata(directory_.path()).engines[1].saturating_cpu_session, std::nullopt) << "an older bundle";
+}
+
+TEST_F(Metadata, WithAWrongSessionOfASaturatingCpuIsRefused) {
+  for (const auto& [value, wrong] : std::vector<std::pair<json, const char*>>{
+           {"session.x64quantprecision", "not an object"},
+           {json::array(), "not an object"},
+           {json::array({"session.x64quantprecision", "1"}), "not an object"},
+           {true, "not an object"},
+           {1, "not an object"},
+           {{{"session.x64quantprecision", 1}}, "not a string"},
+           {{{"session.x64quantprecision", true}}, "not a string"},
+           {{{"session.x64quantprecision", nullptr}}, "not a string"},
+           {{{"session.x64quantprecision", {{"value", "1"}}}}, "not a string"},
+           {{{"", "1"}}, "the entry ''"},
+           {{{"x64quantprecision", "1"}}, "the entry 'x64quantprecision'"},
+           {{{"ep.context_enable", "1"}}, "the entry 'ep.context_enable'"},
+           {{{"Session.x64quantprecision", "1"}}, "the entry 'Session."},
+           {{{"session.x64quantprecision", "1"}, {"optimization.disable_specified_optimizers", "x"}}, "the entry 'opt"},
+           {{{"session.collect_node_memory_stats_to_file", "/tmp/x"}}, "the entry 'session.collect"},
+           {{{"session.optimized_model_filepath", "/tmp/x"}}, "the entry 'session.opt"}}) {
+    for (const int engine : {0, 1}) {
+      auto document = manifest();
+      document["artifacts"]["engines"][static_cast<std::size_t>(engine)]["saturating_cpu_session"] = value;
+      const auto [code, message] = error_with(document.dump());
+      EXPECT_EQ(code, ez::ErrorCode::bundle) << value;
+      EXPECT_THAT(message, HasSubstr("damaged manifest: "));
+      EXPECT_THAT(message, HasSubstr(wrong)) << value;
+    }
   }
 }
 

@@ -194,7 +194,8 @@ class Service {
     }
     const auto& info = engine_.info();
     std::cout << "zoo-serve: " << engine_.metadata().model << ' ' << info.name << " (" << name(info.state) << ", "
-              << engine_.backend() << ") on http://" << settings_.host << ':' << settings_.port << std::endl;
+              << engine_.backend() << "; " << engine_.why() << ") on http://" << settings_.host << ':' << settings_.port
+              << std::endl;
     const bool served = stopping_ || server_.listen_after_bind();
     if (admin.joinable()) {
       while (!admin_ended_) {
@@ -218,7 +219,8 @@ class Service {
                        {"model", engine_.metadata().model},
                        {"engine", engine_.info().name},
                        {"state", name(engine_.info().state)},
-                       {"backend", engine_.backend()}});
+                       {"backend", engine_.backend()},
+                       {"why", engine_.why()}});
     });
     server.Get("/metrics", [this](const auto&, auto& response) {
       response.set_content(metrics_.text(batcher_), "text/plain; version=0.0.4");

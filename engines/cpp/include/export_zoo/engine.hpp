@@ -65,8 +65,13 @@ class EXPORT_ZOO_API Engine {
   [[nodiscard]] const Metadata& metadata() const noexcept;
   [[nodiscard]] const EngineInfo& info() const noexcept;
 
-  /// Name and version of the library that runs it: "ONNX Runtime 1.31.1".
+  /// Name and version of the library that runs it: "ONNX Runtime 1.31.1". On a CPU whose INT8 sums saturate,
+  /// ", exact INT8 sums (session.x64quantprecision)" follows where that entry makes the engine exact.
   [[nodiscard]] const std::string& backend() const noexcept;
+
+  /// Why this engine was chosen: "asked for", or "fastest verified engine that may be loaded here". Each engine that
+  /// cannot be loaded here follows: "; onnxruntime-int8 was left out: <reason>".
+  [[nodiscard]] const std::string& why() const noexcept;
 
  private:
   explicit Engine(std::shared_ptr<const detail::EngineState> state);

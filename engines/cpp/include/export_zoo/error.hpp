@@ -18,6 +18,7 @@ enum class ErrorCode {
   shape,            ///< wrong number of values, or a batch outside the verified range
   image,            ///< bytes that cannot be decoded to an 8-bit RGB image
   runtime,          ///< the runtime library failed
+  cpu,              ///< on this CPU the INT8 engine would give other logits than those that were verified
 };
 
 /// The only exception that the library throws, std::bad_alloc aside.

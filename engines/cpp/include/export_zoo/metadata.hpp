@@ -3,6 +3,7 @@
 #include <array>
 #include <cstdint>
 #include <filesystem>
+#include <map>
 #include <optional>
 #include <string>
 #include <vector>
@@ -63,6 +64,9 @@ struct EngineInfo {
   bool version_compatible = false;                ///< of TensorRT: runs with later versions, too
   bool has_weights = true;                        ///< of TensorRT: false for a plan that must be refitted, in Python
   std::optional<double> speedup;  ///< over FP32, as measured at export
+  /// Session entries of ONNX Runtime that keep an INT8 engine exact on a CPU whose INT8 sums saturate. Empty: the graph
+  /// cannot saturate. Nothing: an older bundle, which does not say; {"session.x64quantprecision": "1"} is used.
+  std::optional<std::map<std::string, std::string>> saturating_cpu_session;
 };
 
 /// What a bundle holds, read without loading anything.
