@@ -25,31 +25,53 @@ def _cpu_info() -> dict[str, str]:
     return fields
 
 
-def instruction_set() -> str:
-    """The widest integer instruction set that ONNX Runtime's kernels choose by, `avx512-vnni` say.
+_LEAF_7, _LEAF_7_1 = 1, 6
+"""Indices of CPUID's leaves in glibc's <sys/platform/x86.h>: leaf 7, and leaf 7 with subleaf 1."""
 
-    uint8 x int8 products saturate in 16 bits on `avx2` and `avx512` (no VNNI), so INT8 logits are only
-    comparable on the same one.
+_EAX, _EBX, _ECX, _EDX = range(4)
+
+_INSTRUCTION_SETS = (
+    # Name, the flag of /proc/cpuinfo, and where CPUID says it: leaf, register, bit.
+    ("amx-int8", "amx_int8", _LEAF_7, _EDX, 25),
+    ("avx512-vnni", "avx512_vnni", _LEAF_7, _ECX, 11),
+    ("avx-vnni", "avx_vnni", _LEAF_7_1, _EAX, 4),
+    ("avx512", "avx512bw", _LEAF_7, _EBX, 30),
+    ("avx2", "avx2", _LEAF_7, _EBX, 5),
+)
+
+
+def _cpuid() -> Callable[[int, int, int], bool] | None:
+    """Asks CPUID for a bit that the operating system lets programs use; None without glibc 2.33."""
+    import ctypes
+
+    class Leaf(ctypes.Structure):
+        _fields_ = (("cpuid", ctypes.c_uint * 4), ("active", ctypes.c_uint * 4))
+
+    try:
+        leaf_of = ctypes.CDLL(None)["__x86_get_cpuid_feature_leaf"]
+    except (AttributeError, OSError, TypeError):
+        return None
+    leaf_of.argtypes, leaf_of.restype = [ctypes.c_uint], ctypes.POINTER(Leaf)
+    return lambda leaf, register, bit: bool(leaf_of(leaf).contents.active[register] >> bit & 1)
+
+
+@cache
+def instruction_set() -> str:
+    """The widest integer instruction set of this CPU, `avx512-vnni` for example; `x86_64` or `aarch64` for all others.
+
+    It comes from CPUID: /proc/cpuinfo describes the host even where qemu-user emulates another CPU. Without glibc 2.33
+    (musl, macOS, Windows) it comes from /proc/cpuinfo. It is a name for people and for provenance; whether INT8
+    sums saturate is found by `engines.saturation.probe`.
     """
     machine = platform.machine().lower()
     if machine not in ("x86_64", "amd64"):
         return machine
-    flags = set(_cpu_info().get("flags", "").split())
-    for name, needed in (
-        ("amx-int8", {"amx_int8"}),
-        ("avx512-vnni", {"avx512_vnni"}),
-        ("avx-vnni", {"avx_vnni"}),
-        ("avx512", {"avx512bw"}),
-        ("avx2", {"avx2"}),
-    ):
-        if needed <= flags:
+    has = _cpuid()
+    flags = set(_cpu_info().get("flags", "").split()) if has is None else set()
+    for name, flag, leaf, register, bit in _INSTRUCTION_SETS:
+        if flag in flags or (has is not None and has(leaf, register, bit)):
             return name
     return machine
-
-
-def saturates(instructions: str) -> bool:
-    """True where uint8 x int8 products are summed in saturating 16 bits (`vpmaddubsw`)."""
-    return instructions in ("avx2", "avx512")
 
 
 def one_blas_thread() -> AbstractContextManager[object]:

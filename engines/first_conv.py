@@ -8,6 +8,9 @@ are made of floats: ONNX Runtime 1.24 has no SpaceToDepth of uint8, and the time
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
@@ -23,8 +26,8 @@ def _taps(kernel: int, pad: int) -> tuple[int, int]:
     return first, last - first + 1
 
 
-def blocked_weight(weight: npt.NDArray[np.int8], pads: tuple[int, int]) -> npt.NDArray[np.int8]:
-    """int8 [O, C, kh, kw] of a stride-2 convolution -> [O, 4 C, taps_h, taps_w] over 2x2 blocks.
+def blocked_weight(weight: npt.NDArray[Any], pads: tuple[int, int]) -> npt.NDArray[Any]:
+    """Integers [O, C, kh, kw] of a stride-2 convolution -> [O, 4 C, taps_h, taps_w] over 2x2 blocks.
 
     Args:
         pads: padding at the top and at the left.
@@ -61,37 +64,79 @@ def _blocked_pads(conv: ir.Node, size: tuple[int, int], kernel: tuple[int, int])
     return None if min(before + after) < 0 else before + after
 
 
+@dataclass(frozen=True)
+class Blocks:
+    """A first convolution that can be written over 2x2 blocks of the image."""
+
+    conv: ir.Node
+    pads: list[int]
+    """Of the convolution over blocks."""
+
+    @property
+    def top_left(self) -> tuple[int, int]:
+        """Padding at the top and at the left, in pixels."""
+        top, left = self.conv.attributes.get_ints("pads", [0, 0, 0, 0])[:2]
+        return int(top), int(left)
+
+
+def _only_reader(value: ir.Value) -> ir.Node | None:
+    nodes = [use.node for use in value.uses()]
+    return nodes[0] if len(nodes) == 1 else None
+
+
+def _stored(value: ir.Value | None) -> ir.Value | None:
+    """The constant operand itself, or the int8 constant behind its DequantizeLinear."""
+    producer = value.producer() if value is not None else None
+    if producer is not None and producer.op_type == "DequantizeLinear":
+        value = producer.inputs[0]
+    return value if value is not None and value.const_value is not None else None
+
+
+def blocks_of(graph: ir.Graph) -> Blocks | None:
+    """The convolution that alone reads the graph's input, directly or through Q/DQ; None where it cannot be blocked.
+
+    The answer is the same for an FP32 graph and for the INT8 graph that is made of it.
+    """
+    source = graph.inputs[0]
+    if source.shape is None:
+        return None
+    _, channels, *size = source.shape
+    if not all(isinstance(side, int) for side in (channels, *size)) or int(str(channels)) > _MAX_CHANNELS:
+        return None
+    node = _only_reader(source)
+    if node is not None and node.op_type == "QuantizeLinear":
+        dequantize = _only_reader(node.outputs[0])
+        node = _only_reader(dequantize.outputs[0]) if dequantize is not None else None
+    if node is None or node.op_type != "Conv" or (weight := _stored(node.inputs[1])) is None:
+        return None
+    assert weight.const_value is not None
+    _, _, *kernel = weight.const_value.shape.numpy()
+    if len(size) != 2 or len(kernel) != 2:
+        return None
+    height, width = (int(str(side)) for side in size)
+    pads = _blocked_pads(node, (height, width), (int(kernel[0]), int(kernel[1])))
+    return Blocks(node, pads) if pads is not None else None
+
+
 def block_first_convolution(graph: ir.Graph) -> bool:
     """Rewrite `Q -> DQ -> Conv` on the graph's input as `SpaceToDepth -> Q -> DQ -> Conv`; False where it does not fit.
 
     The integers that are multiplied and summed are the same, so the logits are, too.
     """
+    found = blocks_of(graph)
     source = graph.inputs[0]
-    quantizers = [use.node for use in source.uses()]
-    if len(quantizers) != 1 or quantizers[0].op_type != "QuantizeLinear" or source.shape is None:
+    quantize = _only_reader(source)
+    if found is None or quantize is None or quantize.op_type != "QuantizeLinear" or source.shape is None:
         return False
-    _, channels, *size = source.shape
-    dequantizers = [use.node for use in quantizers[0].outputs[0].uses()]
-    if len(dequantizers) != 1 or not all(isinstance(side, int) for side in (channels, *size)):
+    conv = found.conv
+    dequantize = conv.inputs[0].producer() if conv.inputs[0] is not None else None
+    weight_dq = conv.inputs[1].producer() if conv.inputs[1] is not None else None
+    stored = _stored(conv.inputs[1])
+    if dequantize is None or weight_dq is None or stored is None or stored.const_value is None:
         return False
-    dequantize = dequantizers[0]
-    readers = [use.node for use in dequantize.outputs[0].uses()]
-    if len(readers) != 1 or readers[0].op_type != "Conv" or int(str(channels)) > _MAX_CHANNELS:
-        return False
-    conv = readers[0]
-    weight_value = conv.inputs[1]
-    weight_dq = weight_value.producer() if weight_value is not None else None
-    if weight_dq is None or weight_dq.inputs[0] is None or weight_dq.inputs[0].const_value is None:
-        return False
-    weight = weight_dq.inputs[0].const_value.numpy()
-    height, width = (int(str(side)) for side in size)
-    kernel = (int(weight.shape[2]), int(weight.shape[3]))
-    pads = _blocked_pads(conv, (height, width), kernel)
-    if pads is None:
-        return False
-    old = conv.attributes.get_ints("pads", [0, 0, 0, 0])
-    blocked = blocked_weight(weight, (int(old[0]), int(old[1])))
-    tensor = ir.tensor(blocked, name=f"{weight_dq.inputs[0].name}_blocked")
+    _, channels, height, width = (int(str(side)) if isinstance(side, int) else 0 for side in source.shape)
+    blocked = blocked_weight(stored.const_value.numpy(), found.top_left)
+    tensor = ir.tensor(blocked, name=f"{stored.name}_blocked")
     stored = ir.Value(
         name=tensor.name,
         shape=ir.Shape(blocked.shape),
@@ -109,11 +154,11 @@ def block_first_convolution(graph: ir.Graph) -> bool:
     )
     output = blocks.outputs[0]
     output.name, output.dtype = f"{source.name}_blocks_output", ir.DataType.FLOAT
-    output.shape = ir.Shape([source.shape[0], 4 * int(str(channels)), height // 2, width // 2])
-    graph.insert_before(quantizers[0], blocks)
-    quantizers[0].replace_input_with(0, output)
-    quantizers[0].outputs[0].shape = dequantize.outputs[0].shape = output.shape
+    output.shape = ir.Shape([source.shape[0], 4 * channels, height // 2, width // 2])
+    graph.insert_before(quantize, blocks)
+    quantize.replace_input_with(0, output)
+    quantize.outputs[0].shape = dequantize.outputs[0].shape = output.shape
     conv.attributes["kernel_shape"] = ir.AttrInt64s("kernel_shape", list(blocked.shape[2:]))
     conv.attributes["strides"] = ir.AttrInt64s("strides", [1, 1])
-    conv.attributes["pads"] = ir.AttrInt64s("pads", pads)
+    conv.attributes["pads"] = ir.AttrInt64s("pads", found.pads)
     return True

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -49,15 +50,18 @@ def open_engine(
     graph: Path | None = None,
     threads: int = 0,
     runtime_cache: Path | None = None,
+    saturating_session: Mapping[str, str],
 ) -> OnnxRuntimeEngine | TensorRTEngine:
     """An engine file, ready to run.
 
     Args:
         graph: the precision graph that TensorRT compiled: a plan without weights gets them from it.
+        saturating_session: of ONNX Runtime, where sums of INT8 saturate; see `engines.manifest.Engine`.
 
     Raises:
         BadInputError: not an ONNX Runtime engine.
-        TargetUnavailableError: a TensorRT engine that this machine cannot load.
+        TargetUnavailableError: a TensorRT engine that this machine cannot load, or an INT8 engine that it cannot run
+            exactly.
     """
     if plan is not None:
         weights = graph if plan.strip_weights else None
@@ -68,7 +72,9 @@ def open_engine(
             runtime_cache=runtime_cache,
             host_code=plan.version_compatible,
         )
-    return OnnxRuntimeEngine(path, threads=threads, half=precision == "fp16")
+    return OnnxRuntimeEngine(
+        path, threads=threads, half=precision == "fp16", saturating_session=saturating_session
+    )
 
 
 class LoadedEngine:
@@ -105,6 +111,7 @@ class LoadedEngine:
             graph=graph,
             threads=threads,
             runtime_cache=Path(runtime_cache) if runtime_cache is not None else None,
+            saturating_session=engine.session_where_saturating(),
         )
         names = [port.name for port in manifest.recipe.outputs]
         if self._backend.output_names != names:
@@ -188,8 +195,13 @@ class LoadedEngine:
 
 
 def _state_here(engine: m.Engine, found: Sequence[m.Attestation]) -> m.State:
-    """An engine's state by the newest attestation of a machine like this one that ran it, else by the manifest."""
-    for attestation in found:
+    """An engine's state by the newest attestation of a machine like this one that ran it, else by the manifest.
+
+    A real machine's attestation goes before those of emulated CPUs. Nothing is verified by emulation, but an engine
+    that failed under it is not verified any more.
+    """
+    real_first = sorted(found, key=lambda attestation: attestation.emulation is not None)
+    for attestation in real_first:
         alike = (
             attestation.compute_capability == device_capability()
             if engine.plan is not None
@@ -197,7 +209,8 @@ def _state_here(engine: m.Engine, found: Sequence[m.Attestation]) -> m.State:
         )
         gate = attestation.engines.get(engine.name)
         if alike and gate is not None and gate.ran == "engine":
-            return m.state_after(gate)
+            attested = m.state_after(gate)
+            return attested if attestation.emulation is None or attested == "built" else engine.state
     return engine.state
 
 
@@ -206,6 +219,11 @@ def _rank(engine: m.Engine) -> tuple[bool, float, int]:
     untimed = engine.plan is not None and engine.latency is None
     speedup = engine.latency.speedup if engine.latency is not None else 0.0
     return untimed, speedup, PRECISIONS.index(engine.precision)
+
+
+class _Opening(TypedDict):
+    threads: int
+    runtime_cache: Path | str | None
 
 
 def load(
@@ -241,6 +259,7 @@ def load(
             f"{root}: this bundle failed its parity gate, or an engine did not reach the state asked for",
             hint="export again; allow_failed=True loads it to look into it",
         )
+    opening: _Opening = {"threads": threads, "runtime_cache": runtime_cache}
     engines = {e.name: e for e in manifest.artifacts.engines}
     attested = attestations(root)
     states = {name: _state_here(e, attested) for name, e in engines.items()}
@@ -264,9 +283,30 @@ def load(
                 f"{root}: no verified engine that runs here: {listed}",
                 hint="export again here, or `export-zoo verify` it where it runs",
             )
-        best = max(runnable, key=_rank)
-        speed = f", {best.latency.speedup:.2f}x of FP32" if best.latency is not None else ""
-        why = f"fastest verified engine as measured at export{speed}"
-    return LoadedEngine(
-        root, manifest, best, state=states[best.name], why=why, threads=threads, runtime_cache=runtime_cache
-    )
+        return _first_that_opens(root, manifest, sorted(runnable, key=_rank, reverse=True), states, opening)
+    return LoadedEngine(root, manifest, best, state=states[best.name], why=why, **opening)
+
+
+def _first_that_opens(
+    root: Path,
+    manifest: m.Manifest,
+    engines: Sequence[m.Engine],
+    states: Mapping[str, m.State],
+    opening: _Opening,
+) -> LoadedEngine:
+    """The first of some engines, the fastest first, that this machine can run.
+
+    Raises:
+        TargetUnavailableError: of the first, where none can.
+    """
+    left_out: list[TargetUnavailableError] = []
+    reasons = ""
+    for engine in engines:
+        speed = f", {engine.latency.speedup:.2f}x of FP32" if engine.latency is not None else ""
+        why = f"fastest verified engine as measured at export{speed}{reasons}"
+        try:
+            return LoadedEngine(root, manifest, engine, state=states[engine.name], why=why, **opening)
+        except TargetUnavailableError as error:
+            left_out.append(error)
+            reasons += f"; {engine.name} was left out: {error.message}"
+    raise left_out[0]

@@ -143,7 +143,9 @@ class Recipe(_Model):
     external_data: list[File] = Field(description="Weights files that the graph refers to (over 2 GiB).")
     simplified: str = Field(description="What simplifying did, or why it was skipped.")
     calibration: Calibration | None
-    reduce_range: bool
+    reduce_range: bool = Field(
+        default=False, description="Weights have 7 bits: an option of earlier versions."
+    )
     keep_float: list[str] = Field(description="Patterns of the layers that INT8 leaves unquantized.")
     instruction_set: str
     versions: dict[str, str]
@@ -269,6 +271,21 @@ class Engine(_Model):
     instruction_set: str = Field(description="Of the machine that it was verified on.")
     gate: Gate
     latency: Latency | None
+    saturating_cpu_session: dict[str, str] | None = Field(
+        default=None,
+        description="ONNX Runtime: session configuration that the engine needs on CPUs where sums of uint8 x int8 "
+        "products saturate (x86-64 without VNNI); empty where it cannot saturate. Null: TensorRT, and bundles of "
+        "earlier versions, whose INT8 engines need `session.x64quantprecision` = `1` there.",
+    )
+
+    @field_validator("saturating_cpu_session")
+    @classmethod
+    def _of_sessions(cls, entries: dict[str, str] | None) -> dict[str, str] | None:
+        for key in entries or {}:
+            # Some entries name files that ONNX Runtime writes: a manifest must not choose those.
+            if not key.startswith("session.") or "file" in key or "path" in key:
+                raise ValueError(f"{key!r} is no configuration of a session that a manifest may give")
+        return entries
 
     @model_validator(mode="after")
     def _true(self) -> Engine:
@@ -285,6 +302,12 @@ class Engine(_Model):
         if STATES.index(self.state) > STATES.index(reached):
             raise ValueError(f"{self.name} is called {self.state}, its gate makes it {reached}")
         return self
+
+    def session_where_saturating(self) -> dict[str, str]:
+        """Session configuration that ONNX Runtime needs where sums of INT8 saturate. Older bundles do not say it."""
+        if self.saturating_cpu_session is not None:
+            return self.saturating_cpu_session
+        return {"session.x64quantprecision": "1"} if self.precision == "int8" else {}
 
     @property
     def size_bytes(self) -> int:
@@ -378,6 +401,23 @@ class Manifest(_Model):
         return list({file.path: file for file in files}.values())
 
 
+class HostFigures(_Model):
+    """An engine on the machine that emulated another CPU, with the same images."""
+
+    sqnr: float | None = Field(description="In dB, to eager PyTorch.")
+    max_difference: float = Field(description="Largest between logits of both; 0: equal to the bit.")
+
+
+class Emulation(_Model):
+    """That an attestation is of a CPU that was emulated by qemu-user."""
+
+    cpu: str = Field(description="As of `--cpu`.")
+    saturates: bool = Field(
+        description="Whether ONNX Runtime's sums of uint8 x int8 products saturate there."
+    )
+    host: dict[str, HostFigures] = Field(description="By engine.")
+
+
 class Attestation(_Model):
     """What `verify` found on some machine; written beside the manifest, in attestations/."""
 
@@ -391,7 +431,8 @@ class Attestation(_Model):
     status: Literal["ok", "failed"]
     warnings: list[str]
     engines: dict[str, Gate]
-    states: dict[str, State]
+    states: dict[str, State] = Field(description="By engine; empty for an emulated CPU.")
+    emulation: Emulation | None = Field(default=None, description="Null: this machine's own CPU.")
 
 
 def json_schema() -> dict[str, Any]:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from calibration.errors import BadInputError
+from calibration.errors import BadInputError, TargetUnavailableError
+from engines.saturation.probe import EXACT_SESSION, saturates
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 Float32Array = npt.NDArray[np.float32]
 
@@ -21,12 +27,23 @@ class OnnxRuntimeEngine:
         threads: intra-op threads, 0 for all cores.
         fused: with False, no graph optimization: Q/DQ pairs are computed one by one, in float.
         half: the graph computes in FP16; its layout optimizer crashes on FP16 transformers and is left out.
+        saturating_session: session configuration that is added where int8 sums saturate and the graph is fused, see
+            `engines.saturation.probe`; empty for a graph that cannot saturate.
 
     Raises:
         BadInputError: ONNX Runtime does not load the file.
+        TargetUnavailableError: its kernels saturate here, and the graph cannot be run exactly.
     """
 
-    def __init__(self, graph: Path, *, threads: int = 0, fused: bool = True, half: bool = False) -> None:
+    def __init__(
+        self,
+        graph: Path,
+        *,
+        threads: int = 0,
+        fused: bool = True,
+        half: bool = False,
+        saturating_session: Mapping[str, str] = EXACT_SESSION,
+    ) -> None:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
@@ -34,12 +51,18 @@ class OnnxRuntimeEngine:
         options.add_session_config_entry("session.force_spinning_stop", "1")
         if not fused:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        self.session_config: dict[str, str] = {}
+        """Configuration that this session got because kernels saturate here."""
+        if fused and saturating_session and saturates():
+            self.session_config = dict(saturating_session)
+        for key, value in self.session_config.items():
+            options.add_session_config_entry(key, value)
         # ONNX Runtime 1.31 segfaults in this pass on FP16 ViTs.
         disabled = ["NchwcTransformer"] if half else []
         try:
-            self._session = ort.InferenceSession(
-                graph, options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled
-            )
+            self._session = _session(graph, options, disabled)
+        except TargetUnavailableError:
+            raise
         except Exception as error:  # ONNX Runtime raises a dozen types of its own
             raise BadInputError(
                 f"{graph}: ONNX Runtime {ort.__version__} cannot load it: {error}",
@@ -81,3 +104,41 @@ class OnnxRuntimeEngine:
                 raise
             raise MemoryError(f"ONNX Runtime at batch {batch.shape[0]}") from error
         return tuple(np.asarray(output, dtype=np.float32) for output in outputs)
+
+
+_SHARED = ("replace the existing tensor", "Initializer with same name exists")
+"""Words of ONNX Runtime's refusal of `session.x64quantprecision` where nodes share an int8 weight or zero point, in
+1.24 and later, and in 1.23."""
+
+
+def _session(graph: Path, options: ort.SessionOptions, disabled: list[str]) -> ort.InferenceSession:
+    def opened(model: Path | bytes) -> ort.InferenceSession:
+        return ort.InferenceSession(
+            model, options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled
+        )
+
+    try:
+        return opened(graph)
+    except Exception as error:
+        if not any(words in str(error) for words in _SHARED):
+            raise
+    # Sums must be exact, so each node gets int8 tensors of its own, in memory.
+    from calibration import graph_io
+    from engines.rewrites import own_int8_constants
+
+    if graph_io.external_files(graph):
+        raise TargetUnavailableError(
+            f"{graph}: int8 sums saturate on this CPU, and ONNX Runtime {ort.__version__} cannot compute this graph "
+            "exactly: nodes share int8 tensors, and its weights are outside the file",
+            hint="export the bundle again, or load its FP32 engine",
+        )
+    model = graph_io.load(graph)
+    own_int8_constants(model.graph)
+    return opened(_serialized(model))
+
+
+def _serialized(model: ir.Model) -> bytes:
+    import onnx_ir as ir
+
+    data: Any = ir.to_proto(model).SerializeToString()
+    return bytes(data)

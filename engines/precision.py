@@ -6,29 +6,26 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
 from calibration import graph_io
-from calibration.errors import BadInputError, UsageError
+from calibration.errors import BadInputError, ExportDefectError, UsageError
 from calibration.histogram import Histogram
 from calibration.machine import one_blas_thread
 from calibration.methods import METHODS
 from calibration.ranges import Ranges, TensorRange
 from engines.first_conv import block_first_convolution
-from engines.half import LEAST_SCALE, halve
+from engines.half import halve
+from engines.int8_weights import blocks_of_rows, quantize_weight, rounded_otherwise
 from engines.keep_float import kept_float
 from engines.placement import LAYOUT, POLICIES, Placement, QuantizedWeight, ends_in_output
 from engines.rewrites import remove_unused_initializers
-
-_MAX_BIAS = 2.0**30
-"""Bound of abs(int32 bias): half of int32's range is left for the accumulator."""
-
-_TINY = np.float64(np.finfo(np.float32).tiny) * 2**24
-"""Least scale. Products of two scales must stay normal in float32."""
+from engines.saturation.channel_order import ChannelOrder, choose_order, reorder
+from engines.saturation.pairs import IndexArray, layers_with_partners, saturating_layers
+from engines.scales import ActivationScale, activation_scale, symmetric_scale
 
 
 @dataclass(frozen=True)
@@ -41,119 +38,16 @@ class Scheme:
     """The bias is quantized by us; else it stays float, which TensorRT wants."""
     half: bool
     """What is not quantized runs in FP16, and so must the scales beside it."""
+    sums_in_16_bits: bool
+    """On some CPUs two products are added in 16 bits, which must not overflow: see `engines.saturation.pairs`."""
 
 
-_TENSORRT = Scheme(symmetric=True, int32_bias=False, half=True)
+_TENSORRT = Scheme(symmetric=True, int32_bias=False, half=True, sums_in_16_bits=False)
 SCHEMES = {
-    "onnxruntime": Scheme(symmetric=False, int32_bias=True, half=False),
+    "onnxruntime": Scheme(symmetric=False, int32_bias=True, half=False, sums_in_16_bits=True),
     "tensorrt": _TENSORRT,
     "tensorrt-rtx": _TENSORRT,
 }
-
-
-@dataclass(frozen=True)
-class ActivationScale:
-    """real = scale * (q - zero_point), q uint8 or, with zero point 0, int8."""
-
-    scale: np.float32
-    zero_point: np.uint8 | np.int8
-
-
-def half_scale(scale: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Scales rounded to what FP16 can hold, never 0: TensorRT wants them in the type of the tensor beside them.
-
-    To be done before anything is quantized with them, or the integers belong to other scales. Below half's normal
-    numbers, where its steps are coarse, they are rounded up, so that nothing is cut off.
-    """
-    half = scale.astype(np.float16)
-    coarse = (half < np.finfo(np.float16).tiny) & (half < scale)
-    half = np.where(coarse, np.nextafter(half, np.float16(np.inf)), half)
-    least = np.finfo(np.float16).smallest_subnormal
-    return np.asarray(np.maximum(half, least), dtype=np.float32)
-
-
-def symmetric_scale(low: float, high: float) -> ActivationScale:
-    """Scale of an int8 tensor whose range is [low, high]: 127 is the larger of both magnitudes, zero point 0.
-
-    Rounded to FP16, but for the smallest: those stay float32, and their Q/DQ with them.
-    """
-    scale = np.float32(max(abs(low), abs(high)) / 127.0)
-    if not scale > _TINY:
-        return ActivationScale(np.float32(1.0), np.int8(0))
-    if scale >= LEAST_SCALE:
-        scale = np.float32(half_scale(np.asarray(scale)))
-    return ActivationScale(scale, np.int8(0))
-
-
-def activation_scale(low: float, high: float) -> ActivationScale:
-    """Scale and zero point of a uint8 tensor whose range is [low, high], extended to contain 0.
-
-    Zero must be exact, because padding and Relu produce it (Jacob et al. 2018, arXiv 1712.05877, section 2.1).
-    """
-    low, high = min(low, 0.0), max(high, 0.0)
-    scale = np.float32((high - low) / 255.0)
-    if not scale > _TINY:
-        return ActivationScale(np.float32(1.0), np.uint8(0))
-    zero_point = int(np.clip(np.rint(-low / np.float64(scale)), 0, 255))
-    return ActivationScale(scale, np.uint8(zero_point))
-
-
-def weight_levels(reduce_range: bool) -> int:
-    """Largest integer of a weight."""
-    return 63 if reduce_range else 127
-
-
-_BLOCK_ELEMENTS = 1 << 22
-"""Of a weight, computed with in float64 at a time: VGG's first Linear layer has 100 million."""
-
-
-def _blocks(channels: npt.NDArray[Any]) -> list[slice]:
-    """Rows of a matrix, some at a time."""
-    step = max(1, _BLOCK_ELEMENTS // max(1, channels[0].size))
-    return [slice(start, start + step) for start in range(0, len(channels), step)]
-
-
-def quantize_weight(
-    weight: npt.NDArray[np.float32],
-    axis: int,
-    bias: npt.NDArray[np.float32] | None,
-    input_scale: np.float32,
-    *,
-    reduce_range: bool = False,
-    half: bool = False,
-) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32], npt.NDArray[np.int32] | None]:
-    """Symmetric int8 weight per output channel, its scales, and the int32 bias in units of s_x * s_w.
-
-    A channel's scale is raised until its bias fits in 2^30: ONNX Runtime quantizes a float bias by itself and
-    lets it overflow, silently, where the weights of a channel are (nearly) zero.
-
-    Args:
-        weight: any shape; `axis` is the output channel.
-        bias: float32 [channels] or None.
-        input_scale: scale s_x of the quantized input.
-        reduce_range: use 7 bits, so that sums of two uint8 x int8 products fit 16 bits (AVX2 without VNNI).
-        half: round the scales to FP16 first.
-    """
-    levels = weight_levels(reduce_range)
-    channels = np.moveaxis(weight, axis, 0)
-    channels = channels.reshape(len(channels), -1)
-    blocks = _blocks(channels)
-    scale = np.concatenate([np.abs(channels[b]).max(axis=1) for b in blocks]).astype(np.float64) / levels
-    if bias is not None:
-        scale = np.maximum(scale, np.abs(bias.astype(np.float64)) / (np.float64(input_scale) * _MAX_BIAS))
-    scale32 = np.maximum(scale, _TINY / min(np.float64(input_scale), 1.0)).astype(np.float32)
-    if half:
-        scale32 = half_scale(scale32)
-    integers = np.empty(channels.shape, dtype=np.int8)
-    for b in blocks:
-        scaled = channels[b].astype(np.float64) / scale32[b].astype(np.float64)[:, None]
-        integers[b] = np.clip(np.rint(scaled), -levels, levels)
-    moved = np.moveaxis(weight, axis, 0).shape
-    quantized = np.ascontiguousarray(np.moveaxis(integers.reshape(moved), 0, axis))
-    if bias is None:
-        return quantized, scale32, None
-    unit = (input_scale * scale32).astype(np.float64)
-    return quantized, scale32, np.rint(bias.astype(np.float64) / unit).astype(np.int32)
 
 
 def _range_of(method: str, tensors: Mapping[str, TensorRange], symmetric: bool) -> tuple[float, float]:
@@ -209,16 +103,16 @@ class _Quantizer:
         placement: Placement,
         ranges: Ranges,
         scheme: Scheme,
-        reduce_range: bool,
         method: str,
         means: Mapping[str, npt.NDArray[np.float64]],
         rounding: Mapping[str, npt.NDArray[np.int8]],
         clipped: Collection[str],
+        partners: Mapping[str, IndexArray],
     ) -> None:
         self.graph = graph
         self.placement = placement
         self.scheme = scheme
-        self.reduce_range = reduce_range
+        self.partners = partners
         self.means = means
         self.rounding = rounding
         self.scales = self._scales(ranges, method, clipped)
@@ -331,12 +225,12 @@ class _Quantizer:
         bias: npt.NDArray[np.float32] | None,
         input_scale: np.float32,
     ) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32], npt.NDArray[np.int32] | None]:
+        partners = self.partners.get(str(node.name))
         quantized, scales, int_bias = quantize_weight(
-            weight, rule.axis, bias, input_scale, reduce_range=self.reduce_range, half=self.scheme.half
+            weight, rule.axis, bias, input_scale, partners=partners, half=self.scheme.half
         )
         if (steps := self.rounding.get(str(node.name))) is not None:
-            levels = weight_levels(self.reduce_range)
-            quantized = np.clip(quantized.astype(np.int16) + steps, -levels, levels).astype(np.int8)
+            quantized = rounded_otherwise(quantized, steps, rule.axis, partners)
         return quantized, scales, int_bias
 
     def _correct_bias(
@@ -358,7 +252,7 @@ class _Quantizer:
         groups = node.attributes.get_int("group", 1) if node.op_type == "Conv" else 1
         means = mean.reshape(groups, -1).repeat(len(rows) // groups, axis=0) if groups > 1 else None
         added = np.empty(len(rows))
-        for b in _blocks(rows):
+        for b in blocks_of_rows(rows):
             error = rows[b] * scales[b].astype(np.float64)[:, None] - exact[b]
             added[b] = error @ mean.ravel() if means is None else (error * means[b]).sum(axis=1)
         corrected = (bias - added).astype(np.float32)
@@ -373,12 +267,12 @@ def quantize(
     out: Path,
     *,
     target: str = "onnxruntime",
-    reduce_range: bool = False,
     keep_float: Sequence[str] = (),
     method: str = "minmax",
     clipped: Collection[str] = (),
     means: Mapping[str, npt.NDArray[np.float64]] | None = None,
     rounding: Mapping[str, npt.NDArray[np.int8]] | None = None,
+    order: ChannelOrder | None = None,
 ) -> list[Path]:
     """Write the INT8 precision graph of an FP32 graph for a target and return the files written.
 
@@ -388,6 +282,8 @@ def quantize(
         clipped: tensors whose range, and that of all which share their scale, the method `mse` chooses instead.
         means: mean inputs of layers by node name (see `calibration.layer_inputs`), to correct their biases with.
         rounding: steps from the nearest integer by node name, see `engines.rounding`.
+        order: what `choose_order` says of this graph, where that is known; else it is asked. Only for targets whose
+            sums may be taken in 16 bits.
 
     Raises:
         BadInputError: the ranges are not those of this graph, or nothing in the graph can be quantized.
@@ -407,13 +303,23 @@ def quantize(
     if not placement.weights:
         raise BadInputError("INT8: no Conv, Gemm or MatMul with constant weights in the graph")
     scheme = SCHEMES[target]
+    partners: Mapping[str, IndexArray] = {}
+    if scheme.sums_in_16_bits:
+        order = choose_order(model.graph) if order is None else order
+        partners = layers_with_partners(model.graph, order.read)
     with one_blas_thread():
         _Quantizer(
-            model.graph, placement, ranges, scheme, reduce_range, method, means or {}, rounding or {}, clipped
+            model.graph, placement, ranges, scheme, method, means or {}, rounding or {}, clipped, partners
         ).run()
     if scheme.half:
         halve(model.graph, ranges)
+    if scheme.sums_in_16_bits and order is not None:
+        reorder(model.graph, order)
     if target == "onnxruntime":
         block_first_convolution(model.graph)
     remove_unused_initializers(model.graph)
+    if scheme.sums_in_16_bits and (layers := saturating_layers(model.graph)):
+        raise ExportDefectError(
+            f"INT8: sums of {layers[0]} can saturate on CPUs without VNNI", hint="please report it"
+        )
     return graph_io.save(model, out)

@@ -72,6 +72,24 @@ def plain_einsum(graph: ir.Graph) -> int:
     return count
 
 
+def own_int8_constants(graph: ir.Graph) -> int:
+    """Give each reader of an int8 constant a constant of its own; returns how many were copied.
+
+    ONNX Runtime's `session.x64quantprecision` refuses graphs in which nodes share one.
+    """
+    count = 0
+    for value in list(graph.initializers.values()):
+        if value.const_value is None or value.const_value.dtype != ir.DataType.INT8:
+            continue
+        for use in list(value.uses())[1:]:
+            name = f"{value.name}_of_{use.node.name}_{use.idx}"
+            copy = ir.Value(name=name, shape=value.shape, type=value.type, const_value=value.const_value)
+            graph.register_initializer(copy)
+            use.node.replace_input_with(use.idx, copy)
+            count += 1
+    return count
+
+
 def remove_unused_initializers(graph: ir.Graph) -> None:
     for name in [n for n, v in graph.initializers.items() if not v.uses() and not v.is_graph_output()]:
         del graph.initializers[name]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -13,17 +14,30 @@ import numpy.typing as npt
 from calibration.files import replacing
 from calibration.graph_io import sha256_of
 from calibration.images import Progress
-from calibration.machine import cpu_model, instruction_set, library_versions, saturates
+from calibration.machine import cpu_model, instruction_set, library_versions
 from calibration.preprocess import UInt8Array
 from engines import manifest as m
 from engines.bundle import ATTESTATIONS, MANIFEST, HeldOut, checked, held_out, read_manifest
 from engines.gate import Runnable, judge, run_in_batches
 from engines.loading import open_engine, why_not_here
 from engines.onnxruntime_engine import OnnxRuntimeEngine
+from engines.saturation.probe import saturates
 from engines.target import DISTRIBUTIONS, device_capability
 from engines.twin import write_twin
 
 Float32Array = npt.NDArray[np.float32]
+
+
+def plain_outputs(
+    graph: Path, recipe: m.Recipe, *, half: bool
+) -> Callable[[UInt8Array], tuple[Float32Array, ...]]:
+    """What computes a precision graph's outputs unfused, Q/DQ pairs one by one; see `engines.gate.judge`."""
+
+    def outputs(pixels: UInt8Array) -> tuple[Float32Array, ...]:
+        plain = OnnxRuntimeEngine(graph, fused=False, half=half)
+        return run_in_batches(plain, pixels, recipe.preprocess, recipe.batch.opt)
+
+    return outputs
 
 
 def judge_engine(
@@ -33,6 +47,7 @@ def judge_engine(
     target: str,
     precision: str,
     plan: m.Plan | None,
+    saturating_session: Mapping[str, str],
     unfused: bool,
     recipe: m.Recipe,
     held: HeldOut,
@@ -44,12 +59,9 @@ def judge_engine(
     Args:
         file: the engine.
         graph: the precision graph that TensorRT compiled; for ONNX Runtime, the engine itself.
+        saturating_session: see `engines.manifest.Engine.session_where_saturating`.
         unfused: gate against the unfused graph (see `engines.gate.judge`).
     """
-
-    def unfused_outputs(pixels: UInt8Array) -> tuple[Float32Array, ...]:
-        plain = OnnxRuntimeEngine(graph, fused=False, half=precision == "fp16")
-        return run_in_batches(plain, pixels, recipe.preprocess, recipe.batch.opt)
 
     only_graph = bool(why_not_here(target, plan))
     engine: Runnable
@@ -59,7 +71,14 @@ def judge_engine(
             write_twin(graph, twin)
             engine = OnnxRuntimeEngine(twin, fused=False)
     else:
-        engine = open_engine(file, target=target, precision=precision, plan=plan, graph=graph)
+        engine = open_engine(
+            file,
+            target=target,
+            precision=precision,
+            plan=plan,
+            graph=graph,
+            saturating_session=saturating_session,
+        )
     return judge(
         engine,
         ran="precision graph" if only_graph else "engine",
@@ -69,7 +88,7 @@ def judge_engine(
         preprocess=recipe.preprocess,
         batch=recipe.batch,
         tolerances=tolerances,
-        unfused=unfused_outputs if unfused else None,
+        unfused=plain_outputs(graph, recipe, half=precision == "fp16") if unfused else None,
         sizes=[(part.pixels, part.outputs(recipe)) for part in held.sizes],
         progress=progress,
     )
@@ -89,22 +108,24 @@ def verify(bundle: Path | str, *, progress: Progress = lambda _: None) -> tuple[
     for file in manifest.files():
         checked(root, file)
     held = held_out(root, manifest)
-    here = instruction_set()
     warnings = []
     gates: dict[str, m.Gate] = {}
     states: dict[str, m.State] = {}
     for engine in manifest.artifacts.engines:
-        if engine.target == "onnxruntime" and engine.precision == "int8" and here != engine.instruction_set:
-            text = f"{engine.name} was verified on {engine.instruction_set}, this is {here}"
-            if saturates(here) and not manifest.recipe.reduce_range:
-                text += ": uint8 x int8 sums can saturate here; export with --reduce-range if logits differ"
-            warnings.append(text)
+        session = engine.session_where_saturating()
+        if session and engine.target == "onnxruntime" and saturates():
+            warnings.append(
+                f"{engine.name}: sums of INT8 saturate on this CPU; it runs with "
+                f"{', '.join(f'{key}={value}' for key, value in session.items())}, which is exact, and slower than a "
+                "graph that cannot saturate: export the bundle again"
+            )
         gate = judge_engine(
             root / engine.file.path,
             root / (engine.graph or engine.file).path,
             target=engine.target,
             precision=engine.precision,
             plan=engine.plan,
+            saturating_session=engine.session_where_saturating(),
             unfused=engine.gate.reference != "eager",
             recipe=manifest.recipe,
             held=held,
@@ -113,24 +134,50 @@ def verify(bundle: Path | str, *, progress: Progress = lambda _: None) -> tuple[
         )
         gates[engine.name] = gate
         states[engine.name] = m.state_after(gate)
-    attestation = m.Attestation(
+    attestation = attested(
+        root,
+        gates,
+        states,
+        machine=cpu_model(),
+        instruction_set=instruction_set(),
+        compute_capability=device_capability(),
+        versions=library_versions(*DISTRIBUTIONS.values(), "numpy", "pillow"),
+        warnings=warnings,
+    )
+    return attestation, write_attestation(root, attestation)
+
+
+def attested(
+    root: Path,
+    gates: dict[str, m.Gate],
+    states: dict[str, m.State],
+    *,
+    machine: str,
+    instruction_set: str,
+    compute_capability: str | None,
+    versions: dict[str, str],
+    warnings: Sequence[str] = (),
+    emulation: m.Emulation | None = None,
+) -> m.Attestation:
+    """The attestation of a bundle as it is now; arguments as its fields."""
+    return m.Attestation(
         schema_version=1,
         manifest_sha256=sha256_of(root / MANIFEST),
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        machine=cpu_model(),
-        instruction_set=here,
-        compute_capability=device_capability(),
-        versions=library_versions(*DISTRIBUTIONS.values(), "numpy", "pillow"),
+        machine=machine,
+        instruction_set=instruction_set,
+        compute_capability=compute_capability,
+        versions=versions,
         status="failed" if any(gate.failures for gate in gates.values()) else "ok",
-        warnings=warnings,
+        warnings=list(warnings),
         engines=gates,
         states=states,
+        emulation=emulation,
     )
-    return attestation, _write_attestation(root, attestation)
 
 
-def _write_attestation(root: Path, attestation: m.Attestation) -> Path | None:
-    """None where it cannot be written, as on read-only storage: the figures stand all the same."""
+def write_attestation(root: Path, attestation: m.Attestation) -> Path | None:
+    """Write an attestation to its bundle; None where that cannot be written to, as on read-only storage."""
     directory = root / ATTESTATIONS
     stamp = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%S%fZ")
     path = directory / f"{stamp}.json"

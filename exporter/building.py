@@ -36,6 +36,9 @@ class EngineFiles:
     timing_cache: Path | None = None
     """Kernel timings that TensorRT built it with."""
 
+    saturating_cpu_session: dict[str, str] | None = None
+    """See `engines.manifest.Engine`."""
+
     @property
     def name(self) -> str:
         return f"{self.target}-{self.precision}"
@@ -106,7 +109,10 @@ def build(
             stage.detail = f"{name}: the simplified graph itself" if precision == "fp32" else name
             stage.cached = stage.cached and precision != "fp32"
             built_by = library_versions("onnxruntime", "onnx_ir", "numpy")
-            return EngineFiles(target.name, precision, precise, precise, built_by, tuning)
+            # `quantize` refuses to write an INT8 graph for ONNX Runtime that can saturate.
+            return EngineFiles(
+                target.name, precision, precise, precise, built_by, tuning, saturating_cpu_session={}
+            )
         compiled = _compile(context, precise, target)
         stage.cached, warnings = compiled.cached, compiled.data["warnings"]
         stage.detail = name

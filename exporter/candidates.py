@@ -30,6 +30,7 @@ from engines.parity import compare
 from engines.placement import classifier_layers, quantized_tensors, weight_of
 from engines.precision import SCHEMES
 from engines.rounding import LARGEST, rounding
+from engines.saturation.channel_order import ChannelOrder, choose_order
 from engines.twin import write_twin
 from exporter.context import IMAGE_BATCH, Context
 from exporter.image_stage import ChosenImages
@@ -134,6 +135,7 @@ class Workshop:
         self._known: dict[tuple[Candidate, str], float] = {}
         self._made = {graph_io.sha256_of(store.graph)}
         self._decoded: dict[int, UInt8Array] = {}
+        self._orders: dict[str, ChannelOrder] = {}
 
     def _pixels(self, count: int) -> UInt8Array:
         if count not in self._decoded:
@@ -149,7 +151,8 @@ class Workshop:
         if (candidate, target) not in self._known:
             with tempfile.TemporaryDirectory(prefix="export-zoo-") as directory:
                 graph, twin = Path(directory) / "candidate.onnx", Path(directory) / "twin.onnx"
-                self._store.parts(candidate, target).write(graph, target, self._context.options)
+                parts, options = self._store.parts(candidate, target), self._context.options
+                parts.write(graph, target, options, self._order(candidate.strength, target))
                 if target == "onnxruntime":
                     found = self._run(OnnxRuntimeEngine(graph))
                 else:
@@ -211,12 +214,18 @@ class Workshop:
         sizes = input_sizes(graph, _layers(graph))
         layers = [name for name, (_, size) in sizes.items() if size <= LARGEST]
         moments = layer_moments(graph, self._pixels(MOMENT_IMAGES), self._preprocess, layers)
-        reduce_range = self._context.options.reduce_range
         with self._context.reporter.bar("tune rounding", len(layers)) as progress:
-            steps = rounding(
-                graph_io.load(graph).graph, moments, target, reduce_range=reduce_range, progress=progress
-            )
+            order = self._order(strength, target)
+            steps = rounding(graph_io.load(graph).graph, moments, target, order=order, progress=progress)
         save_file(steps, path)
+
+    def _order(self, strength: str, target: str) -> ChannelOrder | None:
+        """The order of channels of a graph for a target, chosen once."""
+        if not SCHEMES[target].sums_in_16_bits:
+            return None
+        if strength not in self._orders:
+            self._orders[strength] = choose_order(graph_io.load(self._store.graph_of(strength)).graph)
+        return self._orders[strength]
 
     def clipped(self, strength: str, target: str) -> list[str]:
         """Tensors that gain by clipping, most first."""

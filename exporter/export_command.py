@@ -38,7 +38,6 @@ def chosen_options(given: Mapping[str, Any]) -> options.ExportOptions:
         require=given["require"],
         method=given["method"],
         steps=options.parse_steps(given["steps"]),
-        reduce_range=given["reduce_range"],
         keep_float=tuple(given["keep_float"]),
         build=target.BuildOptions(
             workspace_mb=given["workspace_mb"],
@@ -106,9 +105,6 @@ def chosen_options(given: Mapping[str, Any]) -> options.ExportOptions:
     show_default=True,
     metavar="NAMES",
     help="What is tried to make INT8 better: names with commas between, or none.",
-)
-@click.option(
-    "--reduce-range", is_flag=True, help="7-bit weights, for CPUs without VNNI, where 8 bits can saturate."
 )
 @keep_float_option
 @click.option(

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 from calibration.graph_io import sha256_of
 from calibration.ranges import Ranges
 from engines.precision import quantize
+from engines.saturation.channel_order import ChannelOrder
 from exporter.options import ExportOptions
 
 
@@ -31,19 +32,21 @@ class Int8Parts:
     kept: tuple[str, ...] = ()
     """Patterns of layers that stay float, beside those of --keep-float."""
 
-    def write(self, out: Path, target: str, options: ExportOptions) -> list[Path]:
-        """The INT8 graph of a target; raises what `engines.precision.quantize` does."""
+    def write(
+        self, out: Path, target: str, options: ExportOptions, order: ChannelOrder | None = None
+    ) -> list[Path]:
+        """The INT8 graph of a target; raises what `engines.precision.quantize` does, which says what `order` is."""
         return quantize(
             self.graph,
             self.ranges,
             out,
             target=target,
-            reduce_range=options.reduce_range,
             keep_float=(*options.keep_float, *self.kept),
             method=self.method,
             clipped=self.clipped,
             means=_arrays(self.means),
             rounding=_arrays(self.rounding),
+            order=order,
         )
 
     def key(self, target: str, options: ExportOptions) -> dict[str, Any]:
@@ -52,7 +55,6 @@ class Int8Parts:
             "graph": sha256_of(self.graph),
             "target": target,
             "ranges": self.ranges.digest(),
-            "reduce_range": options.reduce_range,
             "keep_float": [*options.keep_float, *self.kept],
             "method": self.method,
             "clipped": self.clipped,

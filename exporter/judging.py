@@ -59,13 +59,8 @@ def judge_engines(
             context.reporter.warn(
                 f"--tolerance {tolerance.selector}:{tolerance.metric}: no such engine in this run"
             )
-    if not any(engine.precision == "int8" for engine in engines):
-        for option, given in (
-            ("--reduce-range", context.options.reduce_range),
-            ("--keep-float", context.options.keep_float),
-        ):
-            if given:
-                context.reporter.warn(f"{option} has no effect without --precision int8")
+    if context.options.keep_float and not any(engine.precision == "int8" for engine in engines):
+        context.reporter.warn("--keep-float has no effect without --precision int8")
     return {engine.name: _judge(context, engine, recipe, held, reference) for engine in engines}
 
 
@@ -87,6 +82,7 @@ def _judge(
                 target=engine.target,
                 precision=engine.precision,
                 plan=engine.plan,
+                saturating_session=engine.saturating_cpu_session or {},
                 unfused=unfused,
                 recipe=recipe,
                 held=held,
@@ -152,6 +148,7 @@ def time_engines(
                     precision=engine.precision,
                     plan=engine.plan,
                     graph=engine.graph,
+                    saturating_session=engine.saturating_cpu_session or {},
                 )
         index = np.arange(recipe.batch.opt) % len(held.pixels)
         batch = normalize(held.pixels[index], recipe.preprocess)

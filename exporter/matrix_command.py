@@ -1,4 +1,4 @@
-"""`export-zoo matrix FILE`: many models, precisions and targets in one run."""
+"""`export-zoo matrix FILE`: many models, precisions, targets and CPUs in one run."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def matrix(
     quiet: bool,
     verbose: bool,
 ) -> None:
-    """Export each cell of the matrix in FILE (models x precisions x targets), one after the other.
+    """Export each cell of the matrix in FILE (models x precisions x targets x CPUs), one after the other.
 
     A failing cell does not stop the others. Exit code 3 if any parity gate failed, else 5 if any cell failed.
     """
@@ -87,9 +87,11 @@ def matrix(
         return
     if dry_run:
         for cell in cells:
-            click.echo(
-                f"excluded: {cell.name}: {cell.excluded}" if cell.excluded else shlex.join(cell.command())
-            )
+            left_out = matrix_run.left_out(cell)
+            if left_out.reason:
+                click.echo(f"{left_out.status}: {cell.name}: {left_out.reason}")
+            else:
+                click.echo(shlex.join(cell.command()))
         return
     shown = 0
 
@@ -101,9 +103,12 @@ def matrix(
 
     if stored:
         known = matrix_run.stored(out / "results")
-        found = [matrix_run.left_out(cell) if cell.excluded else known.get(cell.name) for cell in cells]
+        found = [
+            matrix_run.left_out(cell) if cell.excluded or cell.skipped else known.get(cell.name)
+            for cell in cells
+        ]
         results = [result for result in found if result is not None]
-        if all(result.status == "excluded" for result in results):
+        if all(result.status in ("excluded", "skipped") for result in results):
             raise UsageError(
                 f"--stored: {out / 'results'} has no result of these cells", hint="run them first"
             )

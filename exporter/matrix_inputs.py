@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from calibration.graph_io import sha256_of
 from exporter.matrix_plan import Cell
@@ -28,6 +31,29 @@ def fingerprints(cell: Cell) -> dict[str, str] | None:
         elif option in _FOLDERS and path.is_dir():
             found[value] = _of_folder(path.resolve())
     return found
+
+
+def of_emulation(
+    cell: Cell,
+    command: Sequence[str],
+    inputs: Mapping[str, str],
+    versions: Mapping[str, str],
+    engine: Mapping[str, Any],
+) -> dict[str, str] | None:
+    """SHA-256 of the engine that an emulated CPU runs, and of what its export depended on; None for the user's own
+    networks, as of `fingerprints`.
+
+    Args:
+        cell: the emulated CPU's.
+        command, inputs, versions, engine: of the result of the export.
+    """
+    if ":" in cell.model:
+        return None
+    export = json.dumps([list(command), dict(inputs), dict(versions)], sort_keys=True)
+    return {
+        "engine": str((engine.get("file") or {}).get("sha256", "")),
+        "export": hashlib.sha256(export.encode()).hexdigest(),
+    }
 
 
 @cache

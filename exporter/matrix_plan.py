@@ -1,4 +1,4 @@
-"""A matrix file: models x precisions x targets, with overrides, excludes and CI jobs, made into cells to run."""
+"""A matrix file: models x precisions x targets x CPUs, with overrides, excludes and CI jobs, made into cells to run."""
 
 from __future__ import annotations
 
@@ -13,8 +13,14 @@ import click
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from calibration.errors import UsageError, first_of
+from engines.emulation.cpus import CPUS
+from engines.emulation.verify import IMAGES
 from engines.target import PRECISIONS, TARGETS
 from exporter import yaml_text
+
+HOST = "host"
+"""This machine's CPU, which exports. The other CPUs are emulated, and run the bundle that the export made."""
+KNOWN_CPUS = (HOST, *CPUS)
 
 Value = bool | int | float | str | list[str | int | float]
 
@@ -22,7 +28,7 @@ Value = bool | int | float | str | list[str | int | float]
 class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    @field_validator("models", "precisions", "targets", mode="before", check_fields=False)
+    @field_validator("models", "precisions", "targets", "cpus", mode="before", check_fields=False)
     @classmethod
     def _one_is_a_list(cls, given: Any) -> Any:
         return [given] if isinstance(given, str) else given
@@ -44,7 +50,12 @@ class Where(_Model):
 
 
 class Exclude(Where):
+    cpus: list[str] = list(KNOWN_CPUS)
     reason: str = Field(description="Shown in the report.")
+
+    def excludes(self, model: str, target: str, precision: str, cpu: str) -> bool:
+        """Without the host there is no bundle: a rule for it excludes the other CPUs, too."""
+        return self.matches(model, target, precision) and (cpu in self.cpus or HOST in self.cpus)
 
 
 class Override(Where):
@@ -56,6 +67,7 @@ class Job(Where):
 
     name: str
     runs_on: list[str] = Field(alias="runs-on", description="Labels of the runner.")
+    cpus: list[str] | None = Field(default=None, description="In place of the file's.")
     options: dict[str, Value] = {}
 
 
@@ -65,6 +77,10 @@ class MatrixFile(_Model):
     models: list[str]
     precisions: list[str]
     targets: list[str]
+    cpus: list[str] = [HOST]
+    cpu_images: int = Field(
+        default=IMAGES, gt=0, alias="cpu-images", description="Held-out images that an emulated CPU runs."
+    )
     options: dict[str, Value] = {}
     timeout: int = Field(default=3600, gt=0, description="Seconds of a cell.")
     memory: float | None = Field(default=None, gt=0, description="GiB of a cell.")
@@ -73,14 +89,15 @@ class MatrixFile(_Model):
     jobs: list[Job] = []
 
 
-def cell_name(model: str, engine: str) -> str:
-    """Of a cell, and of its files: `timm-resnet18-onnxruntime-fp32`."""
-    return f"{re.sub(r'[^A-Za-z0-9_.]+', '-', model).strip('-.')}-{engine}"
+def cell_name(model: str, engine: str, cpu: str = HOST) -> str:
+    """Name of a cell, and of its files: `timm-resnet18-onnxruntime-fp32`, and `-haswell` where it is emulated."""
+    name = f"{re.sub(r'[^A-Za-z0-9_.]+', '-', model).strip('-.')}-{engine}"
+    return name if cpu == HOST else f"{name}-{cpu}"
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One engine of one model, and the command line that makes it."""
+    """One engine of one model on one CPU, and the command line that makes it, or verifies it on an emulated CPU."""
 
     model: str
     target: str
@@ -88,10 +105,15 @@ class Cell:
     arguments: tuple[str, ...]
     """Further options of `export-zoo export`."""
     excluded: str = ""
-    """The reason, for one that is not run."""
+    """The file's reason, for one that is not run."""
+    cpu: str = HOST
+    images: int = IMAGES
+    """Held-out images that an emulated CPU runs."""
 
     def command(self) -> list[str]:
-        """Of `export-zoo`, without --out and --json."""
+        """Arguments of `export-zoo`, without --out and --json; a bundle is named without its folder."""
+        if self.cpu != HOST:
+            return ["verify", self.bundle, f"--cpu={self.cpu}", f"--images={self.images}"]
         return [
             "export",
             self.model,
@@ -106,7 +128,19 @@ class Cell:
 
     @property
     def name(self) -> str:
-        return cell_name(self.model, self.engine)
+        return cell_name(self.model, self.engine, self.cpu)
+
+    @property
+    def bundle(self) -> str:
+        """Name of the bundle: the same on each CPU."""
+        return f"{cell_name(self.model, self.engine)}.bundle"
+
+    @property
+    def skipped(self) -> str:
+        """Why an emulated CPU does not run this engine; empty where it does."""
+        if self.cpu == HOST or self.target == "onnxruntime":
+            return ""
+        return f"not run on {self.cpu}: emulation runs engines of onnxruntime only"
 
 
 def read(path: Path) -> MatrixFile:
@@ -133,10 +167,28 @@ def read(path: Path) -> MatrixFile:
                 raise UsageError(
                     f"{path}: {key}: unknown {wrong[0]!r}", hint=f"choose from {', '.join(known)}"
                 )
+    _check_cpus(path, found)
     names = [job.name for job in found.jobs]
     if twice := {name for name in names if names.count(name) > 1}:
         raise UsageError(f"{path}: jobs: two are called {min(twice)!r}", hint="rename one")
     return found
+
+
+def _check_cpus(path: Path, given: MatrixFile) -> None:
+    axes = [("cpus", given.cpus)]
+    axes += [(f"jobs: {job.name}: cpus", job.cpus) for job in given.jobs if job.cpus is not None]
+    rules = [("exclude: cpus", rule.cpus) for rule in given.exclude]
+    for key, names in (*axes, *rules):
+        if wrong := [name for name in names if name not in KNOWN_CPUS]:
+            raise UsageError(
+                f"{path}: {key}: unknown {wrong[0]!r}", hint=f"choose from {', '.join(KNOWN_CPUS)}"
+            )
+    for key, names in axes:
+        if HOST not in names:
+            raise UsageError(
+                f"{path}: {key}: {HOST!r} is missing",
+                hint=f"add {HOST}: it makes the bundles that the other CPUs run",
+            )
 
 
 def _arguments(options: dict[str, Value]) -> Iterator[str]:
@@ -187,7 +239,7 @@ def _models(patterns: Sequence[str], names: Names, path: Path) -> Iterable[str]:
 
 
 def cells(path: Path, given: MatrixFile, names: Names, job: str | None = None) -> list[Cell]:
-    """All cells of a matrix, or of some of its jobs, model by model.
+    """All cells of a matrix, or of some of its jobs, model by model; emulated CPUs follow the cell that exports.
 
     Args:
         path: of the file, for messages.
@@ -212,7 +264,8 @@ def cells(path: Path, given: MatrixFile, names: Names, job: str | None = None) -
     _check(path, found.values())
     if not found:
         raise UsageError(f"{path}: no cell is left", hint="check models, targets and jobs")
-    return list(found.values())
+    place = {bundle: index for index, bundle in enumerate(dict.fromkeys(c.bundle for c in found.values()))}
+    return sorted(found.values(), key=lambda cell: place[cell.bundle])
 
 
 def _jobs(given: MatrixFile, path: Path, pattern: str) -> list[Job]:
@@ -224,6 +277,8 @@ def _jobs(given: MatrixFile, path: Path, pattern: str) -> list[Job]:
 
 
 def _cells_of(given: MatrixFile, models: Iterable[str], job: Job | None) -> Iterator[Cell]:
+    axis = given.cpus if job is None or job.cpus is None else job.cpus
+    cpus = sorted(axis, key=lambda cpu: cpu != HOST)
     for model in models:
         for target in given.targets:
             for precision in given.precisions:
@@ -235,10 +290,17 @@ def _cells_of(given: MatrixFile, models: Iterable[str], job: Job | None) -> Iter
                         options |= override.options
                 if job is not None:
                     options |= job.options
-                reasons = [e.reason for e in given.exclude if e.matches(model, target, precision)]
-                yield Cell(
-                    model, target, precision, tuple(_arguments(options)), reasons[0] if reasons else ""
-                )
+                for cpu in cpus:
+                    reasons = [e.reason for e in given.exclude if e.excludes(model, target, precision, cpu)]
+                    yield Cell(
+                        model,
+                        target,
+                        precision,
+                        tuple(_arguments(options)),
+                        reasons[0] if reasons else "",
+                        cpu,
+                        given.cpu_images,
+                    )
 
 
 _TAKEN = ("--out", "--json", "--precision", "--target", "--quiet", "--verbose", "--help")
@@ -249,6 +311,8 @@ def _check(path: Path, found: Iterable[Cell]) -> None:
     from exporter.export_command import chosen_options, export
 
     for cell in found:
+        if cell.cpu != HOST:
+            continue
         if taken := [a for a in cell.arguments if a.partition("=")[0] in _TAKEN]:
             raise UsageError(f"{path}: options: {taken[0]}: the matrix says that itself", hint="leave it out")
         try:

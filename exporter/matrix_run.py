@@ -1,4 +1,7 @@
-"""Run the cells of a matrix, each in a process of its own, and keep their results beside each other."""
+"""Run the cells of a matrix, each in a process of its own, and keep their results beside each other.
+
+A cell of this machine's CPU exports. A cell of another CPU verifies the bundle of that export on the CPU, emulated.
+"""
 
 from __future__ import annotations
 
@@ -10,25 +13,30 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
+from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import psutil
 
-from calibration.errors import EnvironmentFailureError
+from calibration.errors import EnvironmentFailureError, TargetUnavailableError
 from calibration.files import replacing
 from calibration.machine import available_memory, cpu_model, instruction_set, library_versions
 from engines.bundle import read_manifest
+from engines.emulation import arm64_root
+from engines.emulation.cpus import CPUS
+from engines.emulation.engine import qemu_version
 from exporter import __version__
-from exporter.matrix_inputs import fingerprints
-from exporter.matrix_plan import Cell, cell_name
+from exporter.matrix_inputs import fingerprints, of_emulation
+from exporter.matrix_plan import HOST, Cell, cell_name
 from exporter.publish import failed_place
 
-Status = Literal["ok", "failed", "excluded"]
+Status = Literal["ok", "failed", "excluded", "skipped"]
 
+_DATE = "%Y-%m-%dT%H:%M:%SZ"
 _POLL_SECONDS = 0.1
 _SPARE_BYTES = 1 << 30
 """Left to the rest of the machine where no budget is given."""
@@ -42,11 +50,14 @@ class CellResult:
 
     Attributes:
         gate: the cell's parity gate failed, or its engine did not reach the state asked for.
-        engine: as the manifest describes it; empty where it was not built.
+        status: `excluded` by the file; `skipped` where an emulated CPU cannot run the engine, or there is none.
+        engine: as the manifest describes it; empty where it was not built. On an emulated CPU its name, the state
+            `emulated`, the gate there, and under `emulation` the SQNR of this machine and the largest difference.
         nodes: of the simplified FP32 graph.
         peak_mib: of the process and its children, sampled ten times a second.
         random: the weights were random: INT8 figures say nothing about accuracy.
-        inputs: of the files that the command line names, see `matrix_inputs.fingerprints`.
+        inputs: of the files that the command line names, see `matrix_inputs.fingerprints` and `of_emulation`.
+        cpu: `host` for this machine's, else the name of the emulated CPU.
     """
 
     model: str
@@ -69,6 +80,11 @@ class CellResult:
     versions: dict[str, str] = field(default_factory=dict)
     inputs: dict[str, str] = field(default_factory=dict)
     date: str = ""
+    cpu: str = HOST
+
+    @property
+    def emulated(self) -> bool:
+        return self.cpu != HOST
 
     @property
     def engine_name(self) -> str:
@@ -76,7 +92,7 @@ class CellResult:
 
     @property
     def name(self) -> str:
-        return cell_name(self.model, self.engine_name)
+        return cell_name(self.model, self.engine_name, self.cpu)
 
     def figure(self, *path: str) -> float | None:
         """A number of the engine's description, or None."""
@@ -111,8 +127,21 @@ def _store(folder: Path, result: CellResult) -> None:
 
 
 def _versions(cell: Cell) -> dict[str, str]:
+    if cell.cpu != HOST:
+        return _emulation_versions(cell.cpu)
     own = (*_VERSIONS, "timm") if cell.model.startswith("timm/") else _VERSIONS
     return {**library_versions(*own), "export-zoo": __version__}
+
+
+def _emulation_versions(name: str) -> dict[str, str]:
+    cpu = CPUS[name]
+    found = {**library_versions("onnxruntime", "numpy"), "export-zoo": __version__, "qemu": "absent"}
+    with contextlib.suppress(TargetUnavailableError):
+        found["qemu"] = qemu_version(cpu)
+    if cpu.machine == "aarch64":
+        there = arm64_root.versions(arm64_root.default_root())
+        found |= {f"ARM64 {name}": version for name, version in there.items()}
+    return found
 
 
 def _memory_of(process: psutil.Process) -> int:
@@ -154,7 +183,8 @@ def _watch(process: subprocess.Popen[bytes], seconds: float, budget: int) -> tup
 def _reason(document: dict[str, Any], code: int, log: str) -> str:
     error = document.get("error") or {}
     if error.get("message"):
-        return str(error["message"])
+        hint = error.get("hint") if error.get("kind") == TargetUnavailableError.kind else ""
+        return f"{error['message']}; next: {hint}" if hint else str(error["message"])
     last = (log.strip().splitlines() or [""])[-1]
     if code < 0:
         return f"killed by signal {-code}" + (f": {last}" if last else "")
@@ -177,21 +207,42 @@ def _budget(memory: float | None) -> int:
     return max(2 * _SPARE_BYTES, available_memory() - _SPARE_BYTES)
 
 
-def run_cell(cell: Cell, bundle: Path, *, seconds: float, memory: float | None) -> CellResult:
-    """Export one cell in a process of its own.
+@dataclass(frozen=True)
+class _Ended:
+    """A cell's process that ended.
 
-    Args:
-        bundle: where it is written to.
-        seconds: after which it is ended.
-        memory: GiB at which it is ended; None for what is free now, less one.
+    Attributes:
+        document: what --json wrote; empty where it wrote nothing.
+        killed: the limit for which it was ended, else nothing.
+        peak: bytes.
     """
-    begin, date, inputs = time.monotonic(), datetime.now(timezone.utc), fingerprints(cell)
+
+    document: dict[str, Any]
+    code: int
+    killed: str
+    peak: int
+    log: str
+
+    @property
+    def exit_code(self) -> int | None:
+        return None if self.killed else self.code
+
+    @property
+    def gate(self) -> bool:
+        return not self.killed and self.code in (3, 6)
+
+    @property
+    def reason(self) -> str:
+        return self.killed or _reason(self.document, self.code, self.log)
+
+
+def _process(arguments: Sequence[str], *, seconds: float, memory: float | None) -> _Ended:
+    """Run `export-zoo` with these arguments, --json and --quiet, within the limits."""
     with tempfile.TemporaryDirectory(prefix="export-zoo-") as directory:
         json_path, log_path = Path(directory) / "result.json", Path(directory) / "log"
-        command = [sys.executable, "-m", "exporter.cli", *cell.command()]
         with log_path.open("wb") as log:
             process = subprocess.Popen(
-                [*command, f"--out={bundle}", f"--json={json_path}", "--quiet"],
+                [sys.executable, "-m", "exporter.cli", *arguments, f"--json={json_path}", "--quiet"],
                 stdin=subprocess.DEVNULL,
                 env={**os.environ, "TMPDIR": directory},  # gone with it, even where it is killed
                 stdout=log,
@@ -203,21 +254,34 @@ def run_cell(cell: Cell, bundle: Path, *, seconds: float, memory: float | None) 
         with contextlib.suppress(OSError, ValueError):
             document = json.loads(json_path.read_text(encoding="utf-8"))
         log_text = log_path.read_text(encoding="utf-8", errors="replace")
-    code = process.returncode
+    return _Ended(document, process.returncode, killed, peak, log_text)
+
+
+def run_cell(cell: Cell, bundle: Path, *, seconds: float, memory: float | None) -> CellResult:
+    """Export one cell in a process of its own.
+
+    Args:
+        bundle: where it is written to.
+        seconds: after which it is ended.
+        memory: GiB at which it is ended; None for what is free now, less one.
+    """
+    begin, date, inputs = time.monotonic(), datetime.now(timezone.utc), fingerprints(cell)
+    ended = _process([*cell.command(), f"--out={bundle}"], seconds=seconds, memory=memory)
+    document = ended.document
     engines = [e for e in document.get("engines", []) if e.get("name") == cell.engine]
     recipe = document.get("recipe") or {}
-    ok = code == 0 and not killed and bool(engines)
+    ok = ended.exit_code == 0 and bool(engines)
     return CellResult(
         model=cell.model,
         target=cell.target,
         precision=cell.precision,
         command=tuple(cell.command()),
         status="ok" if ok else "failed",
-        reason="" if ok else killed or _reason(document, code, log_text),
-        exit_code=None if killed else code,
-        gate=not killed and code in (3, 6),
+        reason="" if ok else ended.reason,
+        exit_code=ended.exit_code,
+        gate=ended.gate,
         seconds=round(time.monotonic() - begin, 1),
-        peak_mib=peak >> 20,
+        peak_mib=ended.peak >> 20,
         nodes=_nodes(Path(document["bundle"])) if document.get("bundle") else None,
         input_size=(sizes["crop_height"], sizes["crop_width"])
         if (sizes := recipe.get("preprocess"))
@@ -229,14 +293,87 @@ def run_cell(cell: Cell, bundle: Path, *, seconds: float, memory: float | None) 
         instruction_set=instruction_set(),
         versions=_versions(cell),
         inputs=inputs or {},
-        date=date.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        date=date.strftime(_DATE),
     )
 
 
-def left_out(cell: Cell) -> CellResult:
-    """The result of a cell that the file excludes, with the file's reason."""
+def run_on_cpu(
+    cell: Cell, exported: CellResult, bundle: Path, *, seconds: float, memory: float | None
+) -> CellResult:
+    """Verify a cell's bundle on its emulated CPU, in a process of its own.
+
+    Args:
+        exported: the result of the export, which came out well.
+        bundle: what it wrote.
+        seconds, memory: as of `run_cell`.
+    """
+    begin, date = time.monotonic(), datetime.now(timezone.utc)
+    command, _, *options = cell.command()
+    ended = _process([command, str(bundle), *options], seconds=seconds, memory=memory)
+    attestation: dict[str, Any] = next(iter(ended.document.get("emulated", [])), {})
+    engine: dict[str, Any] = {}
+    if gate := attestation.get("engines", {}).get(cell.engine):
+        emulation = attestation["emulation"]
+        engine = {
+            "name": cell.engine,
+            "target": cell.target,
+            "precision": cell.precision,
+            "state": "emulated",
+            "gate": gate,
+            "emulation": {**emulation, "host": emulation["host"][cell.engine]},
+        }
+    ok = ended.exit_code == 0 and bool(engine)
     return CellResult(
-        cell.model, cell.target, cell.precision, tuple(cell.command()), "excluded", cell.excluded
+        model=cell.model,
+        target=cell.target,
+        precision=cell.precision,
+        command=tuple(cell.command()),
+        status="ok" if ok else "failed",
+        reason="" if ok else ended.reason,
+        exit_code=ended.exit_code,
+        gate=ended.gate,
+        seconds=round(time.monotonic() - begin, 1),
+        peak_mib=ended.peak >> 20,
+        input_size=exported.input_size,
+        random=exported.random,
+        engine=engine,
+        warnings=tuple(ended.document.get("warnings", ())),
+        machine=attestation.get("machine") or cpu_model(),
+        instruction_set=attestation.get("instruction_set") or instruction_set(),
+        versions=_versions(cell),
+        inputs=_inputs_on_cpu(cell, exported) or {},
+        date=date.strftime(_DATE),
+        cpu=cell.cpu,
+    )
+
+
+def _inputs_on_cpu(cell: Cell, exported: CellResult) -> dict[str, str] | None:
+    return of_emulation(cell, exported.command, exported.inputs, exported.versions, exported.engine)
+
+
+def _is_current(
+    result: CellResult | None, cell: Cell, inputs: dict[str, str] | None
+) -> TypeGuard[CellResult]:
+    """Whether an earlier result is ok, and of the same command line, versions and inputs."""
+    return (
+        result is not None
+        and result.status == "ok"
+        and result.command == tuple(cell.command())
+        and result.versions == _versions(cell)
+        and result.inputs == inputs
+    )
+
+
+def left_out(cell: Cell, reason: str = "") -> CellResult:
+    """The result of a cell that is not run: excluded with the file's reason, else skipped with the one given."""
+    return CellResult(
+        cell.model,
+        cell.target,
+        cell.precision,
+        tuple(cell.command()),
+        "excluded" if cell.excluded else "skipped",
+        cell.excluded or cell.skipped or reason,
+        cpu=cell.cpu,
     )
 
 
@@ -253,12 +390,12 @@ def run(
     """Run the cells one after the other; a failing one does not stop the others.
 
     Results lie in `out`/results, bundles in `out`/bundles. A cell whose result is there, ok, of the same command line,
-    versions and files is not run again.
+    versions and files is not run again. A cell of an emulated CPU follows the cell that exports its bundle.
 
     Args:
         seconds, memory: limits of a cell, as of `run_cell`.
         again: run all cells anew.
-        keep_bundles: False to delete each bundle when its result is recorded.
+        keep_bundles: False to delete each bundle when its results are recorded.
         done: called after each cell; the flag tells that an earlier run's result was taken.
 
     Raises:
@@ -272,29 +409,52 @@ def run(
         raise EnvironmentFailureError(
             f"{out}: cannot be made: {error.strerror}", hint="give another --out"
         ) from error
-    known, found = stored(results), []
-    for cell in cells:
-        bundle, earlier, cached = bundles / f"{cell.name}.bundle", known.get(cell.name), False
-        if cell.excluded:
-            result = left_out(cell)
-        elif (
-            not again
-            and earlier is not None
-            and earlier.status == "ok"
-            and earlier.command == tuple(cell.command())
-            and earlier.versions == _versions(cell)
-            and earlier.inputs == fingerprints(cell)
-            and (bundle.exists() or not keep_bundles)
-        ):
-            result, cached = earlier, True
-        else:
-            # Or a run that is stopped leaves an old result beside a new bundle.
-            (results / f"{cell.name}.json").unlink(missing_ok=True)
-            result = run_cell(cell, bundle, seconds=seconds, memory=memory)
-            if not keep_bundles:
-                for path in (bundle, failed_place(bundle)):
-                    shutil.rmtree(path, ignore_errors=True)
-            _store(results, result)
-        found.append(result)
-        done(result, cached)
+    known = {} if again else stored(results)
+    found = []
+    for _, group in groupby(cells, key=lambda cell: cell.bundle):
+        own = list(group)
+        bundle, exported, ran = bundles / own[0].bundle, None, False
+        for cell in own:
+            earlier, cached, path = known.get(cell.name), False, results / f"{cell.name}.json"
+            if exported is None:
+                why_not = cell.excluded
+                inputs = fingerprints(cell)
+            else:
+                failed = "" if exported.status == "ok" else f"not run on {cell.cpu}: the export failed"
+                why_not = cell.excluded or cell.skipped or failed
+                inputs = _inputs_on_cpu(cell, exported)
+            if why_not:
+                if not cell.excluded:
+                    path.unlink(missing_ok=True)
+                result = left_out(cell, why_not)
+            elif _is_current(earlier, cell, inputs) and (
+                exported is not None
+                or bundle.exists()
+                or not (keep_bundles or _lacks_emulation(own, earlier, known))
+            ):
+                result, cached = earlier, True
+            else:
+                # First, or a run that is stopped leaves an old result beside a new bundle.
+                path.unlink(missing_ok=True)
+                if exported is None:
+                    result = run_cell(cell, bundle, seconds=seconds, memory=memory)
+                else:
+                    result = run_on_cpu(cell, exported, bundle, seconds=seconds, memory=memory)
+                _store(results, result)
+                ran = True
+            exported = exported or result
+            found.append(result)
+            done(result, cached)
+        if ran and not keep_bundles:
+            for path in (bundle, failed_place(bundle)):
+                shutil.rmtree(path, ignore_errors=True)
     return found
+
+
+def _lacks_emulation(own: Sequence[Cell], exported: CellResult, known: Mapping[str, CellResult]) -> bool:
+    """Whether an emulated CPU is still to run the bundle of an earlier export."""
+    return any(
+        not _is_current(known.get(cell.name), cell, _inputs_on_cpu(cell, exported))
+        for cell in own
+        if cell.cpu != HOST and not cell.excluded and not cell.skipped
+    )

@@ -264,7 +264,6 @@ class ExportOptions:
     require: Literal["graph", "verified"] = "graph"
     method: str = "auto"
     steps: tuple[str, ...] = STEPS
-    reduce_range: bool = False
     keep_float: tuple[str, ...] = ()
     build: BuildOptions = field(default_factory=BuildOptions)
     out: Path | None = None

@@ -145,7 +145,6 @@ def _recipe(
         external_data=[contents.add(path) for path in graph_io.external_files(graph)],
         simplified=simplified.data["summary"],
         calibration=calibration,
-        reduce_range=context.options.reduce_range,
         keep_float=list(context.options.keep_float),
         instruction_set=instruction_set(),
         versions=context.versions,
@@ -180,6 +179,7 @@ def _engine(
         instruction_set=instruction_set(),
         gate=gate,
         latency=latency,
+        saturating_cpu_session=built.saturating_cpu_session,
     )
 
 

@@ -47,8 +47,8 @@ def code_digest() -> str:
     combined = hashlib.sha256()
     root = Path(__file__).parent.parent
     for package in ("calibration", "engines", "exporter"):
-        for source in sorted((root / package).glob("*.py")):
-            combined.update(f"{package}/{source.name}\0".encode() + source.read_bytes() + b"\0")
+        for source in sorted((root / package).rglob("*.py")):
+            combined.update(f"{source.relative_to(root).as_posix()}\0".encode() + source.read_bytes() + b"\0")
     return combined.hexdigest()
 
 

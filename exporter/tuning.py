@@ -147,7 +147,7 @@ def tune(
             calibrate=[file.sha256 for file in chosen.splits["calibrate"]],
             select=[file.sha256 for file in files],
             targets=[target.name for target in targets],
-            options=[options.steps, options.method, options.reduce_range, options.keep_float],
+            options=[options.steps, options.method, options.keep_float],
             isa=instruction_set(),
         )
         result = context.cache.run("tune", key, make)

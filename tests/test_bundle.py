@@ -600,12 +600,6 @@ def test_engine_that_does_not_load_is_refused_by_name(bundle):
             use(bundle)
 
 
-def test_verify_warns_where_the_instruction_set_is_another(bundle):
-    _edit(bundle, lambda document: document["artifacts"]["engines"][1].update(instruction_set="Z80"))
-    (warning,) = verify(bundle)[0].warnings
-    assert "onnxruntime-int8 was verified on Z80" in warning
-
-
 # -- without PyTorch -------------------------------------------------------------------------------------------
 
 WITHOUT_TORCH = """

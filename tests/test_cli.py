@@ -269,7 +269,7 @@ def test_what_click_refuses_is_reported_like_our_own_usage_errors(arguments, nam
     assert "--help" in error["hint"]
 
 
-@pytest.mark.parametrize("last", ["--calib", "--reduce-range=yes"], ids=["missing value", "value too many"])
+@pytest.mark.parametrize("last", ["--calib", "--refittable=yes"], ids=["missing value", "value too many"])
 def test_an_option_with_too_few_or_too_many_values_is_reported_with_a_hint(last, tmp_path, capsys):
     from exporter.cli import main
 

@@ -133,7 +133,7 @@ KINDS = ["normal", "laplace", "relu", "shifted", "outlier", "negative"]
 
 def quantization_error(values: np.ndarray, low: float, high: float, symmetric: bool) -> float:
     """Of the kernels' arithmetic: uint8 with a zero point, or int8."""
-    from engines.precision import activation_scale
+    from engines.scales import activation_scale
 
     if symmetric:
         scale, zero, least, most = high / 127, 0, -127, 127

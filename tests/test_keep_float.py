@@ -105,10 +105,10 @@ def test_it_reaches_the_engine_and_stands_in_the_manifest(digits, cli, tmp_path)
 
 
 def test_without_int8_it_is_said_to_have_no_effect(digits, cli, tmp_path):
-    given = ["--keep-float", "fc", "--steps", "round", "--method", "mse", "--reduce-range"]
+    given = ["--keep-float", "fc", "--steps", "round", "--method", "mse"]
     done = cli(*digits.arguments(), *given, "--out", tmp_path / "out")
     assert done.code == 0
-    for option in ("--keep-float", "--steps", "--method", "--reduce-range"):
+    for option in ("--keep-float", "--steps", "--method"):
         assert any(f"{option} has no effect" in warning for warning in done.json["warnings"])
 
 

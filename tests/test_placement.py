@@ -25,10 +25,13 @@ from calibration.ranges import Ranges, TensorRange
 from engines import precision
 from engines.first_conv import block_first_convolution, blocked_weight
 from engines.half import to_half
+from engines.int8_weights import quantize_weight
 from engines.onnxruntime_engine import OnnxRuntimeEngine
 from engines.parity import compare
-from engines.precision import activation_scale, half_scale, quantize, quantize_weight, symmetric_scale
+from engines.precision import quantize
 from engines.rewrites import average_pool_instead_of_mean, plain_einsum
+from engines.saturation.channel_order import choose_order, reorder
+from engines.scales import activation_scale, half_scale, symmetric_scale
 from engines.twin import write_twin
 
 PREPROCESS = Preprocess(
@@ -295,11 +298,37 @@ def test_softmax_layernorm_and_attention_products_stay_float_in_int8(case):
 # -- weights and biases ----------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def reordered(case, tmp_path_factory):
+    """The FP32 graph with its channels in the order of the INT8 graph for the CPU."""
+    made = {}
+
+    def of(model: str) -> Net:
+        if model not in made:
+            path = tmp_path_factory.mktemp("reordered") / "graph.onnx"
+            fp32 = load(case(model).fp32_path)
+            reorder(fp32.graph, choose_order(fp32.graph))
+            save(fp32, path)
+            made[model] = Net(onnx.load(path))
+        return made[model]
+
+    return of
+
+
+def _at_the_bound(quantized: np.ndarray) -> np.ndarray:
+    """Where neighbours of a filter add up to what cannot overflow, and could be more: bool, in the weight's shape."""
+    rows = np.moveaxis(quantized, 1, -1).astype(int)
+    flat = rows.reshape(len(rows), -1)
+    flat = np.pad(flat, ((0, 0), (0, flat.shape[1] % 2)))
+    bound = (np.abs(flat[:, ::2] + flat[:, 1::2]) == 128).repeat(2, axis=1)[:, : rows[0].size]
+    return np.moveaxis(bound.reshape(rows.shape), -1, 1)
+
+
 @pytest.mark.parametrize("model", EVERY)
-def test_weights_are_int8_per_output_channel_and_within_half_a_step(case, model):
-    fp32, int8 = case(model).fp32, case(model).int8
+def test_weights_are_int8_per_output_channel_and_within_half_a_step(case, reordered, model):
+    fp32, int8 = reordered(model), case(model).int8
     originals = {node.name: node for node in fp32.nodes}
-    compared, blocked = 0, 0
+    compared, blocked, bound = 0, 0, 0
     for node in [*int8.all("Conv"), *int8.all("Gemm"), *int8.all("MatMul")]:
         dequantize = int8.dequantizer_of(node.input[1])
         if dequantize is None or dequantize.input[0] not in int8.constants:
@@ -318,15 +347,19 @@ def test_weights_are_int8_per_output_channel_and_within_half_a_step(case, model)
             continue
         shape = [-1 if i == axis else 1 for i in range(weight.ndim)]
         error = np.abs(quantized * scale.reshape(shape).astype(np.float64) - weight)
-        assert (error <= 0.5001 * scale.reshape(shape)).all(), node.name
-        compared += 1
+        near = error <= 0.5001 * scale.reshape(shape)
+        kept = _at_the_bound(quantized if rows else quantized.T)
+        assert (near | (kept if rows else kept.T)).all(), node.name
+        bound += int((~near).sum())
+        compared += quantized.size
     assert compared > 0
+    assert bound < 0.02 * compared
     assert blocked <= 1
 
 
 @pytest.mark.parametrize("model", [*CONVOLUTIONAL, "tiny vit"])
-def test_biases_are_int32_in_units_of_input_times_weight_scale(case, model):
-    fp32, int8 = case(model).fp32, case(model).int8
+def test_biases_are_int32_in_units_of_input_times_weight_scale(case, reordered, model):
+    fp32, int8 = reordered(model), case(model).int8
     originals = {node.name: node for node in fp32.nodes}
     biased = [n for op in ("Conv", "Gemm") for n in int8.all(op) if len(n.input) > 2]
     assert biased
@@ -363,17 +396,13 @@ def _awkward_weights(seed: int):
     return (weight * factor).astype(np.float32), axis, bias.astype(np.float32), input_scale
 
 
-@pytest.mark.parametrize("reduce_range", [False, True])
 @pytest.mark.parametrize("block", range(4))
-def test_quantized_weights_keep_their_bounds_whatever_the_numbers(block, reduce_range):
-    levels = 63 if reduce_range else 127
+def test_quantized_weights_keep_their_bounds_whatever_the_numbers(block):
     for seed in range(100 * block, 100 * block + 100):
         weight, axis, bias, input_scale = _awkward_weights(seed)
-        quantized, scale, integers = quantize_weight(
-            weight, axis, bias, input_scale, reduce_range=reduce_range
-        )
+        quantized, scale, integers = quantize_weight(weight, axis, bias, input_scale)
         assert (quantized.dtype, scale.dtype, integers.dtype) == (np.int8, np.float32, np.int32)
-        assert np.abs(quantized.astype(int)).max() <= levels
+        assert np.abs(quantized.astype(int)).max() <= 127
         assert np.isfinite(scale).all()
         assert (scale > 0).all()
         assert np.abs(integers.astype(np.int64)).max() <= MAX_BIAS
@@ -387,19 +416,9 @@ def test_quantized_weights_keep_their_bounds_whatever_the_numbers(block, reduce_
 
 def test_full_range_of_int8_is_used_where_the_bias_allows():
     weight = np.random.default_rng(0).normal(size=(4, 3, 3, 3)).astype(np.float32)
-    for reduce_range, levels in ((False, 127), (True, 63)):
-        quantized, _, none = quantize_weight(weight, 0, None, np.float32(0.1), reduce_range=reduce_range)
-        assert np.abs(quantized.astype(int)).max(axis=(1, 2, 3)).tolist() == [levels] * 4
-        assert none is None
-
-
-def test_reduce_range_reaches_the_graph(case, tmp_path):
-    found = case("squeezenet1_1")
-    quantize(found.fp32_path, found.ranges, tmp_path / "int8.onnx", reduce_range=True)
-    net = Net(onnx.load(tmp_path / "int8.onnx"))
-    weights = [array for array in net.constants.values() if array.dtype == np.int8 and array.ndim == 4]
-    assert len(weights) == 26
-    assert {int(np.abs(w.astype(int)).max()) for w in weights} == {63}
+    quantized, _, none = quantize_weight(weight, 0, None, np.float32(0.1))
+    assert np.abs(quantized.astype(int)).max(axis=(1, 2, 3)).tolist() == [127] * 4
+    assert none is None
 
 
 @pytest.mark.parametrize(
@@ -625,6 +644,8 @@ def _with_and_without_blocks(graph: Path, monkeypatch) -> tuple[Path, Path]:
     quantize(graph, ranges, blocked)
     with monkeypatch.context() as patch:
         patch.setattr(precision, "block_first_convolution", lambda _: False)
+        # Its weights are made for the pairs of the blocked convolution; sessions are exact all the same.
+        patch.setattr(precision, "saturating_layers", lambda _: [])
         quantize(graph, ranges, plain)
     return blocked, plain
 

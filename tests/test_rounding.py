@@ -18,6 +18,7 @@ from calibration.layer_inputs import input_sizes, layer_moments
 from calibration.preprocess import normalize
 from engines.precision import quantize
 from engines.rounding import output_error, round_to_least_error, rounding
+from engines.saturation.pairs import NONE, overflowing, within_pairs
 
 
 def correlated(size: int, seed: int) -> np.ndarray:
@@ -28,16 +29,42 @@ def correlated(size: int, seed: int) -> np.ndarray:
 
 
 @settings(deadline=None, max_examples=50)
-@given(st.integers(0, 10**6), st.integers(1, 150), st.integers(1, 6), st.sampled_from([7, 63, 127]))
-def test_no_channel_is_worse_than_rounded_to_nearest(seed, size, channels, levels):
+@given(st.integers(0, 10**6), st.integers(1, 150), st.integers(1, 6), st.booleans())
+def test_no_channel_is_worse_than_rounded_to_nearest(seed, size, channels, paired):
     rng = np.random.default_rng(seed)
-    scaled = rng.uniform(-levels, levels, size=(channels, size))
+    scaled = rng.uniform(-127, 127, size=(channels, size))
     moments = correlated(size, seed)
-    found = round_to_least_error(scaled, moments, levels)
+    partners = some_pairs(rng, size) if paired else None
+    found = round_to_least_error(scaled, moments, partners)
     assert np.array_equal(found, np.rint(found))
-    assert np.abs(found).max() <= levels
+    assert np.abs(found).max() <= 127
     nearest = np.rint(scaled)
+    if partners is not None:
+        assert not overflowing(found, partners).any()
+        nearest = within_pairs(nearest, partners)
     assert (output_error(found - scaled, moments) <= output_error(nearest - scaled, moments)).all()
+
+
+def some_pairs(rng: np.random.Generator, size: int) -> np.ndarray:
+    """Partners of about two thirds of some inputs, anywhere among them."""
+    some = rng.permutation(size)[: 2 * (size // 3)].reshape(-1, 2)
+    partners = np.full(size, NONE)
+    partners[some[:, 0]], partners[some[:, 1]] = some[:, 1], some[:, 0]
+    return partners
+
+
+def test_a_pair_that_overflows_is_rounded_near_the_least_error():
+    moments, scaled = correlated(4, 3), np.array([[100.2, 90.7, -20.3, 5.5], [-127.0, -3.4, 60.1, 70.9]])
+    partners = np.array([1, 0, 3, 2])
+    found = round_to_least_error(scaled, moments, partners)
+    fits = np.array(list(itertools.product(range(-127, 128), repeat=2)))
+    fits = fits[np.abs(fits.sum(axis=1)) <= 128]  # of one sign or of two
+    for row, have in zip(scaled, found, strict=True):
+        # Every first pair that is allowed, with the second pair that makes up for it best, unrounded.
+        error = fits - row[:2]
+        rest = -error @ moments[:2, 2:] @ np.linalg.inv(moments[2:, 2:])
+        best = output_error(np.concatenate([error, rest], axis=1), moments).min()
+        assert output_error((have - row)[None], moments)[0] < 1.5 * best + 2.0
 
 
 def test_the_error_is_near_the_least_of_all_roundings_up_and_down():
@@ -47,7 +74,7 @@ def test_the_error_is_near_the_least_of_all_roundings_up_and_down():
     best = np.array(
         [output_error(np.floor(row) + up_or_down - row, moments).min() for row in scaled]
     )  # all 256 of each channel
-    found = output_error(round_to_least_error(scaled, moments, 127) - scaled, moments)
+    found = output_error(round_to_least_error(scaled, moments) - scaled, moments)
     nearest = output_error(np.rint(scaled) - scaled, moments)
     assert found.mean() < 1.5 * best.mean()
     assert nearest.mean() > 2 * best.mean()
@@ -55,7 +82,7 @@ def test_the_error_is_near_the_least_of_all_roundings_up_and_down():
 
 def test_inputs_that_do_not_vary_together_are_rounded_to_nearest():
     scaled = np.random.default_rng(0).uniform(-100, 100, size=(5, 300))
-    assert np.array_equal(round_to_least_error(scaled, np.diag(np.arange(300.0)), 127), np.rint(scaled))
+    assert np.array_equal(round_to_least_error(scaled, np.diag(np.arange(300.0))), np.rint(scaled))
 
 
 def inputs_of(kind: str, pixels: np.ndarray) -> np.ndarray:
@@ -118,23 +145,22 @@ def test_moments_of_some_places_resemble_those_of_all(tmp_path):
 
 @pytest.mark.parametrize("kind", [*LAYERS, "gemm", "transposed"])
 @pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])
-@pytest.mark.parametrize("reduce_range", [False, True])
-def test_the_graph_has_the_rounded_weights_and_its_layer_is_nearer(kind, target, reduce_range, tmp_path):
+def test_the_graph_has_the_rounded_weights_and_its_layer_is_nearer(kind, target, tmp_path):
     graph, weight = network(tmp_path / "graph.onnx", kind)
     coarse = np.random.default_rng(2).integers(0, 256, (120, 4, 4, 3), dtype=np.uint8)
     pixels = coarse.repeat(3, axis=1).repeat(3, axis=2)  # neighbours resemble each other
     moments = layer_moments(graph, pixels[:80], PREPROCESS, ["layer"])
-    steps = rounding(graph_io.load(graph).graph, moments, target, reduce_range=reduce_range)
+    steps = rounding(graph_io.load(graph).graph, moments, target)
     ranges = wide_ranges(graph)
 
     def error(**options) -> float:
         """Mean squared error of the layer's output, of inputs that it was not rounded for, and of float ones."""
         out = tmp_path / "int8.onnx"
-        quantize(graph, ranges, out, target=target, reduce_range=reduce_range, **options)
+        quantize(graph, ranges, out, target=target, **options)
         stored = {t.name: numpy_helper.to_array(t) for t in onnx.load(out).graph.initializer}
         integers = stored["layer_weight_quantized"].astype(np.float64)
         scales = next(a for n, a in stored.items() if n.startswith("layer_weight_scale")).astype(np.float64)
-        assert np.abs(integers).max() <= (63 if reduce_range else 127)
+        assert np.abs(integers).max() <= 127
         axis = 1 if kind == "gemm" else 0
         shaped = scales.reshape([-1 if i == axis else 1 for i in range(weight.ndim)])
         difference = np.moveaxis(integers * shaped - weight, axis, 0).reshape(weight.shape[axis], -1)

@@ -1,0 +1,1 @@
+"""Running an engine as another CPU does, under qemu-user."""

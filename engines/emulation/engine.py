@@ -1,0 +1,155 @@
+"""An ONNX Runtime engine on an emulated CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from calibration.errors import BadInputError, TargetUnavailableError
+from engines.emulation.cpus import Cpu, emulator, launch
+from engines.emulation.worker import receive, send
+from engines.saturation.probe import EXACT_SESSION
+
+Float32Array = npt.NDArray[np.float32]
+
+_NOISE = "TCG doesn't support requested feature"
+"""Words of a warning of qemu's about each feature that the CPU has and the emulator has not."""
+
+
+@dataclass(frozen=True)
+class Emulated:
+    """What an engine ran on."""
+
+    instruction_set: str
+    saturates: bool
+    """Whether ONNX Runtime's int8 sums saturate there."""
+    session_config: dict[str, str]
+    """What the session got because they do."""
+    versions: dict[str, str]
+    """Of onnxruntime, numpy and qemu."""
+
+
+@cache
+def qemu_version(cpu: Cpu) -> str:
+    """`7.2.22`, say.
+
+    Raises:
+        TargetUnavailableError: it is not installed.
+    """
+    done = subprocess.run([emulator(cpu), "--version"], capture_output=True, text=True, check=False)
+    words = done.stdout.split()
+    return words[words.index("version") + 1] if "version" in words[:-1] else "unknown"
+
+
+class EmulatedEngine:
+    """An ONNX file that ONNX Runtime runs on an emulated CPU, in a process of its own. Use it as a context manager.
+
+    Args:
+        graph: the ONNX file.
+        cpu: which.
+        half, saturating_session: as of `engines.onnxruntime_engine.OnnxRuntimeEngine`.
+
+    Raises:
+        TargetUnavailableError: the emulator is not installed, or Python or ONNX Runtime do not start in it, or the
+            graph cannot be run exactly there.
+        BadInputError: ONNX Runtime does not load the file.
+    """
+
+    def __init__(
+        self,
+        graph: Path,
+        cpu: Cpu,
+        *,
+        half: bool = False,
+        saturating_session: Mapping[str, str] = EXACT_SESSION,
+    ) -> None:
+        how = launch(cpu)
+        session = json.dumps({"half": half, "saturating_session": dict(saturating_session)})
+        self._cpu = cpu
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - close() closes it
+        self._process = subprocess.Popen(
+            [*how.command, "-m", "engines.emulation.worker", str(graph), session],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            env={**os.environ, **how.environment},
+        )
+        try:
+            self.emulated = self._described()
+        except BaseException:
+            self.close()
+            raise
+
+    def _described(self) -> Emulated:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise self._lost("does not start")
+        said: dict[str, Any] = json.loads(line)
+        if "error" in said:
+            kind = (
+                TargetUnavailableError
+                if said["exit_code"] == TargetUnavailableError.exit_code
+                else BadInputError
+            )
+            raise kind(f"--cpu {self._cpu.name}: {said['error']}", hint=said["hint"])
+        said["versions"]["qemu"] = qemu_version(self._cpu)
+        return Emulated(**said)
+
+    def _lost(self, what: str) -> TargetUnavailableError:
+        code = self._process.wait()
+        self._errors.seek(0)
+        lines = [
+            line for line in self._errors.read().decode(errors="replace").splitlines() if _NOISE not in line
+        ]
+        said = "; ".join(line.strip() for line in lines[-3:]) or "nothing was printed"
+        return TargetUnavailableError(
+            f"--cpu {self._cpu.name}: ONNX Runtime {what} under qemu {qemu_version(self._cpu)}, exit code {code}: "
+            f"{said}",
+            hint="try another version of qemu-user or of ONNX Runtime; docs/cpu.md lists those that were run",
+        )
+
+    def run_all(self, batch: Float32Array) -> tuple[Float32Array, ...]:
+        """All outputs, float32, of a preprocessed batch float32 [N, 3, H, W].
+
+        Raises:
+            TargetUnavailableError: the emulated process ended.
+        """
+        try:
+            send(cast(BinaryIO, self._process.stdin), (batch,))
+            outputs = receive(cast(BinaryIO, self._process.stdout))
+        except BrokenPipeError:
+            outputs = None
+        if outputs is None:
+            raise self._lost("ended")
+        return outputs
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout, self._errors):
+            if stream is not None:
+                # stdin may hold a part of a batch that the process did not read: closing it fails.
+                with suppress(BrokenPipeError):
+                    stream.close()
+
+    def __enter__(self) -> EmulatedEngine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,190 @@
+"""Verify a bundle's engines on an emulated CPU, beside this machine's, and attest what was found."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from calibration.errors import TargetUnavailableError
+from calibration.images import Progress
+from calibration.machine import cpu_model
+from engines import manifest as m
+from engines.bundle import HeldOut, checked, held_out, read_manifest
+from engines.emulation.cpus import Cpu
+from engines.emulation.engine import Emulated, EmulatedEngine
+from engines.gate import MIN_LABELLED, SUBSET, Runnable, judge
+from engines.loading import open_engine
+from engines.verify import attested, plain_outputs, write_attestation
+
+Float32Array = npt.NDArray[np.float32]
+
+IMAGES = 16
+"""Held-out images that an INT8 engine runs by default: one of 224x224 takes about a second."""
+
+FLOAT_IMAGES = 4
+"""Held-out images that a float engine runs at most: emulated, it is ten times slower, and it cannot saturate."""
+
+_COUNTS = ("top1", "top5")
+"""Metrics that a single image of few moves by more than their tolerance."""
+
+
+class _Beside:
+    """Runs an emulated engine and this machine's on the same batches, and keeps how far they differ."""
+
+    def __init__(self, emulated: Runnable, here: Runnable) -> None:
+        self._emulated, self._here = emulated, here
+        self.difference = 0.0
+
+    def run_all(self, batch: Float32Array) -> tuple[Float32Array, ...]:
+        found, here = self._emulated.run_all(batch), self._here.run_all(batch)
+        for one, other in zip(found, here, strict=True):
+            # NaN and infinity are the same where they are at the same places.
+            same = (one == other) | (np.isnan(one) & np.isnan(other))
+            with np.errstate(invalid="ignore"):
+                apart = np.abs(one.astype(np.float64) - other)
+            # JSON holds no infinity.
+            apart = np.where(same, 0.0, np.nan_to_num(apart, nan=np.finfo(np.float64).max))
+            self.difference = max(self.difference, float(apart.max()))
+        return found
+
+
+def runnable(manifest: m.Manifest) -> list[m.Engine]:
+    """The engines that emulation can run: ONNX Runtime's."""
+    return [engine for engine in manifest.artifacts.engines if engine.target == "onnxruntime"]
+
+
+def _count(engine: m.Engine, images: int) -> int:
+    """How many images an engine runs."""
+    return images if engine.precision == "int8" else min(images, FLOAT_IMAGES)
+
+
+def images_run(manifest: m.Manifest, images: int) -> int:
+    """How many images `verify_on` runs in all, for a progress bar."""
+    held = manifest.artifacts.held_out.count
+    return sum(_count(engine, min(images, held)) for engine in runnable(manifest))
+
+
+def _first(held: HeldOut, images: int) -> HeldOut:
+    return replace(
+        held,
+        pixels=held.pixels[:images],
+        logits=held.logits[:images],
+        further=tuple(logits[:images] for logits in held.further),
+        labels=held.labels[:images] if held.labels is not None else None,
+        sizes=(),
+    )
+
+
+def _tolerances(engine: m.Engine, images: int) -> dict[str, float]:
+    """The gate's limits, without those that so few images do not resolve."""
+    limits = dict(engine.gate.tolerances)
+    if images < MIN_LABELLED:
+        limits = {metric: value for metric, value in limits.items() if "accuracy" not in metric}
+    if images < SUBSET:
+        limits = {metric: value for metric, value in limits.items() if metric not in _COUNTS}
+    return limits
+
+
+def verify_on(
+    bundle: Path | str, cpu: Cpu, *, images: int = IMAGES, progress: Progress = lambda _: None
+) -> tuple[m.Attestation, Path | None]:
+    """Run ONNX Runtime's engines of a bundle on an emulated CPU and on this machine, and compare both with eager.
+
+    Each engine runs the first held-out images, at batch opt or less. Nothing is called verified by it: the attestation
+    says that it was emulated, and has no states.
+
+    Returns the attestation, and its path: None where the bundle cannot be written to. Its `status` is `failed` where a
+    gate did not hold on the emulated CPU.
+
+    Args:
+        images: held-out images at most, 1 or more; float engines run FLOAT_IMAGES of them.
+
+    Raises:
+        BadInputError: not a bundle, or damaged.
+        TargetUnavailableError: the CPU cannot be emulated here, or the bundle has no engine of ONNX Runtime.
+    """
+    root = Path(bundle)
+    manifest = read_manifest(root)
+    recipe = manifest.recipe
+    engines = runnable(manifest)
+    if not engines:
+        raise TargetUnavailableError(
+            f"{root}: --cpu {cpu.name}: it has no engine of onnxruntime to run",
+            hint="export with --target onnxruntime",
+        )
+    everything = held_out(root, manifest)
+    gates: dict[str, m.Gate] = {}
+    beside: dict[str, m.HostFigures] = {}
+    emulated: Emulated | None = None
+    for engine in engines:
+        held = _first(everything, _count(engine, images))
+        size = max(recipe.batch.min, min(recipe.batch.opt, len(held.pixels)))
+        for file in engine.external_data:
+            checked(root, file)
+        path = checked(root, engine.file)
+        here = open_engine(
+            path,
+            target=engine.target,
+            precision=engine.precision,
+            plan=None,
+            saturating_session=engine.session_where_saturating(),
+        )
+        half = engine.precision == "fp16"
+        with ExitStack() as stack:
+            there = stack.enter_context(
+                EmulatedEngine(path, cpu, half=half, saturating_session=engine.session_where_saturating())
+            )
+            emulated = there.emulated
+            both = _Beside(there, here)
+
+            unfused = plain_outputs(path, recipe, half=half) if engine.gate.reference != "eager" else None
+            gate = partial(
+                judge,
+                pixels=held.pixels,
+                eager=held.outputs(recipe),
+                labels=held.labels,
+                preprocess=recipe.preprocess,
+                batch=m.Batch(min=size, opt=size, max=size),
+                tolerances=_tolerances(engine, len(held.pixels)),
+                unfused=unfused,
+            )
+            gates[engine.name] = gate(both, progress=progress)
+            sqnr = gate(here).eager_metrics["sqnr"]
+            beside[engine.name] = m.HostFigures(sqnr=sqnr, max_difference=both.difference)
+    assert emulated is not None
+    attestation = attested(
+        root,
+        gates,
+        states={},
+        machine=f"{cpu.name}, emulated by qemu {emulated.versions['qemu']} on {cpu_model()}",
+        instruction_set=emulated.instruction_set,
+        compute_capability=None,
+        versions=emulated.versions,
+        emulation=m.Emulation(cpu=cpu.name, saturates=emulated.saturates, host=beside),
+    )
+    return attestation, write_attestation(root, attestation)
+
+
+def describe(name: str, gate: m.Gate, host: m.HostFigures, cpu: str) -> str:
+    """One line for people: an engine on the emulated CPU, beside this machine."""
+
+    def decibels(value: Mapping[str, float | int | None] | float | None) -> str:
+        return f"{value:.2f}" if isinstance(value, float) else "-"
+
+    here = decibels(host.sqnr)
+    equal = (
+        "logits are equal to the bit"
+        if host.max_difference == 0
+        else f"logits differ by {host.max_difference:.2g}"
+    )
+    top1 = 100 * (gate.eager_metrics["top1"] or 0.0)
+    return (
+        f"{name} on {cpu}: {'FAILED' if gate.failures else 'ok'}, emulated, SQNR {decibels(gate.eager_metrics['sqnr'])}"
+        f" dB ({here} here), top-1 agreement {top1:.1f} % of {gate.metrics['images']} images; {equal}"
+    )

@@ -1,0 +1,93 @@
+"""The program that qemu-user runs: one ONNX Runtime engine, fed through pipes. Needs numpy and ONNX Runtime only.
+
+    python -m engines.emulation.worker GRAPH SESSION
+
+SESSION is JSON: `half`, and `saturating_session` as of `engines.onnxruntime_engine`. The program writes a line of
+JSON, what it runs or why it cannot, and then answers each batch with all outputs. Arrays travel as .npy; each message
+is their number and their bytes, preceded by their length.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import struct
+import sys
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.float32]
+
+_LENGTH = struct.Struct("<Q")
+
+
+def send(stream: BinaryIO, arrays: tuple[Array, ...]) -> None:
+    """Write arrays as one message."""
+    stream.write(_LENGTH.pack(len(arrays)))
+    for array in arrays:
+        data = io.BytesIO()
+        np.save(data, array)
+        stream.write(_LENGTH.pack(data.tell()))
+        stream.write(data.getvalue())
+    stream.flush()
+
+
+def receive(stream: BinaryIO) -> tuple[Array, ...] | None:
+    """The arrays of the next message; None at the end of the stream, even in the middle of a message."""
+    arrays = []
+    count = stream.read(_LENGTH.size)
+    if len(count) < _LENGTH.size:
+        return None
+    for _ in range(_LENGTH.unpack(count)[0]):
+        length = stream.read(_LENGTH.size)
+        if len(length) < _LENGTH.size:
+            return None
+        size = _LENGTH.unpack(length)[0]
+        if len(data := stream.read(size)) < size:
+            return None
+        arrays.append(np.load(io.BytesIO(data)))
+    return tuple(arrays)
+
+
+def main() -> None:
+    # What libraries print must not get between the messages.
+    requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    import onnxruntime
+
+    from calibration.errors import ExportZooError
+    from calibration.machine import instruction_set
+    from engines.onnxruntime_engine import OnnxRuntimeEngine
+    from engines.saturation.probe import saturates
+
+    session = json.loads(sys.argv[2])
+    try:
+        engine = OnnxRuntimeEngine(
+            Path(sys.argv[1]),
+            threads=1,
+            half=session["half"],
+            saturating_session=session["saturating_session"],
+        )
+    except ExportZooError as error:
+        said = {"error": error.message, "hint": error.hint, "exit_code": error.exit_code}
+        answers.write(json.dumps(said).encode() + b"\n")
+        return
+    described = {
+        "instruction_set": instruction_set(),
+        "saturates": saturates(),
+        "session_config": engine.session_config,
+        "versions": {"onnxruntime": onnxruntime.__version__, "numpy": np.__version__},
+    }
+    answers.write(json.dumps(described).encode() + b"\n")
+    answers.flush()
+    while (arrays := receive(requests)) is not None:
+        (batch,) = arrays
+        send(answers, engine.run_all(batch))
+
+
+if __name__ == "__main__":
+    main()
