@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
@@ -20,6 +21,9 @@ from exporter.matrix_inputs import fingerprints
 from exporter.matrix_run import CellResult
 
 ROOT = Path(__file__).parent.parent
+needs_qemu = pytest.mark.skipif(
+    not shutil.which("qemu-x86_64"), reason="qemu-x86_64 is not installed (qemu-user)"
+)
 NAMES = matrix_plan.Names(("resnet18", "resnet34", "squeezenet1_1", "vgg11"), ("fcn_resnet50", "lraspp"))
 MINIMAL = "models: [resnet18]\nprecisions: [fp32]\ntargets: [onnxruntime]\n"
 SMALL = """\
@@ -62,7 +66,7 @@ def test_options_overrides_and_excludes_are_those_of_their_cells(tmp_path):
 models: [resnet18, vgg11]
 precisions: [fp32, int8]
 targets: [onnxruntime]
-options: {weights: none, calib: imgs, no-cache: true, reduce-range: false, tolerance: [sqnr=1, top1=0.5]}
+options: {weights: none, calib: imgs, no-cache: true, tolerance: [sqnr=1, top1=0.5]}
 override:
   - {models: vgg*, options: {input-size: 96}}
   - {models: vgg11, precisions: int8, options: {weights: DEFAULT, input-size: 64}}
@@ -113,6 +117,38 @@ jobs:
     assert "cpu, gpu" in error.value.hint
 
 
+def test_cpus_are_off_by_default_and_follow_the_cell_that_exports(tmp_path):
+    text = MINIMAL.replace("fp32", "fp32, int8").replace("onnxruntime", "onnxruntime, tensorrt")
+    text += (
+        "options: {calib: imgs}\ncpu-images: 3\n"
+        "exclude: [{cpus: haswell, precisions: fp32, reason: slow}]\n"
+        "jobs:\n- {name: all, runs-on: [x]}\n- {name: cpus, runs-on: [x], cpus: [haswell, host, neoverse-n1]}\n"
+    )
+    assert {cell.cpu for cell in planned(tmp_path, text)} == {"host"}
+    found = planned(tmp_path, text, "cpus")
+    assert planned(tmp_path, text, "*") == found, "in the order of the cells that export"
+    assert [cell.name.removeprefix("resnet18-") for cell in found] == [
+        f"{engine}{cpu}"
+        for engine in ("onnxruntime-fp32", "onnxruntime-int8", "tensorrt-fp32", "tensorrt-int8")
+        for cpu in ("", "-haswell", "-neoverse-n1")
+    ]
+    haswell = found[4]
+    assert haswell.command() == [
+        "verify",
+        "resnet18-onnxruntime-int8.bundle",
+        "--cpu=haswell",
+        "--images=3",
+    ]
+    assert [cell.name for cell in found if cell.excluded] == [
+        "resnet18-onnxruntime-fp32-haswell",
+        "resnet18-tensorrt-fp32-haswell",
+    ]
+    assert {(cell.target, cell.cpu) for cell in found if cell.skipped} == {
+        ("tensorrt", "haswell"),
+        ("tensorrt", "neoverse-n1"),
+    }
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -135,6 +171,14 @@ jobs:
         (MINIMAL + "options: {precision: int8}", "--precision=int8: the matrix says that itself"),
         (MINIMAL.replace("fp32", "int8"), "--precision int8 needs --calib"),
         (MINIMAL + "jobs: [{name: a, runs-on: [x]}, {name: a, runs-on: [y]}]", "two are called 'a'"),
+        (MINIMAL + "cpus: pentium", "cpus: unknown 'pentium'"),
+        (
+            MINIMAL + "jobs: [{name: a, runs-on: [x], cpus: [host, pentium]}]",
+            "jobs: a: cpus: unknown 'pentium'",
+        ),
+        (MINIMAL + "exclude: [{cpus: pentium, reason: x}]", "exclude: cpus: unknown 'pentium'"),
+        (MINIMAL + "jobs: [{name: a, runs-on: [x], cpus: haswell}]", "jobs: a: cpus: 'host' is missing"),
+        (MINIMAL + "cpu-images: 0", "cpu-images"),
         (MINIMAL + "jobs: [{name: a}]", "jobs.0.runs-on: Field required"),
     ],
 )
@@ -166,7 +210,13 @@ def test_the_matrix_of_ci_is_whole():
             ROOT / "ci" / "matrix.yaml", given, matrix_plan.Names(model_names()), job.name
         )
     ]
-    assert set(in_jobs) == every
+    assert set(in_jobs) - every == {
+        f"{model}-{target}-{precision}-haswell"
+        for model in ("squeezenet1_1", "mobilenet_v3_small")
+        for target in ("onnxruntime", "tensorrt-rtx")
+        for precision in ("fp32", "fp16", "int8")
+    }
+    assert every <= set(in_jobs)
     assert {name.split("-")[0] for name in every} == set(model_names())
 
 
@@ -290,6 +340,98 @@ def test_a_cell_is_run_again_when_its_files_changed(ran, tmp_path, monkeypatch):
     for _ in range(2):
         matrix_run.run([own], out, seconds=1)
     assert len(made) == len(changes) + 2, "what its code reads may be anywhere"
+
+
+def on_haswell(cell: matrix_plan.Cell, **changes) -> matrix_plan.Cell:
+    return dataclasses.replace(cell, cpu="haswell", images=2, **changes)
+
+
+@needs_qemu
+def test_the_bundle_of_a_cell_is_run_on_an_emulated_cpu_and_not_exported_again(ran, monkeypatch):
+    cell, out, result = ran
+    monkeypatch.setattr(matrix_run, "run_cell", lambda *_, **__: pytest.fail("it is exported already"))
+    matrix_run._store(out / "results", result)
+    cells = [cell, on_haswell(cell)]
+    seen: list[tuple[str, bool]] = []
+    done = lambda result, cached: seen.append((result.cpu, cached))  # noqa: E731
+    host, haswell = matrix_run.run(cells, out, seconds=300, done=done)
+    assert host == result
+    assert haswell.status == "ok", haswell.reason
+    assert haswell.engine["state"] == "emulated"
+    assert haswell.figure("gate", "metrics", "images") == 2
+    assert haswell.figure("gate", "eager_metrics", "sqnr") > 60
+    assert haswell.figure("emulation", "host", "sqnr") > 60
+    assert haswell.figure("emulation", "host", "max_difference") is not None
+    assert haswell.instruction_set == "avx2"
+    assert "emulated" in haswell.machine
+    assert haswell.versions["qemu"] != "absent"
+    assert haswell.random
+    monkeypatch.setattr(matrix_run, "run_on_cpu", lambda *_, **__: pytest.fail("it is verified already"))
+    assert matrix_run.run(cells, out, seconds=300, done=done) == [host, haswell]
+    assert seen == [("host", True), ("haswell", False), ("host", True), ("haswell", True)]
+
+
+def test_an_emulated_cpu_runs_again_when_the_export_changed_and_only_then(ran, monkeypatch, tmp_path):
+    cell, _, result = ran
+    out, made = tmp_path / "out", []
+    changed = {"sha256": result.engine["file"]["sha256"], "status": "ok"}
+
+    def run_cell(cell, bundle, **_):
+        made.append("host")
+        bundle.mkdir(parents=True, exist_ok=True)
+        engine = {**result.engine, "file": {"sha256": changed["sha256"]}}
+        return dataclasses.replace(result, engine=engine, status=changed["status"])
+
+    def run_on_cpu(cell, exported, bundle, **_):
+        assert bundle.is_dir()
+        made.append(cell.cpu)
+        inputs = matrix_run._inputs_on_cpu(cell, exported) or {}
+        return dataclasses.replace(
+            result,
+            cpu=cell.cpu,
+            command=tuple(cell.command()),
+            inputs=inputs,
+            versions=matrix_run._versions(cell),
+        )
+
+    monkeypatch.setattr(matrix_run, "run_cell", run_cell)
+    monkeypatch.setattr(matrix_run, "run_on_cpu", run_on_cpu)
+    cells = [cell, on_haswell(cell)]
+
+    def run(cells, **options):
+        made.clear()
+        found = matrix_run.run(cells, out, seconds=1, **options)
+        return made, [one.status for one in found]
+
+    assert run(cells[:1], keep_bundles=False) == (["host"], ["ok"])
+    assert run(cells, keep_bundles=False) == (["host", "haswell"], ["ok", "ok"]), "its bundle was deleted"
+    assert not list((out / "bundles").iterdir())
+    assert run(cells, keep_bundles=False) == ([], ["ok", "ok"])
+    assert run(cells) == (["host"], ["ok", "ok"]), "the same engine"
+    nehalem = dataclasses.replace(cells[1], cpu="nehalem")
+    assert run([*cells, nehalem]) == (["nehalem"], ["ok", "ok", "ok"])
+    changed["sha256"] = "another"
+    shutil.rmtree(out / "bundles")
+    assert run(cells) == (["host", "haswell"], ["ok", "ok"]), "another engine"
+    changed["status"] = "failed"
+    assert run(cells, again=True) == (["host"], ["failed", "skipped"])
+    assert on_haswell(cell).name not in matrix_run.stored(out / "results")
+
+
+def test_a_cpu_that_cannot_be_emulated_here_fails_as_a_target_that_is_not_available(ran, monkeypatch):
+    cell, out, result = ran
+    matrix_run._store(out / "results", result)
+    monkeypatch.setenv("PATH", "")
+    _, nehalem = matrix_run.run([cell, dataclasses.replace(cell, cpu="nehalem")], out, seconds=300)
+    assert (nehalem.status, nehalem.gate, nehalem.exit_code) == ("failed", False, 4)
+    assert "qemu-x86_64 is not installed; next: install qemu-user" in nehalem.reason
+    assert matrix_run.stored(out / "results")[nehalem.name] == nehalem
+    target = dataclasses.replace(cell, target="tensorrt")
+    skipped = matrix_run.left_out(on_haswell(target))
+    assert (skipped.status, skipped.reason) == (
+        "skipped",
+        "not run on haswell: emulation runs engines of onnxruntime only",
+    )
 
 
 def test_a_run_that_is_stopped_leaves_no_old_result(ran, monkeypatch):
@@ -464,6 +606,40 @@ def test_the_line_of_a_cell_tells_why_it_failed():
     assert matrix_report.line(failed, 3, 12, False).startswith("[ 3/12] resnet18")
     assert matrix_report.line(failed, 3, 12, False).endswith("FAILED   out of luck")
     assert matrix_report.line(result(), 3, 12, True).endswith("(earlier run)")
+
+
+def emulated(**changes) -> CellResult:
+    engine = {
+        "state": "emulated",
+        "gate": {"eager_metrics": {"sqnr": 47.53, "top1": 0.5}},
+        "emulation": {"cpu": "haswell", "host": {"sqnr": 48.91, "max_difference": 0.0}},
+    }
+    return result(**({"cpu": "haswell", "engine": engine} | changes))
+
+
+def test_what_an_emulated_cpu_gave_is_called_emulated_wherever_it_is_shown():
+    text = "emulated, SQNR 47.5 dB (48.9 on this machine), logits equal to the bit"
+    skipped = CellResult("resnet18", "tensorrt", "int8", (), "skipped", "not run", cpu="haswell")
+    rows = [result(), emulated(), skipped]
+    line = matrix_report.line(emulated(), 1, 2, False)
+    assert "onnxruntime-int8 on haswell ok" in line
+    assert line.endswith(f"{text}, 12 s, 1234 MiB")
+    suite = ET.fromstring(matrix_report.junit(rows))[0]
+    assert (suite.get("tests"), suite.get("skipped")) == ("3", "1")
+    case = suite.find("./testcase[@name='onnxruntime-int8 on haswell, emulated']")
+    assert case.findtext("system-out") == text
+    page = matrix_report.markdown(rows, "x")
+    assert "| onnxruntime-int8 on haswell | ok | emulated | - | 47.5 |" in page
+    assert "| 48.9 | equal |" in page
+    assert "- resnet18-tensorrt-int8-haswell: skipped: not run" in page
+    html = matrix_report.html(rows, "x")
+    assert "<td>onnxruntime-int8 on haswell</td><td>ok</td><td>emulated</td>" in html
+    assert "<td>48.9</td><td>equal</td>" in html
+    assert html.count("resnet18 onnxruntime-int8:") == 2, "plots show what was not emulated"
+    assert matrix_report.totals(rows) == "2 ok, 1 skipped"
+    assert "host dB" not in matrix_report.markdown([result(), skipped], "x")
+    engine = emulated().engine | {"emulation": {"host": {"sqnr": 48.91, "max_difference": 0.0125}}}
+    assert "logits differ by 0.013" in matrix_report.line(emulated(engine=engine), 1, 2, False)
 
 
 def test_totals_count_each_kind():
