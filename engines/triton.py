@@ -13,7 +13,11 @@ import re
 import shutil
 import uuid
 from pathlib import Path
+from typing import Literal
 
+import onnx_ir as ir
+
+from calibration import graph_io
 from calibration.errors import (
     EnvironmentFailureError,
     ParityError,
@@ -22,6 +26,10 @@ from calibration.errors import (
 )
 from engines import manifest as m
 from engines.bundle import checked, named, read_manifest
+from engines.saturation.pairs import saturating_layers
+from engines.saturation.unsigned import unsigned_weights
+
+CpuGraph = Literal["safe", "exact", "vnni"]
 
 QUEUE_DELAY_US = 1000
 """Microseconds that a request waits for others to make a batch with."""
@@ -100,6 +108,32 @@ def _chosen(bundle: Path, manifest: m.Manifest, wanted: str | None) -> m.Engine:
     return max(served, key=lambda engine: engine.latency.speedup if engine.latency is not None else 0.0)
 
 
+def _for_cpus(bundle: Path, engine: m.Engine, graph: Path, cpu_graph: CpuGraph) -> ir.Model | None:
+    """What is written instead of an engine; None where it is written as it is.
+
+    Raises:
+        UsageError: there is nothing to make exact.
+        TargetUnavailableError: it can saturate.
+    """
+    int8 = engine.target == "onnxruntime" and engine.precision == "int8"
+    if cpu_graph == "exact":
+        if not int8:
+            raise UsageError(
+                f"--cpu-graph exact: is for INT8 of onnxruntime, not for {engine.name}", hint="leave it out"
+            )
+        model = graph_io.load(graph)
+        unsigned_weights(model.graph)
+        return model
+    if cpu_graph == "safe" and int8 and saturating_layers(graph_io.load(graph).graph):
+        raise TargetUnavailableError(
+            f"{bundle}: {engine.name} was made by an earlier version: on CPUs without VNNI its sums saturate, and its "
+            "logits are wrong",
+            hint="export the bundle again; or --cpu-graph exact (uint8 weights, slower where there is VNNI), or "
+            "--cpu-graph vnni where all servers have it",
+        )
+    return None
+
+
 def write_repository(
     bundle: Path,
     repository: Path,
@@ -108,6 +142,7 @@ def write_repository(
     name: str | None = None,
     version: int = 1,
     delay_us: int = QUEUE_DELAY_US,
+    cpu_graph: CpuGraph = "safe",
 ) -> Path:
     """Add an engine to a Triton model repository, whole or not at all; returns the model's directory.
 
@@ -116,12 +151,15 @@ def write_repository(
         name: of the model; default the network's.
         version: its folder. Another version of a model that is there must have the same configuration.
         delay_us: microseconds that a request waits for others.
+        cpu_graph: what ONNX Runtime's INT8 engine becomes, for Triton gives sessions no configuration: `safe`, the
+            engine itself, refused where it can saturate; `exact`, with uint8 weights, which no CPU saturates; `vnni`,
+            the engine itself, for CPUs that do not saturate.
 
     Raises:
         UsageError: a name or version that Triton does not take, or that is there already.
         BadInputError: not a bundle, damaged, or no such engine.
         ParityError: the bundle failed its parity gate.
-        TargetUnavailableError: no engine that Triton can serve.
+        TargetUnavailableError: no engine that Triton can serve, or one that can saturate.
         EnvironmentFailureError: the repository cannot be written to.
     """
     manifest = read_manifest(bundle)
@@ -135,9 +173,11 @@ def write_repository(
         )
     if not 1 <= version <= _MAX_VERSION:
         raise UsageError(f"--version {version}: must be 1 to {_MAX_VERSION}", hint="leave it out for 1")
-    files = {_PLATFORMS[chosen.target][1]: checked(bundle, chosen.file)}
+    model_file = _PLATFORMS[chosen.target][1]
+    files = {model_file: checked(bundle, chosen.file)}
     # Weights beside an ONNX file keep the name that it refers to.
     files |= {Path(file.path).name: checked(bundle, file) for file in chosen.external_data}
+    rewritten = _for_cpus(bundle, chosen, files[model_file], cpu_graph)
     described = {"config.pbtxt": config(manifest, chosen, name, delay_us=delay_us)}
     if manifest.recipe.labels:
         described["labels.txt"] = "".join(f"{label}\n" for label in manifest.recipe.labels)
@@ -146,8 +186,11 @@ def write_repository(
     temporary = repository / f".{name}.{uuid.uuid4().hex}"
     try:
         (temporary / str(version)).mkdir(parents=True)
-        for file, path in files.items():
-            shutil.copyfile(path, temporary / str(version) / file)
+        if rewritten is not None:
+            graph_io.save(rewritten, temporary / str(version) / model_file)
+        else:
+            for file, path in files.items():
+                shutil.copyfile(path, temporary / str(version) / file)
         if model.exists():
             (temporary / str(version)).rename(model / str(version))
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -11,6 +12,9 @@ from calibration.errors import ParityError, UsageError
 from exporter import outcome
 from exporter.common_options import EXIT_CODES, json_option, quiet_option, verbose_option
 from exporter.report import ConsoleReporter, show_log
+
+if TYPE_CHECKING:
+    from engines.triton import CpuGraph
 
 
 def _list_cpus(context: click.Context, _: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
@@ -208,6 +212,14 @@ def inspect(bundle: Path, json_path: Path | None, quiet: bool, verbose: bool) ->
     metavar="US",
     help="Microseconds that a request waits for others to make a batch with.",
 )
+@click.option(
+    "--cpu-graph",
+    type=click.Choice(["safe", "exact", "vnni"]),
+    default="safe",
+    show_default=True,
+    help="INT8 of onnxruntime. safe: the engine, refused where it can saturate on CPUs without VNNI. exact: uint8 "
+    "weights, the same logits, slower where there is VNNI. vnni: the engine as it is.",
+)
 @json_option
 @quiet_option
 @verbose_option
@@ -218,6 +230,7 @@ def triton(
     name: str | None,
     version: int,
     delay_us: int,
+    cpu_graph: CpuGraph,
     json_path: Path | None,
     quiet: bool,
     verbose: bool,
@@ -226,7 +239,15 @@ def triton(
     del json_path, verbose
     from engines.triton import write_repository
 
-    model = write_repository(bundle, repository, engine=engine, name=name, version=version, delay_us=delay_us)
+    model = write_repository(
+        bundle,
+        repository,
+        engine=engine,
+        name=name,
+        version=version,
+        delay_us=delay_us,
+        cpu_graph=cpu_graph,
+    )
     outcome.current().document |= {"bundle": str(bundle), "model": str(model), "version": version}
     if not quiet:
         click.echo(

@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 
+import numpy as np
+import onnx_ir as ir
 import pytest
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
 
+from calibration import graph_io
 from engines.bundle import read_manifest
 from engines.loading import load
+from engines.onnxruntime_engine import OnnxRuntimeEngine
+from engines.saturation.pairs import quantized_weights, saturating_layers
 from engines.triton import config
 
 
@@ -179,3 +184,68 @@ def test_a_damaged_engine_and_a_place_that_cannot_be_written_leave_nothing(cli, 
     done = cli("triton", digits_bundle, tmp_path / "file" / "models")
     assert done.code == 7
     assert str(tmp_path / "file" / "models") in done.json["error"]["message"]
+
+
+# -- CPUs whose sums saturate: Triton gives sessions no configuration ---------------------------------------------
+
+
+def saturating(bundle, tmp_path):
+    """A copy of a bundle whose INT8 engine can saturate, as those of earlier versions can."""
+    copy = tmp_path / "saturating.bundle"
+    shutil.copytree(bundle, copy)
+    document = json.loads((copy / "manifest.json").read_text())
+    engine = next(e for e in document["artifacts"]["engines"] if e["name"] == "onnxruntime-int8")
+    model = graph_io.load(copy / engine["file"]["path"])
+    node, _, weight = quantized_weights(model.graph)[-1]
+    largest = np.where(weight.const_value.numpy() > 0, 127, -127).astype(np.int8)
+    weight.const_value = ir.tensor(largest, name=weight.name)
+    path = copy / "files" / "saturating.onnx"
+    graph_io.save(model, path)
+    engine["file"] = {
+        "path": "files/saturating.onnx",
+        "sha256": graph_io.sha256_of(path),
+        "size_bytes": path.stat().st_size,
+    }
+    del engine["saturating_cpu_session"]
+    (copy / "manifest.json").write_text(json.dumps(document))
+    return copy, path, node.name
+
+
+def test_an_engine_that_can_saturate_is_refused_and_written_exact_when_asked_for(
+    cli, digits_bundle, tmp_path
+):
+    bundle, engine, layer = saturating(digits_bundle, tmp_path)
+    assert saturating_layers(graph_io.load(engine).graph) == [layer]
+    given = ("triton", bundle, tmp_path / "models", "--engine", "onnxruntime-int8")
+    done = cli(*given)
+    assert done.code == 4
+    assert "its sums saturate" in done.err
+    assert "--cpu-graph exact" in done.err
+    assert not (tmp_path / "models").exists()
+    assert cli(*given, "--cpu-graph", "vnni", "--name", "vnni").code == 0
+    assert (tmp_path / "models" / "vnni" / "1" / "model.onnx").read_bytes() == engine.read_bytes()
+    assert cli(*given, "--cpu-graph", "exact", "--name", "exact").code == 0
+    exact = tmp_path / "models" / "exact" / "1" / "model.onnx"
+    assert quantized_weights(graph_io.load(exact).graph) == []
+    inputs = np.random.default_rng(0).normal(size=(4, 3, 32, 32)).astype(np.float32)
+    want = OnnxRuntimeEngine(engine).run(inputs)  # by a session that is exact where sums saturate
+    assert np.ptp(want) > 1
+    np.testing.assert_array_equal(OnnxRuntimeEngine(exact, saturating_session={}).run(inputs), want)
+
+
+def test_exact_weights_of_an_engine_as_it_is_made_now_change_no_bit(cli, digits_bundle, tmp_path):
+    given = ("triton", digits_bundle, tmp_path / "models", "--engine", "onnxruntime-int8")
+    assert cli(*given, "--name", "as-it-is").code == 0
+    assert cli(*given, "--name", "exact", "--cpu-graph", "exact").code == 0
+    inputs = np.random.default_rng(0).normal(size=(4, 3, 32, 32)).astype(np.float32)
+    paths = [tmp_path / "models" / name / "1" / "model.onnx" for name in ("as-it-is", "exact")]
+    plain, exact = (OnnxRuntimeEngine(path, saturating_session={}).run(inputs) for path in paths)
+    np.testing.assert_array_equal(plain, exact)
+
+
+def test_nothing_but_int8_of_the_cpu_is_made_exact(cli, digits_bundle, tmp_path):
+    given = ("triton", digits_bundle, tmp_path / "models", "--engine", "onnxruntime-fp32")
+    done = cli(*given, "--cpu-graph", "exact")
+    assert done.code == 2
+    assert "--cpu-graph exact" in done.err
+    assert "onnxruntime-fp32" in done.err

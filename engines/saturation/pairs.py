@@ -16,7 +16,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from engines.first_conv import blocked_weight, blocks_of
-from engines.placement import QuantizedWeight, constant, weight_of
+from engines.placement import QuantizedWeight, weight_of
 
 Float64Array = npt.NDArray[np.float64]
 IndexArray = npt.NDArray[np.intp]
@@ -99,24 +99,27 @@ def overflowing(integers: npt.NDArray[np.generic], partners: IndexArray) -> npt.
     return np.asarray((np.abs(total) > LARGEST_SUM).any(axis=1))
 
 
+def quantized_weights(graph: ir.Graph) -> list[tuple[ir.Node, ir.Node, ir.Value]]:
+    """The layers of a Q/DQ graph with an int8 weight: node, the weight's DequantizeLinear, and the weight."""
+    found = []
+    for node in graph:
+        operand = node.inputs[1] if len(node.inputs) > 1 else None
+        dequantize = operand.producer() if operand is not None else None
+        if node.op_type not in ("Conv", "Gemm", "MatMul") or dequantize is None:
+            continue
+        weight = dequantize.inputs[0] if dequantize.op_type == "DequantizeLinear" else None
+        if weight is not None and weight.const_value is not None and weight.dtype == ir.DataType.INT8:
+            found.append((node, dequantize, weight))
+    return found
+
+
 def saturating_layers(graph: ir.Graph) -> list[str]:
     """Names of the layers of a finished Q/DQ graph that can saturate: proof, where there are none, that it cannot.
 
     Layers whose activations are int8 (TensorRT's) count, too.
     """
     found = []
-    for node in graph:
-        if node.op_type not in ("Conv", "Gemm", "MatMul") or len(node.inputs) < 2 or node.inputs[1] is None:
-            continue
-        dequantize = node.inputs[1].producer()
-        if (
-            dequantize is None
-            or dequantize.op_type != "DequantizeLinear"
-            or not constant(dequantize.inputs[0])
-        ):
-            continue
-        weight = dequantize.inputs[0]
-        assert weight is not None
+    for node, _, weight in quantized_weights(graph):
         assert weight.const_value is not None
         integers = weight.const_value.numpy()
         if node.op_type == "Conv":
