@@ -27,7 +27,7 @@ demo: $(INSTALLED)
 	$(BIN)/export-zoo verify $(DEMO)/resnet18-digits.bundle
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from engines.saturation.pairs import IndexArray, overflowing, within_pairs
+from engines.saturation.pairs import LARGEST_SUM, IndexArray, sums_that_overflow, within_pairs
 from engines.scales import TINY, half_scale
 
 Float64Array = npt.NDArray[np.float64]
@@ -18,7 +18,7 @@ MAX_WEIGHT = 127
 _MAX_BIAS = 2.0**30
 """Bound of abs(int32 bias): half of int32's range is left for the accumulator."""
 
-_FACTORS = tuple(2.0 ** (step / 8) for step in range(1, 9))
+_FACTORS = 2.0 ** (np.arange(17) / 16)
 """Factors of a filter's scale that are tried where neighbours overflow; with 2, no two can."""
 
 _BLOCK_ELEMENTS = 1 << 22
@@ -40,24 +40,22 @@ def _integers(
 
 
 def _spread(rows: npt.NDArray[np.float32], scale: Float64Array, partners: IndexArray) -> Float64Array:
-    """Scales of filters, raised where neighbours overflow by the factor with the least squared error of the weights.
+    """Scales of filters, raised where neighbours overflow by the factor with the least squared error to be expected.
 
-    A larger scale makes all weights of a filter coarser, and cuts less off the largest.
+    A larger scale makes all weights of a filter coarser, whose rounding errors are uniform (a twelfth of a step squared
+    each), and takes less from neighbours that are too large together (half of it from each).
     """
-    found = scale.copy()
-    bad = np.flatnonzero(overflowing(_integers(rows, scale, None), partners))
-    exact, base = rows[bad].astype(np.float64), scale[bad]
-
-    def error(scales: Float64Array) -> Float64Array:
-        difference = _integers(rows[bad], scales, partners) * scales[:, None] - exact
-        return np.asarray(np.einsum("ij,ij->i", difference, difference))
-
-    least = error(base)
+    channels, sums = sums_that_overflow(rows / scale.astype(np.float32)[:, None], partners)
+    if not len(channels):
+        return scale
+    weights = np.count_nonzero(rows, axis=1)
+    least, best = np.full(len(rows), np.inf), np.ones(len(rows))
     for factor in _FACTORS:
-        errors = error(base * factor)
-        found[bad] = np.where(errors < least, base * factor, found[bad])
-        least = np.minimum(least, errors)
-    return found
+        excess = np.maximum(sums - LARGEST_SUM * factor, 0.0)
+        error = weights * factor**2 / 12 + np.bincount(channels, excess**2 / 2, minlength=len(rows))
+        best = np.where(error < least, factor, best)
+        least = np.minimum(error, least)
+    return scale * best
 
 
 def quantize_weight(

@@ -41,7 +41,7 @@ def _list_cpus(context: click.Context, _: click.Parameter, value: tuple[str, ...
 )
 @click.option(
     "--images",
-    type=click.IntRange(1),
+    type=click.IntRange(2),
     metavar="N",
     help="Held-out images that INT8 runs on each --cpu; float engines run at most 4. Default: 16.",
 )

@@ -95,7 +95,8 @@ def launch(cpu: Cpu) -> Launch:
                 f"{arm64_root.VARIABLE} to where it is",
             )
         paths = [arm64_root.site(root), package]
-        return Launch(arm64_root.command(root, cpu.model), _environment(paths))
+        # A PYTHONHOME of this machine's Python would lead the root's to the wrong files.
+        return Launch(arm64_root.command(root, cpu.model), {**_environment(paths), "PYTHONHOME": ""})
     if platform.machine().lower() not in ("x86_64", "amd64"):
         raise TargetUnavailableError(
             f"--cpu {cpu.name}: needs a Python for x86-64, this machine is {platform.machine()}",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,6 +30,9 @@ FLOAT_IMAGES = 4
 
 _COUNTS = ("top1", "top5")
 """Metrics that a single image of few moves by more than their tolerance."""
+
+_MIN_MISPLACED = 8
+"""Images below which some of 1000 classes are alike by chance, and INT8 appears to have swapped them."""
 
 
 class _Beside:
@@ -88,6 +89,8 @@ def _tolerances(engine: m.Engine, images: int) -> dict[str, float]:
         limits = {metric: value for metric, value in limits.items() if "accuracy" not in metric}
     if images < SUBSET:
         limits = {metric: value for metric, value in limits.items() if metric not in _COUNTS}
+    if images < _MIN_MISPLACED:
+        limits.pop("misplaced", None)
     return limits
 
 
@@ -103,7 +106,7 @@ def verify_on(
     gate did not hold on the emulated CPU.
 
     Args:
-        images: held-out images at most, 1 or more; float engines run FLOAT_IMAGES of them.
+        images: held-out images at most, 2 or more (one alone proves nothing); float engines run FLOAT_IMAGES.
 
     Raises:
         BadInputError: not a bundle, or damaged.
@@ -136,27 +139,24 @@ def verify_on(
             saturating_session=engine.session_where_saturating(),
         )
         half = engine.precision == "fp16"
-        with ExitStack() as stack:
-            there = stack.enter_context(
-                EmulatedEngine(path, cpu, half=half, saturating_session=engine.session_where_saturating())
-            )
+        unfused = plain_outputs(path, recipe, half=half) if engine.gate.reference != "eager" else None
+        gate = partial(
+            judge,
+            pixels=held.pixels,
+            eager=held.outputs(recipe),
+            labels=held.labels,
+            preprocess=recipe.preprocess,
+            batch=m.Batch(min=size, opt=size, max=size),
+            tolerances=_tolerances(engine, len(held.pixels)),
+            unfused=unfused,
+        )
+        session = engine.session_where_saturating()
+        with EmulatedEngine(path, cpu, half=half, saturating_session=session) as there:
             emulated = there.emulated
             both = _Beside(there, here)
-
-            unfused = plain_outputs(path, recipe, half=half) if engine.gate.reference != "eager" else None
-            gate = partial(
-                judge,
-                pixels=held.pixels,
-                eager=held.outputs(recipe),
-                labels=held.labels,
-                preprocess=recipe.preprocess,
-                batch=m.Batch(min=size, opt=size, max=size),
-                tolerances=_tolerances(engine, len(held.pixels)),
-                unfused=unfused,
-            )
             gates[engine.name] = gate(both, progress=progress)
-            sqnr = gate(here).eager_metrics["sqnr"]
-            beside[engine.name] = m.HostFigures(sqnr=sqnr, max_difference=both.difference)
+        sqnr = gate(here).eager_metrics["sqnr"]
+        beside[engine.name] = m.HostFigures(sqnr=sqnr, max_difference=both.difference)
     assert emulated is not None
     attestation = attested(
         root,
@@ -174,7 +174,7 @@ def verify_on(
 def describe(name: str, gate: m.Gate, host: m.HostFigures, cpu: str) -> str:
     """One line for people: an engine on the emulated CPU, beside this machine."""
 
-    def decibels(value: Mapping[str, float | int | None] | float | None) -> str:
+    def decibels(value: float | None) -> str:
         return f"{value:.2f}" if isinstance(value, float) else "-"
 
     here = decibels(host.sqnr)

@@ -10,6 +10,7 @@ probes that for the installed ONNX Runtime. Depthwise convolutions have kernels 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -80,22 +81,36 @@ def within_pairs(integers: Float64Array, partners: IndexArray) -> Float64Array:
         integers: float64 [channels, K], whole numbers from -127 to 127.
         partners: see `partners_of`.
     """
-    first = np.flatnonzero(partners > np.arange(len(partners)))
-    second = partners[first]
-    a, b = integers[:, first], integers[:, second]
-    total = a + b
-    excess = np.sign(total) * np.maximum(np.abs(total) - LARGEST_SUM, 0)
-    half = np.trunc(excess / 2)
     found = integers.copy()
-    found[:, first], found[:, second] = a - half, b - (excess - half)
+    first, total = _sums(integers, partners)
+    channels, pairs = np.nonzero(np.abs(total) > LARGEST_SUM)
+    sums = total[channels, pairs]
+    excess = sums - np.sign(sums) * LARGEST_SUM
+    half = np.trunc(excess / 2)
+    found[channels, first[pairs]] -= half
+    found[channels, partners[first[pairs]]] -= excess - half
     return found
+
+
+def _sums(rows: npt.NDArray[Any], partners: IndexArray) -> tuple[IndexArray, npt.NDArray[Any]]:
+    """The first of each pair, int [pairs], and the sums of neighbours [channels, pairs]."""
+    first = np.flatnonzero(partners > np.arange(len(partners)))
+    return first, rows[:, first] + rows[:, partners[first]]
+
+
+def sums_that_overflow(
+    scaled: npt.NDArray[np.floating], partners: IndexArray
+) -> tuple[IndexArray, npt.NDArray[np.floating]]:
+    """Of weights in units of int8 [channels, K]: the channel, and the magnitude, of each sum of neighbours over 128."""
+    _, total = _sums(scaled, partners)
+    magnitudes = np.abs(total)
+    channels, pairs = np.nonzero(magnitudes > LARGEST_SUM)
+    return channels, magnitudes[channels, pairs]
 
 
 def overflowing(integers: npt.NDArray[np.generic], partners: IndexArray) -> npt.NDArray[np.bool_]:
     """Whether a filter, of integers [channels, K], has neighbours that can overflow: bool [channels]."""
-    first = np.flatnonzero(partners > np.arange(len(partners)))
-    wide = integers.astype(np.int16)
-    total = wide[:, first] + wide[:, partners[first]]
+    _, total = _sums(integers.astype(np.int16), partners)
     return np.asarray((np.abs(total) > LARGEST_SUM).any(axis=1))
 
 
