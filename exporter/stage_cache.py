@@ -228,7 +228,7 @@ class StageCache:
         entries = []
         for entry in root.glob("*/*"):
             try:
-                if entry.parent.name != "work":
+                if (entry / _ENTRY).is_file():  # what else is there, the ARM64 root for example, is not ours
                     size = sum(file.stat().st_size for file in entry.iterdir())
                     entries.append((entry.stat().st_mtime, size, entry))
             except OSError:

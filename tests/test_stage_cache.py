@@ -419,6 +419,17 @@ def test_pruning_leaves_the_work_of_other_runs_and_stray_files_alone(filled, mon
         monkeypatch.setenv("EXPORT_ZOO_CACHE_GB", "1")
 
 
+def test_pruning_leaves_folders_that_are_no_entries_alone(filled, monkeypatch):
+    python = filled / "arm64-root" / "root"  # as engines.emulation.arm64_root makes it
+    python.mkdir(parents=True)
+    (python / "python3.11").write_bytes(b"x" * 1_000_000)
+    monkeypatch.setenv("EXPORT_ZOO_CACHE_GB", "0")
+    with StageCache(filled):
+        pass
+    assert (python / "python3.11").exists()
+    assert not list(filled.glob("*/*/entry.json"))
+
+
 def test_a_limit_that_is_no_number_is_refused_by_name(root, monkeypatch):
     monkeypatch.setenv("EXPORT_ZOO_CACHE_GB", "10GB")
     with pytest.raises(ExportZooError, match="EXPORT_ZOO_CACHE_GB"):
