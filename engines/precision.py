@@ -22,7 +22,7 @@ from engines.half import halve
 from engines.int8_weights import blocks_of_rows, quantize_weight, rounded_otherwise
 from engines.keep_float import kept_float
 from engines.placement import LAYOUT, POLICIES, Placement, QuantizedWeight, ends_in_output
-from engines.rewrites import remove_unused_initializers
+from engines.rewrites import add_constant, remove_unused_initializers
 from engines.saturation.channel_order import ChannelOrder, choose_order, reorder
 from engines.saturation.pairs import IndexArray, layers_with_partners, saturating_layers
 from engines.scales import ActivationScale, activation_scale, symmetric_scale
@@ -67,15 +67,6 @@ def _range_of(method: str, tensors: Mapping[str, TensorRange], symmetric: bool) 
             )
     found = [Histogram.decode(tensor.histogram) for tensor in tensors.values()]
     return METHODS[method](reduce(Histogram.merged, found), low, high, symmetric)
-
-
-def _initializer(graph: ir.Graph, name: str, array: npt.NDArray[np.generic]) -> ir.Value:
-    tensor = ir.tensor(array, name=name)
-    value = ir.Value(
-        name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
-    )
-    graph.register_initializer(value)
-    return value
 
 
 def _dequantize(
@@ -155,8 +146,8 @@ class _Quantizer:
         scale = self.scales[name]
         producer = value.producer()
         module = graph_io.module_of(producer)
-        scale_value = _initializer(self.graph, f"{name}_scale", np.asarray(scale.scale))
-        zero = _initializer(self.graph, f"{name}_zero_point", np.asarray(scale.zero_point))
+        scale_value = add_constant(self.graph, f"{name}_scale", np.asarray(scale.scale))
+        zero = add_constant(self.graph, f"{name}_zero_point", np.asarray(scale.zero_point))
         quantize = ir.node(
             "QuantizeLinear",
             [value, scale_value, zero],
@@ -192,10 +183,10 @@ class _Quantizer:
             bias_array = bias.const_value.numpy().astype(np.float32)
         quantized, scales, int_bias = self._quantized(node, rule, array, bias_array, input_scale)
         prefix, module = f"{node.name}_weight", graph_io.module_of(node)
-        scale_value = _initializer(self.graph, f"{prefix}_scale", scales)
-        zeros = _initializer(self.graph, f"{prefix}_zero_point", np.zeros(scales.shape, dtype=np.int8))
+        scale_value = add_constant(self.graph, f"{prefix}_scale", scales)
+        zeros = add_constant(self.graph, f"{prefix}_zero_point", np.zeros(scales.shape, dtype=np.int8))
         dequantize = _dequantize(
-            [_initializer(self.graph, f"{prefix}_quantized", quantized), scale_value, zeros],
+            [add_constant(self.graph, f"{prefix}_quantized", quantized), scale_value, zeros],
             f"{prefix}_DequantizeLinear",
             weight,
             module,
@@ -205,10 +196,10 @@ class _Quantizer:
         node.replace_input_with(rule.index, dequantize.outputs[0])
         if int_bias is not None and bias is not None and rule.bias_index is not None:
             prefix = f"{node.name}_bias"
-            unit = _initializer(self.graph, f"{prefix}_scale", (input_scale * scales).astype(np.float32))
-            zero = _initializer(self.graph, f"{prefix}_zero_point", np.zeros(scales.shape, dtype=np.int32))
+            unit = add_constant(self.graph, f"{prefix}_scale", (input_scale * scales).astype(np.float32))
+            zero = add_constant(self.graph, f"{prefix}_zero_point", np.zeros(scales.shape, dtype=np.int32))
             dequantize = _dequantize(
-                [_initializer(self.graph, f"{prefix}_quantized", int_bias), unit, zero],
+                [add_constant(self.graph, f"{prefix}_quantized", int_bias), unit, zero],
                 f"{prefix}_DequantizeLinear",
                 bias,
                 module,
@@ -257,7 +248,7 @@ class _Quantizer:
             added[b] = error @ mean.ravel() if means is None else (error * means[b]).sum(axis=1)
         corrected = (bias - added).astype(np.float32)
         node.replace_input_with(
-            rule.bias_index, _initializer(self.graph, f"{node.name}_bias_corrected", corrected)
+            rule.bias_index, add_constant(self.graph, f"{node.name}_bias_corrected", corrected)
         )
 
 

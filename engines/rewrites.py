@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import string
 
+import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from engines.placement import constant
@@ -88,6 +90,16 @@ def own_int8_constants(graph: ir.Graph) -> int:
             use.node.replace_input_with(use.idx, copy)
             count += 1
     return count
+
+
+def add_constant(graph: ir.Graph, name: str, array: npt.NDArray[np.generic]) -> ir.Value:
+    """A new initializer of a graph."""
+    tensor = ir.tensor(array, name=name)
+    value = ir.Value(
+        name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+    )
+    graph.register_initializer(value)
+    return value
 
 
 def remove_unused_initializers(graph: ir.Graph) -> None:

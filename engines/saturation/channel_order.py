@@ -17,6 +17,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from engines.placement import constant, weight_of
+from engines.rewrites import add_constant
 from engines.saturation.pairs import IndexArray, depthwise
 
 Float64Array = npt.NDArray[np.float64]
@@ -315,10 +316,7 @@ def _reorder(graph: ir.Graph, node: ir.Node, index: int, order: IndexArray, axis
     assert value.const_value is not None
     array = np.ascontiguousarray(np.take(value.const_value.numpy(), order, axis=axis))
     name = f"{value.name}_reordered" if len(value.uses()) == 1 else f"{value.name}_of_{node.name}_reordered"
-    tensor = ir.tensor(array, name=name)
-    new = ir.Value(name=name, shape=value.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
-    graph.register_initializer(new)
-    node.replace_input_with(index, new)
+    node.replace_input_with(index, add_constant(graph, name, array))
 
 
 def reorder(graph: ir.Graph, order: ChannelOrder) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from engines.rewrites import remove_unused_initializers
+from engines.rewrites import add_constant, remove_unused_initializers
 from engines.saturation.pairs import quantized_weights
 
 
@@ -30,11 +30,7 @@ def unsigned_weights(graph: ir.Graph) -> int:
         integers = weight.const_value.numpy().astype(np.int16) + 128
         stored = {f"{weight.name}_unsigned": integers, f"{dequantize.name}_zero_point_unsigned": shift}
         for index, (name, array) in zip((0, 2), stored.items(), strict=True):
-            tensor = ir.tensor(array.astype(np.uint8), name=name)
-            value = ir.Value(
-                name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
-            )
-            graph.register_initializer(value)
+            value = add_constant(graph, name, array.astype(np.uint8))
             if index == len(dequantize.inputs):
                 dequantize.resize_inputs(index + 1)
             dequantize.replace_input_with(index, value)
