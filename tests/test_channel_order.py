@@ -12,6 +12,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from calibration import graph_io
+from engines.saturation import channel_order
 from engines.saturation.channel_order import _add_excess, _kernel, _matched, choose_order, reorder
 
 SIZE = 8
@@ -160,6 +161,30 @@ def test_without_anything_between_they_change_places(tmp_path):
     assert not order.read
 
 
+@pytest.mark.parametrize("shape", [(16,), (1,), (1, 16), (1, 1)])
+def test_a_dense_layers_bias_may_have_any_shape(shape, tmp_path):
+    nodes = [
+        ("GlobalAveragePool", ["input"], "pooled", {}),
+        ("Flatten", ["pooled"], "flat", {}),
+        ("Gemm", ["flat", "w1", "b1"], "h", {"transB": 1}),
+        ("Relu", ["h"], "r", {}),
+        ("Gemm", ["r", "w2"], "logits", {"transB": 1}),
+    ]
+    weights = {"w1": heavy(16, 3, seed=1), "w2": heavy(5, 16, seed=2), "b1": heavy(*shape, seed=3)}
+    path = network(tmp_path / "dense.onnx", nodes, weights)
+    model = graph_io.load(path)
+    order = choose_order(model.graph)
+    assert bool(order.made) == (shape == (16,))
+    reorder(model.graph, order)
+    graph_io.save(model, tmp_path / "reordered.onnx")
+    batch = np.random.default_rng(0).normal(size=(2, 3, SIZE, SIZE)).astype(np.float32)
+    before, after = (
+        ort.InferenceSession(p, providers=["CPUExecutionProvider"]).run(None, {"input": batch})[0]
+        for p in (path, tmp_path / "reordered.onnx")
+    )
+    assert np.allclose(after, before, rtol=1e-5, atol=1e-5)
+
+
 def test_a_graph_with_branches_is_left_alone(tmp_path):
     model = graph_io.load(everything(tmp_path / "graph.onnx"))
     body = ir.Graph([], [], nodes=[], name="body")
@@ -213,4 +238,22 @@ def test_machine_code_adds_what_python_adds():
         np.maximum(s * r[:, None] + s * r[None, :] - 128, 0) ** 2 for r in rows for s in (1, -1)
     )
     np.fill_diagonal(by_definition, 0.0)
-    np.testing.assert_allclose(slow, by_definition)
+    np.fill_diagonal(slow, 0.0)
+    np.testing.assert_allclose(slow + slow.T, by_definition)
+
+
+@pytest.mark.parametrize(("most", "filters"), [(10**9, 64), (1, 1)])
+def test_of_a_dense_layer_as_a_vggs_some_filters_are_looked_at(most, filters, monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(channel_order, "_kernel", lambda: lambda rows, cost: seen.append(len(rows)))
+    monkeypatch.setattr(channel_order, "_MAX_WORK", most)
+    nodes = [
+        ("GlobalAveragePool", ["input"], "pooled", {}),
+        ("Flatten", ["pooled"], "flat", {}),
+        ("Gemm", ["flat", "w1"], "h", {"transB": 1}),
+        ("Gemm", ["h", "w2"], "logits", {"transB": 1}),
+    ]
+    weights = {"w1": heavy(16, 3, seed=1), "w2": heavy(64, 16, seed=2)}
+    path = network(tmp_path / "dense.onnx", nodes, weights, outputs=64)
+    choose_order(graph_io.load(path).graph)
+    assert seen == [filters]
