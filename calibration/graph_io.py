@@ -24,14 +24,21 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-_LARGE = 16 << 20
-"""Bytes of a graph's file above which earlier graphs are cleared away first."""
+_PILE = 256 << 20
+"""Bytes of graphs' files after which graphs that nobody needs any more are cleared away: that takes half a second."""
+
+
+class _Pile:
+    size = 0
+    """Bytes loaded since then."""
 
 
 def load(path: Path) -> ir.Model:
     """Read a graph; its weights stay memory-mapped where they are external."""
-    if path.stat().st_size > _LARGE:
-        gc.collect()  # a graph refers to itself: those that nobody needs any more would stay, with their weights
+    _Pile.size += path.stat().st_size
+    if _Pile.size > _PILE:
+        gc.collect()  # a graph refers to itself: Python would keep it, with its weights, until it happens to look
+        _Pile.size = 0
     model = ir.load(path)
     for value in model.graph.initializers.values():
         if isinstance(tensor := value.const_value, ir.ExternalTensor):
