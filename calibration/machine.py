@@ -87,6 +87,16 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def session_threads(threads: int) -> int:
+    """Intra-op threads to ask ONNX Runtime for, where 0 asks for all cores: those that this process may run on.
+
+    Left alone, ONNX Runtime takes a thread for each core of the machine and binds it to that core, whatever cores
+    taskset or a container leaves to the process.
+    """
+    usable = usable_cores()
+    return threads or (usable if usable < (os.cpu_count() or 1) else 0)
+
+
 def cpu_model() -> str:
     """`model name` of /proc/cpuinfo, and the number of usable cores."""
     name, cores = _cpu_info().get("model name", platform.processor() or platform.machine()), usable_cores()

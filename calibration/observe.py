@@ -12,6 +12,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from calibration import graph_io
+from calibration.machine import session_threads
 from calibration.preprocess import Preprocess, UInt8Array, normalize
 
 Float32Array = npt.NDArray[np.float32]
@@ -22,7 +23,7 @@ class Observer:
 
     Args:
         names: of the tensors; the graph's input may be one of them.
-        threads: of ONNX Runtime, 0 for all cores.
+        threads: of ONNX Runtime, 0 for all usable cores.
     """
 
     def __init__(self, graph: Path, names: Iterable[str], *, threads: int = 0) -> None:
@@ -33,7 +34,7 @@ class Observer:
         known = {v.name for v in model.graph.outputs}
         model.graph.outputs.extend(values[name] for name in self._names if name not in known)
         options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
+        options.intra_op_num_threads = session_threads(threads)
         options.log_severity_level = 3
         with tempfile.TemporaryDirectory(prefix="export-zoo-") as directory:
             path = Path(directory) / "observed.onnx"

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from calibration.errors import BadInputError, TargetUnavailableError
+from calibration.machine import session_threads
 from engines.saturation.probe import EXACT_SESSION, saturates
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ class OnnxRuntimeEngine:
 
     Args:
         graph: the ONNX file.
-        threads: intra-op threads, 0 for all cores.
+        threads: intra-op threads, 0 for all usable cores.
         fused: with False, no graph optimization: Q/DQ pairs are computed one by one, in float.
         half: the graph computes in FP16; its layout optimizer crashes on FP16 transformers and is left out.
         saturating_session: session configuration that is added where int8 sums saturate and the graph is fused, see
@@ -45,7 +46,7 @@ class OnnxRuntimeEngine:
         saturating_session: Mapping[str, str] = EXACT_SESSION,
     ) -> None:
         options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
+        options.intra_op_num_threads = session_threads(threads)
         options.log_severity_level = 3
         # Or idle threads of one engine spin on the cores of the next: up to four times as slow, three engines in turn.
         options.add_session_config_entry("session.force_spinning_stop", "1")
@@ -117,24 +118,35 @@ def _session(graph: Path, options: ort.SessionOptions, disabled: list[str]) -> o
             model, options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled
         )
 
+    def refused(error: Exception) -> bool:
+        return any(words in str(error) for words in _SHARED)
+
+    def not_exact(more: str = "") -> TargetUnavailableError:
+        return TargetUnavailableError(
+            f"{graph}: int8 sums saturate on this CPU, and ONNX Runtime {ort.__version__} cannot compute this graph "
+            f"exactly: nodes share int8 tensors{more}",
+            hint="export the bundle again, or load its FP32 engine",
+        )
+
     try:
         return opened(graph)
     except Exception as error:
-        if not any(words in str(error) for words in _SHARED):
+        if not refused(error):
             raise
     # Sums must be exact, so each node gets int8 tensors of its own, in memory.
     from calibration import graph_io
     from engines.rewrites import own_int8_constants
 
     if graph_io.external_files(graph):
-        raise TargetUnavailableError(
-            f"{graph}: int8 sums saturate on this CPU, and ONNX Runtime {ort.__version__} cannot compute this graph "
-            "exactly: nodes share int8 tensors, and its weights are outside the file",
-            hint="export the bundle again, or load its FP32 engine",
-        )
+        raise not_exact(", and its weights are outside the file")
     model = graph_io.load(graph)
     own_int8_constants(model.graph)
-    return opened(_serialized(model))
+    try:
+        return opened(_serialized(model))
+    except Exception as error:
+        if refused(error):
+            raise not_exact() from error
+        raise
 
 
 def _serialized(model: ir.Model) -> bytes:

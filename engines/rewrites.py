@@ -77,19 +77,41 @@ def plain_einsum(graph: ir.Graph) -> int:
 def own_int8_constants(graph: ir.Graph) -> int:
     """Give each reader of an int8 constant a constant of its own; returns how many were copied.
 
-    ONNX Runtime's `session.x64quantprecision` refuses graphs in which nodes share one.
+    Layers that read one DequantizeLinear get one each: they become integer layers that share what it reads.
+    ONNX Runtime's `session.x64quantprecision` refuses graphs in which nodes share an int8 constant.
     """
+    for node in list(graph):
+        stored = node.inputs[0] if node.op_type == "DequantizeLinear" else None
+        if stored is not None and constant(stored) and stored.dtype == ir.DataType.INT8:
+            for use in list(node.outputs[0].uses())[1:]:
+                _give_own(graph, node, use.node, use.idx)
     count = 0
     for value in list(graph.initializers.values()):
         if value.const_value is None or value.const_value.dtype != ir.DataType.INT8:
             continue
         for use in list(value.uses())[1:]:
-            name = f"{value.name}_of_{use.node.name}_{use.idx}"
+            name = f"{value.name}_of_{use.node.outputs[0].name}_{use.idx}"
             copy = ir.Value(name=name, shape=value.shape, type=value.type, const_value=value.const_value)
             graph.register_initializer(copy)
             use.node.replace_input_with(use.idx, copy)
             count += 1
     return count
+
+
+def _give_own(graph: ir.Graph, dequantize: ir.Node, reader: ir.Node, index: int) -> None:
+    """Let a node read a copy of a DequantizeLinear, of the same constants."""
+    read, suffix = dequantize.outputs[0], f"of_{reader.outputs[0].name}_{index}"
+    copy = ir.node(
+        dequantize.op_type,
+        dequantize.inputs,
+        dequantize.attributes,
+        domain=dequantize.domain,
+        name=f"{dequantize.name}_{suffix}",
+    )
+    output = copy.outputs[0]
+    output.name, output.shape, output.type = f"{read.name}_{suffix}", read.shape, read.type
+    graph.insert_before(reader, copy)
+    reader.replace_input_with(index, output)
 
 
 def add_constant(graph: ir.Graph, name: str, array: npt.NDArray[np.generic]) -> ir.Value:

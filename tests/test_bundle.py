@@ -247,6 +247,24 @@ def held_files(digits, digits_bundle) -> list[Path]:
     return [by_hash[sha256] for sha256 in read_manifest(digits_bundle).artifacts.held_out.image_sha256]
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cores are chosen on Linux only")
+def test_an_engine_has_no_more_threads_than_cores_that_it_may_use(digits_bundle):
+    """ONNX Runtime itself starts a thread for every core of the machine, also under taskset."""
+
+    def threads() -> int:
+        return len([*Path("/proc/self/task").iterdir()])
+
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
+    try:
+        before = threads()
+        engine = engines.load(digits_bundle)
+        assert threads() == before
+    finally:
+        os.sched_setaffinity(0, cores)
+    assert engine.run(np.zeros((1, 3, 32, 32), np.float32)).shape == (1, 10)
+
+
 def test_an_idle_engine_leaves_the_cores_to_others(digits_bundle):
     """ONNX Runtime's threads spin for 10 ms and more after a run, unless told not to."""
     engine = engines.load(digits_bundle, threads=2)

@@ -36,6 +36,7 @@ from engines.placement import weight_of
 from engines.precision import quantize
 from engines.saturation.pairs import NONE, overflowing, partners_of, saturating_layers, within_pairs
 from engines.saturation.probe import EXACT_SESSION, saturates
+from engines.saturation.unsigned import unsigned_weights
 from engines.scales import TINY
 
 PREPROCESS = Preprocess(
@@ -757,6 +758,19 @@ def shared_and_own(folder: Path) -> tuple[Path, Path]:
     return shared, own
 
 
+def with_one_dequantize(shared: Path) -> Path:
+    """Tied layers that read one DequantizeLinear, whose nodes have no names."""
+    model = onnx.load(shared)
+    (second,) = (n for n in model.graph.node if n.output[0].startswith("second_weight"))
+    for node in model.graph.node:
+        node.input[:] = [name.replace("second_weight", "first_weight") for name in node.input]
+        node.name = ""
+    model.graph.node.remove(second)
+    path = shared.with_name("one.onnx")
+    onnx.save(model, path)
+    return path
+
+
 def test_tied_layers_share_no_int8_constant_after_quantize(tmp_path):
     fp32 = tied_layers(tmp_path / "tied.onnx")
     quantize(fp32, ranges_of(fp32, hidden=5.0, relu=10.0), tmp_path / "int8.onnx")
@@ -764,8 +778,11 @@ def test_tied_layers_share_no_int8_constant_after_quantize(tmp_path):
 
 
 @x86
-def test_layers_that_share_an_int8_constant_run_exactly_where_kernels_saturate(tmp_path, monkeypatch):
+@pytest.mark.parametrize("one", [False, True], ids=["constants", "a DequantizeLinear"])
+def test_layers_that_share_an_int8_constant_run_exactly_where_kernels_saturate(one, tmp_path, monkeypatch):
     shared, own = shared_and_own(tmp_path)
+    if one:
+        shared = with_one_dequantize(shared)
     options = ort.SessionOptions()
     options.log_severity_level = 4
     for key, value in EXACT_SESSION.items():
@@ -781,6 +798,31 @@ def test_layers_that_share_an_int8_constant_run_exactly_where_kernels_saturate(t
     if saturates():
         plain = OnnxRuntimeEngine(shared, saturating_session={}).run(BATCHES["255"])
         assert not np.array_equal(plain, exact.run(BATCHES["255"]))
+
+
+@pytest.mark.parametrize("one", [False, True], ids=["constants", "a DequantizeLinear"])
+def test_layers_that_share_an_int8_weight_get_uint8_weights(one, tmp_path):
+    shared, own = shared_and_own(tmp_path)
+    if one:
+        shared = with_one_dequantize(shared)
+    model = graph_io.load(shared)
+    assert unsigned_weights(model.graph) == 2
+    graph_io.save(model, tmp_path / "unsigned.onnx")
+    assert uses_of_int8_constants(tmp_path / "unsigned.onnx") == []
+    found, exact = (
+        OnnxRuntimeEngine(tmp_path / "unsigned.onnx", saturating_session={}),
+        OnnxRuntimeEngine(own),
+    )
+    assert np.array_equal(found.run(BATCHES["255"]), exact.run(BATCHES["255"]))
+
+
+@x86
+def test_a_graph_that_onnx_runtime_refuses_to_compute_exactly_is_no_damaged_file(tmp_path, monkeypatch):
+    shared, _ = shared_and_own(tmp_path)
+    monkeypatch.setattr(onnxruntime_engine, "saturates", lambda: True)
+    monkeypatch.setattr("engines.rewrites.own_int8_constants", lambda graph: 0)
+    with pytest.raises(TargetUnavailableError, match=r"shared\.onnx: int8 sums saturate"):
+        OnnxRuntimeEngine(shared)
 
 
 def test_layers_that_share_an_int8_constant_run_exactly_on_haswell(tmp_path):

@@ -17,7 +17,8 @@ def unsigned_weights(graph: ir.Graph) -> int:
     Returns the number of layers.
     """
     layers = quantized_weights(graph)
-    for _, dequantize, weight in layers:
+    # Tied layers may share one DequantizeLinear, or its weight.
+    for dequantize, weight in {id(found): (found, stored) for _, found, stored in layers}.values():
         assert weight.const_value is not None
         zero_point = dequantize.inputs[2] if len(dequantize.inputs) > 2 else None
         scale = dequantize.inputs[1]
@@ -28,9 +29,10 @@ def unsigned_weights(graph: ir.Graph) -> int:
             assert zero_point.const_value is not None
             shift = zero_point.const_value.numpy().astype(np.int16) + 128
         integers = weight.const_value.numpy().astype(np.int16) + 128
-        stored = {f"{weight.name}_unsigned": integers, f"{dequantize.name}_zero_point_unsigned": shift}
-        for index, (name, array) in zip((0, 2), stored.items(), strict=True):
-            value = add_constant(graph, name, array.astype(np.uint8))
+        name = dequantize.outputs[0].name
+        stored = {f"{name}_unsigned": integers, f"{name}_zero_point_unsigned": shift}
+        for index, (what, array) in zip((0, 2), stored.items(), strict=True):
+            value = add_constant(graph, what, array.astype(np.uint8))
             if index == len(dequantize.inputs):
                 dequantize.resize_inputs(index + 1)
             dequantize.replace_input_with(index, value)
