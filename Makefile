@@ -27,7 +27,7 @@ demo: $(INSTALLED)
 	$(BIN)/export-zoo verify $(DEMO)/resnet18-digits.bundle
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .

@@ -11,14 +11,49 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "benchmarks")]
+
+WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")
+"""Name of this process among those that share the tests (pytest-xdist), gw0 for example; empty for one alone."""
+
+if WORKER and hasattr(os, "sched_setaffinity"):
+    # Threads of two processes on the same cores wait for each other. Before torch is imported, which counts cores.
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(WORKER.removeprefix("gw")) % len(cores)]})
+
+FIRST = (
+    "test_pipeline.py",
+    "test_models.py",
+    "test_cli.py",
+    "test_own_models.py",
+    "test_calibrate.py",
+    "test_tensorrt.py",
+    "test_dynamic_size.py",
+    "test_saturation.py",
+    "test_model_args.py",
+)
+"""Files that take longest, which begin first: else one process has nothing to do while the other runs the last."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: place for place, name in enumerate(FIRST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
+def shared_directory(factory: pytest.TempPathFactory) -> Path:
+    """A temporary directory of all processes that share the tests."""
+    base = factory.getbasetemp()
+    return base.parent if WORKER else base
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _shared_cache(tmp_path_factory: pytest.TempPathFactory):
     """One stage cache for the whole run, never the user's own; no colours, whatever the terminal.
+
+    Processes that share the tests share it, so that one makes what the other needs, too.
 
     `--target auto` is ONNX Runtime here, whatever is installed: tests of other targets name them.
     """
@@ -26,7 +61,7 @@ def _shared_cache(tmp_path_factory: pytest.TempPathFactory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(target, "AUTOMATIC", ("onnxruntime",))
-        patch.setenv("EXPORT_ZOO_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("EXPORT_ZOO_CACHE", str(shared_directory(tmp_path_factory) / "cache"))
         patch.setenv("TORCH_HOME", str(tmp_path_factory.mktemp("torch-home")))
         patch.setenv("NO_COLOR", "1")
         yield
@@ -72,11 +107,15 @@ def digits(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory
     weights = {
         model: kept / f"{model}.safetensors" for model in ("resnet18", "mobilenet_v2", "squeezenet1_1")
     }
-    for model, path in weights.items():
-        if not path.exists():
-            network, _ = recipe.train(model)
-            save_file(network.state_dict(), path.with_suffix(f".{os.getpid()}"))
-            path.with_suffix(f".{os.getpid()}").replace(path)
+    # Each process begins with another network, and waits for one that another process trains.
+    models = [*weights] if WORKER != "gw1" else [*reversed(weights)]
+    for model in models:
+        path = weights[model]
+        with FileLock(path.with_suffix(".lock")):
+            if not path.exists():
+                network, _ = recipe.train(model)
+                save_file(network.state_dict(), path.with_suffix(".new"))
+                path.with_suffix(".new").replace(path)
     assert all(load_file(path) for path in weights.values())
     return Digits(images, weights)
 
@@ -111,7 +150,10 @@ def digits_bundle(digits: Digits, tmp_path_factory: pytest.TempPathFactory) -> P
     """A verified FP32 + INT8 bundle of the digits resnet18. Copy it before changing it."""
     from exporter.cli import main
 
-    out = tmp_path_factory.mktemp("bundle") / "digits.bundle"
+    shared = shared_directory(tmp_path_factory)
+    out = shared / "bundle" / "digits.bundle"
     arguments = [*digits.arguments(), "--precision", "fp32", "--precision", "int8", "--calib", digits.images]
-    assert main([*map(str, arguments), "--out", str(out), "--quiet"]) == 0
+    with FileLock(shared / "bundle.lock"):
+        if not out.exists():
+            assert main([*map(str, arguments), "--out", str(out), "--quiet"]) == 0
     return out

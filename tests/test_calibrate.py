@@ -229,9 +229,9 @@ def test_a_dead_layer_is_an_error_until_it_is_kept_float(cli, digits, arguments,
         assert "layer1.0.relu) is 0 on all" in refused.json["error"]["message"]
         assert "--keep-float layer1.0" in refused.json["error"]["hint"]
         assert not (tmp_path / "out").exists()
-    kept = ["--keep-float", "layer1.0"]
+    kept, untuned = ["--keep-float", "layer1.0"], ["--steps", "none", "--method", "minmax"]
     path = calibrated(cli, given, tmp_path / "r.json", *kept)
-    export = [*given, "--precision", "int8", "--tolerance", "accuracy_drop=1", *kept]
+    export = [*given, "--precision", "int8", "--tolerance", "accuracy_drop=1", *untuned, *kept]
     done = cli(*export, "--out", tmp_path / "kept")
     assert done.code == 0, done.err
     reused = cli(*export, "--ranges", path, "--out", tmp_path / "reused")

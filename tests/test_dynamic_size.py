@@ -410,6 +410,7 @@ def bundle(digits, tmp_path_factory) -> Path:
     weights = ["--weights", digits.weights["resnet18"], "--num-classes", "10", "--resize-size", "32"]
     given = ["resnet18", *weights, "--dynamic-size", "24:32:48", "--calib", digits.images, "--batch", "1:4:8"]
     given += ["--calib-images", "64", "--precision", "fp32", "--precision", "int8", "--target", "onnxruntime"]
+    given += ["--steps", "round", "--method", "minmax"]
     if not targets()["tensorrt-rtx"].unavailable:
         given += ["--target", "tensorrt-rtx"]
     assert main([*map(str, given), "--out", str(out), "--quiet"]) == 0

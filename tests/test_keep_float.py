@@ -21,6 +21,7 @@ def exported(digits, tmp_path_factory) -> Path:
 
     out = tmp_path_factory.mktemp("keep") / "bundle"
     arguments = [*digits.arguments("mobilenet_v2"), "--precision", "int8", "--calib", digits.images]
+    arguments += ["--steps", "none", "--method", "minmax"]
     assert main([*map(str, [*arguments, "--out", out])]) == 0
     return out
 
@@ -96,6 +97,7 @@ def test_keeping_everything_is_refused(graph, ranges, tmp_path):
 
 def test_it_reaches_the_engine_and_stands_in_the_manifest(digits, cli, tmp_path):
     arguments = [*digits.arguments(), "--precision", "int8", "--calib", digits.images]
+    arguments += ["--steps", "none", "--method", "minmax"]
     done = cli(*arguments, "--keep-float", "layer4.*", "--keep-float", "fc", "--out", tmp_path / "out")
     assert done.code == 0, done.err
     assert done.json["recipe"]["keep_float"] == ["layer4.*", "fc"]

@@ -63,6 +63,9 @@ def test_python_api_runs_without_a_command_line(digits, digits_bundle, tmp_path)
     assert engine.run(engine.preprocess([image])).argmax() == 7
 
 
+UNTUNED = ("--steps", "none", "--method", "minmax")
+
+
 @pytest.fixture
 def gate_case(digits, tmp_path):
     """A tiny pipeline up to the gate: `run(fault)` applies a fault to the INT8 graph and exports again."""
@@ -80,7 +83,7 @@ def gate_case(digits, tmp_path):
         monkeypatch.setattr(int8, "quantize", faulty)
         out = tmp_path / "out"
         arguments = [*digits.arguments(), "--precision", "int8", "--calib", digits.images]
-        return cli(*arguments, "--out", out, "--no-cache"), out
+        return cli(*arguments, *UNTUNED, "--out", out, "--no-cache"), out
 
     return run
 

@@ -207,7 +207,18 @@ def bundle(digits, tmp_path_factory) -> Path:
     from exporter.cli import main
 
     out = tmp_path_factory.mktemp("tensorrt") / "bundle"
-    assert main([*map(str, [*digits.arguments(), *ALL, *BOTH, "--calib", digits.images, "--out", out])]) == 0
+    given = [
+        *digits.arguments(),
+        *ALL,
+        *BOTH,
+        "--calib",
+        digits.images,
+        "--steps",
+        "none",
+        "--method",
+        "minmax",
+    ]
+    assert main([*map(str, [*given, "--out", out])]) == 0
     return out
 
 
