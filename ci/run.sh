@@ -27,7 +27,8 @@ export EXPORT_ZOO_ARM64_ROOT="$EXPORT_ZOO_CACHE/arm64-root"
 .venv/bin/python -m engines.emulation.arm64_root
 .venv/bin/export-zoo verify demo/resnet18-digits.bundle --cpu haswell --cpu nehalem --cpu neoverse-n1 | tee demo/cpus.txt
 # Integers are the same to the bit; ARM64 may differ in the last bits of what is float.
-test "$(grep -c 'onnxruntime-int8 on .*logits are equal to the bit' demo/cpus.txt)" -ge 2
+# Nehalem's kernels do not saturate, so it is what this CPU must equal, too.
+for cpu in haswell nehalem; do grep -q "onnxruntime-int8 on $cpu: .*logits are equal to the bit" demo/cpus.txt; done
 
 step "wheel"
 bash ci/wheel.sh

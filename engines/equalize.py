@@ -16,7 +16,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from engines.placement import constant, readers, weight_of
-from engines.rewrites import remove_unused_initializers
+from engines.rewrites import add_constant, remove_unused_initializers
 
 Float32Array = npt.NDArray[np.float32]
 Float64Array = npt.NDArray[np.float64]
@@ -188,12 +188,7 @@ def _replace(graph: ir.Graph, node: ir.Node, index: int, array: Float32Array) ->
     if name in graph.initializers:
         graph.initializers[name].const_value = ir.tensor(array, name=name)
         return
-    tensor = ir.tensor(array, name=name)
-    value = ir.Value(
-        name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
-    )
-    graph.register_initializer(value)
-    node.replace_input_with(index, value)
+    node.replace_input_with(index, add_constant(graph, name, array))
 
 
 def scale(graph: ir.Graph, link: Link, scales: Float32Array) -> None:

@@ -15,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from engines.rewrites import add_constant
+
 _BLOCK = 2
 _MAX_CHANNELS = 3
 
@@ -136,15 +138,7 @@ def block_first_convolution(graph: ir.Graph) -> bool:
         return False
     _, channels, height, width = (int(str(side)) if isinstance(side, int) else 0 for side in source.shape)
     blocked = blocked_weight(stored.const_value.numpy(), found.top_left)
-    tensor = ir.tensor(blocked, name=f"{stored.name}_blocked")
-    stored = ir.Value(
-        name=tensor.name,
-        shape=ir.Shape(blocked.shape),
-        type=ir.TensorType(ir.DataType.INT8),
-        const_value=tensor,
-    )
-    graph.register_initializer(stored)
-    weight_dq.replace_input_with(0, stored)
+    weight_dq.replace_input_with(0, add_constant(graph, f"{stored.name}_blocked", blocked))
     weight_dq.outputs[0].shape = ir.Shape(blocked.shape)
     blocks = ir.node(
         "SpaceToDepth",

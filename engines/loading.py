@@ -198,9 +198,10 @@ def _state_here(engine: m.Engine, found: Sequence[m.Attestation]) -> m.State:
     """An engine's state by the newest attestation of a machine like this one that ran it, else by the manifest.
 
     A real machine's attestation goes before those of emulated CPUs. Nothing is verified by emulation, but an engine
-    that failed under it is not verified any more.
+    that failed on an emulated CPU like this machine's, when it last ran there, is not verified any more.
     """
     real_first = sorted(found, key=lambda attestation: attestation.emulation is not None)
+    emulated: set[str] = set()
     for attestation in real_first:
         alike = (
             attestation.compute_capability == device_capability()
@@ -210,7 +211,11 @@ def _state_here(engine: m.Engine, found: Sequence[m.Attestation]) -> m.State:
         gate = attestation.engines.get(engine.name)
         if alike and gate is not None and gate.ran == "engine":
             attested = m.state_after(gate)
-            return attested if attestation.emulation is None or attested == "built" else engine.state
+            if attestation.emulation is None:
+                return attested
+            if attestation.emulation.cpu not in emulated and attested == "built":
+                return attested
+            emulated.add(attestation.emulation.cpu)
     return engine.state
 
 

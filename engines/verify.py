@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from calibration import graph_io
 from calibration.files import replacing
 from calibration.graph_io import sha256_of
 from calibration.images import Progress
@@ -21,6 +22,7 @@ from engines.bundle import ATTESTATIONS, MANIFEST, HeldOut, checked, held_out, r
 from engines.gate import Runnable, judge, run_in_batches
 from engines.loading import open_engine, why_not_here
 from engines.onnxruntime_engine import OnnxRuntimeEngine
+from engines.saturation.pairs import saturating_layers
 from engines.saturation.probe import saturates
 from engines.target import DISTRIBUTIONS, device_capability
 from engines.twin import write_twin
@@ -102,6 +104,7 @@ def verify(bundle: Path | str, *, progress: Progress = lambda _: None) -> tuple[
 
     Raises:
         BadInputError: not a bundle, or damaged.
+        TargetUnavailableError: INT8 of an earlier version saturates here, and cannot be run exactly.
     """
     root = Path(bundle)
     manifest = read_manifest(root)
@@ -113,7 +116,12 @@ def verify(bundle: Path | str, *, progress: Progress = lambda _: None) -> tuple[
     states: dict[str, m.State] = {}
     for engine in manifest.artifacts.engines:
         session = engine.session_where_saturating()
-        if session and engine.target == "onnxruntime" and saturates():
+        if (
+            session
+            and engine.target == "onnxruntime"
+            and saturates()
+            and can_saturate(root / engine.file.path)
+        ):
             warnings.append(
                 f"{engine.name}: sums of INT8 saturate on this CPU; it runs with "
                 f"{', '.join(f'{key}={value}' for key, value in session.items())}, which is exact, and slower than a "
@@ -125,7 +133,7 @@ def verify(bundle: Path | str, *, progress: Progress = lambda _: None) -> tuple[
             target=engine.target,
             precision=engine.precision,
             plan=engine.plan,
-            saturating_session=engine.session_where_saturating(),
+            saturating_session=session,
             unfused=engine.gate.reference != "eager",
             recipe=manifest.recipe,
             held=held,
@@ -145,6 +153,11 @@ def verify(bundle: Path | str, *, progress: Progress = lambda _: None) -> tuple[
         warnings=warnings,
     )
     return attestation, write_attestation(root, attestation)
+
+
+def can_saturate(graph: Path) -> bool:
+    """Whether a graph has weights whose products overflow 16 bits; 7-bit ones of earlier versions do not."""
+    return bool(saturating_layers(graph_io.load(graph).graph))
 
 
 def attested(

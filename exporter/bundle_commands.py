@@ -118,6 +118,7 @@ def _verify_emulated(
     from engines import bundle as room
     from engines.emulation import cpus
     from engines.emulation import verify as emulation
+    from engines.verify import can_saturate
 
     chosen = [cpus.named(name) for name in dict.fromkeys(names)]
     for cpu in chosen:
@@ -125,12 +126,14 @@ def _verify_emulated(
     manifest = room.read_manifest(bundle)
     count = emulation.IMAGES if images is None else images
     total = emulation.images_run(manifest, count)
-    found, failures = [], []
+    found, failures, saturating = [], [], False
     for cpu in chosen:
         with reporter.stage("emulate") as stage:
             with reporter.bar(f"verify on {cpu.name}", total) as progress:
                 attestation, path = emulation.verify_on(bundle, cpu, images=count, progress=progress)
             stage.detail = f"{bundle}: {len(attestation.engines)} engine(s) on {attestation.machine}"
+        for warning in attestation.warnings:
+            reporter.warn(warning)
         found.append({"attestation": str(path) if path else None, **attestation.model_dump(mode="json")})
         assert attestation.emulation is not None
         if not quiet:
@@ -143,12 +146,21 @@ def _verify_emulated(
             for name, gate in attestation.engines.items()
             for text in gate.failures
         ]
+        saturating |= any(
+            attestation.engines[engine.name].failures and can_saturate(bundle / engine.file.path)
+            for engine in emulation.runnable(manifest)
+            if engine.precision == "int8"
+        )
     outcome.current().document |= {"bundle": str(bundle), "emulated": found}
     if failures:
         raise ParityError(
             f"{bundle}: logits are outside the tolerance on an emulated CPU: {'; '.join(failures)}",
-            hint="export the bundle again with this version, whose INT8 cannot saturate; docs/cpu.md says more",
+            hint="export the bundle again with this version, whose INT8 cannot saturate; docs/cpu.md says more"
+            if saturating
+            else "compare with `export-zoo verify` without --cpu, and with more --images; docs/cpu.md says more",
         )
+    if manifest.status != "ok":
+        raise ParityError(f"{bundle}: failed its parity gate when it was exported", hint="export again")
 
 
 @click.command()

@@ -131,7 +131,7 @@ class Workshop:
         assert root is not None
         self._root, self._files = root, chosen.splits["calibrate"]
         self._select = select
-        self._reference = self._run(OnnxRuntimeEngine(store.graph))
+        self._reference = self._run(OnnxRuntimeEngine(store.graph, saturating_session={}))
         self._known: dict[tuple[Candidate, str], float] = {}
         self._made = {graph_io.sha256_of(store.graph)}
         self._decoded: dict[int, UInt8Array] = {}
@@ -154,7 +154,8 @@ class Workshop:
                 parts, options = self._store.parts(candidate, target), self._context.options
                 parts.write(graph, target, options, self._order(candidate.strength, target))
                 if target == "onnxruntime":
-                    found = self._run(OnnxRuntimeEngine(graph))
+                    # It cannot saturate, so it needs no exact session, which is slower.
+                    found = self._run(OnnxRuntimeEngine(graph, saturating_session={}))
                 else:
                     write_twin(graph, twin)
                     found = self._run(OnnxRuntimeEngine(twin, fused=False))

@@ -79,7 +79,7 @@ class MatrixFile(_Model):
     targets: list[str]
     cpus: list[str] = [HOST]
     cpu_images: int = Field(
-        default=IMAGES, gt=0, alias="cpu-images", description="Held-out images that an emulated CPU runs."
+        default=IMAGES, ge=2, alias="cpu-images", description="Held-out images that an emulated CPU runs."
     )
     options: dict[str, Value] = {}
     timeout: int = Field(default=3600, gt=0, description="Seconds of a cell.")

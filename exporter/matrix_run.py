@@ -257,6 +257,34 @@ def _process(arguments: Sequence[str], *, seconds: float, memory: float | None) 
     return _Ended(document, process.returncode, killed, peak, log_text)
 
 
+class _Started:
+    """When a cell began, and what every result says alike."""
+
+    def __init__(self) -> None:
+        self._begin, self._date = time.monotonic(), datetime.now(timezone.utc)
+
+    def result(self, cell: Cell, ended: _Ended, *, engine: dict[str, Any], **fields: Any) -> CellResult:
+        """The result of a cell: ok where its process ended well and has the cell's engine, {} for none."""
+        ok = ended.exit_code == 0 and bool(engine)
+        return CellResult(
+            model=cell.model,
+            target=cell.target,
+            precision=cell.precision,
+            command=tuple(cell.command()),
+            status="ok" if ok else "failed",
+            reason="" if ok else ended.reason,
+            exit_code=ended.exit_code,
+            gate=ended.gate,
+            seconds=round(time.monotonic() - self._begin, 1),
+            peak_mib=ended.peak >> 20,
+            engine=engine,
+            warnings=tuple(ended.document.get("warnings", ())),
+            versions=_versions(cell),
+            date=self._date.strftime(_DATE),
+            **fields,
+        )
+
+
 def run_cell(cell: Cell, bundle: Path, *, seconds: float, memory: float | None) -> CellResult:
     """Export one cell in a process of its own.
 
@@ -265,35 +293,22 @@ def run_cell(cell: Cell, bundle: Path, *, seconds: float, memory: float | None) 
         seconds: after which it is ended.
         memory: GiB at which it is ended; None for what is free now, less one.
     """
-    begin, date, inputs = time.monotonic(), datetime.now(timezone.utc), fingerprints(cell)
+    started, inputs = _Started(), fingerprints(cell)
     ended = _process([*cell.command(), f"--out={bundle}"], seconds=seconds, memory=memory)
     document = ended.document
     engines = [e for e in document.get("engines", []) if e.get("name") == cell.engine]
     recipe = document.get("recipe") or {}
-    ok = ended.exit_code == 0 and bool(engines)
-    return CellResult(
-        model=cell.model,
-        target=cell.target,
-        precision=cell.precision,
-        command=tuple(cell.command()),
-        status="ok" if ok else "failed",
-        reason="" if ok else ended.reason,
-        exit_code=ended.exit_code,
-        gate=ended.gate,
-        seconds=round(time.monotonic() - begin, 1),
-        peak_mib=ended.peak >> 20,
-        nodes=_nodes(Path(document["bundle"])) if document.get("bundle") else None,
-        input_size=(sizes["crop_height"], sizes["crop_width"])
-        if (sizes := recipe.get("preprocess"))
-        else None,
-        random=bool(((recipe.get("source") or {}).get("weights") or {}).get("random")),
+    sizes = recipe.get("preprocess")
+    return started.result(
+        cell,
+        ended,
         engine=engines[0] if engines else {},
-        warnings=tuple(document.get("warnings", ())),
+        nodes=_nodes(Path(document["bundle"])) if document.get("bundle") else None,
+        input_size=(sizes["crop_height"], sizes["crop_width"]) if sizes else None,
+        random=bool(((recipe.get("source") or {}).get("weights") or {}).get("random")),
         machine=cpu_model(),
         instruction_set=instruction_set(),
-        versions=_versions(cell),
         inputs=inputs or {},
-        date=date.strftime(_DATE),
     )
 
 
@@ -307,7 +322,7 @@ def run_on_cpu(
         bundle: what it wrote.
         seconds, memory: as of `run_cell`.
     """
-    begin, date = time.monotonic(), datetime.now(timezone.utc)
+    started = _Started()
     command, _, *options = cell.command()
     ended = _process([command, str(bundle), *options], seconds=seconds, memory=memory)
     attestation: dict[str, Any] = next(iter(ended.document.get("emulated", [])), {})
@@ -322,27 +337,15 @@ def run_on_cpu(
             "gate": gate,
             "emulation": {**emulation, "host": emulation["host"][cell.engine]},
         }
-    ok = ended.exit_code == 0 and bool(engine)
-    return CellResult(
-        model=cell.model,
-        target=cell.target,
-        precision=cell.precision,
-        command=tuple(cell.command()),
-        status="ok" if ok else "failed",
-        reason="" if ok else ended.reason,
-        exit_code=ended.exit_code,
-        gate=ended.gate,
-        seconds=round(time.monotonic() - begin, 1),
-        peak_mib=ended.peak >> 20,
+    return started.result(
+        cell,
+        ended,
+        engine=engine,
         input_size=exported.input_size,
         random=exported.random,
-        engine=engine,
-        warnings=tuple(ended.document.get("warnings", ())),
         machine=attestation.get("machine") or cpu_model(),
         instruction_set=attestation.get("instruction_set") or instruction_set(),
-        versions=_versions(cell),
         inputs=_inputs_on_cpu(cell, exported) or {},
-        date=date.strftime(_DATE),
         cpu=cell.cpu,
     )
 

@@ -200,6 +200,16 @@ def test_int8_of_an_earlier_version_is_exact_on_a_cpu_that_saturates(old_bundle,
     assert found["engines"][INT8]["metrics"]["images"] == IMAGES
 
 
+def test_verify_warns_of_int8_that_can_saturate_here_and_of_no_other(old_bundle, bundle, monkeypatch):
+    monkeypatch.setattr("engines.verify.saturates", lambda: True)
+    edit(bundle, lambda document: document["artifacts"]["engines"][1].update(saturating_cpu_session=None))
+    assert verify(bundle)[0].warnings == []
+    (warning,) = verify(old_bundle)[0].warnings
+    assert warning.startswith(
+        f"{INT8}: sums of INT8 saturate on this CPU; it runs with session.x64quantprecision=1"
+    )
+
+
 def test_int8_that_saturates_and_says_that_it_cannot_ends_with_3(old_bundle, tmp_path, cli):
     """The red test of the one before: all that differs is the option."""
     emulated_cpu("haswell")
@@ -334,6 +344,39 @@ def test_an_onnx_runtime_that_does_not_start_ends_with_4_and_its_last_words(digi
 
 
 @x86
+def test_another_version_of_onnx_runtime_is_warned_of(int8_bundle, cli, qemu, monkeypatch):
+    qemu(HOST)
+    monkeypatch.setattr("engines.emulation.verify.library_versions", lambda name: {name: "1.99.0"})
+    done = cli("verify", int8_bundle, "--cpu", "haswell", "--images", "2")
+    assert done.code == 0
+    (warning,) = done.json["warnings"]
+    assert warning.startswith(f"--cpu haswell: ONNX Runtime {ort.__version__} ran there, 1.99.0 here")
+    assert done.json["emulated"][0]["warnings"] == [warning]
+
+
+@x86
+def test_a_bundle_that_failed_its_gate_ends_with_3_on_an_emulated_cpu_too(int8_bundle, cli, qemu):
+    qemu(HOST)
+    edit(int8_bundle, lambda document: document.update(status="failed"))
+    done = cli("verify", int8_bundle, "--cpu", "haswell", "--images", "2")
+    assert done.code == 3
+    assert "failed its parity gate when it was exported" in done.json["error"]["message"]
+    assert f"{INT8} on haswell: ok, emulated" in done.out
+
+
+@x86
+def test_a_damaged_file_ends_verification_on_an_emulated_cpu(digits_bundle, bundle, cli, qemu):
+    qemu(HOST)
+    manifest = read_manifest(bundle)
+    file = next(f for f in manifest.files() if not f.path.endswith((".npy", ".onnx")))
+    with (bundle / file.path).open("ab") as stream:
+        stream.write(b" ")
+    done = cli("verify", bundle, "--cpu", "haswell", "--images", "2")
+    assert done.code == 2
+    assert file.path in done.json["error"]["message"]
+
+
+@x86
 def test_an_engine_outside_its_tolerance_on_an_emulated_cpu_ends_with_3(bundle, cli, qemu):
     def change(document: dict[str, Any]) -> None:
         document["artifacts"]["engines"][1]["gate"]["tolerances"]["sqnr"] = 199
@@ -345,6 +388,7 @@ def test_an_engine_outside_its_tolerance_on_an_emulated_cpu_ends_with_3(bundle, 
     assert "onnxruntime-fp32 on haswell: ok, emulated" in done.out
     assert f"{INT8} on haswell: FAILED, emulated" in done.out
     assert "onnxruntime-fp32" not in done.json["error"]["message"]
+    assert "cannot saturate" not in done.json["error"]["hint"]
     assert f"{INT8} on haswell: batch 8: sqnr is " in done.json["error"]["message"]
     (found,) = done.json["emulated"]
     counts = {name: gate["metrics"]["images"] for name, gate in found["engines"].items()}
@@ -404,14 +448,16 @@ def test_a_bundle_that_cannot_be_written_to_is_verified_all_the_same(int8_bundle
 EMULATION = {"cpu": "haswell", "saturates": True, "host": {}}
 
 
-def attest(bundle: Path, name: str, *, emulated: bool, failed: bool, instruction_set: str = "") -> None:
+def attest(
+    bundle: Path, name: str, *, emulated: bool, failed: bool, instruction_set: str = "", cpu: str = "haswell"
+) -> None:
     """Write an attestation of INT8 under a name; the later name is the newer one."""
     attestation, path = verify(bundle)
     assert path is not None
     path.unlink()
     document = attestation.model_dump(mode="json")
     if emulated:
-        document |= {"emulation": EMULATION, "states": {}}
+        document |= {"emulation": {**EMULATION, "cpu": cpu}, "states": {}}
     if failed:
         document["engines"][INT8]["failures"] = ["as it was"]
         document["status"] = "failed"
@@ -444,6 +490,15 @@ def test_a_real_machines_attestation_goes_before_newer_ones_of_emulated_cpus(bun
     attest(bundle, "2026", emulated=False, failed=failed)
     attest(bundle, "2027", emulated=True, failed=not failed)
     assert engines.load(bundle, engine=INT8).state == ("built" if failed else "verified")
+
+
+@pytest.mark.parametrize("failed", ["haswell", "nehalem"])
+def test_what_failed_on_one_emulated_cpu_is_not_hidden_by_another(failed, bundle):
+    for year, cpu in enumerate(("haswell", "nehalem"), 2026):
+        attest(bundle, str(year), emulated=True, failed=cpu == failed, cpu=cpu)
+    assert engines.load(bundle, engine=INT8).state == "built"
+    attest(bundle, "2028", emulated=True, failed=False, cpu=failed)
+    assert engines.load(bundle, engine=INT8).state == "verified"
 
 
 def test_the_newest_of_two_emulated_attestations_counts(bundle):
@@ -540,6 +595,17 @@ def test_an_engine_in_a_process_of_its_own_gives_what_it_gives_here(int8_graph, 
             batch = np.random.default_rng(count).normal(size=(count, 3, 32, 32)).astype(np.float32)
             (found,) = engine.run_all(batch)
             assert np.array_equal(found, here.run(batch))
+
+
+@x86
+def test_the_process_imports_this_package_wherever_the_user_is(int8_graph, qemu, tmp_path, monkeypatch):
+    qemu(HOST)
+    (tmp_path / "engines").mkdir()
+    (tmp_path / "engines" / "__init__.py").write_text("raise ImportError('of the current directory')")
+    shutil.copy(int8_graph, tmp_path / "int8.onnx")
+    monkeypatch.chdir(tmp_path)
+    with EmulatedEngine(Path("int8.onnx"), CPUS["haswell"]) as engine:
+        assert engine.run_all(np.zeros((1, 3, 32, 32), np.float32))[0].shape == (1, 10)
 
 
 @x86
@@ -687,10 +753,18 @@ def test_the_place_of_the_root_is_the_variables_then_the_cache(monkeypatch, tmp_
 
 def test_a_root_that_is_there_is_not_made_again(root, monkeypatch):
     monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(arm64_root, "library_versions", lambda name: {name: RECORD["onnxruntime"]})
     assert not arm64_root.make(root)
     assert not arm64_root.make(root, onnxruntime="1.31.1")
     with pytest.raises(UsageError, match=r"has ONNX Runtime 1\.31\.1, not 1\.30\.0"):
         arm64_root.make(root, onnxruntime="1.30.0")
+    monkeypatch.setattr(arm64_root, "library_versions", lambda name: {name: "1.32.0"})
+    with pytest.raises(UsageError, match=r"has ONNX Runtime 1\.31\.1, not 1\.32\.0") as raised:
+        arm64_root.make(root)
+    assert "--onnxruntime 1.31.1" in raised.value.hint
+    assert not arm64_root.make(root, onnxruntime="1.31.1")
+    monkeypatch.setattr(arm64_root, "library_versions", lambda name: {name: "absent"})
+    assert not arm64_root.make(root)
 
 
 @pytest.mark.parametrize("what", ["folder", "file", "link", "damaged root"])

@@ -178,7 +178,7 @@ def test_cpus_are_off_by_default_and_follow_the_cell_that_exports(tmp_path):
         ),
         (MINIMAL + "exclude: [{cpus: pentium, reason: x}]", "exclude: cpus: unknown 'pentium'"),
         (MINIMAL + "jobs: [{name: a, runs-on: [x], cpus: haswell}]", "jobs: a: cpus: 'host' is missing"),
-        (MINIMAL + "cpu-images: 0", "cpu-images"),
+        (MINIMAL + "cpu-images: 1", "cpu-images"),
         (MINIMAL + "jobs: [{name: a}]", "jobs.0.runs-on: Field required"),
     ],
 )

@@ -173,6 +173,7 @@ def test_the_code_digest_changes_with_any_source_file(tmp_path):
     ]
     assert len(set(digests)) == len(digests)
     assert of_copy("unchanged_too") == digests[0]
+    assert of_copy("cpp", append("engines/cpp/tests/make_bundles.py")) == digests[0]
 
 
 # --- the cache directory

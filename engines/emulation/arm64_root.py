@@ -105,7 +105,7 @@ VARIABLE = "EXPORT_ZOO_ARM64_ROOT"
 def default_root() -> Path:
     """$EXPORT_ZOO_ARM64_ROOT, else $XDG_CACHE_HOME/export-zoo/arm64-root, else ~/.cache/export-zoo/arm64-root."""
     if chosen := os.environ.get(VARIABLE):
-        return Path(chosen)
+        return Path(chosen).absolute()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "export-zoo" / "arm64-root"
 
 
@@ -147,7 +147,10 @@ def command(root: Path, cpu: str) -> list[str]:
 
 
 def environment(root: Path) -> dict[str, str]:
-    """Environment variables that the root's Python needs, to be added to those of this process."""
+    """Environment variables that the root's Python needs, to be added to those of this process.
+
+    A PYTHONHOME of this machine's Python would lead the root's to the wrong files.
+    """
     return {"PYTHONPATH": str(root / "site"), "PYTHONHOME": "", "PYTHONDONTWRITEBYTECODE": "1"}
 
 
@@ -185,10 +188,10 @@ def make(root: Path, *, onnxruntime: str | None = None, mirror: str | None = Non
     """
     if usable(root):
         have = versions(root)["onnxruntime"]
-        if onnxruntime not in (None, have):
+        if (wanted := onnxruntime or _installed() or have) != have:
             raise UsageError(
-                f"{root}: has ONNX Runtime {have}, not {onnxruntime}",
-                hint="remove it, or give another folder",
+                f"{root}: has ONNX Runtime {have}, not {wanted}",
+                hint=f"remove it, give another folder, or keep it with --onnxruntime {have}",
             )
         return False
     if root.is_symlink() or (root.exists() and not (root.is_dir() and not any(root.iterdir()))):
@@ -196,9 +199,7 @@ def make(root: Path, *, onnxruntime: str | None = None, mirror: str | None = Non
             f"{root}: exists, and is not a usable ARM64 root", hint="remove it, or give another folder"
         )
     programs = _programs()
-    if onnxruntime is None:
-        installed = library_versions("onnxruntime")["onnxruntime"]
-        onnxruntime = ONNXRUNTIME if installed == "absent" else installed
+    onnxruntime = onnxruntime or _installed() or ONNXRUNTIME
     try:
         root.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(root.parent).free
@@ -233,6 +234,12 @@ def make(root: Path, *, onnxruntime: str | None = None, mirror: str | None = Non
         )
         reason = error.strerror or error
         raise EnvironmentFailureError(f"{root}: the ARM64 root was not made: {reason}", hint=hint) from error
+
+
+def _installed() -> str | None:
+    """The version of ONNX Runtime here."""
+    version = library_versions("onnxruntime")["onnxruntime"]
+    return None if version == "absent" else version
 
 
 def _python(root: Path) -> Path:

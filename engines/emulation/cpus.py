@@ -42,10 +42,12 @@ CPUS = {
 
 @dataclass(frozen=True)
 class Launch:
-    """How a program is run on a CPU: the command before Python's arguments, and variables for its environment."""
+    """How Python is run on a CPU: the command before its arguments, variables for its environment, and where."""
 
     command: Sequence[str]
     environment: dict[str, str]
+    directory: Path
+    """Where this package is."""
 
 
 def named(name: str) -> Cpu:
@@ -94,9 +96,10 @@ def launch(cpu: Cpu) -> Launch:
                 hint="make it with `python -m engines.emulation.arm64_root` (a minute, 130 MB), or set "
                 f"{arm64_root.VARIABLE} to where it is",
             )
-        paths = [arm64_root.site(root), package]
-        # A PYTHONHOME of this machine's Python would lead the root's to the wrong files.
-        return Launch(arm64_root.command(root, cpu.model), {**_environment(paths), "PYTHONHOME": ""})
+        environment = _environment([arm64_root.site(root), package])
+        return Launch(
+            arm64_root.command(root, cpu.model), {**arm64_root.environment(root), **environment}, package
+        )
     if platform.machine().lower() not in ("x86_64", "amd64"):
         raise TargetUnavailableError(
             f"--cpu {cpu.name}: needs a Python for x86-64, this machine is {platform.machine()}",
@@ -109,9 +112,9 @@ def launch(cpu: Cpu) -> Launch:
         Path(np.__file__).parents[1],
     ]
     base = str(getattr(sys, "_base_executable", sys.executable))
-    return Launch([qemu, "-cpu", cpu.model, base], _environment(paths))
+    return Launch([qemu, "-cpu", cpu.model, base], _environment(paths), package)
 
 
 def _environment(paths: Sequence[Path]) -> dict[str, str]:
-    unique = dict.fromkeys(str(path) for path in paths)
+    unique = dict.fromkeys(str(path.absolute()) for path in paths)
     return {"PYTHONPATH": ":".join(unique), "PYTHONDONTWRITEBYTECODE": "1", "PYTHONNOUSERSITE": "1"}

@@ -80,11 +80,12 @@ class EmulatedEngine:
         self._cpu = cpu
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - close() closes it
         self._process = subprocess.Popen(
-            [*how.command, "-m", "engines.emulation.worker", str(graph), session],
+            [*how.command, "-m", "engines.emulation.worker", str(graph.absolute()), session],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
             env={**os.environ, **how.environment},
+            cwd=how.directory,  # `-m` looks there first: not where the user happens to be
         )
         try:
             self.emulated = self._described()

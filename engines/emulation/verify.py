@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from calibration.errors import TargetUnavailableError
 from calibration.images import Progress
-from calibration.machine import cpu_model
+from calibration.machine import cpu_model, library_versions
 from engines import manifest as m
 from engines.bundle import HeldOut, checked, held_out, read_manifest
 from engines.emulation.cpus import Cpu
@@ -114,6 +114,8 @@ def verify_on(
     """
     root = Path(bundle)
     manifest = read_manifest(root)
+    for file in manifest.files():
+        checked(root, file)
     recipe = manifest.recipe
     engines = runnable(manifest)
     if not engines:
@@ -128,9 +130,7 @@ def verify_on(
     for engine in engines:
         held = _first(everything, _count(engine, images))
         size = max(recipe.batch.min, min(recipe.batch.opt, len(held.pixels)))
-        for file in engine.external_data:
-            checked(root, file)
-        path = checked(root, engine.file)
+        path = root / engine.file.path
         here = open_engine(
             path,
             target=engine.target,
@@ -166,9 +166,21 @@ def verify_on(
         instruction_set=emulated.instruction_set,
         compute_capability=None,
         versions=emulated.versions,
+        warnings=_warnings(cpu, emulated),
         emulation=m.Emulation(cpu=cpu.name, saturates=emulated.saturates, host=beside),
     )
     return attestation, write_attestation(root, attestation)
+
+
+def _warnings(cpu: Cpu, emulated: Emulated) -> list[str]:
+    """That another version of ONNX Runtime ran than here: then not only the CPU differs."""
+    there, here = emulated.versions["onnxruntime"], library_versions("onnxruntime")["onnxruntime"]
+    if there == here:
+        return []
+    return [
+        f"--cpu {cpu.name}: ONNX Runtime {there} ran there, {here} here, so differences are not the CPU's alone: "
+        "make the ARM64 root again, with `python -m engines.emulation.arm64_root`"
+    ]
 
 
 def describe(name: str, gate: m.Gate, host: m.HostFigures, cpu: str) -> str:

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <set>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -50,6 +51,14 @@ std::optional<json> read_attestation(const fs::path& path, const std::string& ma
   return std::nullopt;
 }
 
+// Name of the CPU that was emulated; empty for a real machine.
+std::string emulated_cpu(const json& attestation) {
+  const auto& emulation = entry(attestation, "emulation");
+  if (emulation.is_null()) return "";
+  const auto& name = emulation.is_object() ? entry(emulation, "cpu") : emulation;
+  return name.is_string() && !name.empty() ? name.get<std::string>() : "unknown";
+}
+
 // What the attestation says of an engine, if it was run.
 std::optional<State> state_of(const json& attestation, const std::string& engine) {
   const auto& engines = attestation["engines"];
@@ -75,16 +84,17 @@ void apply_attestations(const fs::path& bundle, const std::optional<std::string>
   // A real machine's go before those of emulated CPUs.
   const auto is_real = [](const json& attestation) { return entry(attestation, "emulation").is_null(); };
   std::stable_partition(attestations.begin(), attestations.end(), is_real);
-  std::set<std::string> settled;
+  std::set<std::pair<std::string, std::string>> settled;  // engine, and the emulated CPU or "" for a real machine
   for (const auto& attestation : attestations) {
     const bool cpu = entry(attestation, "instruction_set") == instructions;
     const bool gpu = compute_capability && entry(attestation, "compute_capability") == *compute_capability;
     for (auto& engine : engines) {
-      if (!(engine.target == "onnxruntime" ? cpu : gpu) || settled.contains(engine.name)) continue;
+      if (!(engine.target == "onnxruntime" ? cpu : gpu) || settled.contains({engine.name, ""})) continue;
       if (const auto state = state_of(attestation, engine.name)) {
-        // Nothing is verified by emulation, but an engine that failed under it is not verified any more.
+        // Nothing is verified by emulation, but an engine that failed on an emulated CPU, when it last ran there, is
+        // not verified any more.
+        if (!settled.insert({engine.name, emulated_cpu(attestation)}).second) continue;
         if (is_real(attestation) || *state == State::built) engine.state = *state;
-        settled.insert(engine.name);
       }
     }
   }

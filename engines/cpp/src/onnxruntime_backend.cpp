@@ -18,7 +18,7 @@ namespace {
 
 constexpr int kMostThreads = 1024;
 constexpr std::array<const char*, 2> kNames{"libonnxruntime.so.1", "libonnxruntime.so"};
-constexpr const char* kExactEntry = "session.x64quantprecision";  // INT8 weights become uint8 where sums would saturate
+constexpr const char* kExactEntry = "session.x64quantprecision";  // INT8 weights become uint8, on x86-64
 
 // One ONNX Runtime for the whole process: its C++ API keeps the function table in a global.
 struct Runtime {

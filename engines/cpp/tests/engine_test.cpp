@@ -185,6 +185,12 @@ TEST_F(Engine, IsLoweredAndNeverRaisedByAnEmulatedCpu) {
   const auto failed = json::array({"SQNR 3 dB"});
   attest("2.json", emulated, failed);
   EXPECT_EQ(state(), ez::State::built);
+  attest("3.json", json{{"cpu", "nehalem"}}, json::array());
+  EXPECT_EQ(state(), ez::State::built) << "another emulated CPU does not hide it";
+  attest("4.json", emulated, json::array());
+  EXPECT_EQ(state(), ez::State::verified) << "the newest of one CPU counts";
+  attest("4.json", json{{"cpu", "nehalem"}}, failed);
+  EXPECT_EQ(state(), ez::State::built);
   attest("1.json", nullptr, json::array());
   EXPECT_EQ(state(), ez::State::verified) << "a real machine's goes before a newer one of an emulated CPU";
   attest("1.json", nullptr, failed);
