@@ -236,13 +236,22 @@ class _Ended:
         return self.killed or _reason(self.document, self.code, self.log)
 
 
+_COMMAND = f"""
+import sys
+sys.path = [{str(Path(__file__).parents[1])!r}, *filter(None, sys.path)]
+from exporter.cli import run
+run()
+"""
+"""`export-zoo`, which imports nothing from the user's directory, as `python -m` would."""
+
+
 def _process(arguments: Sequence[str], *, seconds: float, memory: float | None) -> _Ended:
     """Run `export-zoo` with these arguments, --json and --quiet, within the limits."""
     with tempfile.TemporaryDirectory(prefix="export-zoo-") as directory:
         json_path, log_path = Path(directory) / "result.json", Path(directory) / "log"
         with log_path.open("wb") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "exporter.cli", *arguments, f"--json={json_path}", "--quiet"],
+                [sys.executable, "-c", _COMMAND, *arguments, f"--json={json_path}", "--quiet"],
                 stdin=subprocess.DEVNULL,
                 env={**os.environ, "TMPDIR": directory},  # gone with it, even where it is killed
                 stdout=log,

@@ -41,9 +41,12 @@ class Simplified:
 
 def _run_onnxsim(source: Path, out: Path) -> str:
     """Run onnxsim in a process of its own: it may crash. Returns the reason where it failed."""
-    command = [sys.executable, "-m", "onnxsim", str(source), str(out)]
+    command = [sys.executable, "-m", "onnxsim", str(source.absolute()), str(out.absolute())]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False)
+        # `-m` imports from its directory first: not from the user's, who may have an onnx.py there.
+        done = subprocess.run(
+            command, cwd=out.parent, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False
+        )
     except subprocess.TimeoutExpired:
         return f"onnxsim took more than {TIMEOUT_SECONDS} s"
     if done.returncode < 0:

@@ -435,6 +435,15 @@ def test_onnxsim_that_breaks_is_left_out_with_a_warning(exported, tmp_path, monk
     assert done.summary.startswith(done.warning)
 
 
+def test_onnxsim_does_not_import_what_lies_beside_the_user(exported, tmp_path, monkeypatch):
+    (tmp_path / "user").mkdir()
+    for name in ("onnx", "onnxsim", "numpy"):
+        (tmp_path / "user" / f"{name}.py").write_text("raise ImportError('the one of the user')")
+    monkeypatch.chdir(tmp_path / "user")
+    assert simplify._run_onnxsim(exported[1], Path("..") / "out.onnx") == ""
+    onnx.checker.check_model(onnx.load(tmp_path / "out.onnx"))
+
+
 def _pretend(monkeypatch, change) -> None:
     """In place of onnxsim: `change(model)` edits the graph."""
 

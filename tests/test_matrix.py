@@ -342,6 +342,15 @@ def test_a_cell_is_run_again_when_its_files_changed(ran, tmp_path, monkeypatch):
     assert len(made) == len(changes) + 2, "what its code reads may be anywhere"
 
 
+def test_a_cell_does_not_import_what_lies_beside_the_user(tmp_path, monkeypatch):
+    for name in ("exporter", "onnx", "click"):
+        (tmp_path / f"{name}.py").write_text("raise ImportError('the one of the user')")
+    monkeypatch.chdir(tmp_path)
+    ended = matrix_run._process(["inspect", "none.bundle"], seconds=100, memory=None)
+    assert "none.bundle" in ended.reason
+    assert ended.code == 5
+
+
 def on_haswell(cell: matrix_plan.Cell, **changes) -> matrix_plan.Cell:
     return dataclasses.replace(cell, cpu="haswell", images=2, **changes)
 
