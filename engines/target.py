@@ -26,6 +26,9 @@ AUTOMATIC = TARGETS
 """What `auto` chooses from."""
 
 
+CURRENT = "current"
+"""The compute capability of the GPU that is here, whatever TensorRT-RTX calls it."""
+
 DISTRIBUTIONS = {"onnxruntime": "onnxruntime", "tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt-rtx"}
 """The package that builds a target's engines."""
 
@@ -48,10 +51,10 @@ class BuildOptions:
     """How TensorRT builds an engine. Each is off, or TensorRT's default, unless asked for.
 
     `workspace_mb` bounds the scratch memory that layers may take on the device, in MiB. `hardware_compatible` (GPUs
-    from Ampere on) and `version_compatible` are for `tensorrt` only. `compute_capabilities` ("8.9") is for
-    `tensorrt-rtx` only, which builds for GPUs that are not there; it refits and strips weights only where there is one.
-    `timing_cache` is a file of an earlier bundle, for `tensorrt` only: kernels that it holds are not timed again, so
-    that the same ones are chosen.
+    from Ampere on) and `version_compatible` are for `tensorrt` only. `compute_capabilities` ("8.9"; "current": the GPU
+    that is here) is for `tensorrt-rtx` only, which builds for GPUs that are not there; it refits and strips weights
+    only where there is one. `timing_cache` is a file of an earlier bundle, for `tensorrt` only: kernels that it holds
+    are not timed again, so that the same ones are chosen.
     """
 
     workspace_mb: int | None = None
@@ -68,8 +71,11 @@ class BuildOptions:
                 f"--workspace {self.workspace_mb}: must be 1 to {MAX_WORKSPACE_MB} (MiB)", hint="leave it out"
             )
         for text in self.compute_capabilities:
-            if not re.fullmatch(r"[1-9][0-9]?\.[0-9]", text):
-                raise UsageError(f"--compute-capability {text!r}: not MAJOR.MINOR", hint="for example 8.9")
+            if text != CURRENT and not re.fullmatch(r"[1-9][0-9]?\.[0-9]", text):
+                raise UsageError(
+                    f"--compute-capability {text!r}: not MAJOR.MINOR",
+                    hint="for example 8.9, or `current` for the GPU that is here",
+                )
         if self.timing_cache is not None and not self.timing_cache.is_file():
             raise UsageError(
                 f"--timing-cache {self.timing_cache}: no such file",
@@ -88,6 +94,11 @@ class BuildOptions:
             raise TargetUnavailableError(
                 "--refittable and --strip-weights: tensorrt-rtx does this only where there is a GPU",
                 hint="leave them out, or build where the GPU is",
+            )
+        if CURRENT in self.compute_capabilities and "tensorrt-rtx" in names and not has_cuda_device():
+            raise TargetUnavailableError(
+                f"--compute-capability {CURRENT}: there is no CUDA device here",
+                hint="name what to build for, 8.9 for example, or build where the GPU is",
             )
         for option, given, owners in (
             ("--workspace", self.workspace_mb is not None, ("tensorrt", "tensorrt-rtx")),

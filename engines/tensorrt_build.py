@@ -18,7 +18,7 @@ from typing import IO, Any
 from calibration import graph_io
 from calibration.errors import EnvironmentFailureError, ExportDefectError, UsageError
 from engines.parity import Size
-from engines.target import BuildOptions
+from engines.target import CURRENT, BuildOptions
 from engines.tensorrt_worker import FATAL_WARNINGS, TIMING_SUFFIX
 
 log = logging.getLogger("export_zoo.tensorrt")
@@ -118,7 +118,7 @@ def check_capabilities(options: BuildOptions, targets: Collection[str]) -> None:
     if "capabilities" not in final:
         raise EnvironmentFailureError(f"tensorrt-rtx: {_ended(code, tail)}", hint="reinstall tensorrt-rtx")
     for text in options.compute_capabilities:
-        if text not in final["capabilities"]:
+        if text not in (*final["capabilities"], CURRENT):
             raise UsageError(
                 f"--compute-capability {text}: unknown to this tensorrt-rtx",
                 hint=f"choose from {', '.join(final['capabilities'])}",

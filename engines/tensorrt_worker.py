@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any, TextIO
 
-from engines.target import MODULES, device_capability
+from engines.target import CURRENT, MODULES, device_capability
 
 RTX_DEFAULT_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0")
 """What TensorRT-RTX builds for unless told otherwise (NVIDIA, TensorRT-RTX documentation; 1.7)."""
@@ -92,7 +92,8 @@ def _configure(trt: Any, builder: Any, network: Any, request: dict[str, Any]) ->
     if request["compute_capabilities"]:  # RTX only
         config.num_compute_capabilities = len(request["compute_capabilities"])
         for index, text in enumerate(request["compute_capabilities"]):
-            capability = trt.ComputeCapability.__members__["SM" + text.replace(".", "")]
+            name = "CURRENT" if text == CURRENT else "SM" + text.replace(".", "")
+            capability = trt.ComputeCapability.__members__[name]
             if not config.set_compute_capability(capability, index):
                 raise ValueError(f"--compute-capability {text}: refused")
     return config
@@ -146,6 +147,7 @@ def _build(request: dict[str, Any], emit: Any) -> dict[str, Any]:
     if request["target"] == "tensorrt":
         _write(Path(request["out"]).with_suffix(TIMING_SUFFIX), config.get_timing_cache().serialize())
     capabilities = request["compute_capabilities"] or RTX_DEFAULT_CAPABILITIES
+    capabilities = [device_capability() if text == CURRENT else text for text in capabilities]
     if request["target"] == "tensorrt":
         capabilities = [device_capability()]
     return {"event": "done", "version": trt.__version__, "compute_capabilities": list(capabilities)}

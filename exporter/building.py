@@ -12,7 +12,7 @@ from calibration.ranges import Ranges
 from engines.half import to_half
 from engines.loading import why_not_here
 from engines.manifest import Plan, Tuning
-from engines.target import DISTRIBUTIONS, Precision, Target, TargetName, device_name
+from engines.target import CURRENT, DISTRIBUTIONS, Precision, Target, TargetName, device_name
 from engines.tensorrt_build import build_engine
 from engines.tensorrt_worker import TIMING_SUFFIX
 from exporter.context import Context
@@ -156,7 +156,9 @@ def _compile(context: Context, graph: Path, target: Target) -> StageResult:
         sizes=str(sizes),
         options=described,
         timing_cache=sha256_of(timings) if timings is not None else None,
-        # Its kernels are chosen on the GPU that is here; TensorRT-RTX chooses when it runs.
-        gpu=device_name() if target.name == "tensorrt" else None,
+        # Its kernels are chosen on the GPU that is here; TensorRT-RTX chooses when it runs, unless built for this one.
+        gpu=device_name()
+        if target.name == "tensorrt" or CURRENT in build_options.compute_capabilities
+        else None,
     )
     return context.cache.run("tensorrt", key, make)

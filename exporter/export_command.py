@@ -123,7 +123,7 @@ def chosen_options(given: Mapping[str, Any]) -> options.ExportOptions:
     "compute_capabilities",
     multiple=True,
     metavar="X.Y",
-    help="tensorrt-rtx: GPUs to build for. Repeatable. Default: 8.0, 8.6, 8.9 and 12.0.",
+    help="tensorrt-rtx: GPUs to build for; `current`: this one. Repeatable. Default: 8.0, 8.6, 8.9 and 12.0.",
 )
 @click.option(
     "--timing-cache",

@@ -316,6 +316,7 @@ def test_gate_catches_faults_in_the_tensorrt_graph(digits, cli, tmp_path, monkey
         (["--workspace", "1048577"], "--workspace"),
         (["--compute-capability", "89"], "--compute-capability"),
         (["--compute-capability", "08.9"], "--compute-capability"),
+        (["--compute-capability", "CURRENT"], "--compute-capability"),
         (["--compute-capability", "٨.٩"], "--compute-capability"),
         (["--hardware-compatible"], "--hardware-compatible"),
         (["--version-compatible"], "--version-compatible"),
@@ -339,6 +340,15 @@ def test_compute_capabilities_reach_the_builder(cli, tmp_path):
     assert "7.5, 8.0" in done.json["error"]["hint"]
     assert done.json["stages"] == [], "before any work"
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(has_cuda_device(), reason="there is a GPU here")
+def test_the_gpu_that_is_here_cannot_be_built_for_where_there_is_none(cli, tmp_path):
+    arguments = ["resnet18", "--weights", "none", "--input-size", "64", "--target", "tensorrt-rtx"]
+    done = cli(*arguments, "--compute-capability", "current", "--out", tmp_path / "out")
+    assert done.code == 4
+    assert "--compute-capability current: there is no CUDA device here" in done.json["error"]["message"]
+    assert done.json["stages"] == []
 
 
 @pytest.mark.skipif(has_cuda_device(), reason="there is a GPU here")
