@@ -13,12 +13,14 @@ its limit, and does not stop the next. `run` needs nothing but the standard libr
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import importlib
 import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -26,7 +28,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -457,6 +459,24 @@ STEPS: dict[str, Callable[[Path, Path], None]] = {
 """In the order in which they are run: the surest and shortest first."""
 
 
+def _ended(
+    command: Sequence[str], environment: Mapping[str, str], log: IO[bytes], work: Path, seconds: float
+) -> str:
+    """Run a step, and end it with all that it started where it takes too long. Returns how it ended."""
+    process = subprocess.Popen(
+        command, env=environment, stdout=log, stderr=log, cwd=work, start_new_session=True
+    )
+    try:
+        code = process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return f"stopped after {seconds:.0f} s"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    return "done" if code == 0 else f"failed, exit code {code}"
+
+
 def run(out: Path, pieces: Path, work: Path, steps: Sequence[str], seconds: float) -> int:
     """Join what came, and run steps, each in a process of its own. Returns the exit code: 1 where one failed."""
     out.mkdir(parents=True, exist_ok=True)
@@ -473,14 +493,8 @@ def run(out: Path, pieces: Path, work: Path, steps: Sequence[str], seconds: floa
         with (out / LOG).open("ab") as log:
             log.write(f"== {step}\n".encode())
             log.flush()
-            try:
-                environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-                done = subprocess.run(
-                    command, env=environment, stdout=log, stderr=log, timeout=seconds, cwd=work, check=False
-                )
-                ended = "done" if done.returncode == 0 else f"failed, exit code {done.returncode}"
-            except subprocess.TimeoutExpired:
-                ended = f"stopped after {seconds:.0f} s"
+            environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+            ended = _ended(command, environment, log, work, seconds)
         if ended != "done":
             failed.append(step)
         say(out, step, ended=ended, seconds=round(time.monotonic() - begin, 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import shutil
@@ -175,7 +176,8 @@ def test_a_step_that_fails_or_hangs_does_not_stop_the_next(visit, tmp_path, monk
         "def _device(out: Path, work: Path) -> None:\n", "def _device(out, work):\n    1 / 0\n"
     )
     text = text.replace(
-        "def _wheels(out: Path, work: Path) -> None:\n", "def _wheels(out, work):\n    time.sleep(60)\n"
+        "def _wheels(out: Path, work: Path) -> None:\n",
+        "def _wheels(out, work):\n    subprocess.run(['sleep', '1234567'])\n",
     )
     broken.write_text(text)
     command = [
@@ -194,6 +196,11 @@ def test_a_step_that_fails_or_hangs_does_not_stop_the_next(visit, tmp_path, monk
     lines = [json.loads(line) for line in (tmp_path / "out" / "lines.jsonl").read_text().splitlines()]
     ended = {line["step"]: line["ended"] for line in lines if "ended" in line}
     assert ended == {"wheels": "stopped after 3 s", "device": "failed, exit code 1", "resnet50": "done"}
+    left = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            left.append(path.read_bytes())
+    assert b"sleep\x001234567\x00" not in left, "a step that is stopped ends with all that it started"
     assert "ZeroDivisionError" in (tmp_path / "out" / "log.txt").read_text()
 
 
