@@ -140,7 +140,7 @@ def verify(bundle: Path | str, *, progress: Progress = lambda _: None) -> tuple[
             tolerances=engine.gate.tolerances,
             progress=progress,
         )
-        gates[engine.name] = gate
+        gates[engine.name] = gate = with_claim(gate, engine, root / engine.file.path)
         states[engine.name] = m.state_after(gate)
     attestation = attested(
         root,
@@ -153,6 +153,22 @@ def verify(bundle: Path | str, *, progress: Progress = lambda _: None) -> tuple[
         warnings=warnings,
     )
     return attestation, write_attestation(root, attestation)
+
+
+def with_claim(gate: m.Gate, engine: m.Engine, graph: Path) -> m.Gate:
+    """The gate of an engine, failed where the manifest says that it cannot saturate and its weights say that it can.
+
+    On this CPU its logits may be right: not on others.
+    """
+    claims = (
+        engine.target == "onnxruntime" and engine.precision == "int8" and engine.saturating_cpu_session == {}
+    )
+    if not claims or not can_saturate(graph):
+        return gate
+    failure = (
+        "the manifest says that sums of INT8 cannot saturate, but these weights can: export the bundle again"
+    )
+    return gate.model_copy(update={"failures": [*gate.failures, failure]})
 
 
 def can_saturate(graph: Path) -> bool:
@@ -189,8 +205,16 @@ def attested(
     )
 
 
+_CANNOT_WRITE = {
+    getattr(errno, name)
+    for name in ("EROFS", "EACCES", "EPERM", "EEXIST", "ENOTDIR", "ENOSPC", "EDQUOT")
+    if hasattr(errno, name)
+}
+"""Errors of storage that is read-only, or full: what was found is told all the same."""
+
+
 def write_attestation(root: Path, attestation: m.Attestation) -> Path | None:
-    """Write an attestation to its bundle; None where that cannot be written to, as on read-only storage."""
+    """Write an attestation to its bundle; None where that cannot be written to, as on read-only or full storage."""
     directory = root / ATTESTATIONS
     stamp = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%S%fZ")
     path = directory / f"{stamp}.json"
@@ -199,7 +223,7 @@ def write_attestation(root: Path, attestation: m.Attestation) -> Path | None:
         with replacing(path) as temporary:
             temporary.write_text(attestation.model_dump_json(indent=1) + "\n", encoding="utf-8")
     except OSError as error:
-        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR):
+        if error.errno in _CANNOT_WRITE:
             return None
         raise
     return path

@@ -38,7 +38,7 @@ SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP"
 _INTERRUPTED = {
     "kind": "interrupted",
     "message": "interrupted",
-    "hint": "run it again; finished stages are cached, but for --no-cache",
+    "hint": "run it again: an export has its finished stages in the cache, but for --no-cache",
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -208,6 +209,20 @@ def test_verify_warns_of_int8_that_can_saturate_here_and_of_no_other(old_bundle,
     assert warning.startswith(
         f"{INT8}: sums of INT8 saturate on this CPU; it runs with session.x64quantprecision=1"
     )
+
+
+@pytest.mark.parametrize("given", [[], ["--cpu", "nehalem", "--images", "2"]], ids=["here", "nehalem"])
+def test_int8_that_falsely_says_that_it_cannot_saturate_fails_where_nothing_saturates(
+    given, old_bundle, tmp_path, cli, monkeypatch
+):
+    if given:
+        emulated_cpu("nehalem")
+    monkeypatch.setattr("engines.onnxruntime_engine.saturates", lambda: False)
+    bundle = shutil.copytree(old_bundle, tmp_path / "digits.bundle")
+    edit(bundle, lambda document: document["artifacts"]["engines"][0].update(saturating_cpu_session={}))
+    done = cli("verify", bundle, *given)
+    assert done.code == 3
+    assert "the manifest says that sums of INT8 cannot saturate" in done.json["error"]["message"]
 
 
 def test_int8_that_saturates_and_says_that_it_cannot_ends_with_3(old_bundle, tmp_path, cli):
@@ -648,6 +663,25 @@ def test_a_graph_that_cannot_run_exactly_there_is_unavailable(qemu, tmp_path):
     ) as raised:
         EmulatedEngine(tmp_path / "x.onnx", CPUS["haswell"])
     assert raised.value.hint == "export again"
+
+
+@x86
+@pytest.mark.parametrize("end", ["exit 0", "kill -9 $$", "sleep 1000"])
+def test_an_emulator_that_says_something_else_ends_with_4(end, digits_bundle, cli, qemu):
+    qemu(f"echo qemu-x86_64 is not what you think; exec sh -c '{end}'")
+    done = cli("verify", digits_bundle, "--cpu", "haswell")
+    assert done.code == 4
+    assert "says 'qemu-x86_64 is not what you think' and does not start" in done.json["error"]["message"]
+
+
+def test_figures_are_told_where_the_disk_is_full(int8_bundle, monkeypatch):
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("engines.verify.replacing", full)
+    attestation, path = verify(int8_bundle)
+    assert path is None
+    assert attestation.engines[INT8].metrics["sqnr"]
 
 
 SAYS_AND_ENDS = """

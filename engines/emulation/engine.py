@@ -98,7 +98,13 @@ class EmulatedEngine:
         line = self._process.stdout.readline()
         if not line:
             raise self._lost("does not start")
-        said: dict[str, Any] = json.loads(line)
+        try:
+            said: dict[str, Any] = json.loads(line)
+        except ValueError:
+            self._process.kill()
+            raise self._lost(
+                f"says {line[:80].decode(errors='replace').strip()!r} and does not start"
+            ) from None
         if "error" in said:
             kind = (
                 TargetUnavailableError

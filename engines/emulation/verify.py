@@ -18,7 +18,7 @@ from engines.emulation.cpus import Cpu
 from engines.emulation.engine import Emulated, EmulatedEngine
 from engines.gate import MIN_LABELLED, SUBSET, Runnable, judge
 from engines.loading import open_engine
-from engines.verify import attested, plain_outputs, write_attestation
+from engines.verify import attested, plain_outputs, with_claim, write_attestation
 
 Float32Array = npt.NDArray[np.float32]
 
@@ -154,7 +154,7 @@ def verify_on(
         with EmulatedEngine(path, cpu, half=half, saturating_session=session) as there:
             emulated = there.emulated
             both = _Beside(there, here)
-            gates[engine.name] = gate(both, progress=progress)
+            gates[engine.name] = with_claim(gate(both, progress=progress), engine, path)
         sqnr = gate(here).eager_metrics["sqnr"]
         beside[engine.name] = m.HostFigures(sqnr=sqnr, max_difference=both.difference)
     assert emulated is not None
