@@ -387,7 +387,7 @@ def test_a_damaged_file_ends_verification_on_an_emulated_cpu(digits_bundle, bund
     with (bundle / file.path).open("ab") as stream:
         stream.write(b" ")
     done = cli("verify", bundle, "--cpu", "haswell", "--images", "2")
-    assert done.code == 2
+    assert done.code == 5
     assert file.path in done.json["error"]["message"]
 
 

@@ -114,8 +114,6 @@ def verify_on(
     """
     root = Path(bundle)
     manifest = read_manifest(root)
-    for file in manifest.files():
-        checked(root, file)
     recipe = manifest.recipe
     engines = runnable(manifest)
     if not engines:
@@ -123,6 +121,8 @@ def verify_on(
             f"{root}: --cpu {cpu.name}: it has no engine of onnxruntime to run",
             hint="export with --target onnxruntime",
         )
+    for file in manifest.files():
+        checked(root, file)
     everything = held_out(root, manifest)
     gates: dict[str, m.Gate] = {}
     beside: dict[str, m.HostFigures] = {}
