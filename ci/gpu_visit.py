@@ -27,16 +27,17 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
+from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parent.parent
 
 PIECE_BYTES = 56 << 20
-"""Of a piece: 64 MiB travel at a time, and the checkout is among them."""
+"""Size of a piece at most: 64 MiB travel at a time, and the checkout is among them."""
 MOST_PIECES = 8
 STEP_SECONDS = 480.0
-"""Of a step: a command there ends after ten minutes."""
+"""Time of a step at most: a command there ends after ten minutes."""
 
 PYTHON = "3.12"
 WHEELS = (
@@ -54,7 +55,7 @@ WHEELS = (
     "tensorrt-rtx-cu13-bindings",
     "tensorrt-rtx-cu13-libs",
 )
-"""What the machine lacks, in the versions installed here; the largest last."""
+"""Packages that the machine lacks, carried in the versions installed here; the largest come last."""
 PLATFORMS = (
     "manylinux_2_28_x86_64",
     "manylinux_2_27_x86_64",
@@ -164,7 +165,7 @@ def _download(names: Sequence[str], out: Path) -> dict[str, Path]:
     """Wheels for the machine, in the versions that are installed here; what cannot be had is told and left out."""
     found = {}
     for name in names:
-        version = importlib.import_module("importlib.metadata").version(name)
+        version = metadata.version(name)
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
         command += ["--python-version", PYTHON, "--implementation", "cp", "--dest", str(out / name)]
         for tag in PLATFORMS:
@@ -287,7 +288,7 @@ def _convolution(folder: Path) -> dict[str, Path]:
         for name in ("input", "logits")
     ]
     graph = helper.make_graph(
-        nodes, "convolutions", ports[:1], ports[1:], [numpy_helper.from_array(weight, "weight")]
+        nodes, "convolution", ports[:1], ports[1:], [numpy_helper.from_array(weight, "weight")]
     )
     plain = folder / "fp32.onnx"
     save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), plain)

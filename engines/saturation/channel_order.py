@@ -237,7 +237,7 @@ def _cost(channels: _Channels) -> Float64Array:
             continue  # partners are of neighbouring pixels then
         rows = np.moveaxis(filters, 2, 1).reshape(-1, channels.size)
         work = np.count_nonzero(np.abs(rows) > 64.0) * channels.size
-        # Of a VGG's dense layers every nth filter says as much as all, which would take minutes.
+        # Every nth filter of a VGG's dense layer says as much as all of them, which would take minutes.
         _kernel()(np.ascontiguousarray(rows[:: work // _MAX_WORK + 1]), cost)
     np.fill_diagonal(cost, 0.0)
     return cost + cost.T
