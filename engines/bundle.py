@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,9 +29,15 @@ def read_manifest(bundle: Path) -> m.Manifest:
     """
     path = bundle / MANIFEST
     if not path.is_file():
+        why = (
+            f"no {MANIFEST} in it"
+            if bundle.is_dir()
+            else "a file"
+            if bundle.exists()
+            else "there is no such directory"
+        )
         raise BadInputError(
-            f"{bundle}: not a bundle (no {MANIFEST})",
-            hint="pass the directory that `export-zoo export` wrote",
+            f"{bundle}: not a bundle ({why})", hint="pass the directory that `export-zoo export` wrote"
         )
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
@@ -139,13 +144,29 @@ def named(bundle: Path, manifest: m.Manifest, name: str) -> m.Engine:
     return engines[name]
 
 
-def attestations(bundle: Path) -> list[m.Attestation]:
-    """What `verify` found of this very manifest, on whatever machine, newest first. Unreadable ones are left out."""
+@dataclass(frozen=True)
+class Attested:
+    """What `verify` found of a bundle with the manifest that it has now, on whatever machines."""
+
+    by_file: dict[str, m.Attestation]
+    """By path within the bundle, newest first."""
+    unreadable: list[str]
+    """Paths of what is no attestation that this version can read."""
+
+
+def attestations(bundle: Path) -> Attested:
+    """Read all attestations of a bundle. Those of another manifest are left out."""
     sha256 = sha256_of(bundle / MANIFEST)
-    found = []
+    found = Attested({}, [])
     for path in sorted((bundle / ATTESTATIONS).glob("*.json"), reverse=True):  # named by time
-        if not path.is_file():  # a pipe would be waited for
+        name = path.relative_to(bundle).as_posix()
+        try:
+            if not path.is_file():  # a pipe would be waited for
+                raise ValueError("not a file")
+            attestation = m.Attestation.model_validate_json(path.read_bytes())
+        except (OSError, ValueError):
+            found.unreadable.append(name)
             continue
-        with contextlib.suppress(OSError, ValueError):
-            found.append(m.Attestation.model_validate_json(path.read_bytes()))
-    return [attestation for attestation in found if attestation.manifest_sha256 == sha256]
+        if attestation.manifest_sha256 == sha256:
+            found.by_file[name] = attestation
+    return found

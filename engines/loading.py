@@ -13,7 +13,7 @@ from calibration.errors import BadInputError, ParityError, TargetUnavailableErro
 from calibration.machine import instruction_set, library_versions
 from calibration.preprocess import UnreadableImageError, decode, normalize, resize_and_crop
 from engines import manifest as m
-from engines.bundle import attestations, checked, named, read_manifest
+from engines.bundle import Attested, attestations, checked, named, read_manifest
 from engines.onnxruntime_engine import OnnxRuntimeEngine
 from engines.target import DISTRIBUTIONS, PRECISIONS, device_capability, driver_too_old
 from engines.tensorrt_engine import TensorRTEngine
@@ -194,15 +194,18 @@ class LoadedEngine:
             )
 
 
-def _state_here(engine: m.Engine, found: Sequence[m.Attestation]) -> m.State:
+def _state_here(engine: m.Engine, found: Attested) -> tuple[m.State, str]:
     """An engine's state by the newest attestation of a machine like this one that ran it, else by the manifest.
+
+    With it, which attestation that is and of what machine; empty for the manifest.
 
     A real machine's attestation goes before those of emulated CPUs. Nothing is verified by emulation, but an engine
     that failed on an emulated CPU like this machine's, when it last ran there, is not verified any more.
     """
-    real_first = sorted(found, key=lambda attestation: attestation.emulation is not None)
+    real_first = sorted(found.by_file.items(), key=lambda item: item[1].emulation is not None)
     emulated: set[str] = set()
-    for attestation in real_first:
+    for name, attestation in real_first:
+        source = f"{name}: {attestation.machine}"
         alike = (
             attestation.compute_capability == device_capability()
             if engine.plan is not None
@@ -212,11 +215,15 @@ def _state_here(engine: m.Engine, found: Sequence[m.Attestation]) -> m.State:
         if alike and gate is not None and gate.ran == "engine":
             attested = m.state_after(gate)
             if attestation.emulation is None:
-                return attested
+                return attested, source
             if attestation.emulation.cpu not in emulated and attested == "built":
-                return attested
+                return attested, source
             emulated.add(attestation.emulation.cpu)
-    return engine.state
+    return engine.state, ""
+
+
+def _not_verified(state: m.State, source: str) -> str:
+    return f"{state}, not verified" + (f" ({source})" if source else "")
 
 
 def _rank(engine: m.Engine) -> tuple[bool, float, int]:
@@ -267,9 +274,11 @@ def load(
     opening: _Opening = {"threads": threads, "runtime_cache": runtime_cache}
     engines = {e.name: e for e in manifest.artifacts.engines}
     attested = attestations(root)
-    states = {name: _state_here(e, attested) for name, e in engines.items()}
+    found = {name: _state_here(e, attested) for name, e in engines.items()}
+    states = {name: state for name, (state, _) in found.items()}
+    unreadable = "".join(f"; {name} cannot be read, and is not used" for name in attested.unreadable)
     if engine is not None:
-        best, why = named(root, manifest, engine), "asked for"
+        best, why = named(root, manifest, engine), f"asked for{unreadable}"
         if reason := why_not_here(best.target, best.plan):
             raise TargetUnavailableError(
                 f"{root}: {engine} cannot run here: {reason}",
@@ -278,9 +287,10 @@ def load(
     else:
         reasons = {
             name: why_not_here(e.target, e.plan)
-            or ("" if states[name] == "verified" or allow_failed else f"{states[name]}, not verified")
+            or ("" if states[name] == "verified" or allow_failed else _not_verified(*found[name]))
             for name, e in engines.items()
         }
+        beside = "".join(f"; {name} was left out: {reason}" for name, reason in reasons.items() if reason)
         runnable = [e for name, e in engines.items() if not reasons[name]]
         if not runnable:
             listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
@@ -288,7 +298,8 @@ def load(
                 f"{root}: no verified engine that runs here: {listed}",
                 hint="export again here, or `export-zoo verify` it where it runs",
             )
-        return _first_that_opens(root, manifest, sorted(runnable, key=_rank, reverse=True), states, opening)
+        ranked = sorted(runnable, key=_rank, reverse=True)
+        return _first_that_opens(root, manifest, ranked, states, beside + unreadable, opening)
     return LoadedEngine(root, manifest, best, state=states[best.name], why=why, **opening)
 
 
@@ -297,9 +308,13 @@ def _first_that_opens(
     manifest: m.Manifest,
     engines: Sequence[m.Engine],
     states: Mapping[str, m.State],
+    beside: str,
     opening: _Opening,
 ) -> LoadedEngine:
     """The first of some engines, the fastest first, that this machine can run.
+
+    Args:
+        beside: what `why` says of other engines and of attestations.
 
     Raises:
         TargetUnavailableError: of the first, where none can.
@@ -308,7 +323,7 @@ def _first_that_opens(
     reasons = ""
     for engine in engines:
         speed = f", {engine.latency.speedup:.2f}x of FP32" if engine.latency is not None else ""
-        why = f"fastest verified engine as measured at export{speed}{reasons}"
+        why = f"fastest verified engine as measured at export{speed}{reasons}{beside}"
         try:
             return LoadedEngine(root, manifest, engine, state=states[engine.name], why=why, **opening)
         except TargetUnavailableError as error:

@@ -19,6 +19,7 @@ import onnx_ir as ir
 
 from calibration import graph_io
 from calibration.errors import (
+    BadInputError,
     EnvironmentFailureError,
     ParityError,
     TargetUnavailableError,
@@ -83,7 +84,10 @@ def _chosen(bundle: Path, manifest: m.Manifest, wanted: str | None) -> m.Engine:
             hint=f"export with --batch 1:{batch.opt}:{batch.max}",
         )
     if wanted is not None:
-        engine = named(bundle, manifest, wanted)
+        try:
+            engine = named(bundle, manifest, wanted)
+        except BadInputError as error:
+            raise UsageError(f"--engine {wanted}: {bundle} has none of that name", hint=error.hint) from error
         if engine.target not in _PLATFORMS:
             raise TargetUnavailableError(
                 f"--engine {wanted}: Triton has no backend for {engine.target}",
@@ -156,8 +160,8 @@ def write_repository(
             the engine itself, for CPUs that do not saturate.
 
     Raises:
-        UsageError: a name or version that Triton does not take, or that is there already.
-        BadInputError: not a bundle, damaged, or no such engine.
+        UsageError: a name or version that Triton does not take, or that is there already; or no such engine.
+        BadInputError: not a bundle, or damaged.
         ParityError: the bundle failed its parity gate.
         TargetUnavailableError: no engine that Triton can serve, or one that can saturate.
         EnvironmentFailureError: the repository cannot be written to.

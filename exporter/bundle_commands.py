@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,33 +12,22 @@ import click
 from calibration.errors import ParityError, UsageError
 from exporter import outcome
 from exporter.common_options import EXIT_CODES, json_option, quiet_option, verbose_option
-from exporter.report import ConsoleReporter, show_log
+from exporter.report import RANDOM, ConsoleReporter, show_log
 
 if TYPE_CHECKING:
+    from engines.manifest import Attestation
     from engines.triton import CpuGraph
 
 
-def _list_cpus(context: click.Context, _: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
-    if "list" in value and not context.resilient_parsing:
-        from engines.emulation.cpus import CPUS
-
-        for cpu in CPUS.values():
-            click.echo(f"{cpu.name:<12} {cpu.machine:<8} {cpu.description}")
-        context.exit()
-    return value
-
-
 @click.command(epilog=EXIT_CODES)
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=click.Path(path_type=Path), required=False)
 @click.option(
     "--cpu",
     "cpus",
     multiple=True,
     metavar="NAME",
-    callback=_list_cpus,
-    is_eager=True,
     help="Run ONNX Runtime's engines on this CPU, emulated by qemu-user, beside this machine's own; repeatable. "
-    "`list` lists them.",
+    "`--cpu list`, without BUNDLE, lists them.",
 )
 @click.option(
     "--images",
@@ -49,7 +39,7 @@ def _list_cpus(context: click.Context, _: click.Parameter, value: tuple[str, ...
 @quiet_option
 @verbose_option
 def verify(
-    bundle: Path,
+    bundle: Path | None,
     cpus: tuple[str, ...],
     images: int | None,
     json_path: Path | None,
@@ -62,12 +52,37 @@ def verify(
         show_log()
     now = outcome.current()
     now.reporter = reporter = ConsoleReporter(quiet=quiet)
+    if "list" in cpus:
+        if bundle is not None or images is not None or cpus != ("list",):
+            raise UsageError(
+                "--cpu list: stands alone, and lists CPUs", hint="leave out BUNDLE and other options"
+            )
+        _list_cpus(quiet=quiet)
+        return
+    if bundle is None:
+        raise click.MissingParameter(param_hint="'BUNDLE'", param_type="argument")
     if images is not None and not cpus:
         raise UsageError("--images: counts images for --cpu", hint="add --cpu haswell, or leave --images out")
     if cpus:
         _verify_emulated(bundle, cpus, images, reporter, quiet=quiet)
     else:
         _verify_here(bundle, reporter, quiet=quiet)
+
+
+def _list_cpus(*, quiet: bool) -> None:
+    from engines.emulation.cpus import CPUS
+
+    outcome.current().document["cpus"] = [asdict(cpu) for cpu in CPUS.values()]
+    if not quiet:
+        for cpu in CPUS.values():
+            click.echo(f"{cpu.name:<12} {cpu.machine:<8} {cpu.description}")
+
+
+def _written(bundle: Path, attestation: Path | None) -> str:
+    """Where an attestation is, for people."""
+    from engines.bundle import ATTESTATIONS
+
+    return f"attestation: {attestation or f'not written, {bundle / ATTESTATIONS} cannot be written to'}"
 
 
 def _verify_here(bundle: Path, reporter: ConsoleReporter, *, quiet: bool) -> None:
@@ -77,6 +92,8 @@ def _verify_here(bundle: Path, reporter: ConsoleReporter, *, quiet: bool) -> Non
 
     now = outcome.current()
     manifest = room.read_manifest(bundle)
+    if manifest.recipe.source.weights.random:
+        reporter.warn(RANDOM)
     held = manifest.artifacts.held_out
     per_engine = images_compared(held.count, manifest.recipe.batch, sum(part.count for part in held.sizes))
     with reporter.stage("verify") as stage:
@@ -99,9 +116,7 @@ def _verify_here(bundle: Path, reporter: ConsoleReporter, *, quiet: bool) -> Non
                 state = "FAILED" if gate.failures else attestation.states[name]
                 images = f"{100 * top1:.1f} % of {gate.metrics['images']} images"
                 click.echo(f"{name}: {state}, SQNR {sqnr:.1f} dB, top-1 agreement {images}")
-            click.echo(
-                f"attestation: {path or f'not written, {bundle / room.ATTESTATIONS} cannot be written to'}"
-            )
+            click.echo(_written(bundle, path))
     failures = [f"{name}: {text}" for name, gate in attestation.engines.items() for text in gate.failures]
     if failures:
         raise ParityError(
@@ -124,6 +139,8 @@ def _verify_emulated(
     for cpu in chosen:
         cpus.launch(cpu)  # what is missing is told before anything is run
     manifest = room.read_manifest(bundle)
+    if manifest.recipe.source.weights.random:
+        reporter.warn(RANDOM)
     count = emulation.IMAGES if images is None else images
     total = emulation.images_run(manifest, count)
     found, failures, saturating = [], [], False
@@ -140,7 +157,7 @@ def _verify_emulated(
             with outcome.printing():
                 for name, gate in attestation.engines.items():
                     click.echo(emulation.describe(name, gate, attestation.emulation.host[name], cpu.name))
-                click.echo(f"attestation: {path or 'not written, the bundle cannot be written to'}")
+                click.echo(_written(bundle, path))
         failures += [
             f"{name} on {cpu.name}: {text}"
             for name, gate in attestation.engines.items()
@@ -163,6 +180,15 @@ def _verify_emulated(
         raise ParityError(f"{bundle}: failed its parity gate when it was exported", hint="export again")
 
 
+def _results(attestation: Attestation) -> str:
+    """What an attestation says of each engine."""
+    passed = "ok" if attestation.emulation is not None else None
+    return ", ".join(
+        f"{name} {'FAILED' if gate.failures else passed or attestation.states.get(name, 'ok')}"
+        for name, gate in attestation.engines.items()
+    )
+
+
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @json_option
@@ -175,7 +201,12 @@ def inspect(bundle: Path, json_path: Path | None, quiet: bool, verbose: bool) ->
     from exporter.report import print_table
 
     manifest = room.read_manifest(bundle)
-    outcome.current().document |= {"bundle": str(bundle), "manifest": manifest.model_dump(mode="json")}
+    attested = room.attestations(bundle)
+    outcome.current().document |= {
+        "bundle": str(bundle),
+        "manifest": manifest.model_dump(mode="json"),
+        "attestations": {name: found.model_dump(mode="json") for name, found in attested.by_file.items()},
+    }
     if quiet:
         return
     recipe, p = manifest.recipe, manifest.recipe.preprocess
@@ -202,7 +233,12 @@ def inspect(bundle: Path, json_path: Path | None, quiet: bool, verbose: bool) ->
         lines["held out"] += "".join(f", {part.count} at {part.height}x{part.width}" for part in held.sizes)
     for name, text in lines.items():
         click.echo(f"{name:<12} {text}")
-    for warning in manifest.warnings:
+    for name, attestation in attested.by_file.items():
+        click.echo(f"{'attestation':<12} {name}, {attestation.machine}: {_results(attestation)}")
+    for warning in (
+        *manifest.warnings,
+        *(f"{name} cannot be read, and is not used" for name in attested.unreadable),
+    ):
         click.echo(f"{'warning':<12} {warning}")
     print_table(manifest.artifacts.engines, random=trained.random)
 

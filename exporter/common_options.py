@@ -15,10 +15,10 @@ Exit codes:
     0  ok
     1  unexpected error: a defect, please report it
     2  usage: wrong or conflicting options
-    3  parity gate failed; everything is kept under OUT.failed/
+    3  parity gate failed; export keeps everything under OUT.failed/
     4  a requested target is not available here
     5  bad input: model, weights, images or bundle
-    6  an engine did not reach the state that --require asks for
+    6  an engine did not reach the state that export's --require asks for
     7  network, disk or memory
   130  interrupted
 """

@@ -91,7 +91,8 @@ def matrix(
             if left_out.reason:
                 click.echo(f"{left_out.status}: {cell.name}: {left_out.reason}")
             else:
-                click.echo(shlex.join(cell.command()))
+                bundle = out / matrix_run.BUNDLES / cell.bundle
+                click.echo(shlex.join(["export-zoo", *matrix_run.arguments(cell, bundle)]))
         return
     shown = 0
 
@@ -144,7 +145,7 @@ def matrix(
             click.echo(matrix_report.totals(results) + (f", {missing} not run" if missing else ""))
     if failed := [result for result in results if result.status == "failed"]:
         gates = [result.name for result in failed if result.gate]
-        hint = f"the reasons are above and in {out / 'results'}; bundles of failed gates in {out / 'bundles'}"
+        hint = f"the reasons are above and in {out / 'results'}; bundles of failed gates in {out / matrix_run.BUNDLES}"
         if gates:
             raise ParityError(f"{file}: parity gate failed: {', '.join(gates)}", hint=hint)
         missed = ", ".join(result.name for result in failed)

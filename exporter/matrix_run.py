@@ -36,6 +36,9 @@ from exporter.publish import failed_place
 
 Status = Literal["ok", "failed", "excluded", "skipped"]
 
+BUNDLES = "bundles"
+"""Folder in --out."""
+
 _DATE = "%Y-%m-%dT%H:%M:%SZ"
 _POLL_SECONDS = 0.1
 _SPARE_BYTES = 1 << 30
@@ -294,6 +297,14 @@ class _Started:
         )
 
 
+def arguments(cell: Cell, bundle: Path) -> list[str]:
+    """Of `export-zoo`, for a cell whose bundle is there."""
+    if cell.cpu == HOST:
+        return [*cell.command(), f"--out={bundle}"]
+    command, _, *options = cell.command()
+    return [command, str(bundle), *options]
+
+
 def run_cell(cell: Cell, bundle: Path, *, seconds: float, memory: float | None) -> CellResult:
     """Export one cell in a process of its own.
 
@@ -303,7 +314,7 @@ def run_cell(cell: Cell, bundle: Path, *, seconds: float, memory: float | None) 
         memory: GiB at which it is ended; None for what is free now, less one.
     """
     started, inputs = _Started(), fingerprints(cell)
-    ended = _process([*cell.command(), f"--out={bundle}"], seconds=seconds, memory=memory)
+    ended = _process(arguments(cell, bundle), seconds=seconds, memory=memory)
     document = ended.document
     engines = [e for e in document.get("engines", []) if e.get("name") == cell.engine]
     recipe = document.get("recipe") or {}
@@ -332,8 +343,7 @@ def run_on_cpu(
         seconds, memory: as of `run_cell`.
     """
     started = _Started()
-    command, _, *options = cell.command()
-    ended = _process([command, str(bundle), *options], seconds=seconds, memory=memory)
+    ended = _process(arguments(cell, bundle), seconds=seconds, memory=memory)
     attestation: dict[str, Any] = next(iter(ended.document.get("emulated", [])), {})
     engine: dict[str, Any] = {}
     if gate := attestation.get("engines", {}).get(cell.engine):
@@ -413,7 +423,7 @@ def run(
     Raises:
         EnvironmentFailureError: `out` cannot be written to.
     """
-    results, bundles = out / "results", out / "bundles"
+    results, bundles = out / "results", out / BUNDLES
     try:
         results.mkdir(parents=True, exist_ok=True)
         bundles.mkdir(exist_ok=True)

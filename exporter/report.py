@@ -57,6 +57,9 @@ def show_log() -> None:
     log.setLevel(logging.INFO)
 
 
+RANDOM = "random weights: accuracy figures mean nothing"
+
+
 class Advance(Protocol):
     """Counts finished items, and tells their total where it was not known at the beginning."""
 
@@ -164,9 +167,7 @@ def print_table(engines: Sequence[Engine], *, random: bool) -> None:
     from rich.table import Table
 
     console = make_console()
-    table = Table(
-        title="random weights: accuracy figures mean nothing" if random else None, title_style="yellow"
-    )
+    table = Table(title=RANDOM if random else None, title_style="yellow")
     for column in ("engine", "size", "state", "SQNR dB", "top-1 agr.", "accuracy", "batch", "ms", "vs FP32"):
         table.add_column(column, justify="left" if column in ("engine", "state") else "right")
     for engine in engines:

@@ -90,7 +90,13 @@ def test_attestations_that_are_no_files_are_left_out(bundle):
     place = bundle / "attestations"
     (place / "29990101T000000000000Z.json").mkdir(parents=True)
     os.mkfifo(place / "29990101T000000000001Z.json")
-    assert engines.load(bundle, engine="onnxruntime-int8").state == "verified"
+    (place / "29990101T000000000002Z.json").write_text("{")
+    found = engines.load(bundle, engine="onnxruntime-int8")
+    assert found.state == "verified"
+    for number in range(3):
+        text = f"attestations/29990101T00000000000{number}Z.json cannot be read, and is not used"
+        assert text in found.why
+        assert text in engines.load(bundle).why
 
 
 def test_verify_tells_what_it_found_where_no_attestation_can_be_written(bundle):
@@ -126,6 +132,8 @@ def test_what_verify_finds_here_overrules_the_manifest(bundle):
     assert path is not None
     found = engines.load(bundle)
     assert (found.name, found.state) == ("onnxruntime-fp32", "verified")
+    told = f"onnxruntime-int8 was left out: built, not verified (attestations/{path.name}: {attestation.machine})"
+    assert told in found.why
     assert engines.load(bundle, engine="onnxruntime-int8").state == "built"
 
 

@@ -1099,7 +1099,7 @@ def test_quiet_shows_warnings_and_errors_only(command, code, cli, tmp_path):
     assert done.out == ""
     for line in done.err.splitlines():
         assert line.startswith(("warning: ", "error: ", "  next: ")), line
-    assert ("warning: " in done.err) == (command[0] == "resnet18")
+    assert ("warning: " in done.err) == (command[0] in ("resnet18", "verify"))  # the weights are random
 
 
 # -- list -----------------------------------------------------------------------------------------------------------
@@ -1263,6 +1263,25 @@ def test_verify_runs_the_engines_again_and_writes_an_attestation(bundle, cli):
     assert {k: v for k, v in _tree(bundle).items() if "attestations" not in k} == before
 
 
+def test_inspect_shows_what_was_attested_and_what_cannot_be_read(bundle, cli):
+    _change_manifest(
+        bundle, lambda document: document["artifacts"]["engines"][1]["gate"]["tolerances"].update(sqnr=500)
+    )
+    path = Path(cli("verify", bundle).json["attestation"])
+    path.with_name("0.json").write_text("{")
+    done = cli("inspect", bundle)
+    document = json.loads(path.read_text())
+    assert done.json["attestations"] == {f"attestations/{path.name}": document}
+    results = "onnxruntime-fp32 verified, onnxruntime-int8 FAILED"
+    assert f"attestation  attestations/{path.name}, {document['machine']}: {results}" in done.out
+    assert "warning      attestations/0.json cannot be read, and is not used" in done.out
+
+
+def test_verify_says_that_weights_are_random(bundle, cli):
+    _change_manifest(bundle, lambda document: document["recipe"]["source"]["weights"].update(random=True))
+    assert "random weights: accuracy figures mean nothing" in cli("verify", bundle).json["warnings"]
+
+
 def test_verify_and_inspect_do_not_load_pytorch(bundle):
     for command in ("verify", "inspect"):
         code, out, heavy = _loaded(command, bundle)
@@ -1275,9 +1294,14 @@ def test_verify_and_inspect_do_not_load_pytorch(bundle):
 def test_what_is_no_bundle_is_bad_input(command, cli, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("x")
-    for name in ("empty", "file", "absent"):
+    for name, why in (
+        ("empty", "no manifest.json in it"),
+        ("file", "a file"),
+        ("absent", "no such directory"),
+    ):
         error = _refused(cli(command, tmp_path / name), 5, "input")
         assert str(tmp_path / name) in error["message"]
+        assert why in error["message"]
 
 
 def _other_version(document: dict) -> None:

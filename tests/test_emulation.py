@@ -149,7 +149,10 @@ def test_emulated_verification_is_in_the_json_document_and_attested_in_the_bundl
     assert haswell["emulation"]["saturates"]
     assert not nehalem["emulation"]["saturates"]
     assert (haswell["instruction_set"], nehalem["instruction_set"]) == ("avx2", "x86_64")
-    assert {a.emulation.cpu for a in attestations(verified.bundle) if a.emulation} == {"haswell", "nehalem"}
+    assert {a.emulation.cpu for a in attestations(verified.bundle).by_file.values() if a.emulation} == {
+        "haswell",
+        "nehalem",
+    }
 
 
 def test_verified_engines_stay_verified_after_an_emulated_verification_that_holds(verified):
@@ -266,6 +269,17 @@ def test_cpus_are_listed_without_a_bundle(cli):
     lines = done.out.splitlines()
     assert [line.split()[:2] for line in lines] == [[cpu.name, cpu.machine] for cpu in CPUS.values()]
     assert "sums of INT8 saturate" in lines[0]
+    assert [cpu["name"] for cpu in done.json["cpus"]] == [*CPUS]
+
+
+def test_cpus_are_listed_alone_and_nothing_is_verified_without_a_bundle(cli, tmp_path):
+    for beside in ([tmp_path], ["--cpu", "haswell"], ["--images", "4"]):
+        done = cli("verify", "--cpu", "list", *beside)
+        assert done.code == 2
+        assert done.json["error"]["message"].startswith("--cpu list: stands alone")
+    done = cli("verify")
+    assert done.code == 2
+    assert "BUNDLE" in done.json["error"]["message"]
 
 
 def test_an_unknown_cpu_is_refused_with_those_there_are(cli, tmp_path):
@@ -663,6 +677,18 @@ def test_a_graph_that_cannot_run_exactly_there_is_unavailable(qemu, tmp_path):
     ) as raised:
         EmulatedEngine(tmp_path / "x.onnx", CPUS["haswell"])
     assert raised.value.hint == "export again"
+
+
+@x86
+def test_an_emulator_that_computes_nothing_any_more_is_killed(digits_bundle, cli, qemu, monkeypatch):
+    monkeypatch.setattr("engines.emulation.engine.STUCK_SECONDS", 0.5)
+    qemu("echo waiting for a lock >&2; exec sleep 1000")
+    done = cli("verify", digits_bundle, "--cpu", "haswell")
+    assert done.code == 4
+    assert done.json["error"]["message"].startswith(
+        "--cpu haswell: ONNX Runtime is stuck under qemu 9.8.7, exit code -9"
+    )
+    assert "computed nothing for 0.5 s, and was killed; waiting for a lock" in done.json["error"]["message"]
 
 
 @x86

@@ -708,7 +708,11 @@ def test_github_gets_the_jobs_as_one_line_of_json(tmp_path, capsys):
 
 
 def test_a_dry_run_prints_command_lines_and_runs_nothing(tmp_path, capsys):
-    path = write(tmp_path / "m.yaml", MINIMAL)
+    path = write(tmp_path / "m.yaml", MINIMAL + "cpus: [host, haswell]\n")
     assert main(["matrix", str(path), "--dry-run", "--out", str(tmp_path / "out")]) == 0
-    assert capsys.readouterr().out == "export resnet18 --precision=fp32 --target=onnxruntime\n"
+    bundle = tmp_path / "out" / "bundles" / "resnet18-onnxruntime-fp32.bundle"
+    assert capsys.readouterr().out.splitlines() == [
+        f"export-zoo export resnet18 --precision=fp32 --target=onnxruntime --out={bundle}",
+        f"export-zoo verify {bundle} --cpu=haswell --images=16",
+    ]
     assert not (tmp_path / "out").exists()

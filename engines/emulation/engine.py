@@ -6,8 +6,9 @@ import json
 import os
 import subprocess
 import tempfile
-from collections.abc import Mapping
-from contextlib import suppress
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 import numpy.typing as npt
+import psutil
 
 from calibration.errors import BadInputError, TargetUnavailableError
 from engines.emulation.cpus import Cpu, emulator, launch
@@ -26,6 +28,13 @@ Float32Array = npt.NDArray[np.float32]
 
 _NOISE = "TCG doesn't support requested feature"
 """Words of a warning of qemu's about each feature that the CPU has and the emulator has not."""
+
+
+STUCK_SECONDS = 120.0
+"""Without a tick of CPU time while an answer is awaited: threads wait for each other, as may happen in qemu."""
+
+_POLLS = 24
+"""In that time. They are counted rather than seconds, which pass while all processes are stopped."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +62,17 @@ def qemu_version(cpu: Cpu) -> str:
     return words[words.index("version") + 1] if "version" in words[:-1] else "unknown"
 
 
+def _cpu_seconds(pid: int) -> float:
+    """CPU time of a process and its children."""
+    total = 0.0
+    with suppress(psutil.Error):
+        for process in (one := psutil.Process(pid), *one.children(recursive=True)):
+            with suppress(psutil.Error):
+                times = process.cpu_times()
+                total += times.user + times.system
+    return total
+
+
 class EmulatedEngine:
     """An ONNX file that ONNX Runtime runs on an emulated CPU, in a process of its own. Use it as a context manager.
 
@@ -66,6 +86,8 @@ class EmulatedEngine:
             graph cannot be run exactly there.
         BadInputError: ONNX Runtime does not load the file.
     """
+
+    _stuck = False
 
     def __init__(
         self,
@@ -95,7 +117,8 @@ class EmulatedEngine:
 
     def _described(self) -> Emulated:
         assert self._process.stdout is not None
-        line = self._process.stdout.readline()
+        with self._awaited():
+            line = self._process.stdout.readline()
         if not line:
             raise self._lost("does not start")
         try:
@@ -122,21 +145,47 @@ class EmulatedEngine:
             line for line in self._errors.read().decode(errors="replace").splitlines() if _NOISE not in line
         ]
         said = "; ".join(line.strip() for line in lines[-3:]) or "nothing was printed"
+        if self._stuck:
+            what, said = "is stuck", f"it computed nothing for {STUCK_SECONDS:g} s, and was killed; {said}"
         return TargetUnavailableError(
             f"--cpu {self._cpu.name}: ONNX Runtime {what} under qemu {qemu_version(self._cpu)}, exit code {code}: "
             f"{said}",
             hint="try another version of qemu-user or of ONNX Runtime; docs/cpu.md lists those that were run",
         )
 
+    @contextmanager
+    def _awaited(self) -> Iterator[None]:
+        """Kill the process if it is stuck before this ends."""
+        answered = threading.Event()
+        thread = threading.Thread(target=self._kill_if_stuck, args=(answered,), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            answered.set()
+            thread.join()
+
+    def _kill_if_stuck(self, answered: threading.Event) -> None:
+        used, idle = -1.0, 0
+        while not answered.wait(STUCK_SECONDS / _POLLS):
+            now = _cpu_seconds(self._process.pid)
+            idle = idle + 1 if now == used else 0
+            used = now
+            if idle >= _POLLS:
+                self._stuck = True
+                self._process.kill()
+                return
+
     def run_all(self, batch: Float32Array) -> tuple[Float32Array, ...]:
         """All outputs, float32, of a preprocessed batch float32 [N, 3, H, W].
 
         Raises:
-            TargetUnavailableError: the emulated process ended.
+            TargetUnavailableError: the emulated process ended, or computes nothing any more.
         """
         try:
-            send(cast(BinaryIO, self._process.stdin), (batch,))
-            outputs = receive(cast(BinaryIO, self._process.stdout))
+            with self._awaited():
+                send(cast(BinaryIO, self._process.stdin), (batch,))
+                outputs = receive(cast(BinaryIO, self._process.stdout))
         except BrokenPipeError:
             outputs = None
         if outputs is None:

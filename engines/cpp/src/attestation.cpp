@@ -19,13 +19,17 @@ namespace {
 using nlohmann::json;
 namespace fs = std::filesystem;
 
+struct Attestation {
+  std::string name;  // its path within the bundle
+  json document;
+};
+
 // Files by name, the newest first: they are named by time.
 std::vector<fs::path> newest_first(const fs::path& directory) {
   std::vector<fs::path> found;
   std::error_code error;
   for (fs::directory_iterator entry(directory, error), end; !error && entry != end; entry.increment(error)) {
-    std::error_code unreadable;
-    if (entry->path().extension() == ".json" && entry->is_regular_file(unreadable)) found.push_back(entry->path());
+    if (entry->path().extension() == ".json") found.push_back(entry->path());
   }
   std::sort(found.rbegin(), found.rend());
   return found;
@@ -38,12 +42,14 @@ const json& entry(const json& document, const char* key) {
   return found == document.end() ? nothing : *found;
 }
 
-// Nothing where it is none, or of another manifest.
-std::optional<json> read_attestation(const fs::path& path, const std::string& manifest_sha256) {
+// Nothing where it is none.
+std::optional<json> read_attestation(const fs::path& path) {
+  std::error_code error;
+  if (!fs::is_regular_file(path, error)) return std::nullopt;  // a pipe would be waited for
   try {
     auto document = read_json(path);
-    if (document.is_object() && entry(document, "schema_version") == 1 &&
-        entry(document, "manifest_sha256") == manifest_sha256 && entry(document, "engines").is_object()) {
+    if (document.is_object() && entry(document, "schema_version") == 1 && entry(document, "manifest_sha256").is_string() &&
+        entry(document, "engines").is_object()) {
       return document;
     }
   } catch (const std::runtime_error&) {
@@ -71,33 +77,47 @@ std::optional<State> state_of(const json& attestation, const std::string& engine
 
 }  // namespace
 
-void apply_attestations(const fs::path& bundle, const std::optional<std::string>& compute_capability,
-                        std::vector<EngineInfo>& engines) {
+Attested apply_attestations(const fs::path& bundle, const std::optional<std::string>& compute_capability,
+                            std::vector<EngineInfo>& engines) {
+  Attested attested;
+  attested.sources.resize(engines.size());
   const auto files = newest_first(bundle / "attestations");
-  if (files.empty()) return;
+  if (files.empty()) return attested;
   const auto manifest_sha256 = sha256_of(bundle / "manifest.json");
   const auto instructions = instruction_set();
-  std::vector<json> attestations;
+  std::vector<Attestation> attestations;
   for (const auto& path : files) {
-    if (auto attestation = read_attestation(path, manifest_sha256)) attestations.push_back(std::move(*attestation));
+    auto file = "attestations/" + path.filename().string();
+    auto document = read_attestation(path);
+    if (!document) {
+      attested.unreadable.push_back(std::move(file));
+    } else if (entry(*document, "manifest_sha256") == manifest_sha256) {
+      attestations.push_back({std::move(file), std::move(*document)});
+    }
   }
   // A real machine's go before those of emulated CPUs.
-  const auto is_real = [](const json& attestation) { return entry(attestation, "emulation").is_null(); };
+  const auto is_real = [](const Attestation& one) { return entry(one.document, "emulation").is_null(); };
   std::stable_partition(attestations.begin(), attestations.end(), is_real);
   std::set<std::pair<std::string, std::string>> settled;  // engine, and the emulated CPU or "" for a real machine
   for (const auto& attestation : attestations) {
-    const bool cpu = entry(attestation, "instruction_set") == instructions;
-    const bool gpu = compute_capability && entry(attestation, "compute_capability") == *compute_capability;
-    for (auto& engine : engines) {
+    const auto& document = attestation.document;
+    const bool cpu = entry(document, "instruction_set") == instructions;
+    const bool gpu = compute_capability && entry(document, "compute_capability") == *compute_capability;
+    for (std::size_t i = 0; i < engines.size(); ++i) {
+      auto& engine = engines[i];
       if (!(engine.target == "onnxruntime" ? cpu : gpu) || settled.contains({engine.name, ""})) continue;
-      if (const auto state = state_of(attestation, engine.name)) {
+      if (const auto state = state_of(document, engine.name)) {
         // Nothing is verified by emulation, but an engine that failed on an emulated CPU, when it last ran there, is
         // not verified any more.
-        if (!settled.insert({engine.name, emulated_cpu(attestation)}).second) continue;
-        if (is_real(attestation) || *state == State::built) engine.state = *state;
+        if (!settled.insert({engine.name, emulated_cpu(document)}).second) continue;
+        if (!is_real(attestation) && *state != State::built) continue;
+        engine.state = *state;
+        const auto& machine = entry(document, "machine");
+        attested.sources[i] = attestation.name + (machine.is_string() ? ": " + machine.get<std::string>() : "");
       }
     }
   }
+  return attested;
 }
 
 }  // namespace export_zoo::detail

@@ -34,8 +34,10 @@ class ContextState {
 
 namespace {
 
-// Why an engine cannot be loaded, from its description alone; empty where it can. `capability` is that of the GPU here.
-std::string why_not(const EngineInfo& info, const std::optional<std::string>& capability, const Options& options) {
+// Why an engine cannot be loaded, from its description alone; empty where it can. `source` is the attestation that its
+// state comes from, empty for the manifest. `capability` is that of the GPU here.
+std::string why_not(const EngineInfo& info, const std::string& source, const std::optional<std::string>& capability,
+                    const Options& options) {
   if (info.target != "onnxruntime") {
 #ifndef EXPORT_ZOO_WITH_TENSORRT
     static_cast<void>(capability);
@@ -52,7 +54,9 @@ std::string why_not(const EngineInfo& info, const std::optional<std::string>& ca
     }
 #endif
   }
-  if (info.state < options.least) return std::string(name(info.state)) + ", not " + name(options.least);
+  if (info.state < options.least) {
+    return std::string(name(info.state)) + ", not " + name(options.least) + (source.empty() ? "" : " (" + source + ")");
+  }
   return {};
 }
 
@@ -74,7 +78,7 @@ struct LeftOut {
 // Engines that can be loaded, the best first, or the one that is asked for. The others are added to `left_out`. Throws
 // Error.
 std::vector<std::size_t> choose(const std::filesystem::path& bundle, const Metadata& metadata,
-                                const std::optional<std::string>& capability, const Options& options,
+                                const detail::Attested& attested, const std::optional<std::string>& capability, const Options& options,
                                 std::vector<LeftOut>& left_out) {
   std::string reasons;
   bool lower = false;  // whether that would help
@@ -82,7 +86,7 @@ std::vector<std::size_t> choose(const std::filesystem::path& bundle, const Metad
   for (std::size_t i = 0; i < metadata.engines.size(); ++i) {
     const auto& info = metadata.engines[i];
     if (!options.engine.empty() && info.name != options.engine) continue;
-    const auto reason = why_not(info, capability, options);
+    const auto reason = why_not(info, attested.sources[i], capability, options);
     if (reason.empty()) {
       found.push_back(i);
     } else {
@@ -120,10 +124,14 @@ bool is_of_the_machine(ErrorCode code) {
          code == ErrorCode::cpu;
 }
 
-std::string why_chosen(const EngineInfo& info, const std::vector<LeftOut>& left_out, const Options& options) {
-  if (!options.engine.empty()) return "asked for";
-  std::string why = std::string("fastest ") + name(info.state) + " engine that may be loaded here";
-  for (const auto& other : left_out) why += "; " + other.name + " was left out: " + other.reason;
+std::string why_chosen(const EngineInfo& info, const std::vector<LeftOut>& left_out, const detail::Attested& attested,
+                       const Options& options) {
+  std::string why = "asked for";
+  if (options.engine.empty()) {
+    why = std::string("fastest ") + name(info.state) + " engine that may be loaded here";
+    for (const auto& other : left_out) why += "; " + other.name + " was left out: " + other.reason;
+  }
+  for (const auto& file : attested.unreadable) why += "; " + file + " cannot be read, and is not used";
   return why;
 }
 
@@ -147,17 +155,17 @@ Engine Engine::load(const std::filesystem::path& bundle, const Options& options)
     capability = detail::compute_capability(options);
   }
 #endif
-  detail::apply_attestations(bundle, capability, manifest.metadata.engines);
+  const auto attested = detail::apply_attestations(bundle, capability, manifest.metadata.engines);
   auto state = std::make_shared<detail::EngineState>();
   state->metadata = std::move(manifest.metadata);
   std::optional<ErrorCode> code;  // of the best
   std::string reasons;
   std::vector<LeftOut> left_out;
-  for (const auto i : choose(bundle, state->metadata, capability, options, left_out)) {
+  for (const auto i : choose(bundle, state->metadata, attested, capability, options, left_out)) {
     try {
       state->info = state->metadata.engines[i];
       state->backend = open(bundle, manifest.files[i], state->info, state->metadata, options);
-      state->why = why_chosen(state->info, left_out, options);
+      state->why = why_chosen(state->info, left_out, attested, options);
       return Engine(std::move(state));
     } catch (const Error& error) {
       if (!is_of_the_machine(error.code())) throw;

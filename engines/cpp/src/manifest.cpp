@@ -276,9 +276,11 @@ detail::Manifest detail::read_manifest(const fs::path& bundle) {
   const auto path = bundle / "manifest.json";
   std::error_code unknown;
   if (!fs::exists(path, unknown)) {
-    throw Error(ErrorCode::bundle, bundle.string() +
-                                       ": not a bundle (no manifest.json): pass the directory that "
-                                       "`export-zoo export` wrote");
+    const auto why = fs::is_directory(bundle, unknown) ? "no manifest.json in it"
+                     : fs::exists(bundle, unknown)     ? "a file"
+                                                       : "there is no such directory";
+    throw Error(ErrorCode::bundle, bundle.string() + ": not a bundle (" + why +
+                                       "): pass the directory that `export-zoo export` wrote");
   }
   json document;
   try {

@@ -149,6 +149,9 @@ TEST_F(Engine, HasTheStateThatTheNewestAttestationOfAMachineLikeThisOneSays) {
   attest("1.json", "/engines/onnxruntime-int8/failures", failures);
   EXPECT_EQ(state(), ez::State::built) << "the instruction set is called what Python calls it";
   EXPECT_EQ(ez::Engine::load(bundle).info().name, "onnxruntime-fp32");
+  EXPECT_THAT(ez::Engine::load(bundle).why(),
+              HasSubstr("; onnxruntime-int8 was left out: built, not graph verified (attestations/1.json: " +
+                        attested["machine"].get<std::string>() + ")"));
   attest("2.json", "/status", "ok");
   EXPECT_EQ(state(), ez::State::verified) << "the newest counts";
   for (const auto& [pointer, value] : std::vector<std::pair<const char*, json>>{
@@ -164,6 +167,8 @@ TEST_F(Engine, HasTheStateThatTheNewestAttestationOfAMachineLikeThisOneSays) {
   for (const auto& text : {std::string(), std::string("{"), std::string("null"), std::string("[]"), deep}) {
     support::write(bundle / "attestations/4.json", text);
     EXPECT_EQ(state(), ez::State::verified);
+    EXPECT_THAT(ez::Engine::load(bundle, options).why(),
+                testing::StartsWith("asked for; attestations/4.json cannot be read, and is not used"));
   }
 }
 

@@ -97,7 +97,7 @@ TEST_F(Metadata, OfNoBundleIsRefused) {
   const auto [code, message] = error_of([&] { static_cast<void>(ez::read_metadata(directory_.path())); });
   EXPECT_EQ(code, ez::ErrorCode::bundle);
   EXPECT_THAT(message, HasSubstr(directory_.path().string()));
-  EXPECT_THAT(message, HasSubstr("not a bundle"));
+  EXPECT_THAT(message, HasSubstr("not a bundle ("));
 }
 
 TEST_F(Metadata, ThatIsNoJsonIsRefused) {

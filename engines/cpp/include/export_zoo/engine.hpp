@@ -70,7 +70,8 @@ class EXPORT_ZOO_API Engine {
   [[nodiscard]] const std::string& backend() const noexcept;
 
   /// Why this engine was chosen: "asked for", or "fastest verified engine that may be loaded here". Each engine that
-  /// cannot be loaded here follows: "; onnxruntime-int8 was left out: <reason>".
+  /// cannot be loaded here follows: "; onnxruntime-int8 was left out: <reason>", and
+  /// each attestation that cannot be read.
   [[nodiscard]] const std::string& why() const noexcept;
 
  private:
