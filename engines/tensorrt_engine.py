@@ -71,6 +71,8 @@ class TensorRTEngine:
             written after each input shape that is run for the first time. Unused by `tensorrt`: it compiles nothing.
         host_code: the plan was built `--version-compatible`: it brings code of its own for the host, which TensorRT
             loads only when it is allowed to.
+        cuda_graphs: TensorRT-RTX captures each input shape's kernels as a CUDA graph, and launches that. Unused by
+            `tensorrt`.
 
     Raises:
         TargetUnavailableError: the packages are missing, or the plan belongs to another GPU or version.
@@ -85,6 +87,7 @@ class TensorRTEngine:
         weights: Path | None = None,
         runtime_cache: Path | None = None,
         host_code: bool = False,
+        cuda_graphs: bool = False,
     ) -> None:
         self._cuda = cuda = _cuda()
         try:
@@ -121,7 +124,10 @@ class TensorRTEngine:
             )
         if weights is not None:
             self._refit(trt, weights)
-        self._cache_path = runtime_cache if target == "tensorrt-rtx" else None
+        self._trt = trt
+        is_rtx = target == "tensorrt-rtx"
+        self._cache_path = runtime_cache if is_rtx else None
+        self._cuda_graphs = cuda_graphs and is_rtx
         self._cache: Any = None
         self._shapes_run: set[tuple[int, ...]] = set()
         self._context = self._create_context()
@@ -152,17 +158,42 @@ class TensorRTEngine:
             )
 
     def _create_context(self) -> Any:
-        """An execution context, with the kernels of the runtime cache where one was asked for (NVIDIA, TensorRT-RTX
-        documentation, "Working with Runtime Cache")."""
-        if self._cache_path is None:
+        """An execution context, with the kernels of the runtime cache and with CUDA graphs where they were asked for
+        (NVIDIA, TensorRT-RTX documentation, "Working with Runtime Cache", "Working with RTX CUDA Graphs")."""
+        if self._cache_path is None and not self._cuda_graphs:
             return self._engine.create_execution_context()
         config = self._engine.create_runtime_config()
-        self._cache = config.create_runtime_cache()
-        # One of another GPU or version is not used, says NVIDIA, and is then replaced by ours.
-        if self._cache_path.is_file() and not self._cache.deserialize(self._cache_path.read_bytes()):
-            log.warning("%s: not a runtime cache for this GPU and version: starting anew", self._cache_path)
-        config.set_runtime_cache(self._cache)
+        if self._cuda_graphs:
+            config.cuda_graph_strategy = self._trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        if self._cache_path is not None:
+            self._cache = config.create_runtime_cache()
+            # One of another GPU or version is not used, says NVIDIA, and is then replaced by ours.
+            if self._cache_path.is_file() and not self._cache.deserialize(self._cache_path.read_bytes()):
+                log.warning(
+                    "%s: not a runtime cache for this GPU and version: starting anew", self._cache_path
+                )
+            config.set_runtime_cache(self._cache)
         return self._engine.create_execution_context(config)
+
+    def layers(self) -> str:
+        """What TensorRT made of the graph, as JSON: each layer with its precision and kernel, as far as it tells."""
+        inspector = self._engine.create_engine_inspector()
+        inspector.execution_context = self._context
+        return str(inspector.get_engine_information(self._trt.LayerInformationFormat.JSON))
+
+    def start(self, count: int) -> None:
+        """Launch a batch of whatever lies in the device's input buffer, and copy nothing: for timing.
+
+        Raises:
+            EnvironmentFailureError: TensorRT fails.
+        """
+        self._context.set_input_shape(self.input_name, (count, *self._most[1:]))
+        if not self._context.execute_async_v3(int(self._stream)):
+            raise EnvironmentFailureError("TensorRT could not run the engine", hint="-v shows its log")
+
+    def wait(self) -> None:
+        """Until all that was started has ended."""
+        _checked(self._cuda, self._cuda.cudaStreamSynchronize(self._stream))
 
     def _keep_kernels(self, shape: tuple[int, ...]) -> None:
         """Write the runtime cache, whole, after an input shape's first run. A full disk costs time, nothing else."""

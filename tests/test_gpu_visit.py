@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -13,12 +14,13 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-SCRIPT = ROOT / "ci" / "gpu_visit.py"
+SCRIPT, STEPS = ROOT / "ci" / "gpu_visit.py", ROOT / "ci" / "gpu_steps.py"
 MIB = 1 << 20
 
 
 @pytest.fixture(scope="module")
 def visit():
+    sys.path.insert(0, str(SCRIPT.parent))  # as for a program
     spec = importlib.util.spec_from_file_location("gpu_visit", SCRIPT)
     assert spec is not None
     assert spec.loader is not None
@@ -121,11 +123,23 @@ def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+NEEDING_NOTHING = (
+    "wheels",
+    "device",
+    "convolutions",
+    "resnet50",
+    "digits speed",
+    "lite0",
+    "errors",
+    "layers",
+)
+
+
 @pytest.fixture(scope="module")
 def rehearsed(tmp_path_factory) -> Path:
     """The steps that take seconds, with this machine standing in."""
     out = tmp_path_factory.mktemp("visit") / "out"
-    steps = [f"--step={name}" for name in ("wheels", "device", "convolutions", "resnet50")]
+    steps = [f"--step={name}" for name in NEEDING_NOTHING]
     done = run("run", out, "--from", out.parent / "no pieces", "--work", out.parent / "work", *steps)
     assert done.returncode == 0, done.stderr + (out / "log.txt").read_text()
     return out
@@ -134,10 +148,14 @@ def rehearsed(tmp_path_factory) -> Path:
 def test_each_step_writes_what_it_found_and_that_it_ended(rehearsed):
     lines = [json.loads(line) for line in (rehearsed / "lines.jsonl").read_text().splitlines()]
     ended = {line["step"]: line["ended"] for line in lines if "ended" in line}
-    assert ended == dict.fromkeys(("wheels", "device", "convolutions", "resnet50"), "done")
+    assert ended == dict.fromkeys(NEEDING_NOTHING, "done")
     found = {line["step"]: line for line in lines if "ended" not in line}
     assert found["wheels"]["skipped"] == "no wheels came"
     assert found["resnet50"]["skipped"] == "no images came"
+    assert found["lite0"]["skipped"] == "its package did not come"
+    for step in ("digits speed", "errors"):
+        assert found[step]["skipped"] == "digits was not exported"
+    assert found["layers"]["skipped"] == "no engine of TensorRT-RTX runs here"
     assert found["device"]["versions"]["torch"]
     assert sum(file.stat().st_size for file in rehearsed.iterdir()) < 16 * MIB, "so much comes back, a file"
     assert len([*rehearsed.iterdir()]) <= 8
@@ -159,6 +177,10 @@ def test_the_report_says_what_was_found_and_what_was_not_run(rehearsed, tmp_path
     assert done.returncode == 0
     assert "### device: done" in done.stdout
     assert "### tests: not run" in done.stdout
+    assert "- skipped no images came" in done.stdout
+    assert re.search(
+        r"^\| precision \| built for \|.*\n\|---\|---\|.*\n\| fp16 \| default \|", done.stdout, re.M
+    )
     assert "there is no CUDA device" in done.stdout or "sqnr" in done.stdout
     shutil.copytree(rehearsed, tmp_path / "out")
     with (tmp_path / "out" / "lines.jsonl").open("a") as file:
@@ -169,17 +191,14 @@ def test_the_report_says_what_was_found_and_what_was_not_run(rehearsed, tmp_path
 
 
 def test_a_step_that_fails_or_hangs_does_not_stop_the_next(visit, tmp_path, monkeypatch):
-    broken = tmp_path / "ci" / "gpu_visit.py"
-    broken.parent.mkdir()
-    text = SCRIPT.read_text()
-    text = text.replace(
-        "def _device(out: Path, work: Path) -> None:\n", "def _device(out, work):\n    1 / 0\n"
-    )
-    text = text.replace(
-        "def _wheels(out: Path, work: Path) -> None:\n",
-        "def _wheels(out, work):\n    subprocess.run(['sleep', '1234567'])\n",
-    )
-    broken.write_text(text)
+    (tmp_path / "ci").mkdir()
+    broken = Path(shutil.copy(SCRIPT, tmp_path / "ci"))
+    text = STEPS.read_text()
+    for step, body in (("device", "1 / 0"), ("wheels", "subprocess.run(['sleep', '1234567'])")):
+        head = f"def _{step}(visit: Visit) -> None:\n"
+        assert head in text
+        text = text.replace(head, f"{head}    {body}\n\n\ndef _was_{step}(visit: Visit) -> None:\n")
+    (tmp_path / "ci" / "gpu_steps.py").write_text(text)
     command = [
         sys.executable,
         broken,
@@ -208,6 +227,7 @@ def test_a_step_that_fails_or_hangs_does_not_stop_the_next(visit, tmp_path, monk
     ("arguments", "says"),
     [
         (["pack", "x", "--without", "numpy"], "--without numpy: not among"),
+        (["pack", "x", "--with", "numpy"], "'numpy' (choose from"),
         (["report", "nowhere"], "nowhere: has no lines.jsonl: give the folder that `run` wrote"),
         (["run", "x"], "--from"),
         (["run", "x", "--from", "y", "--step", "dance"], "'dance'"),

@@ -417,6 +417,23 @@ def test_a_plan_without_weights_gets_them_from_its_graph_on_a_gpu(target, digits
 
 @pytest.mark.gpu
 @gpu
+def test_cuda_graphs_change_no_logit_and_layers_are_told_on_a_gpu(digits, cli, tmp_path):
+    given = [*digits.arguments(), "--precision", "fp16", "--calib", digits.images, "--target", "tensorrt-rtx"]
+    assert cli(*given, "--compute-capability", "current", "--out", tmp_path / "out").code == 0
+    (described,) = read_manifest(tmp_path / "out").artifacts.engines
+    path = tmp_path / "out" / described.file.path
+    batch = np.random.default_rng(0).normal(size=(8, 3, 32, 32)).astype(np.float32)
+    plain, captured = (TensorRTEngine(path, target="tensorrt-rtx", cuda_graphs=on) for on in (False, True))
+    expected = plain.run(batch)
+    for _ in range(50):  # a shape is captured once its kernels are specialized
+        np.testing.assert_array_equal(captured.run(batch), expected)
+    plain.start(8)
+    plain.wait()
+    assert json.loads(plain.layers())["Layers"]
+
+
+@pytest.mark.gpu
+@gpu
 def test_a_bundle_built_elsewhere_is_promoted_by_verify_on_a_gpu(bundle, digits, cli, tmp_path):
     """Built with a default of several compute capabilities; skipped where this GPU has another."""
     import shutil
