@@ -239,7 +239,17 @@ class TuningStep(_Model):
 
     name: StepName
     chosen: str
-    sqnr: dict[str, float] = Field(description="Of each candidate, in dB to the FP32 graph's logits.")
+    sqnr: dict[str, float] = Field(
+        description="Of each candidate, in dB to the FP32 graph's logits, on the tuning's `images`."
+    )
+    best: str | None = Field(default=None, description="Of the candidates beside the default.")
+    gain: float | None = Field(
+        default=None, description="Of the best over the default, in dB, on the step's `images`."
+    )
+    standard_error: float | None = Field(default=None, description="Of the gain, over images, in dB.")
+    images: int | None = Field(
+        default=None, description="That the best was compared on: more where it was close."
+    )
     names: list[str] = Field(
         default_factory=list,
         description="`method`: tensors whose range is `mse`'s; `float`: layers (globs over nodes) left unquantized.",

@@ -20,6 +20,9 @@ Size = tuple[int, int]
 MIN_RELATIVE_SPREAD = 1e-4
 """A reference whose logits vary between images by less than this share of their size compares nothing."""
 
+WITHOUT_NOISE = 200.0
+"""SQNR at most, in dB: that of logits that are equal. Its negative is that of logits that are not finite."""
+
 MIN_SPREAD = 1e-6
 MISPLACED_FACTOR, STANDS_OUT = 4.0, 2.0
 _CLASS_BLOCK = 512
@@ -197,7 +200,7 @@ def compare(reference: Logits, engine: Logits, labels: Sequence[int] | None = No
         drop = reference_accuracy - accuracy
     if not finite:
         inf = float("inf")
-        worst = (inf, inf, -200.0, 0.0, 0.0, 0.0, classes)
+        worst = (inf, inf, -WITHOUT_NOISE, 0.0, 0.0, 0.0, classes)
         return Metrics(images, classes, *worst, accuracy, reference_accuracy, drop)
     r, e = reference.astype(np.float64), engine.astype(np.float64)
     mean = r.mean(axis=0)
@@ -213,7 +216,7 @@ def compare(reference: Logits, engine: Logits, labels: Sequence[int] | None = No
         classes=classes,
         max_abs=max_abs,
         max_rel=max_abs / float(centred.std()),
-        sqnr=200.0 if noise == 0 else min(200.0, 10.0 * float(np.log10(signal / noise))),
+        sqnr=WITHOUT_NOISE if noise == 0 else min(WITHOUT_NOISE, 10.0 * float(np.log10(signal / noise))),
         cosine=0.0 if norms == 0 else float((centred * other).sum()) / norms,
         top1=float((best[0] == best[1]).mean()),
         top5=float(np.mean(shared)),

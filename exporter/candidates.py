@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -26,13 +27,14 @@ from engines.gate import Runnable, run_in_batches
 from engines.keep_float import kept_float
 from engines.onnxruntime_engine import OnnxRuntimeEngine
 from engines.outputs import as_rows
-from engines.parity import compare
+from engines.parity import WITHOUT_NOISE, check_reference
 from engines.placement import classifier_layers, quantized_tensors, weight_of
 from engines.precision import SCHEMES
 from engines.rounding import LARGEST, rounding
 from engines.saturation.channel_order import ChannelOrder, choose_order
 from engines.twin import write_twin
 from exporter.context import IMAGE_BATCH, Context
+from exporter.gain import Float64Array
 from exporter.image_stage import ChosenImages
 from exporter.int8 import Int8Parts
 
@@ -121,18 +123,29 @@ class Workshop:
 
     Args:
         select: images to measure on, uint8 [N, H, W, 3].
+        few: how many of them SQNR is of.
     """
 
     def __init__(
-        self, context: Context, store: Store, chosen: ChosenImages, preprocess: Preprocess, select: UInt8Array
+        self,
+        context: Context,
+        store: Store,
+        chosen: ChosenImages,
+        preprocess: Preprocess,
+        select: UInt8Array,
+        few: int,
     ) -> None:
         self._context, self._store, self._preprocess = context, store, preprocess
         root = context.options.calib
         assert root is not None
         self._root, self._files = root, chosen.splits["calibrate"]
         self._select = select
-        self._reference = self._run(OnnxRuntimeEngine(store.graph, saturating_session={}))
-        self._known: dict[tuple[Candidate, str], float] = {}
+        self.images, self.few = len(select), min(few, len(select))
+        self._reference = self._outputs(OnnxRuntimeEngine(store.graph, saturating_session={}), 0, self.few)
+        rows = as_rows(self._reference).astype(np.float64)
+        check_reference(as_rows(self._reference))
+        self._signal = float(((rows - rows.mean(axis=0)) ** 2).sum())
+        self._known: dict[tuple[Candidate, str], Float64Array] = {}
         self._made = {graph_io.sha256_of(store.graph)}
         self._decoded: dict[int, UInt8Array] = {}
         self._orders: dict[str, ChannelOrder] = {}
@@ -143,24 +156,43 @@ class Workshop:
             self._decoded[count] = stream.all()
         return self._decoded[count]
 
-    def _run(self, engine: Runnable) -> npt.NDArray[np.float32]:
-        return as_rows(run_in_batches(engine, self._select, self._preprocess, IMAGE_BATCH)[0])
+    def _outputs(self, engine: Runnable, start: int, stop: int) -> npt.NDArray[np.float32]:
+        """First outputs of some images."""
+        return run_in_batches(engine, self._select[start:stop], self._preprocess, IMAGE_BATCH)[0]
+
+    def _noise(self, engine: Runnable, start: int, stop: int) -> Float64Array:
+        if len(self._reference) < stop:
+            precise = OnnxRuntimeEngine(self._store.graph, saturating_session={})
+            more = self._outputs(precise, len(self._reference), stop)
+            self._reference = np.concatenate([self._reference, more])
+        difference = self._outputs(engine, start, stop).astype(np.float64) - self._reference[start:stop]
+        squares: Float64Array = (difference.reshape(len(difference), -1) ** 2).sum(axis=1)
+        return squares
 
     def sqnr(self, candidate: Candidate, target: str) -> float:
-        """Of a candidate whose parts have been made, in dB."""
-        if (candidate, target) not in self._known:
+        """Of a candidate whose parts have been made, on the few first images, in dB."""
+        noise = float(self.noise(candidate, target, self.few).sum())
+        if not np.isfinite(noise):
+            return -WITHOUT_NOISE
+        return WITHOUT_NOISE if noise == 0 else min(WITHOUT_NOISE, 10 * math.log10(self._signal / noise))
+
+    def noise(self, candidate: Candidate, target: str, count: int) -> Float64Array:
+        """Squared errors of the first images' logits, [count], of a candidate whose parts have been made."""
+        known = self._known.get((candidate, target), np.empty(0))
+        if len(known) < count:
             with tempfile.TemporaryDirectory(prefix="export-zoo-") as directory:
                 graph, twin = Path(directory) / "candidate.onnx", Path(directory) / "twin.onnx"
                 parts, options = self._store.parts(candidate, target), self._context.options
                 parts.write(graph, target, options, self._order(candidate.strength, target))
                 if target == "onnxruntime":
                     # It cannot saturate, so it needs no exact session, which is slower.
-                    found = self._run(OnnxRuntimeEngine(graph, saturating_session={}))
+                    engine = OnnxRuntimeEngine(graph, saturating_session={})
                 else:
                     write_twin(graph, twin)
-                    found = self._run(OnnxRuntimeEngine(twin, fused=False))
-            self._known[candidate, target] = compare(self._reference, found).sqnr
-        return self._known[candidate, target]
+                    engine = OnnxRuntimeEngine(twin, fused=False)
+                known = np.concatenate([known, self._noise(engine, len(known), count)])
+            self._known[candidate, target] = known
+        return known[:count]
 
     @cached_property
     def equalized(self) -> list[str]:

@@ -18,24 +18,29 @@ from engines.precision import SCHEMES
 from engines.target import Target
 from exporter.candidates import APPROXIMATE, OFF, Candidate, Store, Workshop
 from exporter.context import IMAGE_BATCH, Context
+from exporter.gain import gain
 from exporter.image_stage import ChosenImages
 from exporter.int8 import Int8Parts
 
-MIN_GAIN: dict[StepName, float] = {
-    "equalize": 1.0,
-    "relu6": 1.0,
-    "round": -0.3,
-    "bias": 0.3,
-    "method": 2.0,
-    "float": 0.5,
+WANTED: dict[StepName, tuple[float, float]] = {
+    "equalize": (2.0, 0.0),
+    "relu6": (2.0, 0.0),
+    "round": (-1.0, 0.0),
+    "bias": (0.0, 0.0),
+    "method": (3.0, 0.0),
+    "float": (1.0, 0.5),
 }
-"""Decibels that a step must bring on the select images. Other ranges round other values up and down: a decibel more on
-some images may be as much less on others, and the best of ten methods is two decibels better by luck. A bias corrected
-and layers in float take known errors away. So do weights rounded to less error, and so much of it that few images need
-only not contradict."""
+"""Standard errors, and decibels, that the gain of a step must come to. Other scales round other values up and down:
+better or worse, as it happens, and the best of ten methods is better by luck. A bias corrected takes a known error
+away. So do weights rounded to less error, so much of it that images need only not contradict. Layers in float cost
+time."""
+
+CLEAR = 2.0
+"""Standard errors from what is wanted at which no more images are asked."""
 
 MIN_SELECT, MAX_SELECT, MAX_PIXELS = 32, 128, 128 * 64 * 64
-"""Images that candidates are tried on: fewer where they are large, for TensorRT's graphs run unfused here."""
+"""Images that candidates are tried on: fewer where they are large, for TensorRT's graphs run unfused here. The best is
+tried on up to MAX_SELECT where it is close."""
 
 ON = "on"
 
@@ -60,10 +65,32 @@ class _Choosing:
         """The best candidate where it is better than the default by more than luck, else the default."""
         figures = {what: self._workshop.sqnr(c, self._target) for what, c in candidates.items()}
         best = max((what for what in figures if what != default), key=lambda what: figures[what])
-        chosen = best if figures[best] >= figures[default] + MIN_GAIN[name] else default
+        errors, decibels = WANTED[name]
+        count = self._workshop.few
+        while True:
+            before, after = (
+                self._workshop.noise(candidates[what], self._target, count) for what in (default, best)
+            )
+            found = gain(before, after)
+            above = found.decibels - decibels - errors * found.error
+            if abs(above) > CLEAR * found.error or count == self._workshop.images:
+                break
+            count = min(2 * count, self._workshop.images)
+        chosen = best if above >= 0 else default
         self.candidate = candidates[chosen]
         concerned = {"method": self.candidate.clipped, "float": self.candidate.kept}.get(name, ())
-        self.steps.append(TuningStep(name=name, chosen=chosen, sqnr=figures, names=[*concerned]))
+        self.steps.append(
+            TuningStep(
+                name=name,
+                chosen=chosen,
+                sqnr=figures,
+                names=[*concerned],
+                best=best,
+                gain=found.decibels,
+                standard_error=found.error,
+                images=count,
+            )
+        )
 
 
 def _tune(workshop: Workshop, target: str, steps: Sequence[str], method: str) -> _Choosing:
@@ -119,17 +146,18 @@ def tune(
         parts = Int8Parts(graph, ranges, "minmax" if options.method == "auto" else options.method)
         return {target.name: Tuned(parts, None) for target in targets}
     affordable = MAX_PIXELS // (preprocess.crop_height * preprocess.crop_width)
-    files = chosen.splits["select"][: min(MAX_SELECT, max(MIN_SELECT, affordable))]
+    files = chosen.splits["select"][:MAX_SELECT]
+    few = min(MAX_SELECT, max(MIN_SELECT, affordable))
 
     def make(directory: Path) -> dict[str, Any]:
         assert options.calib is not None
         store = Store(directory, graph, ranges)
         pixels = ImageStream(files, preprocess, IMAGE_BATCH, options.calib).all()
-        workshop = Workshop(context, store, chosen, preprocess, pixels)
+        workshop = Workshop(context, store, chosen, preprocess, pixels, few)
         found = {t.name: _tune(workshop, t.name, options.steps, options.method) for t in targets}
         store.keep([(choosing.candidate, name) for name, choosing in found.items()])
         return {
-            "images": len(pixels),
+            "images": workshop.few,
             "targets": {
                 name: [choosing.candidate.model_dump(), [step.model_dump() for step in choosing.steps]]
                 for name, choosing in found.items()
@@ -183,7 +211,7 @@ def _describe(tuning: Tuning) -> str:
             "float": f"{step.chosen} float",
         }
         if step.chosen != default:
-            parts.append(f"{what[step.name]} {step.sqnr[step.chosen] - step.sqnr[default]:+.1f} dB")
+            parts.append(f"{what[step.name]} {step.gain or 0.0:+.1f} dB")
         elif step.name == "method":
             parts.append(step.chosen)
     return ", ".join(parts) or "as it was"

@@ -276,13 +276,16 @@ def test_what_was_tried_stands_in_the_manifest_and_the_best_is_taken(digits, cli
     assert tuning["images"] >= 64
     assert all(set(step["sqnr"]) == {"off", "on"} for step in (relu6, rounded, bias))
     assert {"minmax", "percentile", "entropy", "mse", "mse on 1", "mse on 16"} <= set(method["sqnr"])
-    least = {"equalize": 1.0, "relu6": 1.0, "round": -0.3, "bias": 0.3, "method": 2.0}
+    wanted = {"equalize": 2, "relu6": 2, "round": -1, "bias": 0, "method": 3}  # standard errors
     for step in tuning["steps"]:
         default = "minmax" if step["name"] == "method" else "off"
         others = {name: sqnr for name, sqnr in step["sqnr"].items() if name != default}
-        best = max(others, key=others.get)
-        enough = others[best] >= step["sqnr"][default] + least[step["name"]]
-        assert step["chosen"] == (best if enough else default)
+        assert step["best"] == max(others, key=others.get)
+        assert step["images"] == tuning["images"], "of all select images"
+        assert step["gain"] == pytest.approx(others[step["best"]] - step["sqnr"][default], abs=1e-6)
+        assert 0 < step["standard_error"] < 5
+        enough = step["gain"] >= wanted[step["name"]] * step["standard_error"]
+        assert step["chosen"] == (step["best"] if enough else default)
     assert equalize["sqnr"][equalize["chosen"]] == relu6["sqnr"]["off"], (
         "each step starts where the last one ended"
     )
@@ -307,7 +310,7 @@ def test_what_a_step_chooses_is_in_the_engine(target, step, concerned, digits, c
     from engines import bundle
     from exporter import candidates, tuning
 
-    monkeypatch.setitem(tuning.MIN_GAIN, step, -100)  # take it, whatever it brings
+    monkeypatch.setitem(tuning.WANTED, step, (0, -100))  # take it, whatever it brings
     monkeypatch.setattr(candidates, "worth_clipping", lambda *_: ["input", "relu"])
     if step == "method":
         monkeypatch.setattr(tuning, "METHODS", ("minmax",))

@@ -1,0 +1,86 @@
+"""Which candidate a step takes, and how many images it asks."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from exporter.candidates import OFF, Candidate
+from exporter.tuning import ON, WANTED, _Choosing
+
+STEPS = {OFF: Candidate(), ON: Candidate(bias=True)}
+FEW, ALL = 32, 128
+
+
+class Images:
+    """Squared errors of images, in place of engines that make them: `gain` dB less with the change, but for noise."""
+
+    few, images = FEW, ALL
+
+    def __init__(self, gain: float, noise: float, *, first: float | None = None) -> None:
+        rng = np.random.default_rng(0)
+        scattered = rng.normal(scale=noise, size=ALL)
+        # The few first ones have just the mean gain that is asked for; so have all.
+        for part in (slice(0, FEW), slice(FEW, ALL)):
+            scattered[part] -= scattered[part].mean()
+        levels = np.full(ALL, gain)
+        if first is not None:
+            levels[:FEW], levels[FEW:] = first, (ALL * gain - FEW * first) / (ALL - FEW)
+        self._after = 10 ** (-(levels + scattered) / 10)
+        self.asked = 0
+
+    def noise(self, candidate: Candidate, target: str, count: int) -> np.ndarray:
+        self.asked = max(self.asked, count)
+        return (self._after if candidate.bias else np.ones(ALL))[:count]
+
+    def sqnr(self, candidate: Candidate, target: str) -> float:
+        return -10 * float(np.log10(self.noise(candidate, target, FEW).sum()))
+
+
+def chosen(step, images: Images) -> str:
+    choosing = _Choosing(images, "onnxruntime", Candidate())
+    choosing.step(step, OFF, STEPS)
+    assert choosing.candidate == STEPS[choosing.steps[0].chosen]
+    return choosing.steps[0].chosen
+
+
+@pytest.mark.parametrize("step", WANTED)
+def test_a_clear_gain_is_taken_and_a_clear_loss_is_not_and_few_images_are_asked(step):
+    for gain, expected in ((2.0, ON), (-2.0, OFF)):
+        images = Images(gain, noise=0.3)
+        assert chosen(step, images) == expected
+        assert images.asked == FEW
+
+
+@pytest.mark.parametrize("step", ["equalize", "method", "bias", "round"])
+def test_what_few_images_leave_open_more_decide(step):
+    errors, _ = WANTED[step]
+    images = Images(gain=0.3, noise=0.5, first=errors * 0.5 / FEW**0.5)  # at the limit, of the few
+    assert chosen(step, images) == ON
+    assert images.asked > FEW
+    images = Images(gain=-0.3, noise=0.5, first=errors * 0.5 / FEW**0.5)
+    assert chosen(step, images) == OFF
+    assert images.asked > FEW
+
+
+def test_a_gain_that_is_as_likely_luck_is_taken_by_steps_that_remove_errors_only():
+    """Of 0.9 standard errors, on all images: a bias is corrected, other scales and ranges are not tried for that."""
+    images = Images(gain=0.9 * 0.5 / ALL**0.5, noise=0.5)
+    assert {step: chosen(step, images) for step in WANTED} == {
+        "equalize": OFF,
+        "relu6": OFF,
+        "round": ON,
+        "bias": ON,
+        "method": OFF,
+        "float": OFF,
+    }
+    assert images.asked == ALL
+
+
+def test_the_gain_its_error_and_the_number_of_images_are_recorded():
+    choosing = _Choosing(Images(2.0, noise=0.3), "onnxruntime", Candidate())
+    choosing.step("bias", OFF, STEPS)
+    (step,) = choosing.steps
+    assert (step.chosen, step.best, step.images) == (ON, ON, FEW)
+    assert step.gain == pytest.approx(2.0, abs=0.1)
+    assert step.standard_error == pytest.approx(0.3 / FEW**0.5, rel=0.5)
