@@ -47,11 +47,13 @@ def read_manifest(bundle: Path) -> m.Manifest:
                 f"{path}: schema version {version!r}, this export-zoo reads {m.SCHEMA_VERSION}",
                 hint="use the export-zoo that wrote it, or export again",
             )
-        found = m.Manifest.model_validate(document)
+        found = m.Manifest.of(document)
     except ValidationError as error:
         raise BadInputError(
             f"{path}: damaged manifest: {first_of(error)}", hint="export the bundle again"
         ) from error
+    except m.NoKnownEngineError as error:
+        raise BadInputError(f"{path}: {error}", hint="update export-zoo, or export again") from error
     except (ValueError, OSError, RecursionError) as error:
         raise BadInputError(f"{path}: damaged manifest: {error}", hint="export the bundle again") from error
     for file in found.files():
@@ -139,6 +141,11 @@ def named(bundle: Path, manifest: m.Manifest, name: str) -> m.Engine:
         BadInputError: it has none.
     """
     engines = {engine.name: engine for engine in manifest.artifacts.engines}
+    if name in manifest.unknown_engines:
+        raise BadInputError(
+            f"{bundle}: engine {name!r} is of a target or precision that this version does not know",
+            hint=f"update export-zoo; it knows: {', '.join(engines)}",
+        )
     if name not in engines:
         raise BadInputError(f"{bundle}: no engine {name!r}", hint=f"it has: {', '.join(engines) or 'none'}")
     return engines[name]

@@ -290,6 +290,7 @@ def load(
             or ("" if states[name] == "verified" or allow_failed else _not_verified(*found[name]))
             for name, e in engines.items()
         }
+        reasons |= dict.fromkeys(manifest.unknown_engines, "this version does not know it")
         beside = "".join(f"; {name} was left out: {reason}" for name, reason in reasons.items() if reason)
         runnable = [e for name, e in engines.items() if not reasons[name]]
         if not runnable:

@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
 from calibration.preprocess import Preprocess
 from engines.parity import METRICS
-from engines.target import MAX_BATCH, Precision, TargetName
+from engines.target import MAX_BATCH, PRECISIONS, TARGETS, Precision, TargetName
 
 SCHEMA_VERSION: Literal[1] = 1
 WeightsKind = Literal["torchvision", "timm", "factory", "file", "random"]
@@ -25,7 +25,8 @@ compared. *verified*: the engine itself was run and compared."""
 
 
 class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    # A later version of this schema may add fields. Those of `preprocess` are not ignored: they would change logits.
+    model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
 
 
 class File(_Model):
@@ -367,6 +368,19 @@ class Artifacts(_Model):
         return self
 
 
+class NoKnownEngineError(ValueError):
+    """All engines of a bundle are of targets or precisions that this version does not know."""
+
+
+def _is_unknown(engine: object) -> bool:
+    """Whether JSON describes an engine of a target or precision that this version does not know."""
+    if not isinstance(engine, dict):
+        return False
+    target, precision = engine.get("target"), engine.get("precision")
+    known = target in TARGETS and precision in PRECISIONS
+    return isinstance(target, str) and isinstance(precision, str) and not known
+
+
 class Manifest(_Model):
     schema_version: Literal[1]
     tool: str = Field(description="`export-zoo <version>`.")
@@ -376,6 +390,33 @@ class Manifest(_Model):
     warnings: list[str]
     recipe: Recipe
     artifacts: Artifacts
+    _unknown: tuple[str, ...] = PrivateAttr(default=())
+
+    @classmethod
+    def of(cls, document: dict[str, Any]) -> Manifest:
+        """Of JSON, without the engines of targets and precisions that this version does not know.
+
+        Raises:
+            ValidationError: it is no manifest.
+            NoKnownEngineError: nothing is left.
+        """
+        artifacts = document.get("artifacts")
+        engines = artifacts.get("engines") if isinstance(artifacts, dict) else None
+        unknown = [entry for entry in engines if _is_unknown(entry)] if isinstance(engines, list) else []
+        if unknown:
+            known = [entry for entry in engines or [] if not _is_unknown(entry)]
+            if not known:
+                names = ", ".join(str(entry.get("name")) for entry in unknown)
+                raise NoKnownEngineError(f"this version knows none of its engines: {names}")
+            document = {**document, "artifacts": {**(artifacts or {}), "engines": known}}
+        found = cls.model_validate(document)
+        found._unknown = tuple(str(entry.get("name")) for entry in unknown)
+        return found
+
+    @property
+    def unknown_engines(self) -> tuple[str, ...]:
+        """Names of engines that a later version made, and that this one leaves out."""
+        return self._unknown
 
     @model_validator(mode="after")
     def _outputs_held_out(self) -> Manifest:

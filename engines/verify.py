@@ -111,7 +111,7 @@ def verify(bundle: Path | str, *, progress: Progress = lambda _: None) -> tuple[
     for file in manifest.files():
         checked(root, file)
     held = held_out(root, manifest)
-    warnings = []
+    warnings = [f"{name}: not run, this version does not know it" for name in manifest.unknown_engines]
     gates: dict[str, m.Gate] = {}
     states: dict[str, m.State] = {}
     for engine in manifest.artifacts.engines:

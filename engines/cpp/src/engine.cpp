@@ -161,6 +161,13 @@ Engine Engine::load(const std::filesystem::path& bundle, const Options& options)
   std::optional<ErrorCode> code;  // of the best
   std::string reasons;
   std::vector<LeftOut> left_out;
+  for (const auto& unknown : manifest.unknown) {
+    if (unknown == options.engine) {
+      throw Error(ErrorCode::bundle, bundle.string() + ": engine '" + unknown +
+                                         "' is of a target or precision that this version does not know: update the library");
+    }
+    left_out.push_back({unknown, "this version does not know it"});
+  }
   for (const auto i : choose(bundle, state->metadata, attested, capability, options, left_out)) {
     try {
       state->info = state->metadata.engines[i];

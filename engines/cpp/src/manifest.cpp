@@ -5,6 +5,8 @@
 #include <charconv>
 #include <cmath>
 #include <limits>
+#include <set>
+#include <string>
 #include <string_view>
 
 #include <nlohmann/json.hpp>
@@ -130,6 +132,13 @@ Port parse_port(const json& document, bool open) {
 }
 
 PreprocessOptions parse_preprocess(const json& document, const json& versions) {
+  // What a later version adds elsewhere is ignored. Here it would change logits.
+  static const std::set<std::string> known{"resize_size", "crop_height", "crop_width", "interpolation",
+                                           "antialias",   "mean",        "std",
+                                           "source"};
+  for (const auto& [key, value] : document.items()) {
+    if (!known.contains(key)) throw std::invalid_argument("preprocess has '" + key + "', which this version does not know");
+  }
   PreprocessOptions found;
   found.resize_size = static_cast<int>(integer(document, "resize_size", 1, kMostSide));
   found.crop_height = static_cast<int>(integer(document, "crop_height", 1, kMostSide));
@@ -179,17 +188,19 @@ std::map<std::string, std::string> parse_session(const json& document) {
   return entries;
 }
 
+// Whether an engine is of a target or precision that a later version added.
+bool is_unknown(const json& document) {
+  const auto among = [&](const auto& known, const char* key) {
+    return std::find(known.begin(), known.end(), document.at(key).get<std::string>()) != known.end();
+  };
+  return !among(kTargets, "target") || !among(kPrecisions, "precision");
+}
+
 EngineInfo parse_engine(const json& document, detail::EngineFiles& files) {
   EngineInfo engine;
   engine.name = document.at("name");
   engine.target = document.at("target");
   engine.precision = document.at("precision");
-  if (std::find(kTargets.begin(), kTargets.end(), engine.target) == kTargets.end()) {
-    throw std::invalid_argument("unknown target '" + engine.target + "'");
-  }
-  if (std::find(kPrecisions.begin(), kPrecisions.end(), engine.precision) == kPrecisions.end()) {
-    throw std::invalid_argument("unknown precision '" + engine.precision + "'");
-  }
   if (engine.name != engine.target + "-" + engine.precision) {
     throw std::invalid_argument("engine " + engine.name + " is not " + engine.target + "-" + engine.precision);
   }
@@ -246,6 +257,10 @@ detail::Manifest parse(const json& document) {
   const auto& engines = document.at("artifacts").at("engines");
   if (!engines.is_array() || engines.empty()) throw std::invalid_argument("it has no engines");
   for (const auto& engine : engines) {
+    if (is_unknown(engine)) {
+      found.unknown.push_back(engine.at("name"));
+      continue;
+    }
     detail::EngineFiles files;
     auto info = parse_engine(engine, files);
     const auto same = [&](const EngineInfo& other) { return other.name == info.name; };
@@ -255,6 +270,7 @@ detail::Manifest parse(const json& document) {
     metadata.engines.push_back(std::move(info));
     found.files.push_back(std::move(files));
   }
+  if (metadata.engines.empty()) throw std::invalid_argument("it has no engine that this version knows");
   return found;
 }
 

@@ -23,7 +23,8 @@ struct EngineFiles {
 
 struct Manifest {
   Metadata metadata;
-  std::vector<EngineFiles> files;  // by index of metadata.engines
+  std::vector<EngineFiles> files;    // by index of metadata.engines
+  std::vector<std::string> unknown;  // engines of a later version's targets and precisions
 };
 
 // Throws Error (bundle).

@@ -111,6 +111,20 @@ TEST_F(Engine, TakesTheFastestVerifiedOneUnlessOneIsAskedFor) {
             "fastest graph verified engine that may be loaded here; onnxruntime-int8 was left out: built, not graph verified");
 }
 
+TEST_F(Engine, OfALaterVersionIsLeftOutAndWhySaysSo) {
+  const auto bundle = copy();
+  change(bundle, "/artifacts/engines/1/target", "openvino");
+  change(bundle, "/artifacts/engines/1/name", "openvino-int8");
+  const auto engine = ez::Engine::load(bundle);
+  EXPECT_EQ(engine.info().name, "onnxruntime-fp32");
+  EXPECT_THAT(engine.why(), HasSubstr("; openvino-int8 was left out: this version does not know it"));
+  ez::Options options;
+  options.engine = "openvino-int8";
+  const auto [code, message] = error_of([&] { static_cast<void>(ez::Engine::load(bundle, options)); });
+  EXPECT_EQ(code, ez::ErrorCode::bundle);
+  EXPECT_THAT(message, HasSubstr("'openvino-int8' is of a target or precision that this version does not know"));
+}
+
 TEST_F(Engine, ThatIsNotVerifiedIsLoadedOnlyWhenAskedFor) {
   const auto bundle = copy();
   for (const auto* pointer : {"/artifacts/engines/0/state", "/artifacts/engines/1/state"}) change(bundle, pointer, "built");

@@ -180,8 +180,8 @@ TEST_F(Metadata, ThatCallsAnEngineMoreThanItsGateDoesIsRefused) {
 
 TEST_F(Metadata, OfAnEngineThatIsNotWhatItIsCalledIsRefused) {
   for (const auto& [pointer, value, wrong] : std::vector<std::tuple<const char*, json, const char*>>{
-           {"/artifacts/engines/1/target", "openvino", "unknown target 'openvino'"},
-           {"/artifacts/engines/1/precision", "fp8", "unknown precision 'fp8'"},
+           {"/artifacts/engines/1/target", 1, "type must be string"},
+           {"/recipe/preprocess/pad", 4, "preprocess has 'pad', which this version does not know"},
            {"/artifacts/engines/1/precision", "fp16", "onnxruntime-int8 is not onnxruntime-fp16"},
            {"/artifacts/engines/1", manifest()["artifacts"]["engines"][0], "onnxruntime-fp32 is there twice"},
            {"/artifacts/engines/1/plan", {{"version", "11.1.0"}}, "a plan is TensorRT's"}}) {
@@ -190,6 +190,22 @@ TEST_F(Metadata, OfAnEngineThatIsNotWhatItIsCalledIsRefused) {
     const auto [code, message] = error_with(document.dump());
     EXPECT_EQ(code, ez::ErrorCode::bundle);
     EXPECT_THAT(message, HasSubstr(wrong));
+  }
+}
+
+TEST_F(Metadata, OfALaterVersionIsReadWithoutWhatIsUnknown) {
+  for (const auto* pointer : {"/artifacts/engines/1/target", "/artifacts/engines/1/precision"}) {
+    auto document = manifest();
+    document[json::json_pointer(pointer)] = "later";
+    document["recipe"]["further"] = document["artifacts"]["engines"][0]["further"] = {1, 2};
+    support::write(directory_.path() / "manifest.json", document.dump());
+    const auto found = ez::read_metadata(directory_.path());
+    ASSERT_EQ(found.engines.size(), 1U) << pointer;
+    EXPECT_EQ(found.engines[0].name, "onnxruntime-fp32");
+    document["artifacts"]["engines"].erase(0);
+    const auto [code, message] = error_with(document.dump());
+    EXPECT_EQ(code, ez::ErrorCode::bundle);
+    EXPECT_THAT(message, HasSubstr("it has no engine that this version knows"));
   }
 }
 
