@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 LINES = "lines.jsonl"
@@ -277,6 +277,13 @@ def _export_zoo(*arguments: str) -> list[str]:
     return [sys.executable, "-c", "from exporter.cli import run; run()", *arguments]
 
 
+def _exported(given: Sequence[str], result: Path) -> tuple[int, dict[str, Any]]:
+    """Run `export-zoo`: its exit code, and what --json wrote."""
+    result.unlink(missing_ok=True)
+    done = subprocess.run(_export_zoo(*given), stdin=subprocess.DEVNULL, check=False)
+    return done.returncode, json.loads(result.read_text(encoding="utf-8")) if result.is_file() else {}
+
+
 def _rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 3)
 
@@ -298,12 +305,17 @@ def _export(visit: Visit, name: str) -> None:
         given += ["--precision", precision]
     if visit.quick:
         given += ["--steps", "none", "--method", "minmax", "--calib-images", "16", "--verify-images", "32"]
+    further: list[str] = []
     if not targets()["tensorrt-rtx"].unavailable:
-        given += ["--target", "tensorrt-rtx"]
-        if has_cuda_device():
-            given += ["--compute-capability", CURRENT]
-    done = subprocess.run(_export_zoo(*given), stdin=subprocess.DEVNULL, check=False)
-    document = json.loads(result.read_text(encoding="utf-8")) if result.is_file() else {}
+        further = [
+            "--target",
+            "tensorrt-rtx",
+            *(["--compute-capability", CURRENT] if has_cuda_device() else []),
+        ]
+    code, document = _exported([*given, *further], result)
+    if further and not document.get("engines"):
+        say(visit.out, name, tensorrt_rtx="refused", exit_code=code, error=document.get("error"))
+        code, document = _exported(given, result)
     for engine in document.get("engines", []):
         gate, latency = engine["gate"], engine["latency"] or {}
         say(
@@ -322,7 +334,7 @@ def _export(visit: Visit, name: str) -> None:
     say(
         visit.out,
         name,
-        exit_code=done.returncode,
+        exit_code=code,
         error=document.get("error"),
         warnings=document.get("warnings"),
     )
@@ -344,6 +356,9 @@ class Contestant:
 Contest = Callable[[int], Contestant]
 """Of a batch size."""
 
+BASELINE = "PyTorch eager FP32"
+"""Without TF32, as the engines."""
+
 
 def _torch_contests(visit: Visit, network: Network) -> Iterator[tuple[str, Contest]]:
     """Eager PyTorch in FP32, and on a GPU in FP16 with channels last, also compiled."""
@@ -351,12 +366,13 @@ def _torch_contests(visit: Visit, network: Network) -> Iterator[tuple[str, Conte
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
-    def contest(model: Any, dtype: Any, layout: Any) -> Contest:
+    def contest(model: Any, dtype: Any, layout: Any, *, tf32: bool = False) -> Contest:
         def at(count: int) -> Contestant:
             batch = torch.rand(count, 3, network.size, network.size, device=device)
             batch = batch.to(dtype=dtype, memory_format=layout)
 
             def start() -> None:
+                torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
                 with torch.inference_mode():
                     model(batch)
 
@@ -365,14 +381,19 @@ def _torch_contests(visit: Visit, network: Network) -> Iterator[tuple[str, Conte
         return at
 
     plain, last = torch.contiguous_format, torch.channels_last
-    yield "PyTorch eager FP32", contest(network.build(visit).to(device), torch.float32, plain)
+    precise = network.build(visit).to(device)
+    yield BASELINE, contest(precise, torch.float32, plain)
     if device == "cuda":
+        yield "PyTorch eager TF32", contest(precise, torch.float32, plain, tf32=True)
         half = network.build(visit).to(device=device, dtype=torch.float16, memory_format=last)
         yield "PyTorch eager FP16 channels_last", contest(half, torch.float16, last)
-        yield "PyTorch compiled FP16 channels_last", contest(torch.compile(half), torch.float16, last)
+        yield (
+            "PyTorch compiled FP16 channels_last",
+            contest(torch.compile(half, dynamic=False), torch.float16, last),
+        )
 
 
-def _engine_contests(bundle: Path) -> Iterator[tuple[str, Contest]]:
+def _engine_contests(bundle: Path) -> Iterator[tuple[str, Contest | str]]:
     """The bundle's engines: TensorRT-RTX's with and without CUDA graphs; ONNX Runtime's where there is no GPU."""
     import numpy as np
 
@@ -389,8 +410,12 @@ def _engine_contests(bundle: Path) -> Iterator[tuple[str, Contest]]:
             if why_not_here(engine.target, engine.plan):
                 continue
             for graphs in (False, True):
-                opened = TensorRTEngine(path, target=engine.target, cuda_graphs=graphs)
                 name = f"{engine.name} with CUDA graphs" if graphs else engine.name
+                try:
+                    opened = TensorRTEngine(path, target=engine.target, cuda_graphs=graphs)
+                except Exception as error:  # of whatever library: it is told, and the others go on
+                    yield name, _told(error)
+                    continue
 
                 def on_gpu(count: int, opened: TensorRTEngine = opened) -> Contestant:
                     return Contestant(lambda: opened.start(count), opened.wait)
@@ -448,10 +473,11 @@ def _graphs(bundle: Path) -> dict[str, Path]:
 
     manifest = read_manifest(bundle)
     found = {e.name: bundle / (e.graph or e.file).path for e in manifest.artifacts.engines}
-    return {"FP32": bundle / manifest.recipe.graph.path, **found}
+    different = {path: name for name, path in found.items()}  # FP32 of all targets may be one file
+    return {name: path for path, name in different.items()}
 
 
-def _session_contests(bundle: Path, provider: str) -> Iterator[tuple[str, Contest]]:
+def _session_contests(bundle: Path, provider: str) -> Iterator[tuple[str, Contest | str]]:
     import numpy as np
     import onnxruntime as ort
 
@@ -459,7 +485,11 @@ def _session_contests(bundle: Path, provider: str) -> Iterator[tuple[str, Contes
 
     recipe = read_manifest(bundle).recipe
     for name, graph in _graphs(bundle).items():
-        session = _session(graph, provider)
+        try:
+            session = _session(graph, provider)
+        except Exception as error:  # as above
+            yield f"ONNX Runtime {provider}, {name}", _told(error)
+            continue
 
         def at(count: int, session: Any = session) -> Contestant:
             shape = (count, 3, recipe.preprocess.crop_height, recipe.preprocess.crop_width)
@@ -479,8 +509,12 @@ def _contests(visit: Visit, name: str, bundle: Path) -> Iterator[tuple[str, Cont
     for what, source in sources.items():
         try:
             yield from source
-        except Exception as error:  # of whatever library: it is told, and the others go on
-            yield what, f"{type(error).__name__}: {error}"[:500]
+        except Exception as error:  # as above
+            yield what, _told(error)
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:500]
 
 
 def _warm(contestant: Contestant, seconds: float) -> None:
@@ -531,7 +565,7 @@ def _speed(visit: Visit, name: str) -> None:
                     step,
                     batch=count,
                     contestant=contest,
-                    error=f"{type(error).__name__}: {error}"[:500],
+                    error=_told(error),
                 )
         lone: dict[str, list[float]] = {contest: [] for contest in ready}
         flown: dict[str, list[float]] = {contest: [] for contest in ready}
@@ -540,16 +574,15 @@ def _speed(visit: Visit, name: str) -> None:
                 _timed(contestant, 1)  # its weights come back into the caches
                 lone[contest].append(_timed(contestant, 1))
                 flown[contest].append(_timed(contestant, many))
-        baseline = next(iter(contests))
         for contest in ready:
-            ratios = [base / own for base, own in zip(lone[baseline], lone[contest], strict=True)]
+            ratios = [base / own for base, own in zip(lone.get(BASELINE, []), lone[contest], strict=False)]
             say(
                 visit.out,
                 step,
                 batch=count,
                 contestant=contest,
                 latency_ms=round(median(lone[contest]), 3),
-                over_eager_fp32=round(median(ratios), 2),
+                over_eager_fp32=round(median(ratios), 2) if ratios else None,
                 images_per_second=round(count / median(flown[contest]) * 1e3),
             )
 
@@ -578,7 +611,7 @@ def _providers(visit: Visit) -> None:
                     metrics = compare(held.logits[:32], logits)
                     say(visit.out, "providers", **told, sqnr=round(metrics.sqnr, 2), top1=metrics.top1)
                 except Exception as error:  # as above
-                    say(visit.out, "providers", **told, error=f"{type(error).__name__}: {error}"[:500])
+                    say(visit.out, "providers", **told, error=_told(error))
 
 
 # -- TensorRT-RTX itself ---------------------------------------------------------------------------------------
@@ -632,6 +665,19 @@ def _load(bundle: Path, engine: str) -> subprocess.Popen[str]:
     )
 
 
+class _Loaded(NamedTuple):
+    logits: str
+    told: str
+    """`ran`, or how it ended and its last words."""
+
+
+def _ended(process: subprocess.Popen[str]) -> _Loaded:
+    logits, error = process.communicate()
+    return _Loaded(
+        logits, "ran" if process.returncode == 0 else f"exit code {process.returncode}: {_last_line(error)}"
+    )
+
+
 def _last_line(text: str) -> str:
     return (text.strip().splitlines() or [""])[-1][:500]
 
@@ -649,9 +695,9 @@ def _errors(visit: Visit) -> None:
         say(visit.out, "errors", skipped="digits was not exported")
         return
     pair = [_load(bundle, name) for _ in range(2)]
-    said = [process.communicate() for process in pair]
-    equal = said[0][0] == said[1][0] != ""
-    say(visit.out, "errors", what="two processes", engine=name, equal=equal, said=_last_line(said[0][1]))
+    said = [_ended(process) for process in pair]
+    equal = said[0].logits == said[1].logits != ""
+    say(visit.out, "errors", what="two processes", engine=name, equal=equal, said=[one.told for one in said])
     damaged = visit.work / "damaged.bundle"
     shutil.rmtree(damaged, ignore_errors=True)
     shutil.copytree(bundle, damaged)
@@ -661,25 +707,25 @@ def _errors(visit: Visit) -> None:
     data = bytearray(path.read_bytes())
     data[:64] = bytes(64)
     path.write_bytes(data)
-    _, error = _load(damaged, name).communicate()
-    say(visit.out, "errors", what="a damaged engine", engine=name, said=_last_line(error))
+    told = _ended(_load(damaged, name)).told
+    say(visit.out, "errors", what="a damaged engine", engine=name, said=told)
     entry["file"]["sha256"] = sha256_of(path)
     (damaged / "manifest.json").write_text(json.dumps(document), encoding="utf-8")
-    _, error = _load(damaged, name).communicate()
-    say(visit.out, "errors", what="one whose hash fits", engine=name, said=_last_line(error))
+    told = _ended(_load(damaged, name)).told
+    say(visit.out, "errors", what="one whose hash fits", engine=name, said=told)
     if not has_cuda_device():
         say(visit.out, "errors", what="too little memory", skipped="there is no CUDA device")
         return
     free, _ = torch.cuda.mem_get_info()
     for left in (1 << 30, 512 << 20, 256 << 20, 64 << 20):
         taken = torch.empty(max(0, free - left), dtype=torch.uint8, device="cuda")
-        _, error = _load(bundle, name).communicate()
+        told = _ended(_load(bundle, name)).told
         say(
             visit.out,
             "errors",
             what=f"{left >> 20} MiB of memory free",
             engine=name,
-            said=_last_line(error) or "ran",
+            said=told,
         )
         del taken
         torch.cuda.empty_cache()
@@ -737,7 +783,18 @@ def _cpp(visit: Visit) -> None:
 
 def _tests(visit: Visit) -> None:
     """The tests that need a GPU."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-rA", "-q", "--no-header", "--timeout=400"]
+    # By name: other files need packages that are not there.
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "tests/test_tensorrt.py",
+        "-m",
+        "gpu",
+        "-rA",
+        "-q",
+        "--timeout=400",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     print(done.stdout, done.stderr)
     ended = ("PASSED", "FAILED", "ERROR", "SKIPPED")

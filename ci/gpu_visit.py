@@ -53,6 +53,8 @@ WHEELS = (
     "execnet",
     "pytest-timeout",
     "pytest-xdist",
+    "tensorrt-rtx",
+    "tensorrt-rtx-cu13",
     "tensorrt-rtx-cu13-bindings",
     "tensorrt-rtx-cu13-libs",
     "efficientnet-lite-pytorch",
@@ -67,6 +69,8 @@ NOT_HERE = {
     "onnxruntime-gpu": "1.31.1",
 }
 """Versions of those that are not installed here. The others go in the versions that are."""
+SOURCES = ("tensorrt-rtx", "tensorrt-rtx-cu13")
+"""Those that are there as source only: the module's name and its version, a few kilobytes of Python."""
 OPTIONAL = ("onnxruntime-gpu",)
 """Those that have to be asked for: they take the room of others."""
 LARGE = ("tensorrt-rtx-cu13-libs", "onnxruntime-ep-nv-tensorrt-rtx-cu13")
@@ -86,6 +90,8 @@ IMAGES = 160
 """Photographs that go along, to calibrate and to verify on."""
 
 INDEX = "index.json"
+PIECES = "pieces"
+"""What lines about pieces are under, beside the steps."""
 LOG = "log.txt"
 
 
@@ -124,8 +130,8 @@ def write_pieces(
     room = limit - (1 << 20)  # for the index, and for what a transfer adds
     pieces = _arranged({name: path.stat().st_size for name, path in files.items()}, room)
     left_out = {name for piece in pieces[most:] for name, _, _ in piece}
-    for old in out.glob("piece-*"):
-        shutil.rmtree(old)
+    for old in out.glob(f"piece-*/{INDEX}"):
+        shutil.rmtree(old.parent)
     for number, piece in enumerate(pieces[:most], 1):
         folder, index = out / f"piece-{number}", []
         folder.mkdir(parents=True)
@@ -184,10 +190,14 @@ def _download(names: Sequence[str], python: str, out: Path) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for name in names:
         version = NOT_HERE.get(name) or metadata.version(name)
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
-        command += ["--python-version", python, "--implementation", "cp", "--dest", str(out / name)]
-        for tag in PLATFORMS:
-            command += ["--platform", tag]
+        pip = [sys.executable, "-m", "pip"]
+        if name in SOURCES:
+            command = [*pip, "wheel", "--quiet", "--no-deps", "--wheel-dir", str(out / name)]
+        else:
+            command = [*pip, "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
+            command += ["--python-version", python, "--implementation", "cp", "--dest", str(out / name)]
+            for tag in PLATFORMS:
+                command += ["--platform", tag]
         done = subprocess.run([*command, f"{name}=={version}"], capture_output=True, text=True, check=False)
         wheels = sorted((out / name).glob("*.whl"))
         if done.returncode or not wheels:
@@ -209,9 +219,13 @@ def _images(folder: Path | None) -> dict[str, Path]:
 
 
 def pack(out: Path, wheels: Sequence[str], images: Path | None, python: str = PYTHON) -> int:
-    """Write the pieces to `out`. Returns the exit code: 1 where something is missing."""
+    """Write the pieces to `out`. Returns the exit code: 1 where something is missing; then earlier pieces stay."""
     with tempfile.TemporaryDirectory(prefix="export-zoo-") as directory:
         files = {**_images(images), **_download(wheels, python, Path(directory))}
+        missing = len(wheels) - sum(name.startswith("wheels/") for name in files)
+        if missing and [*out.glob(f"piece-*/{INDEX}")]:
+            print(f"{out}: left as it was, for {missing} wheel(s) could not be had", file=sys.stderr)
+            return 1
         left_out = write_pieces(files, out)
     for name in left_out:
         print(f"{name}: no room in {MOST_PIECES} pieces of {PIECE_BYTES >> 20} MiB", file=sys.stderr)
@@ -222,7 +236,7 @@ def pack(out: Path, wheels: Sequence[str], images: Path | None, python: str = PY
         told = [f"{photographs} images"] if photographs else []
         told += [Path(name).name for name in names if not name.startswith("images/")]
         print(f"{piece}: {size / 2**20:.1f} MiB: {', '.join(told)}")
-    return int(sum(name.startswith("wheels/") for name in files) < len(wheels) or bool(left_out))
+    return int(missing > 0 or bool(left_out))
 
 
 # -- run -------------------------------------------------------------------------------------------------------
@@ -252,10 +266,13 @@ def run(
     """Join what came, and run steps, each in a process of its own. Returns the exit code: 1 where one failed."""
     out.mkdir(parents=True, exist_ok=True)
     work.mkdir(parents=True, exist_ok=True)
-    for problem in join(pieces, work):
-        say(out, "pieces", problem=problem)
+    problems = join(pieces, work)
+    if not [*pieces.glob(f"piece-*/{INDEX}")]:
+        problems.append(f"no pieces came: there is no piece-*/{INDEX} in {pieces}")
+    for problem in problems:
+        say(out, PIECES, problem=problem)
         print(problem, file=sys.stderr)
-    failed = []
+    failed = [PIECES] if problems else []
     for step in steps:
         begin = time.monotonic()
         program = Path(__file__).resolve().with_name("gpu_steps.py")
@@ -282,8 +299,10 @@ def _read(out: Path) -> list[dict[str, Any]]:
     found = []
     for line in (out / LINES).read_text(encoding="utf-8").splitlines():
         try:
-            found.append(json.loads(line))
-        except ValueError:
+            entry = json.loads(line)
+            entry["step"]
+            found.append(entry)
+        except (ValueError, TypeError, KeyError):
             print(f"{out / LINES}: left out, for it was cut off: {line[:60]}", file=sys.stderr)
     return found
 
@@ -292,10 +311,13 @@ def report(out: Path) -> str:
     """What was found, as Markdown: the device, then a section for each step. What was not run says so."""
     lines = _read(out)
     parts = []
-    for step in STEPS:
+    for step in (PIECES, *STEPS):
         mine = [line for line in lines if line["step"] == step]
         ended = [line for line in mine if "ended" in line]
+        if step == PIECES and not mine:
+            continue
         state = f"{ended[-1]['ended']}, {ended[-1]['seconds']} s" if ended else "not run"
+        state = "problems" if step == PIECES else state
         parts.append(f"### {step}: {state}\n")
         told = [
             {key: value for key, value in line.items() if key != "step"}
@@ -368,6 +390,9 @@ def rehearse(folder: Path, images: Path | None, digits: Path | None) -> int:
     problems += [
         f"{name}: {size} bytes, more than {PIECE_BYTES}" for name, size in sizes.items() if size > PIECE_BYTES
     ]
+    for part in ("tensorrt_rtx/__init__.py", "tensorrt_rtx-*.dist-info"):
+        if not [*(folder / "work" / "site").glob(part)]:
+            problems.append(f"wheels: TensorRT-RTX cannot be imported there: {part} did not come")
     back = {path.name: path.stat().st_size for path in out.rglob("*") if path.is_file()}
     problems += [
         f"{name}: {size} bytes, more than may come back" for name, size in back.items() if size > FILE_BYTES
@@ -378,6 +403,12 @@ def rehearse(folder: Path, images: Path | None, digits: Path | None) -> int:
     for problem in problems:
         print(problem, file=sys.stderr)
     return int(bool(problems))
+
+
+def _positive(text: str) -> float:
+    if not 0 < float(text) < float("inf"):
+        raise ValueError
+    return float(text)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -406,7 +437,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     given.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "gpu-visit", metavar="DIR")
     given.add_argument("--step", action="append", choices=list(STEPS), help="only this; repeatable")
-    given.add_argument("--seconds", type=float, default=STEP_SECONDS, help="of a step at most")
+    given.add_argument("--seconds", type=_positive, default=STEP_SECONDS, help="of a step at most")
     given = commands.add_parser("report", help="print what was found, as Markdown")
     given.add_argument("out", type=Path, metavar="OUT")
     given = commands.add_parser(
@@ -418,6 +449,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--digits", type=Path, metavar="DIR", help="what examples/digits.py wrote; else it is run"
     )
     options = parser.parse_args(arguments)
+    for name in ("dir", "out", "work"):
+        path = getattr(options, name, None)
+        if path is not None and path.exists() and not path.is_dir():
+            parser.error(f"{path}: a file: give a folder")
     match options.command:
         case "pack":
             unknown = sorted(set(options.without) - set(WHEELS))

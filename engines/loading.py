@@ -278,7 +278,8 @@ def load(
     states = {name: state for name, (state, _) in found.items()}
     unreadable = "".join(f"; {name} cannot be read, and is not used" for name in attested.unreadable)
     if engine is not None:
-        best, why = named(root, manifest, engine), f"asked for{unreadable}"
+        best, (state, source) = named(root, manifest, engine), found[engine]
+        why = f"asked for{f'; {state} ({source})' if source else ''}{unreadable}"
         if reason := why_not_here(best.target, best.plan):
             raise TargetUnavailableError(
                 f"{root}: {engine} cannot run here: {reason}",

@@ -26,7 +26,7 @@ compared. *verified*: the engine itself was run and compared."""
 
 class _Model(BaseModel):
     # A later version of this schema may add fields. Those of `preprocess` are not ignored: they would change logits.
-    model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False, protected_namespaces=())
 
 
 class File(_Model):

@@ -161,7 +161,7 @@ class TensorRTEngine:
         """An execution context, with the kernels of the runtime cache and with CUDA graphs where they were asked for
         (NVIDIA, TensorRT-RTX documentation, "Working with Runtime Cache", "Working with RTX CUDA Graphs")."""
         if self._cache_path is None and not self._cuda_graphs:
-            return self._engine.create_execution_context()
+            return self._made(self._engine.create_execution_context(), "an execution context")
         config = self._engine.create_runtime_config()
         if self._cuda_graphs:
             config.cuda_graph_strategy = self._trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
@@ -173,11 +173,20 @@ class TensorRTEngine:
                     "%s: not a runtime cache for this GPU and version: starting anew", self._cache_path
                 )
             config.set_runtime_cache(self._cache)
-        return self._engine.create_execution_context(config)
+        return self._made(self._engine.create_execution_context(config), "an execution context")
+
+    def _made(self, what: Any, name: str) -> Any:
+        """TensorRT gives None where it cannot make a thing."""
+        if what is None:
+            raise EnvironmentFailureError(
+                f"TensorRT {self._trt.__version__} could not make {name}",
+                hint="see nvidia-smi: free memory, other processes; -v shows TensorRT's log",
+            )
+        return what
 
     def layers(self) -> str:
         """What TensorRT made of the graph, as JSON: each layer with its precision and kernel, as far as it tells."""
-        inspector = self._engine.create_engine_inspector()
+        inspector = self._made(self._engine.create_engine_inspector(), "an engine inspector")
         inspector.execution_context = self._context
         return str(inspector.get_engine_information(self._trt.LayerInformationFormat.JSON))
 

@@ -93,8 +93,8 @@ def _configure(trt: Any, builder: Any, network: Any, request: dict[str, Any]) ->
         config.num_compute_capabilities = len(request["compute_capabilities"])
         for index, text in enumerate(request["compute_capabilities"]):
             name = "CURRENT" if text == CURRENT else "SM" + text.replace(".", "")
-            capability = trt.ComputeCapability.__members__[name]
-            if not config.set_compute_capability(capability, index):
+            capability = trt.ComputeCapability.__members__.get(name)
+            if capability is None or not config.set_compute_capability(capability, index):
                 raise ValueError(f"--compute-capability {text}: refused")
     return config
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     "--images",
     type=click.IntRange(2),
     metavar="N",
-    help="Held-out images that INT8 runs on each --cpu; float engines run at most 4. Default: 16.",
+    help="Held-out images that INT8 runs on each --cpu; float engines run at most 2. Default: 16.",
 )
 @json_option
 @quiet_option
@@ -152,6 +152,10 @@ def _verify_emulated(
         for warning in attestation.warnings:
             reporter.warn(warning)
         found.append({"attestation": str(path) if path else None, **attestation.model_dump(mode="json")})
+        outcome.current().document |= {
+            "bundle": str(bundle),
+            "emulated": found,
+        }  # if the next cannot be run, too
         assert attestation.emulation is not None
         if not quiet:
             with outcome.printing():
@@ -168,7 +172,6 @@ def _verify_emulated(
             for engine in emulation.runnable(manifest)
             if engine.precision == "int8"
         )
-    outcome.current().document |= {"bundle": str(bundle), "emulated": found}
     if failures:
         raise ParityError(
             f"{bundle}: logits are outside the tolerance on an emulated CPU: {'; '.join(failures)}",
@@ -206,6 +209,7 @@ def inspect(bundle: Path, json_path: Path | None, quiet: bool, verbose: bool) ->
         "bundle": str(bundle),
         "manifest": manifest.model_dump(mode="json"),
         "attestations": {name: found.model_dump(mode="json") for name, found in attested.by_file.items()},
+        "unreadable_attestations": attested.unreadable,
     }
     if quiet:
         return

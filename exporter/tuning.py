@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from calibration import graph_io
 from calibration.images import ImageStream
 from calibration.machine import instruction_set
@@ -34,6 +36,9 @@ WANTED: dict[StepName, tuple[float, float]] = {
 better or worse, as it happens, and the best of ten methods is better by luck. A bias corrected takes a known error
 away. So do weights rounded to less error, so much of it that images need only not contradict. Layers in float cost
 time."""
+
+MOST_LOST = 1.5
+"""Decibels that no step may cost, whatever their error."""
 
 CLEAR = 2.0
 """Standard errors from what is wanted at which no more images are asked."""
@@ -76,7 +81,9 @@ class _Choosing:
             if abs(above) > CLEAR * found.error or count == self._workshop.images:
                 break
             count = min(2 * count, self._workshop.images)
-        chosen = best if above >= 0 else default
+        # One image that is far worse has a large error, and candidates that are equal have none.
+        worthy = bool(np.isfinite(after).all()) and found.decibels > (0 if errors > 0 else -MOST_LOST)
+        chosen = best if above >= 0 and worthy else default
         self.candidate = candidates[chosen]
         concerned = {"method": self.candidate.clipped, "float": self.candidate.kept}.get(name, ())
         self.steps.append(

@@ -134,7 +134,25 @@ def test_what_verify_finds_here_overrules_the_manifest(bundle):
     assert (found.name, found.state) == ("onnxruntime-fp32", "verified")
     told = f"onnxruntime-int8 was left out: built, not verified (attestations/{path.name}: {attestation.machine})"
     assert told in found.why
-    assert engines.load(bundle, engine="onnxruntime-int8").state == "built"
+    named = engines.load(bundle, engine="onnxruntime-int8")
+    assert (named.state, named.why) == (
+        "built",
+        f"asked for; built (attestations/{path.name}: {attestation.machine})",
+    )
+
+
+def test_an_attestation_or_manifest_with_a_number_that_is_none_is_damaged(bundle):
+    _, path = verify(bundle)
+    document = json.loads(path.read_text())
+    document["engines"]["onnxruntime-int8"]["eager_metrics"]["sqnr"] = float("nan")
+    path.write_text(json.dumps(document))
+    assert f"attestations/{path.name} cannot be read" in engines.load(bundle).why
+    _edit(
+        bundle,
+        lambda document: document["artifacts"]["engines"][0]["gate"]["metrics"].update(sqnr=float("nan")),
+    )
+    with pytest.raises(BadInputError, match="damaged manifest"):
+        engines.load(bundle)
 
 
 @pytest.mark.parametrize(

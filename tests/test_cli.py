@@ -1272,6 +1272,7 @@ def test_inspect_shows_what_was_attested_and_what_cannot_be_read(bundle, cli):
     done = cli("inspect", bundle)
     document = json.loads(path.read_text())
     assert done.json["attestations"] == {f"attestations/{path.name}": document}
+    assert done.json["unreadable_attestations"] == ["attestations/0.json"]
     results = "onnxruntime-fp32 verified, onnxruntime-int8 FAILED"
     assert f"attestation  attestations/{path.name}, {document['machine']}: {results}" in done.out
     assert "warning      attestations/0.json cannot be read, and is not used" in done.out

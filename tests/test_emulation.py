@@ -373,6 +373,15 @@ def test_an_onnx_runtime_that_does_not_start_ends_with_4_and_its_last_words(digi
 
 
 @x86
+def test_a_cpu_that_cannot_be_run_does_not_lose_what_was_found_on_another(int8_bundle, cli, qemu):
+    qemu(f'case "$2" in Nehalem*) exit 9;; esac; {HOST}')
+    done = cli("verify", int8_bundle, "--cpu", "haswell", "--cpu", "nehalem", "--images", "2")
+    assert done.code == 4
+    assert done.json["bundle"] == str(int8_bundle)
+    assert [found["emulation"]["cpu"] for found in done.json["emulated"]] == ["haswell"]
+
+
+@x86
 def test_another_version_of_onnx_runtime_is_warned_of(int8_bundle, cli, qemu, monkeypatch):
     qemu(HOST)
     monkeypatch.setattr("engines.emulation.verify.library_versions", lambda name: {name: "1.99.0"})

@@ -39,6 +39,12 @@ def test_logits_that_are_not_finite_are_worse_than_all_others(after):
     assert gain(np.full(8, after), before).decibels > 100
 
 
+def test_one_image_that_outweighs_all_others_does_not_hide_them():
+    """Leaving it out leaves the others' gain, 0 dB; so its gain L has the error L (N - 1) / N."""
+    found = gain(np.ones(8), np.array([1.0] * 7 + [1e25]))
+    assert found.error == pytest.approx(-found.decibels * 7 / 8, rel=0.01)
+
+
 def test_candidates_without_noise_are_equal():
     assert gain(np.zeros(8), np.zeros(8)) == (0.0, 0.0)
     assert gain(np.ones(8), np.zeros(8)).decibels > 100

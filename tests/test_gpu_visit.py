@@ -106,6 +106,21 @@ def test_pieces_of_an_earlier_pack_are_gone(visit, tmp_path):
     assert len(sizes(tmp_path / "pieces")) == 1
 
 
+def test_a_pack_that_cannot_have_its_wheels_leaves_earlier_pieces(visit, tmp_path, monkeypatch, capsys):
+    visit.write_pieces(made(tmp_path / "from", one=1), tmp_path / "pieces")
+    (tmp_path / "pieces" / "piece-x").write_text("of mine")
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+    monkeypatch.setenv("PIP_RETRIES", "0")
+    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    assert visit.pack(tmp_path / "pieces", ["execnet"], None) == 1
+    assert "left as it was, for 1 wheel(s) could not be had" in capsys.readouterr().err
+    assert visit.join(tmp_path / "pieces", tmp_path / "to") == []
+    assert (tmp_path / "to" / "goods" / "one").exists()
+    visit.write_pieces(made(tmp_path / "from", one=1), tmp_path / "pieces")
+    assert (tmp_path / "pieces" / "piece-x").read_text() == "of mine"
+
+
 def test_the_first_images_of_a_folder_go_along_and_a_folder_without_is_refused(visit, tmp_path):
     for number in range(200):
         (tmp_path / f"{number:03}.jpg").write_bytes(b"x")
@@ -136,11 +151,12 @@ NEEDING_NOTHING = (
 
 
 @pytest.fixture(scope="module")
-def rehearsed(tmp_path_factory) -> Path:
+def rehearsed(visit, tmp_path_factory) -> Path:
     """The steps that take seconds, with this machine standing in."""
     out = tmp_path_factory.mktemp("visit") / "out"
     steps = [f"--step={name}" for name in NEEDING_NOTHING]
-    done = run("run", out, "--from", out.parent / "no pieces", "--work", out.parent / "work", *steps)
+    visit.write_pieces(made(out.parent / "from", some=1), out.parent / "pieces")
+    done = run("run", out, "--from", out.parent / "pieces", "--work", out.parent / "work", *steps)
     assert done.returncode == 0, done.stderr + (out / "log.txt").read_text()
     return out
 
@@ -214,6 +230,8 @@ def test_a_step_that_fails_or_hangs_does_not_stop_the_next(visit, tmp_path, monk
     assert done.returncode == 1
     lines = [json.loads(line) for line in (tmp_path / "out" / "lines.jsonl").read_text().splitlines()]
     ended = {line["step"]: line["ended"] for line in lines if "ended" in line}
+    assert [line["problem"].split(":")[0] for line in lines if line["step"] == "pieces"] == ["no pieces came"]
+    assert "no pieces came" in run("report", tmp_path / "out").stdout
     assert ended == {"wheels": "stopped after 3 s", "device": "failed, exit code 1", "resnet50": "done"}
     left = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
@@ -230,6 +248,8 @@ def test_a_step_that_fails_or_hangs_does_not_stop_the_next(visit, tmp_path, monk
         (["pack", "x", "--with", "numpy"], "'numpy' (choose from"),
         (["report", "nowhere"], "nowhere: has no lines.jsonl: give the folder that `run` wrote"),
         (["run", "x"], "--from"),
+        (["run", str(SCRIPT), "--from", "y"], "a file: give a folder"),
+        (["run", "x", "--from", "y", "--seconds", "-1"], "--seconds"),
         (["run", "x", "--from", "y", "--step", "dance"], "'dance'"),
     ],
 )

@@ -34,7 +34,8 @@ class Images:
         return (self._after if candidate.bias else np.ones(ALL))[:count]
 
     def sqnr(self, candidate: Candidate, target: str) -> float:
-        return -10 * float(np.log10(self.noise(candidate, target, FEW).sum()))
+        noise = float(self.noise(candidate, target, FEW).sum())
+        return -10 * float(np.log10(noise)) if np.isfinite(noise) else -200.0
 
 
 def chosen(step, images: Images) -> str:
@@ -75,6 +76,20 @@ def test_a_gain_that_is_as_likely_luck_is_taken_by_steps_that_remove_errors_only
         "float": OFF,
     }
     assert images.asked == ALL
+
+
+@pytest.mark.parametrize("step", WANTED)
+@pytest.mark.parametrize("bad", [np.inf, np.nan, 1e17])
+def test_a_candidate_with_a_logit_that_is_not_finite_or_huge_is_not_taken(step, bad):
+    images = Images(2.0, noise=0.3)
+    images._after[3] = bad
+    assert chosen(step, images) == OFF
+
+
+def test_a_candidate_that_changes_nothing_is_taken_by_no_step_that_wants_a_gain():
+    images = Images(0.0, noise=0.0)
+    taken = {step for step in WANTED if chosen(step, images) == ON}
+    assert taken == {"round", "bias"}
 
 
 def test_the_gain_its_error_and_the_number_of_images_are_recorded():

@@ -25,7 +25,7 @@ Float32Array = npt.NDArray[np.float32]
 IMAGES = 16
 """Held-out images that an INT8 engine runs by default: one of 224x224 takes about a second."""
 
-FLOAT_IMAGES = 4
+FLOAT_IMAGES = 2
 """Held-out images that a float engine runs at most: emulated, it is ten times slower, and it cannot saturate."""
 
 _COUNTS = ("top1", "top5")
