@@ -10,12 +10,13 @@ import numpy as np
 import numpy.typing as npt
 
 from calibration.errors import BadInputError, ParityError, TargetUnavailableError
-from calibration.machine import instruction_set, library_versions
+from calibration.machine import library_versions
 from calibration.preprocess import UnreadableImageError, decode, normalize, resize_and_crop
 from engines import manifest as m
-from engines.bundle import Attested, attestations, checked, named, read_manifest
+from engines.bundle import attestations, checked, named, read_manifest
 from engines.onnxruntime_engine import OnnxRuntimeEngine
-from engines.target import DISTRIBUTIONS, PRECISIONS, device_capability, driver_too_old
+from engines.selection import not_verified, rank, standing
+from engines.target import DISTRIBUTIONS, device_capability, driver_too_old
 from engines.tensorrt_engine import TensorRTEngine
 
 Float32Array = npt.NDArray[np.float32]
@@ -194,45 +195,6 @@ class LoadedEngine:
             )
 
 
-def _state_here(engine: m.Engine, found: Attested) -> tuple[m.State, str]:
-    """An engine's state by the newest attestation of a machine like this one that ran it, else by the manifest.
-
-    With it, which attestation that is and of what machine; empty for the manifest.
-
-    A real machine's attestation goes before those of emulated CPUs. Nothing is verified by emulation, but an engine
-    that failed on an emulated CPU like this machine's, when it last ran there, is not verified any more.
-    """
-    real_first = sorted(found.by_file.items(), key=lambda item: item[1].emulation is not None)
-    emulated: set[str] = set()
-    for name, attestation in real_first:
-        source = f"{name}: {attestation.machine}"
-        alike = (
-            attestation.compute_capability == device_capability()
-            if engine.plan is not None
-            else attestation.instruction_set == instruction_set()
-        )
-        gate = attestation.engines.get(engine.name)
-        if alike and gate is not None and gate.ran == "engine":
-            attested = m.state_after(gate)
-            if attestation.emulation is None:
-                return attested, source
-            if attestation.emulation.cpu not in emulated and attested == "built":
-                return attested, source
-            emulated.add(attestation.emulation.cpu)
-    return engine.state, ""
-
-
-def _not_verified(state: m.State, source: str) -> str:
-    return f"{state}, not verified" + (f" ({source})" if source else "")
-
-
-def _rank(engine: m.Engine) -> tuple[bool, float, int]:
-    """The fastest last. A GPU's engine that was never timed is taken before the CPU's, the lower precision first."""
-    untimed = engine.plan is not None and engine.latency is None
-    speedup = engine.latency.speedup if engine.latency is not None else 0.0
-    return untimed, speedup, PRECISIONS.index(engine.precision)
-
-
 class _Opening(TypedDict):
     threads: int
     runtime_cache: Path | str | None
@@ -274,12 +236,12 @@ def load(
     opening: _Opening = {"threads": threads, "runtime_cache": runtime_cache}
     engines = {e.name: e for e in manifest.artifacts.engines}
     attested = attestations(root)
-    found = {name: _state_here(e, attested) for name, e in engines.items()}
-    states = {name: state for name, (state, _) in found.items()}
+    standings = {name: standing(e, attested) for name, e in engines.items()}
+    states = {name: found.state for name, found in standings.items()}
     unreadable = "".join(f"; {name} cannot be read, and is not used" for name in attested.unreadable)
     if engine is not None:
-        best, (state, source) = named(root, manifest, engine), found[engine]
-        why = f"asked for{f'; {state} ({source})' if source else ''}{unreadable}"
+        best, found = named(root, manifest, engine), standings[engine]
+        why = f"asked for{f'; {found.state} ({found.source})' if found.source else ''}{unreadable}"
         if reason := why_not_here(best.target, best.plan):
             raise TargetUnavailableError(
                 f"{root}: {engine} cannot run here: {reason}",
@@ -288,7 +250,7 @@ def load(
     else:
         reasons = {
             name: why_not_here(e.target, e.plan)
-            or ("" if states[name] == "verified" or allow_failed else _not_verified(*found[name]))
+            or ("" if states[name] == "verified" or allow_failed else not_verified(standings[name]))
             for name, e in engines.items()
         }
         reasons |= dict.fromkeys(manifest.unknown_engines, "this version does not know it")
@@ -300,7 +262,7 @@ def load(
                 f"{root}: no verified engine that runs here: {listed}",
                 hint="export again here, or `export-zoo verify` it where it runs",
             )
-        ranked = sorted(runnable, key=_rank, reverse=True)
+        ranked = sorted(runnable, key=rank, reverse=True)
         return _first_that_opens(root, manifest, ranked, states, beside + unreadable, opening)
     return LoadedEngine(root, manifest, best, state=states[best.name], why=why, **opening)
 

@@ -26,9 +26,10 @@ from calibration.errors import (
     UsageError,
 )
 from engines import manifest as m
-from engines.bundle import checked, named, read_manifest
+from engines.bundle import attestations, checked, named, read_manifest
 from engines.saturation.pairs import saturating_layers
 from engines.saturation.unsigned import unsigned_weights
+from engines.selection import not_verified, rank, standing
 
 CpuGraph = Literal["safe", "exact", "vnni"]
 
@@ -99,17 +100,18 @@ def _chosen(bundle: Path, manifest: m.Manifest, wanted: str | None) -> m.Engine:
                 hint="export without --strip-weights, or use an engine of onnxruntime",
             )
         return engine
-    served = [
-        e
-        for e in manifest.artifacts.engines
-        if e.target in _PLATFORMS and e.state == "verified" and not _stripped(e)
-    ]
-    if not served:
+    attested = attestations(bundle)
+    served = [e for e in manifest.artifacts.engines if e.target in _PLATFORMS and not _stripped(e)]
+    standings = {e.name: standing(e, attested) for e in served}
+    verified = [e for e in served if standings[e.name].state == "verified"]
+    if not verified:
+        listed = "; ".join(f"{name}: {not_verified(found)}" for name, found in standings.items())
         raise TargetUnavailableError(
-            f"{bundle}: no verified engine of onnxruntime or tensorrt that has its weights",
+            f"{bundle}: no verified engine of onnxruntime or tensorrt that has its weights"
+            + (f": {listed}" if listed else ""),
             hint="name one with --engine, or export with --target onnxruntime",
         )
-    return max(served, key=lambda engine: engine.latency.speedup if engine.latency is not None else 0.0)
+    return max(verified, key=rank)
 
 
 def _for_cpus(bundle: Path, engine: m.Engine, graph: Path, cpu_graph: CpuGraph) -> ir.Model | None:
@@ -151,7 +153,8 @@ def write_repository(
     """Add an engine to a Triton model repository, whole or not at all; returns the model's directory.
 
     Args:
-        engine: its name; default the fastest verified one.
+        engine: its name; default the fastest verified one, by the manifest and what `verify` attested on a machine
+            like this one.
         name: of the model; default the network's.
         version: its folder. Another version of a model that is there must have the same configuration.
         delay_us: microseconds that a request waits for others.

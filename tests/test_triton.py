@@ -66,6 +66,35 @@ def test_every_output_is_configured(digits_bundle):
     assert (second.name, list(second.dims), second.label_filename) == ("aux", [10, -1, -1], "")
 
 
+def test_an_engine_that_failed_on_a_machine_like_this_is_not_served_unless_it_is_asked_for(
+    cli, digits_bundle, tmp_path
+):
+    def wrong_here(document):
+        fp32, int8 = document["artifacts"]["engines"]
+        fp32["latency"]["speedup"], int8["latency"]["speedup"] = 1.0, 100.0
+        int8["gate"]["tolerances"]["sqnr"] = 500
+
+    bundle, models = changed(digits_bundle, tmp_path, wrong_here), tmp_path / "models"
+    assert cli("triton", bundle, models, "--name", "before").code == 0
+    assert cli("verify", bundle).code == 3
+    assert cli("triton", bundle, models, "--name", "after").code == 0
+    assert cli("triton", bundle, models, "--name", "asked", "--engine", "onnxruntime-int8").code == 0
+    sizes = {
+        name: (models / name / "1" / "model.onnx").stat().st_size for name in ("before", "after", "asked")
+    }
+    assert sizes["before"] == sizes["asked"] < sizes["after"] / 3
+    attested = next((bundle / "attestations").iterdir())
+    document = json.loads(attested.read_text())
+    document["engines"]["onnxruntime-fp32"]["failures"] = ["too"]
+    attested.write_text(json.dumps(document))
+    none = cli("triton", bundle, models, "--name", "none")
+    assert none.code == 4
+    assert (
+        f"onnxruntime-int8: built, not verified (attestations/{attested.name}: "
+        in none.json["error"]["message"]
+    )
+
+
 def test_versions_share_a_configuration(cli, digits_bundle, tmp_path):
     models = tmp_path / "models"
     assert cli("triton", digits_bundle, models, "--engine", "onnxruntime-fp32").code == 0

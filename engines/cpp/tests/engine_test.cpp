@@ -1,6 +1,7 @@
 // Engines give Python's logits to the bit, from many threads, and refuse what they cannot do before they try.
 
 #include <algorithm>
+#include <map>
 #include <optional>
 #include <thread>
 
@@ -109,6 +110,47 @@ TEST_F(Engine, TakesTheFastestVerifiedOneUnlessOneIsAskedFor) {
   EXPECT_EQ(ez::Engine::load(bundle).info().name, "onnxruntime-fp32");
   EXPECT_EQ(ez::Engine::load(bundle).why(),
             "fastest graph verified engine that may be loaded here; onnxruntime-int8 was left out: built, not graph verified");
+}
+
+// The table that pytest runs, too (tests/test_selection.py). C++ loads what is graph verified unless it is told not to.
+TEST_F(Engine, IsChosenAsInPython) {
+  using nlohmann::json;
+  const std::map<std::string, double> speedups{{"onnxruntime-fp32", 1.0}, {"onnxruntime-int8", 2.0}};
+  ez::Options options;
+  options.least = ez::State::verified;
+  for (const auto& given : json::parse(support::read(fs::path(EXPORT_ZOO_TEST_CASES) / "selection.json"))) {
+    const auto name = given["case"].get<std::string>();
+    const auto bundle = copy();
+    auto document = json::parse(support::read(bundle / "manifest.json"));
+    for (auto& engine : document["artifacts"]["engines"]) {
+      const auto own = engine["name"].get<std::string>();
+      engine["latency"]["speedup"] = speedups.at(own);
+      const auto changes = given.value("engines", json::object()).value(own, json::object());
+      for (const auto& [key, value] : changes.items()) {
+        (key == "speedup" ? engine["latency"] : engine)[key] = value;
+      }
+    }
+    support::write(bundle / "manifest.json", document.dump());
+    fs::create_directory(bundle / "attestations");
+    const auto attestations = given.value("attestations", json::object());
+    for (const auto& [number, wanted] : attestations.items()) {
+      auto attestation = json::parse(support::read(bundles() / "attestation.json"));
+      attestation["machine"] = "a machine";
+      attestation["manifest_sha256"] = wanted.value("manifest_sha256", support::sha256(bundle / "manifest.json"));
+      if (wanted.contains("instruction_set")) attestation["instruction_set"] = wanted["instruction_set"];
+      attestation["emulation"] = wanted.contains("emulated") ? json{{"cpu", wanted["emulated"]}} : json(nullptr);
+      for (auto& [engine, gate] : attestation["engines"].items()) {
+        gate["ran"] = wanted.value("ran", "engine");
+        const auto failed = wanted.value("failed", std::vector<std::string>());
+        gate["failures"] = std::count(failed.begin(), failed.end(), engine) ? json::array({"wrong"}) : json::array();
+      }
+      support::write(bundle / "attestations" / (number + ".json"), wanted.value("text", attestation.dump()));
+    }
+    const auto engine = ez::Engine::load(bundle, options);
+    EXPECT_EQ(engine.info().name, given["chosen"]) << name;
+    EXPECT_THAT(engine.why(), HasSubstr(given.value("why", ""))) << name;
+    fs::remove_all(bundle);
+  }
 }
 
 TEST_F(Engine, OfALaterVersionIsLeftOutAndWhySaysSo) {

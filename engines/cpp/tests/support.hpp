@@ -1,12 +1,16 @@
 #pragma once
 
+#include <array>
 #include <cstdlib>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <iterator>
 #include <string>
+#include <string_view>
 #include <vector>
+
+#include <openssl/evp.h>
 
 #include <gtest/gtest.h>
 
@@ -29,6 +33,21 @@ inline void write(const fs::path& path, const std::string& text) {
 }
 
 // The values of a float32 .npy file.
+// In hexadecimal.
+inline std::string sha256(const fs::path& path) {
+  const auto data = read(path);
+  std::array<unsigned char, EVP_MAX_MD_SIZE> digest{};
+  unsigned int size = 0;
+  EVP_Digest(data.data(), data.size(), digest.data(), &size, EVP_sha256(), nullptr);
+  std::string text;
+  for (unsigned int i = 0; i < size; ++i) {
+    constexpr std::string_view digits = "0123456789abcdef";
+    text += digits[digest.at(i) >> 4U];
+    text += digits[digest.at(i) & 15U];
+  }
+  return text;
+}
+
 inline std::vector<float> read_npy(const fs::path& path) {
   const auto bytes = read(path);
   const auto header = static_cast<unsigned char>(bytes.at(8)) + 256 * static_cast<unsigned char>(bytes.at(9));
