@@ -677,6 +677,20 @@ def test_our_graphs_keep_int8_weights_in_onnx_runtime(kind, tmp_path, monkeypatc
     assert weight_types(optimized(monkeypatch, path, saturating_session={})) == {np.dtype(np.int8)}
 
 
+@pytest.mark.parametrize("kind", LAYERS)
+def test_graphs_that_cannot_saturate_have_the_nodes_shapes_and_types_of_those_that_can(kind, tmp_path):
+    """So CPUs with VNNI run the same kernels on as many numbers: only values of weights and scales differ."""
+
+    def described(path: Path) -> tuple[list[str], list[tuple[int, tuple[int, ...]]]]:
+        graph = onnx.load(path).graph
+        return [node.op_type for node in graph.node], [
+            (t.data_type, tuple(t.dims)) for t in graph.initializer
+        ]
+
+    safe, free = (int8_graph(tmp_path / f"{safe}.onnx", LAYERS[kind], safe=safe) for safe in (True, False))
+    assert described(safe) == described(free)
+
+
 @pytest.mark.parametrize("kind", PAIRED)
 def test_the_option_makes_weights_of_earlier_versions_uint8_where_kernels_saturate(
     kind, tmp_path, monkeypatch
