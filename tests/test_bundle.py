@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import hashlib
 import io
 import json
@@ -330,9 +331,10 @@ def test_an_engine_has_no_more_threads_than_cores_that_it_may_use(digits_bundle)
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(cores)})
     try:
+        gc.collect()  # engines of other tests have threads, too
         before = threads()
         engine = engines.load(digits_bundle)
-        assert threads() == before
+        assert threads() <= before
     finally:
         os.sched_setaffinity(0, cores)
     assert engine.run(np.zeros((1, 3, 32, 32), np.float32)).shape == (1, 10)

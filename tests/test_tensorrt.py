@@ -509,7 +509,11 @@ def test_an_engine_that_only_an_attestation_calls_verified_is_chosen(bundle, tmp
     """As on a GPU machine that verified a bundle built without one; up to the missing driver."""
     import shutil
 
-    from engines import loading, verify
+    from engines import loading, selection, verify
+
+    def is_here(capability: str) -> None:  # there is no GPU to ask
+        for room in (loading, selection):
+            monkeypatch.setattr(room, "device_capability", lambda: capability)
 
     copy = shutil.copytree(bundle, tmp_path / "bundle")
     attestation, path = verify.verify(copy)
@@ -521,7 +525,7 @@ def test_an_engine_that_only_an_attestation_calls_verified_is_chosen(bundle, tmp
     attested = attestation.model_copy(update={"engines": gates, "compute_capability": "8.9"})
     path.write_text(attested.model_dump_json())
     opened = []
-    monkeypatch.setattr(loading, "device_capability", lambda: "8.9")  # there is no GPU to ask
+    is_here("8.9")
 
     def opening(plan, **_):
         opened.append(plan)
@@ -531,7 +535,7 @@ def test_an_engine_that_only_an_attestation_calls_verified_is_chosen(bundle, tmp
     loaded = engines.load(copy)
     assert (loaded.name, loaded.state) == ("tensorrt-rtx-fp16", "verified")
     assert "-tensorrt-rtx-fp16." in opened[0].name
-    monkeypatch.setattr(loading, "device_capability", lambda: "12.0")
+    is_here("12.0")
     assert engines.load(copy).name.startswith("onnxruntime"), "another GPU than that which attested"
 
 
@@ -556,7 +560,7 @@ def test_an_old_driver_is_told_before_an_engine_is_loaded(bundle, monkeypatch):
         ({"state": "verified"}, "is called verified, its gate makes it graph verified"),
         ({"plan": None}, "plan"),
         ({"graph": None}, "graph"),
-        ({"target": "foo"}, "target"),
+        ({"target": 1}, "target"),
         ({"name": "onnxruntime-int8"}, "onnxruntime-int8 is not"),
         ({"name": "onnxruntime-int8", "target": "onnxruntime", "plan": None, "graph": None}, "there twice"),
     ],
