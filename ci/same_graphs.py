@@ -67,8 +67,8 @@ def export(checkout: Path, given: Sequence[str], out: Path, cache: Path) -> dict
     """The manifest of a bundle that a checkout makes, gate failed or not."""
     command = [
         sys.executable,
-        "-c",
-        "from exporter.cli import run; run()",
+        "-m",
+        "exporter.cli",
         *given,
         "--out",
         str(out),

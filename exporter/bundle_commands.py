@@ -15,7 +15,7 @@ from exporter.common_options import EXIT_CODES, json_option, quiet_option, verbo
 from exporter.report import RANDOM, ConsoleReporter, show_log
 
 if TYPE_CHECKING:
-    from engines.manifest import Attestation
+    from engines.manifest import Attestation, Manifest
     from engines.triton import CpuGraph
 
 
@@ -78,6 +78,22 @@ def _list_cpus(*, quiet: bool) -> None:
             click.echo(f"{cpu.name:<12} {cpu.machine:<8} {cpu.description}")
 
 
+def _manifest(bundle: Path, reporter: ConsoleReporter) -> Manifest:
+    """A bundle's manifest; random weights are warned of."""
+    from engines.bundle import read_manifest
+
+    manifest = read_manifest(bundle)
+    if manifest.recipe.source.weights.random:
+        reporter.warn(RANDOM)
+    return manifest
+
+
+def _check_status(bundle: Path, manifest: Manifest) -> None:
+    """Raises ParityError where the bundle failed when it was exported, whatever was found now."""
+    if manifest.status != "ok":
+        raise ParityError(f"{bundle}: failed its parity gate when it was exported", hint="export again")
+
+
 def _written(bundle: Path, attestation: Path | None) -> str:
     """Where an attestation is, for people."""
     from engines.bundle import ATTESTATIONS
@@ -86,14 +102,11 @@ def _written(bundle: Path, attestation: Path | None) -> str:
 
 
 def _verify_here(bundle: Path, reporter: ConsoleReporter, *, quiet: bool) -> None:
-    from engines import bundle as room
     from engines import verify as verification
     from engines.gate import images_compared
 
     now = outcome.current()
-    manifest = room.read_manifest(bundle)
-    if manifest.recipe.source.weights.random:
-        reporter.warn(RANDOM)
+    manifest = _manifest(bundle, reporter)
     held = manifest.artifacts.held_out
     per_engine = images_compared(held.count, manifest.recipe.batch, sum(part.count for part in held.sizes))
     with reporter.stage("verify") as stage:
@@ -123,14 +136,12 @@ def _verify_here(bundle: Path, reporter: ConsoleReporter, *, quiet: bool) -> Non
             f"{bundle}: logits are outside the tolerance on this machine: {'; '.join(failures)}",
             hint="the bundle failed when it was exported, or libraries differ: compare `versions` in the manifest",
         )
-    if manifest.status != "ok":
-        raise ParityError(f"{bundle}: failed its parity gate when it was exported", hint="export again")
+    _check_status(bundle, manifest)
 
 
 def _verify_emulated(
     bundle: Path, names: Sequence[str], images: int | None, reporter: ConsoleReporter, *, quiet: bool
 ) -> None:
-    from engines import bundle as room
     from engines.emulation import cpus
     from engines.emulation import verify as emulation
     from engines.verify import can_saturate
@@ -138,9 +149,7 @@ def _verify_emulated(
     chosen = [cpus.named(name) for name in dict.fromkeys(names)]
     for cpu in chosen:
         cpus.launch(cpu)  # what is missing is told before anything is run
-    manifest = room.read_manifest(bundle)
-    if manifest.recipe.source.weights.random:
-        reporter.warn(RANDOM)
+    manifest = _manifest(bundle, reporter)
     count = emulation.IMAGES if images is None else images
     total = emulation.images_run(manifest, count)
     found, failures, saturating = [], [], False
@@ -179,8 +188,7 @@ def _verify_emulated(
             if saturating
             else "compare with `export-zoo verify` without --cpu, and with more --images; docs/cpu.md says more",
         )
-    if manifest.status != "ok":
-        raise ParityError(f"{bundle}: failed its parity gate when it was exported", hint="export again")
+    _check_status(bundle, manifest)
 
 
 def _results(attestation: Attestation) -> str:

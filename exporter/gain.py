@@ -38,9 +38,8 @@ def gain(before: Float64Array, after: Float64Array) -> Gain:
         difference: Float64Array = levels[0] - levels[1]
         return difference
 
-    without = decibels(
-        parts @ (1 - np.eye(parts.shape[1]))
-    )  # a difference of sums would lose what is small beside one
-    count = len(without)
+    count = parts.shape[1]
+    # Sums over the others: a difference of sums would lose what is small beside the one left out.
+    without = decibels(parts @ (1 - np.eye(count)))
     error = np.sqrt((count - 1) / count * ((without - without.mean()) ** 2).sum())
     return Gain(float(decibels(totals)[0]), float(error))

@@ -32,8 +32,7 @@ inline void write(const fs::path& path, const std::string& text) {
   std::ofstream(path, std::ios::binary) << text;
 }
 
-// The values of a float32 .npy file.
-// In hexadecimal.
+// Of a file, in hexadecimal.
 inline std::string sha256(const fs::path& path) {
   const auto data = read(path);
   std::array<unsigned char, EVP_MAX_MD_SIZE> digest{};
@@ -48,6 +47,7 @@ inline std::string sha256(const fs::path& path) {
   return text;
 }
 
+// The values of a float32 .npy file.
 inline std::vector<float> read_npy(const fs::path& path) {
   const auto bytes = read(path);
   const auto header = static_cast<unsigned char>(bytes.at(8)) + 256 * static_cast<unsigned char>(bytes.at(9));
