@@ -540,7 +540,7 @@ def test_an_engine_that_only_an_attestation_calls_verified_is_chosen(bundle, tmp
 
 
 def test_an_old_driver_is_told_before_an_engine_is_loaded(bundle, monkeypatch):
-    from engines import loading, target
+    from engines import loading, selection, target
 
     class Old:
         def cuDriverGetVersion(self, pointer):  # noqa: N802 (the driver's name)
@@ -548,7 +548,8 @@ def test_an_old_driver_is_told_before_an_engine_is_loaded(bundle, monkeypatch):
             return 0
 
     monkeypatch.setattr(target, "_driver", Old)
-    monkeypatch.setattr(loading, "device_capability", lambda: "8.9")
+    for room in (loading, selection):
+        monkeypatch.setattr(room, "device_capability", lambda: "8.9")
     with pytest.raises(TargetUnavailableError, match=r"supports CUDA 12\.4, 13\.0 is needed"):
         engines.load(bundle, engine="tensorrt-rtx-fp16")
     assert engines.load(bundle).name.startswith("onnxruntime")
