@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 from networks import simplified
 
-from calibration.images import synthetic_images
-from calibration.machine import cpu_model, library_versions
-from calibration.preprocess import Preprocess, normalize
+from export_zoo.base.machine import cpu_model, library_versions
+from export_zoo.calibration.images import synthetic_images
+from export_zoo.calibration.preprocess import Preprocess, normalize
 
 MODELS = ("resnet18", "resnet50", "mobilenet_v2")
 OURS = ("minmax", "percentile", "entropy", "mse")

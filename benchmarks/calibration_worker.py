@@ -45,13 +45,13 @@ def forward(graph: Path, inputs: Path) -> None:
 
 
 def ours(graph: Path, inputs: Path, method: str) -> None:
-    from calibration.collect import collect
-    from calibration.graph_io import load
-    from calibration.histogram import Histogram
-    from calibration.images import ImageFile, ImageStream
-    from calibration.methods import METHODS
-    from calibration.preprocess import Preprocess
-    from engines.placement import quantized_tensors
+    from export_zoo.base.graph_io import load
+    from export_zoo.calibration.collect import collect
+    from export_zoo.calibration.histogram import Histogram
+    from export_zoo.calibration.images import ImageFile, ImageStream
+    from export_zoo.calibration.methods import METHODS
+    from export_zoo.calibration.preprocess import Preprocess
+    from export_zoo.engines.precision.placement import quantized_tensors
 
     class Preprocessed(ImageStream):
         def __iter__(self) -> Iterator[npt.NDArray[np.uint8]]:

@@ -33,7 +33,7 @@ from PIL import Image, ImageOps
 from sklearn.datasets import load_sample_images
 from torchvision.transforms._presets import ImageClassification
 
-from calibration.machine import cpu_model, instruction_set, library_versions
+from export_zoo.base.machine import cpu_model, instruction_set, library_versions
 
 ROOT = Path(__file__).parent.parent
 SIDES = (320, 640, 1920, 4000)  # longer sides of the photographs, pixels

@@ -19,12 +19,12 @@ import numpy as np
 from networks import simplified
 from peers import quantize_with_onnxruntime
 
-from calibration.collect import collect
-from calibration.images import SyntheticStream, synthetic_images
-from calibration.machine import cpu_model, instruction_set, library_versions
-from calibration.preprocess import Preprocess, normalize
-from engines.onnxruntime_engine import OnnxRuntimeEngine
-from engines.precision import quantize
+from export_zoo.base.machine import cpu_model, instruction_set, library_versions
+from export_zoo.calibration.collect import collect
+from export_zoo.calibration.images import SyntheticStream, synthetic_images
+from export_zoo.calibration.preprocess import Preprocess, normalize
+from export_zoo.engines.precision.int8.qdq import quantize
+from export_zoo.engines.targets.onnxruntime.engine import OnnxRuntimeEngine
 
 
 def prepare(model: str, directory: Path) -> tuple[dict[str, Path], Preprocess]:

@@ -25,9 +25,9 @@ sys.path.insert(0, str(EXAMPLES))
 import digits  # noqa: E402
 import small_networks  # noqa: E402
 
-from exporter import ExportOptions, export_zoo  # noqa: E402
-from exporter.options import BatchRange, Tolerance  # noqa: E402
-from exporter.pipeline import KeptError  # noqa: E402
+from export_zoo import ExportOptions, export  # noqa: E402
+from export_zoo.exporter.options import BatchRange, Tolerance  # noqa: E402
+from export_zoo.exporter.pipeline import KeptError  # noqa: E402
 
 OWN = {"vit": small_networks.vit, "swin": small_networks.swin}
 FAMILIES = {
@@ -89,7 +89,7 @@ def exported(name: str, weights: Path, out: Path) -> list[Any]:
         out=out / f"{name}.bundle",
     )
     try:
-        return list(export_zoo(options).engines)
+        return list(export(options).engines)
     except KeptError as error:  # the table shows how much is lost
         return list(error.result.engines)
 

@@ -33,17 +33,19 @@ import torch  # noqa: E402
 from peers import quantize_with_onnxruntime  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
-from calibration import graph_io, images  # noqa: E402
-from calibration.machine import cpu_model, library_versions  # noqa: E402
-from calibration.preprocess import normalize  # noqa: E402
-from engines import bundle, equalize  # noqa: E402
-from engines.gate import run_in_batches  # noqa: E402
-from engines.onnxruntime_engine import OnnxRuntimeEngine  # noqa: E402
-from engines.parity import compare  # noqa: E402
-from engines.twin import write_twin  # noqa: E402
-from exporter import ExportOptions, export_zoo  # noqa: E402
-from exporter.options import BatchRange, Tolerance  # noqa: E402
-from exporter.pipeline import KeptError  # noqa: E402
+from export_zoo import ExportOptions, export  # noqa: E402
+from export_zoo.base import graph_io  # noqa: E402
+from export_zoo.base.machine import cpu_model, library_versions  # noqa: E402
+from export_zoo.calibration import images  # noqa: E402
+from export_zoo.calibration.preprocess import normalize  # noqa: E402
+from export_zoo.engines.bundle import reader as bundle  # noqa: E402
+from export_zoo.engines.parity.metrics import compare  # noqa: E402
+from export_zoo.engines.precision.fp16.twin import write_twin  # noqa: E402
+from export_zoo.engines.precision.int8 import equalize  # noqa: E402
+from export_zoo.engines.targets.onnxruntime.engine import OnnxRuntimeEngine  # noqa: E402
+from export_zoo.engines.verification.gate import run_in_batches  # noqa: E402
+from export_zoo.exporter.options import BatchRange, Tolerance  # noqa: E402
+from export_zoo.exporter.pipeline import KeptError  # noqa: E402
 
 MODELS = ("resnet18", "mobilenet_v2", "squeezenet1_1", "vgg11_bn")
 TARGETS = ("onnxruntime", "tensorrt-rtx")
@@ -105,7 +107,7 @@ def ours(model: str, weights: Path, folder: Path, out: Path) -> dict[str, dict[s
         out=out,
     )
     try:
-        result = export_zoo(options)
+        result = export(options)
     except KeptError as error:
         result = error.result
     return {

@@ -1,4 +1,4 @@
-"""How well `exporter/memory.py` foretells the peak memory that the matrix measured.
+"""How well `exporter/models/memory.py` foretells the peak memory that the matrix measured.
 
     python benchmarks/memory.py [docs/zoo/results]
 
@@ -11,9 +11,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from exporter import memory, zoo
-from exporter.matrix_run import CellResult, stored
-from exporter.options import BatchRange, ExportOptions
+from export_zoo.exporter.matrix.run import CellResult, stored
+from export_zoo.exporter.models import memory, zoo
+from export_zoo.exporter.options import BatchRange, ExportOptions
 
 
 def expected(result: CellResult) -> float:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from calibration.images import synthetic_images
-from calibration.preprocess import Preprocess, normalize
-from exporter import graph, simplify, zoo
-from exporter.options import ExportOptions
+from export_zoo.calibration.images import synthetic_images
+from export_zoo.calibration.preprocess import Preprocess, normalize
+from export_zoo.exporter.graph import simplify, to_onnx
+from export_zoo.exporter.models import zoo
+from export_zoo.exporter.options import ExportOptions
 
 
 def simplified(model: str, directory: Path) -> tuple[Path, Preprocess]:
@@ -16,6 +17,6 @@ def simplified(model: str, directory: Path) -> tuple[Path, Preprocess]:
     p = spec.preprocess
     module, _ = zoo.build(spec)
     inputs = normalize(synthetic_images(4, p.crop_height, p.crop_width, 1), p)
-    graph.export(module, p.crop_height, p.crop_width, directory / "model.onnx")
+    to_onnx.export(module, p.crop_height, p.crop_width, directory / "model.onnx")
     simplify.simplify(directory / "model.onnx", directory, inputs)
     return directory / "graph.onnx", p

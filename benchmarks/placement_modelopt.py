@@ -19,13 +19,13 @@ import numpy as np
 import onnx
 from networks import simplified
 
-from calibration.collect import collect
-from calibration.images import SyntheticStream, synthetic_images
-from calibration.preprocess import normalize
-from engines.onnxruntime_engine import OnnxRuntimeEngine
-from engines.parity import compare
-from engines.precision import quantize
-from engines.twin import write_twin
+from export_zoo.calibration.collect import collect
+from export_zoo.calibration.images import SyntheticStream, synthetic_images
+from export_zoo.calibration.preprocess import normalize
+from export_zoo.engines.parity.metrics import compare
+from export_zoo.engines.precision.fp16.twin import write_twin
+from export_zoo.engines.precision.int8.qdq import quantize
+from export_zoo.engines.targets.onnxruntime.engine import OnnxRuntimeEngine
 
 Operand = tuple[str, int]
 

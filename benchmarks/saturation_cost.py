@@ -35,22 +35,24 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from calibration import graph_io  # noqa: E402
-from calibration.images import IMAGE_SUFFIXES  # noqa: E402
-from calibration.layer_inputs import input_sizes, layer_means, layer_moments  # noqa: E402
-from calibration.machine import cpu_model, instruction_set, library_versions  # noqa: E402
-from calibration.preprocess import decode, normalize, resize_and_crop  # noqa: E402
-from calibration.ranges import Ranges  # noqa: E402
-from engines import bench, bundle, int8_weights, precision  # noqa: E402
-from engines.gate import run_in_batches  # noqa: E402
-from engines.onnxruntime_engine import OnnxRuntimeEngine  # noqa: E402
-from engines.parity import compare  # noqa: E402
-from engines.placement import weight_of  # noqa: E402
-from engines.rounding import LARGEST, rounding  # noqa: E402
-from engines.saturation.channel_order import ChannelOrder  # noqa: E402
-from engines.saturation.pairs import saturating_layers  # noqa: E402
-from engines.saturation.probe import EXACT_SESSION, saturates  # noqa: E402
-from engines.saturation.unsigned import unsigned_weights  # noqa: E402
+from export_zoo.base import graph_io  # noqa: E402
+from export_zoo.base.machine import cpu_model, instruction_set, library_versions  # noqa: E402
+from export_zoo.calibration.images import IMAGE_SUFFIXES  # noqa: E402
+from export_zoo.calibration.layer_inputs import input_sizes, layer_means, layer_moments  # noqa: E402
+from export_zoo.calibration.preprocess import decode, normalize, resize_and_crop  # noqa: E402
+from export_zoo.calibration.ranges import Ranges  # noqa: E402
+from export_zoo.engines.bundle import reader  # noqa: E402
+from export_zoo.engines.parity.metrics import compare  # noqa: E402
+from export_zoo.engines.precision.int8 import int8_weights, qdq  # noqa: E402
+from export_zoo.engines.precision.int8.rounding import LARGEST, rounding  # noqa: E402
+from export_zoo.engines.precision.int8.saturation.channel_order import ChannelOrder  # noqa: E402
+from export_zoo.engines.precision.int8.saturation.pairs import saturating_layers  # noqa: E402
+from export_zoo.engines.precision.int8.saturation.probe import EXACT_SESSION, saturates  # noqa: E402
+from export_zoo.engines.precision.int8.saturation.unsigned import unsigned_weights  # noqa: E402
+from export_zoo.engines.precision.placement import weight_of  # noqa: E402
+from export_zoo.engines.targets.onnxruntime.engine import OnnxRuntimeEngine  # noqa: E402
+from export_zoo.engines.verification import bench  # noqa: E402
+from export_zoo.engines.verification.gate import run_in_batches  # noqa: E402
 
 IMAGES = 128
 AS_IT_IS = ChannelOrder({}, {})
@@ -74,14 +76,14 @@ for _ in range(int(sys.argv[3])):
 @contextlib.contextmanager
 def scheme(**change: bool):
     """The number scheme of onnxruntime, changed."""
-    changed = replace(precision.SCHEMES["onnxruntime"], **change)
-    with mock.patch.dict(precision.SCHEMES, {"onnxruntime": changed}):
+    changed = replace(qdq.SCHEMES["onnxruntime"], **change)
+    with mock.patch.dict(qdq.SCHEMES, {"onnxruntime": changed}):
         yield
 
 
 def graphs(root: Path, folder: Path, out: Path) -> dict[str, Path]:
     """The INT8 graphs by name."""
-    manifest = bundle.read_manifest(root)
+    manifest = reader.read_manifest(root)
     p, graph = manifest.recipe.preprocess, root / manifest.recipe.graph.path
     ranges = Ranges.read(root / manifest.recipe.calibration.ranges.path)
     held = set(manifest.artifacts.held_out.image_sha256)
@@ -96,7 +98,7 @@ def graphs(root: Path, folder: Path, out: Path) -> dict[str, Path]:
 
     def write(name: str, order: ChannelOrder | None) -> None:
         steps = rounding(graph_io.load(graph).graph, moments.items(), "onnxruntime", order=order)
-        precision.quantize(graph, ranges, made[name], means=means, rounding=steps, order=order)
+        qdq.quantize(graph, ranges, made[name], means=means, rounding=steps, order=order)
 
     made = {
         name: out / f"{name.replace(' ', '-')}.onnx" for name in ("free", "pairs", "safe", "7 bits", "uint8")
@@ -105,7 +107,10 @@ def graphs(root: Path, folder: Path, out: Path) -> dict[str, Path]:
     write("pairs", AS_IT_IS)
     with scheme(sums_in_16_bits=False):
         write("free", None)
-        with mock.patch.object(int8_weights, "MAX_WEIGHT", 63), mock.patch("engines.rounding.MAX_WEIGHT", 63):
+        with (
+            mock.patch.object(int8_weights, "MAX_WEIGHT", 63),
+            mock.patch("export_zoo.engines.precision.int8.rounding.MAX_WEIGHT", 63),
+        ):
             write("7 bits", None)
     model = graph_io.load(made["free"])
     unsigned_weights(model.graph)
@@ -147,8 +152,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
-    manifest = bundle.read_manifest(given.bundle)
-    held, p = bundle.held_out(given.bundle, manifest), manifest.recipe.preprocess
+    manifest = reader.read_manifest(given.bundle)
+    held, p = reader.held_out(given.bundle, manifest), manifest.recipe.preprocess
     fp32 = given.bundle / manifest.recipe.graph.path
     print(f"{cpu_model()}, {instruction_set()}, {library_versions('onnxruntime')}")
     print(f"sums of uint8 x int8 saturate here: {saturates()}")

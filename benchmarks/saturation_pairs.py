@@ -155,8 +155,8 @@ def _weight_of(layer: Layer, filters: Array) -> Array:
 def model_of(layer: Layer, filters: Array, bias: Array, step: float) -> bytes:
     """The ONNX model of a layer.
 
-    `conv`, `gemm` and `matmul` are Q/DQ graphs as `engines/precision.py` writes them, whose output is quantized with
-    the scale `step` and the zero point 128; `conv_blocks` has SpaceToDepth before it, as `engines/first_conv.py` does;
+    `conv`, `gemm` and `matmul` are Q/DQ graphs as `qdq.py` writes them, whose output is quantized with
+    the scale `step` and the zero point 128; `conv_blocks` has SpaceToDepth before it, as `first_conv.py` does;
     `conv_basic` is a QLinearConv itself. `gemm_float` and `matmul_float` are Q/DQ graphs whose output stays float.
     All other scales are 1.
     """

@@ -21,7 +21,7 @@ UNTUNED = ("--steps", "none", "--method", "minmax")
 
 def exported(given: list[str], out: Path) -> dict:
     """An INT8 engine as the manifest describes it; one that failed its gate, too."""
-    command = [sys.executable, "-m", "exporter.cli", *given, "--precision", "int8"]
+    command = [sys.executable, "-m", "export_zoo", *given, "--precision", "int8"]
     done = subprocess.run(
         [*command, "--json", str(out / "result.json"), "--out", str(out / "bundle"), "--quiet"],
         capture_output=True,

@@ -1,1 +1,1 @@
-"""Lowest floor: images, preprocessing and activation ranges. Never imports torch."""
+"""From images to activation ranges. Never imports torch."""

@@ -15,14 +15,14 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
-from calibration import graph_io
-from calibration.errors import BadInputError
-from calibration.histogram import Accumulator, Float32Array, extremes, kernels
-from calibration.images import ImageFile, ImageStream, Progress
-from calibration.machine import instruction_set, library_versions, usable_cores
-from calibration.observe import Observer
-from calibration.preprocess import Preprocess, UInt8Array, normalize
-from calibration.ranges import Ranges, TensorRange
+from export_zoo.base import graph_io
+from export_zoo.base.errors import BadInputError
+from export_zoo.base.machine import instruction_set, library_versions, usable_cores
+from export_zoo.calibration.histogram import Accumulator, Float32Array, extremes, kernels
+from export_zoo.calibration.images import ImageFile, ImageStream, Progress
+from export_zoo.calibration.observe import Observer
+from export_zoo.calibration.preprocess import Preprocess, UInt8Array, normalize
+from export_zoo.calibration.ranges import Ranges, TensorRange
 
 _FUSED_ACTIVATIONS = frozenset({"Relu", "Clip"})
 _FUSING_PRODUCERS = frozenset({"Conv", "ConvTranspose", "Gemm", "Add", "BatchNormalization"})

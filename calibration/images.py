@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from calibration.errors import BadInputError
-from calibration.preprocess import (
+from export_zoo.base.errors import BadInputError
+from export_zoo.calibration.preprocess import (
     Preprocess,
     UInt8Array,
     UnreadableImageError,

@@ -12,10 +12,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from calibration import graph_io
-from calibration.machine import one_blas_thread, usable_cores
-from calibration.observe import Observer
-from calibration.preprocess import Preprocess, UInt8Array
+from export_zoo.base import graph_io
+from export_zoo.base.machine import one_blas_thread, usable_cores
+from export_zoo.calibration.observe import Observer
+from export_zoo.calibration.preprocess import Preprocess, UInt8Array
 
 Float32Array = npt.NDArray[np.float32]
 Float64Array = npt.NDArray[np.float64]

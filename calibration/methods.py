@@ -12,7 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
-from calibration.histogram import SHIFT, Float64Array, Histogram
+from export_zoo.calibration.histogram import SHIFT, Float64Array, Histogram
 
 PERCENTILE = 99.99
 """Share of the values that is kept, in percent. Wu et al. 2020 (arXiv 2004.09602) compare 99.9 to 99.9999."""

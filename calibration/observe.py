@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from calibration import graph_io
-from calibration.machine import session_threads
-from calibration.preprocess import Preprocess, UInt8Array, normalize
+from export_zoo.base import graph_io
+from export_zoo.base.machine import session_threads
+from export_zoo.calibration.preprocess import Preprocess, UInt8Array, normalize
 
 Float32Array = npt.NDArray[np.float32]
 

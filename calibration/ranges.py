@@ -9,9 +9,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from calibration.errors import BadInputError, first_of
-from calibration.histogram import Histogram
-from calibration.preprocess import Preprocess
+from export_zoo.base.errors import BadInputError, first_of
+from export_zoo.calibration.histogram import Histogram
+from export_zoo.calibration.preprocess import Preprocess
 
 
 class TensorRange(BaseModel):

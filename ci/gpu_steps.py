@@ -60,8 +60,8 @@ def _wheels(visit: Visit) -> None:
 
 def _device(visit: Visit) -> None:
     """Device, driver and versions."""
-    from calibration.machine import cpu_model, library_versions
-    from engines.target import device_capability, device_name, driver_too_old
+    from export_zoo.base.machine import cpu_model, library_versions
+    from export_zoo.engines.targets.target import device_capability, device_name, driver_too_old
 
     versions = library_versions("torch", "onnxruntime", "tensorrt", "onnx", "numpy")
     versions["tensorrt-rtx"] = _rtx_version()
@@ -99,11 +99,11 @@ def _convolution(folder: Path) -> dict[str, Path]:
     import numpy as np
     from onnx import TensorProto, helper, numpy_helper, save
 
-    from calibration.graph_io import sha256_of
-    from calibration.preprocess import Preprocess
-    from calibration.ranges import Ranges, TensorRange
-    from engines.half import to_half
-    from engines.precision import quantize
+    from export_zoo.base.graph_io import sha256_of
+    from export_zoo.calibration.preprocess import Preprocess
+    from export_zoo.calibration.ranges import Ranges, TensorRange
+    from export_zoo.engines.precision.fp16.half import to_half
+    from export_zoo.engines.precision.int8.qdq import quantize
 
     weight = np.random.default_rng(0).normal(size=(64, 64, 3, 3)).astype(np.float32) / 24
     nodes = [
@@ -147,13 +147,13 @@ def _convolutions(visit: Visit) -> None:
     """Does TensorRT-RTX build and run one convolution for this GPU, and by which name of its compute capability?"""
     import numpy as np
 
-    from calibration.errors import ExportZooError
-    from engines.onnxruntime_engine import OnnxRuntimeEngine
-    from engines.parity import compare
-    from engines.target import CURRENT, BuildOptions, device_capability
-    from engines.tensorrt_build import build_engine
-    from engines.tensorrt_engine import TensorRTEngine
-    from engines.twin import write_twin
+    from export_zoo.base.errors import ExportZooError
+    from export_zoo.engines.parity.metrics import compare
+    from export_zoo.engines.precision.fp16.twin import write_twin
+    from export_zoo.engines.targets.onnxruntime.engine import OnnxRuntimeEngine
+    from export_zoo.engines.targets.target import CURRENT, BuildOptions, device_capability
+    from export_zoo.engines.targets.tensorrt.build import build_engine
+    from export_zoo.engines.targets.tensorrt.engine import TensorRTEngine
 
     if _rtx_version().startswith("absent"):
         say(visit.out, "convolutions", skipped=f"tensorrt-rtx is {_rtx_version()}")
@@ -276,9 +276,7 @@ def _bundle(visit: Visit, name: str) -> Path | None:
 def _exported(given: Sequence[str], result: Path) -> tuple[int, dict[str, Any]]:
     """Run `export-zoo`: its exit code, and what --json wrote."""
     result.unlink(missing_ok=True)
-    done = subprocess.run(
-        [sys.executable, "-m", "exporter.cli", *given], stdin=subprocess.DEVNULL, check=False
-    )
+    done = subprocess.run([sys.executable, "-m", "export_zoo", *given], stdin=subprocess.DEVNULL, check=False)
     return done.returncode, json.loads(result.read_text(encoding="utf-8")) if result.is_file() else {}
 
 
@@ -288,7 +286,7 @@ def _rounded(value: float | None) -> float | None:
 
 def _export(visit: Visit, name: str) -> None:
     """Export a network for this GPU, and tell each engine's state, figures, and speed beside FP32 on the CPU."""
-    from engines.target import CURRENT, has_cuda_device, targets
+    from export_zoo.engines.targets.target import CURRENT, has_cuda_device, targets
 
     network = NETWORKS[name]
     if why := network.lacks(visit):
@@ -395,10 +393,10 @@ def _engine_contests(bundle: Path) -> Iterator[tuple[str, Contest | str]]:
     """The bundle's engines: TensorRT-RTX's with and without CUDA graphs; ONNX Runtime's where there is no GPU."""
     import numpy as np
 
-    from engines.bundle import read_manifest
-    from engines.loading import open_engine, why_not_here
-    from engines.target import has_cuda_device
-    from engines.tensorrt_engine import TensorRTEngine
+    from export_zoo.engines.bundle.loading import open_engine, why_not_here
+    from export_zoo.engines.bundle.reader import read_manifest
+    from export_zoo.engines.targets.target import has_cuda_device
+    from export_zoo.engines.targets.tensorrt.engine import TensorRTEngine
 
     manifest = read_manifest(bundle)
     size = manifest.recipe.preprocess.crop_height, manifest.recipe.preprocess.crop_width
@@ -454,7 +452,7 @@ def _session(graph: Path, provider: str) -> Any:
 def _lacks_provider(provider: str) -> str:
     import onnxruntime as ort
 
-    from engines.target import has_cuda_device
+    from export_zoo.engines.targets.target import has_cuda_device
 
     if not has_cuda_device():
         return "there is no CUDA device"
@@ -467,7 +465,7 @@ def _lacks_provider(provider: str) -> str:
 
 def _graphs(bundle: Path) -> dict[str, Path]:
     """Graphs that ONNX Runtime can run on a GPU, by what they are: strongly typed ones of TensorRT, and its own."""
-    from engines.bundle import read_manifest
+    from export_zoo.engines.bundle.reader import read_manifest
 
     manifest = read_manifest(bundle)
     found = {e.name: bundle / (e.graph or e.file).path for e in manifest.artifacts.engines}
@@ -479,7 +477,7 @@ def _session_contests(bundle: Path, provider: str) -> Iterator[tuple[str, Contes
     import numpy as np
     import onnxruntime as ort
 
-    from engines.bundle import read_manifest
+    from export_zoo.engines.bundle.reader import read_manifest
 
     recipe = read_manifest(bundle).recipe
     for name, graph in _graphs(bundle).items():
@@ -587,9 +585,9 @@ def _speed(visit: Visit, name: str) -> None:
 
 def _providers(visit: Visit) -> None:
     """Logits of ONNX Runtime's GPU providers on the same graphs, beside eager's: peers, and plan B without TensorRT."""
-    from calibration.preprocess import normalize
-    from engines.bundle import held_out, read_manifest
-    from engines.parity import compare
+    from export_zoo.calibration.preprocess import normalize
+    from export_zoo.engines.bundle.reader import held_out, read_manifest
+    from export_zoo.engines.parity.metrics import compare
 
     for provider in ("plugin", "CUDA"):
         if why := _lacks_provider(provider):
@@ -617,9 +615,9 @@ def _providers(visit: Visit) -> None:
 
 def _layers(visit: Visit) -> None:
     """What TensorRT-RTX made of each network's layers: is INT8 run as INT8? All it says goes to OUT/layers.json."""
-    from engines.bundle import read_manifest
-    from engines.loading import why_not_here
-    from engines.tensorrt_engine import TensorRTEngine
+    from export_zoo.engines.bundle.loading import why_not_here
+    from export_zoo.engines.bundle.reader import read_manifest
+    from export_zoo.engines.targets.tensorrt.engine import TensorRTEngine
 
     everything = {}
     for name in NETWORKS:
@@ -647,7 +645,7 @@ def _layers(visit: Visit) -> None:
 
 _LOAD = """
 import sys, numpy, engines
-engine = engines.load(sys.argv[1], engine=sys.argv[2], allow_failed=True)
+engine = export_zoo.load(sys.argv[1], engine=sys.argv[2], allow_failed=True)
 p = engine.manifest.recipe.preprocess
 print(engine.run(numpy.zeros((1, 3, p.crop_height, p.crop_width), numpy.float32)).tobytes().hex())
 """
@@ -684,8 +682,8 @@ def _errors(visit: Visit) -> None:
     """What users see of two processes on one GPU, of too little memory, and of a plan that is damaged."""
     import torch
 
-    from calibration.graph_io import sha256_of
-    from engines.target import has_cuda_device
+    from export_zoo.base.graph_io import sha256_of
+    from export_zoo.engines.targets.target import has_cuda_device
 
     bundle = _bundle(visit, "digits")
     name = "tensorrt-rtx-int8" if has_cuda_device() else "onnxruntime-int8"
@@ -733,8 +731,8 @@ def _cpp(visit: Visit) -> None:
     """The C++ library with its TensorRT backend, built there where NVIDIA's headers are; its logits beside Python's."""
     import numpy as np
 
-    import engines
-    from engines.target import has_cuda_device
+    import export_zoo
+    from export_zoo.engines.targets.target import has_cuda_device
 
     headers = next(
         (p for p in (visit.work / "headers", Path("/usr/include")) if [*p.rglob("NvInferRuntime.h")]), None
@@ -774,7 +772,7 @@ def _cpp(visit: Visit) -> None:
         if done.returncode:
             say(visit.out, "cpp", engine=name, error=_last_line(done.stderr))
             continue
-        engine = engines.load(bundle, engine=name, allow_failed=True)
+        engine = export_zoo.load(bundle, engine=name, allow_failed=True)
         difference = np.abs(np.load(logits) - engine.run(engine.preprocess([image]))).max()
         say(visit.out, "cpp", engine=name, largest_difference=float(difference))
 

@@ -24,7 +24,7 @@ step "a sample of the matrix"
 
 step "INT8 on other CPUs"
 export EXPORT_ZOO_ARM64_ROOT="$EXPORT_ZOO_CACHE/arm64-root"
-.venv/bin/python -m engines.emulation.arm64_root
+.venv/bin/python -m export_zoo.engines.emulation.arm64_root
 .venv/bin/export-zoo verify demo/resnet18-digits.bundle --cpu haswell --cpu nehalem --cpu neoverse-n1 | tee demo/cpus.txt
 # Integers are the same to the bit; ARM64 may differ in the last bits of what is float.
 # Nehalem's kernels do not saturate, so it is what this CPU must equal, too.

@@ -68,7 +68,9 @@ def export(checkout: Path, given: Sequence[str], out: Path, cache: Path) -> dict
     command = [
         sys.executable,
         "-m",
-        "exporter.cli",
+        "export_zoo"
+        if (checkout / "export_zoo").is_dir()
+        else "exporter.cli",  # before the package of that name
         *given,
         "--out",
         str(out),

@@ -9,11 +9,15 @@ trap 'rm -rf "$work"' EXIT
 cd "$work"
 PYTHONPATH="$work/site" "$bin/python" - "$work/site" <<'PY'
 import pathlib, sys
-import calibration, engines, exporter
-from exporter import ExportOptions, export_zoo
-for package in (calibration, engines, exporter):
-    folder = pathlib.Path(package.__file__).parent
-    assert folder.parent == pathlib.Path(sys.argv[1]), folder
-    assert (folder / "py.typed").is_file(), folder
+import export_zoo
+from export_zoo import ExportOptions, export, load, verify
+from export_zoo.exporter.matrix import report
+folder = pathlib.Path(export_zoo.__file__).parent
+assert folder.parent == pathlib.Path(sys.argv[1]), folder
+assert (folder / "py.typed").is_file(), folder
+for name in ("exporter", "engines", "calibration"):
+    assert (folder / name / "__init__.py").is_file() and not (folder / name).is_symlink(), name
+    assert not (folder.parent / name).exists(), name
+assert pathlib.Path(report.__file__).with_name("matrix.html.jinja").is_file()
 print("wheel: complete")
 PY

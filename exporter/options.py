@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from calibration.errors import UsageError
-from engines.target import MAX_BATCH, PRECISIONS, TARGETS, BuildOptions, Precision
+from export_zoo.base.errors import UsageError
+from export_zoo.engines.targets.target import MAX_BATCH, PRECISIONS, TARGETS, BuildOptions, Precision
 
 STEPS = ("equalize", "round", "bias", "float")
 """What may be tried to make INT8 better, in this order."""

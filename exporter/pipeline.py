@@ -10,27 +10,31 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from calibration import graph_io
-from calibration.errors import EnvironmentFailureError, ExportZooError, ParityError, StateNotReachedError
-from calibration.images import check_folder
-from calibration.machine import instruction_set
-from calibration.ranges import Ranges
-from engines import manifest, target
-from engines.bundle import HeldOut
-from engines.manifest import Engine
-from engines.tensorrt_build import check_capabilities
-from exporter import __version__, publish, ranges_stage, stages
-from exporter.building import EngineFiles, build
-from exporter.context import Context
-from exporter.image_stage import ChosenImages, choose_images
-from exporter.judging import judge_engines, time_engines
-from exporter.options import ExportOptions
-from exporter.report import Reporter
-from exporter.stage_cache import StageCache, StageResult, default_root
-from exporter.tuning import Tuned, tune
+from export_zoo.base import graph_io
+from export_zoo.base.errors import EnvironmentFailureError, ExportZooError, ParityError, StateNotReachedError
+from export_zoo.base.machine import instruction_set
+from export_zoo.base.package import __version__
+from export_zoo.calibration.images import check_folder
+from export_zoo.calibration.ranges import Ranges
+from export_zoo.engines.bundle import manifest
+from export_zoo.engines.bundle.manifest import Engine
+from export_zoo.engines.bundle.reader import HeldOut
+from export_zoo.engines.targets import target
+from export_zoo.engines.targets.tensorrt.build import check_capabilities
+from export_zoo.exporter import publish
+from export_zoo.exporter.options import ExportOptions
+from export_zoo.exporter.run.cache import StageCache, StageResult, default_root
+from export_zoo.exporter.run.context import Context
+from export_zoo.exporter.run.report import Reporter
+from export_zoo.exporter.stages import network
+from export_zoo.exporter.stages import ranges as ranges_stage
+from export_zoo.exporter.stages.build import EngineFiles, build
+from export_zoo.exporter.stages.images import ChosenImages, choose_images
+from export_zoo.exporter.stages.tuning.tune import Tuned, tune
+from export_zoo.exporter.stages.verify import judge_engines, time_engines
 
 if TYPE_CHECKING:
-    from exporter.spec import ModelSpec
+    from export_zoo.exporter.models.spec import ModelSpec
 
 MAX_HELD_OUT = 512
 """A bundle carries at most so many held-out inputs (77 MB at 224x224)."""
@@ -189,7 +193,7 @@ def _held_out_size(
     count, height, width, _ = held.pixels.shape
     inputs, logits, *further = (
         contents.add(reference.directory / f"{what}-{height}x{width}.npy", f"{what}-{height}x{width}")
-        for what in ("inputs", *stages.reference_files(spec))
+        for what in ("inputs", *network.reference_files(spec))
     )
     return manifest.HeldOutSize(
         height=height, width=width, inputs=inputs, logits=logits, further=further, count=count
@@ -201,7 +205,7 @@ def _held_out(
 ) -> manifest.HeldOut:
     """The reference's files, cut to the first MAX_HELD_OUT images where there are more."""
     files = {}
-    for name in ("inputs", *stages.reference_files(spec)):
+    for name in ("inputs", *network.reference_files(spec)):
         path = reference.directory / f"{name}.npy"
         array = np.load(path, mmap_mode="r")
         if len(array) > MAX_HELD_OUT:
@@ -242,16 +246,16 @@ def _run(context: Context) -> ExportResult:
     for option, folder in (("--calib", options.calib), ("--verify", options.verify)):
         if folder is not None:
             check_folder(folder, option)  # before weights are downloaded
-    spec = stages.resolve_model(context)
+    spec = network.resolve_model(context)
     if options.out is None:
         named = {"zoo": spec.zoo, "name": spec.name, "factory": spec.factory}
         publish.check_same_network(options.out_dir, named)
-    model = stages.EagerModel(spec)
+    model = network.EagerModel(spec)
     chosen = choose_images(context, spec)
-    exported = stages.export_graph(context, spec, model)
-    simplified = stages.simplify_graph(context, spec, exported)
+    exported = network.export_graph(context, spec, model)
+    simplified = network.simplify_graph(context, spec, exported)
     graph = simplified.directory / "graph.onnx"
-    reference, held = stages.run_reference(context, spec, model, chosen)
+    reference, held = network.run_reference(context, spec, model, chosen)
     del model  # gigabytes that the sessions of the next stages need
     calibrated: tuple[Path, Ranges] | None = None
     if set(options.precisions) != {"fp32"}:
@@ -316,7 +320,7 @@ def _run(context: Context) -> ExportResult:
     return ExportResult(out, result)
 
 
-def export_zoo(options: ExportOptions, *, reporter: Reporter | None = None) -> ExportResult:
+def export(options: ExportOptions, *, reporter: Reporter | None = None) -> ExportResult:
     """Run the main job: zoo model to verified bundle.
 
     Args:
@@ -324,7 +328,7 @@ def export_zoo(options: ExportOptions, *, reporter: Reporter | None = None) -> E
         reporter: told about stages, progress and warnings; silent by default.
 
     Raises:
-        ExportZooError: see `calibration.errors` for its kinds and exit codes.
+        ExportZooError: see `base.errors` for its kinds and exit codes.
     """
     root = default_root() if options.cache else None
     with StageCache(root) as cache:

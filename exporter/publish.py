@@ -16,11 +16,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from calibration.errors import UsageError
-from calibration.files import replacing
-from calibration.graph_io import sha256_of
-from engines.bundle import ATTESTATIONS, MANIFEST
-from engines.manifest import File, Manifest
+from export_zoo.base.errors import UsageError
+from export_zoo.base.files import replacing
+from export_zoo.base.graph_io import sha256_of
+from export_zoo.engines.bundle.manifest import File, Manifest
+from export_zoo.engines.bundle.reader import ATTESTATIONS, MANIFEST
 
 FILES = "files"
 _STAGING = ".export-zoo-staging-"

@@ -57,7 +57,7 @@ def _shared_cache(tmp_path_factory: pytest.TempPathFactory):
 
     `--target auto` is ONNX Runtime here, whatever is installed: tests of other targets name them.
     """
-    from engines import target
+    from export_zoo.engines.targets import target
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(target, "AUTOMATIC", ("onnxruntime",))
@@ -131,7 +131,7 @@ class CliResult:
 @pytest.fixture
 def cli(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """Run the command line in this process: `cli("resnet18", "--weights", "none")`; always with --json."""
-    from exporter.cli import main
+    from export_zoo.exporter.cli.app import main
 
     def run(*arguments: str | Path) -> CliResult:
         path = tmp_path / "result.json"
@@ -148,7 +148,7 @@ def cli(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
 @pytest.fixture(scope="session")
 def digits_bundle(digits: Digits, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A verified FP32 + INT8 bundle of the digits resnet18. Copy it before changing it."""
-    from exporter.cli import main
+    from export_zoo.exporter.cli.app import main
 
     shared = shared_directory(tmp_path_factory)
     out = shared / "bundle" / "digits.bundle"

@@ -21,17 +21,17 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-import engines
-from calibration.errors import BadInputError, ParityError, TargetUnavailableError, UsageError
-from calibration.graph_io import sha256_of
-from calibration.preprocess import normalize
-from engines import manifest as manifest_room
-from engines.bundle import checked, held_out, read_manifest
-from engines.manifest import Attestation, File, Manifest
-from engines.parity import compare
-from engines.verify import verify
-from exporter import publish as publish_room
-from exporter.publish import check_destination, describe, failed_place, publish
+import export_zoo
+from export_zoo.base.errors import BadInputError, ParityError, TargetUnavailableError, UsageError
+from export_zoo.base.graph_io import sha256_of
+from export_zoo.calibration.preprocess import normalize
+from export_zoo.engines.bundle import manifest as manifest_room
+from export_zoo.engines.bundle.manifest import Attestation, File, Manifest
+from export_zoo.engines.bundle.reader import checked, held_out, read_manifest
+from export_zoo.engines.parity.metrics import compare
+from export_zoo.engines.verification.verify import verify
+from export_zoo.exporter import publish as publish_room
+from export_zoo.exporter.publish import check_destination, describe, failed_place, publish
 
 ROOT = Path(__file__).parent.parent
 ENGINES = ["onnxruntime-fp32", "onnxruntime-int8"]
@@ -62,7 +62,7 @@ def _tree(directory: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize(("name", "sqnr"), zip(ENGINES, [100, 20], strict=True))
 def test_engine_gives_the_held_out_logits(digits_bundle, name, sqnr):
-    engine = engines.load(digits_bundle, engine=name)
+    engine = export_zoo.load(digits_bundle, engine=name)
     assert (engine.name, engine.state, engine.why) == (name, "verified", "asked for")
     held = held_out(digits_bundle, engine.manifest)
     batch = normalize(held.pixels[:32], engine.manifest.recipe.preprocess)
@@ -72,7 +72,10 @@ def test_engine_gives_the_held_out_logits(digits_bundle, name, sqnr):
 
 
 def test_a_bundle_can_be_loaded_by_a_string(digits_bundle):
-    assert engines.load(str(digits_bundle)).run(np.zeros((1, 3, 32, 32), dtype=np.float32)).shape == (1, 10)
+    assert export_zoo.load(str(digits_bundle)).run(np.zeros((1, 3, 32, 32), dtype=np.float32)).shape == (
+        1,
+        10,
+    )
 
 
 @pytest.mark.parametrize("fastest", ENGINES)
@@ -82,7 +85,7 @@ def test_fastest_verified_engine_is_chosen_and_why_is_said(bundle, fastest):
             engine["latency"]["speedup"] = 3.25 if engine["name"] == fastest else 1.0
 
     _edit(bundle, change)
-    engine = engines.load(bundle)
+    engine = export_zoo.load(bundle)
     assert engine.name == fastest
     assert "3.25x" in engine.why
 
@@ -92,12 +95,12 @@ def test_attestations_that_are_no_files_are_left_out(bundle):
     (place / "29990101T000000000000Z.json").mkdir(parents=True)
     os.mkfifo(place / "29990101T000000000001Z.json")
     (place / "29990101T000000000002Z.json").write_text("{")
-    found = engines.load(bundle, engine="onnxruntime-int8")
+    found = export_zoo.load(bundle, engine="onnxruntime-int8")
     assert found.state == "verified"
     for number in range(3):
         text = f"attestations/29990101T00000000000{number}Z.json cannot be read, and is not used"
         assert text in found.why
-        assert text in engines.load(bundle).why
+        assert text in export_zoo.load(bundle).why
 
 
 def test_verify_tells_what_it_found_where_no_attestation_can_be_written(bundle):
@@ -115,8 +118,8 @@ def test_engine_that_was_not_verified_is_not_chosen_however_fast(bundle, state):
         int8["state"] = state
 
     _edit(bundle, change)
-    assert engines.load(bundle).name == "onnxruntime-fp32"
-    assert engines.load(bundle, engine="onnxruntime-int8").state == state
+    assert export_zoo.load(bundle).name == "onnxruntime-fp32"
+    assert export_zoo.load(bundle, engine="onnxruntime-int8").state == state
 
 
 def test_what_verify_finds_here_overrules_the_manifest(bundle):
@@ -127,15 +130,15 @@ def test_what_verify_finds_here_overrules_the_manifest(bundle):
         int8["gate"]["tolerances"]["sqnr"] = 500  # as if this machine's kernels were wrong
 
     _edit(bundle, change)
-    assert engines.load(bundle).name == "onnxruntime-int8"
+    assert export_zoo.load(bundle).name == "onnxruntime-int8"
     attestation, path = verify(bundle)
     assert attestation.status == "failed"
     assert path is not None
-    found = engines.load(bundle)
+    found = export_zoo.load(bundle)
     assert (found.name, found.state) == ("onnxruntime-fp32", "verified")
     told = f"onnxruntime-int8 was left out: built, not verified (attestations/{path.name}: {attestation.machine})"
     assert told in found.why
-    named = engines.load(bundle, engine="onnxruntime-int8")
+    named = export_zoo.load(bundle, engine="onnxruntime-int8")
     assert (named.state, named.why) == (
         "built",
         f"asked for; built (attestations/{path.name}: {attestation.machine})",
@@ -147,13 +150,13 @@ def test_an_attestation_or_manifest_with_a_number_that_is_none_is_damaged(bundle
     document = json.loads(path.read_text())
     document["engines"]["onnxruntime-int8"]["eager_metrics"]["sqnr"] = float("nan")
     path.write_text(json.dumps(document))
-    assert f"attestations/{path.name} cannot be read" in engines.load(bundle).why
+    assert f"attestations/{path.name} cannot be read" in export_zoo.load(bundle).why
     _edit(
         bundle,
         lambda document: document["artifacts"]["engines"][0]["gate"]["metrics"].update(sqnr=float("nan")),
     )
     with pytest.raises(BadInputError, match="damaged manifest"):
-        engines.load(bundle)
+        export_zoo.load(bundle)
 
 
 @pytest.mark.parametrize(
@@ -174,7 +177,7 @@ def test_attestations_of_other_machines_and_manifests_change_nothing(bundle, cha
     _, path = verify(bundle)
     assert path is not None
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    assert engines.load(bundle).name == "onnxruntime-int8"
+    assert export_zoo.load(bundle).name == "onnxruntime-int8"
 
 
 def test_the_newest_attestation_counts(bundle):
@@ -183,9 +186,9 @@ def test_the_newest_attestation_counts(bundle):
     failed = json.loads(path.read_text())
     failed["engines"]["onnxruntime-int8"]["failures"] = ["as it was"]
     path.with_name("20200101T000000000000Z.json").write_text(json.dumps(failed))
-    assert engines.load(bundle, engine="onnxruntime-int8").state == "verified"
+    assert export_zoo.load(bundle, engine="onnxruntime-int8").state == "verified"
     path.with_name("29990101T000000000000Z.json").write_text(json.dumps(failed))
-    assert engines.load(bundle, engine="onnxruntime-int8").state == "built"
+    assert export_zoo.load(bundle, engine="onnxruntime-int8").state == "built"
 
 
 def _later(document, index=1):
@@ -200,13 +203,13 @@ def _later(document, index=1):
 def test_engines_and_fields_of_a_later_version_are_left_out_and_why_says_so(bundle):
     _edit(bundle, _later)
     assert read_manifest(bundle).unknown_engines == ("openvino-int8",)
-    found = engines.load(bundle)
+    found = export_zoo.load(bundle)
     assert found.name == "onnxruntime-fp32"
     assert "; openvino-int8 was left out: this version does not know it" in found.why
     with pytest.raises(
         BadInputError, match="'openvino-int8' is of a target or precision that this version does not"
     ):
-        engines.load(bundle, engine="openvino-int8")
+        export_zoo.load(bundle, engine="openvino-int8")
     attestation, _ = verify(bundle)
     assert attestation.states == {"onnxruntime-fp32": "verified"}
     assert attestation.warnings == ["openvino-int8: not run, this version does not know it"]
@@ -216,7 +219,7 @@ def test_a_precision_of_a_later_version_is_left_out(bundle):
     changed = {"name": "onnxruntime-fp8", "precision": "fp8"}
     _edit(bundle, lambda document: document["artifacts"]["engines"][0].update(changed))
     assert read_manifest(bundle).unknown_engines == ("onnxruntime-fp8",)
-    assert engines.load(bundle).name == "onnxruntime-int8"
+    assert export_zoo.load(bundle).name == "onnxruntime-int8"
 
 
 def test_a_bundle_of_which_no_engine_is_known_says_to_update(bundle):
@@ -225,14 +228,14 @@ def test_a_bundle_of_which_no_engine_is_known_says_to_update(bundle):
     with pytest.raises(
         BadInputError, match="this version knows none of its engines: openvino-int8"
     ) as raised:
-        engines.load(bundle)
+        export_zoo.load(bundle)
     assert "update export-zoo" in raised.value.hint
 
 
 def test_preprocessing_of_a_later_version_is_refused_for_it_changes_logits(bundle):
     _edit(bundle, lambda document: document["recipe"]["preprocess"].update(pad=4))
     with pytest.raises(BadInputError, match=r"recipe\.preprocess\.pad"):
-        engines.load(bundle)
+        export_zoo.load(bundle)
 
 
 def test_bundle_without_a_verified_engine_says_so(bundle):
@@ -240,30 +243,30 @@ def test_bundle_without_a_verified_engine_says_so(bundle):
     with pytest.raises(
         TargetUnavailableError, match=r"no verified engine.*onnxruntime-int8: built, not verified"
     ):
-        engines.load(bundle)
+        export_zoo.load(bundle)
 
 
 def test_unknown_engine_is_refused_with_those_there_are(digits_bundle):
     with pytest.raises(BadInputError, match="no engine 'tensorrt-fp16'") as raised:
-        engines.load(digits_bundle, engine="tensorrt-fp16")
+        export_zoo.load(digits_bundle, engine="tensorrt-fp16")
     assert all(name in raised.value.hint for name in ENGINES)
 
 
 def test_failed_bundle_is_refused_unless_asked_for(bundle):
     _edit(bundle, lambda document: document.update(status="failed"))
     with pytest.raises(ParityError, match="failed its parity gate") as raised:
-        engines.load(bundle)
+        export_zoo.load(bundle)
     assert "allow_failed" in raised.value.hint
     with pytest.raises(ParityError):
-        engines.load(bundle, engine="onnxruntime-fp32")
+        export_zoo.load(bundle, engine="onnxruntime-fp32")
     batch = np.zeros((1, 3, 32, 32), dtype=np.float32)
-    assert engines.load(bundle, engine="onnxruntime-fp32", allow_failed=True).run(batch).shape == (1, 10)
+    assert export_zoo.load(bundle, engine="onnxruntime-fp32", allow_failed=True).run(batch).shape == (1, 10)
 
 
 @pytest.mark.parametrize("count", [1, 8, 32])
 def test_any_batch_in_the_range_runs(digits_bundle, count):
     batch = np.random.default_rng(0).normal(size=(count, 3, 32, 32)).astype(np.float32)
-    logits = engines.load(digits_bundle).run(batch)
+    logits = export_zoo.load(digits_bundle).run(batch)
     assert (logits.shape, logits.dtype) == ((count, 10), np.float32)
 
 
@@ -272,7 +275,7 @@ def test_batch_out_of_the_range_is_refused_with_the_range(digits_bundle, count):
     with pytest.raises(
         BadInputError, match=f"batch {count} is outside this bundle's range 1 to 32"
     ) as raised:
-        engines.load(digits_bundle).run(np.zeros((count, 3, 32, 32), dtype=np.float32))
+        export_zoo.load(digits_bundle).run(np.zeros((count, 3, 32, 32), dtype=np.float32))
     assert "--batch" in raised.value.hint
 
 
@@ -289,13 +292,13 @@ def test_batch_out_of_the_range_is_refused_with_the_range(digits_bundle, count):
 )
 def test_wrong_input_is_refused_with_what_is_expected(digits_bundle, shape, dtype, says):
     with pytest.raises(BadInputError) as raised:
-        engines.load(digits_bundle).run(np.zeros(shape, dtype=dtype))
+        export_zoo.load(digits_bundle).run(np.zeros(shape, dtype=dtype))
     assert says in str(raised.value)
     assert "expected float32 ['batch', 3, 32, 32]" in str(raised.value)
 
 
 def test_input_that_is_a_view_gives_the_same_logits(digits_bundle):
-    engine = engines.load(digits_bundle)
+    engine = export_zoo.load(digits_bundle)
     images = np.random.default_rng(0).normal(size=(4, 32, 32, 3)).astype(np.float32)
     view = np.moveaxis(images, 3, 1)
     assert not view.flags.c_contiguous
@@ -303,7 +306,7 @@ def test_input_that_is_a_view_gives_the_same_logits(digits_bundle):
 
 
 def test_one_engine_can_be_shared_by_threads(digits_bundle):
-    engine = engines.load(digits_bundle, threads=1)
+    engine = export_zoo.load(digits_bundle, threads=1)
     batches = np.random.default_rng(0).normal(size=(24, 3, 3, 32, 32)).astype(np.float32)
     want = [engine.run(batch) for batch in batches]
     with ThreadPoolExecutor(6) as pool:
@@ -333,7 +336,7 @@ def test_an_engine_has_no_more_threads_than_cores_that_it_may_use(digits_bundle)
     try:
         gc.collect()  # engines of other tests have threads, too
         before = threads()
-        engine = engines.load(digits_bundle)
+        engine = export_zoo.load(digits_bundle)
         assert threads() <= before
     finally:
         os.sched_setaffinity(0, cores)
@@ -342,7 +345,7 @@ def test_an_engine_has_no_more_threads_than_cores_that_it_may_use(digits_bundle)
 
 def test_an_idle_engine_leaves_the_cores_to_others(digits_bundle):
     """ONNX Runtime's threads spin for 10 ms and more after a run, unless told not to."""
-    engine = engines.load(digits_bundle, threads=2)
+    engine = export_zoo.load(digits_bundle, threads=2)
     pixels = held_out(digits_bundle, engine.manifest).pixels[:32]
     batch = normalize(pixels, engine.manifest.recipe.preprocess)
     burnt = []
@@ -355,7 +358,7 @@ def test_an_idle_engine_leaves_the_cores_to_others(digits_bundle):
 
 
 def test_held_out_inputs_are_what_preprocessing_makes_of_the_files(digits_bundle, held_files):
-    engine = engines.load(digits_bundle)
+    engine = export_zoo.load(digits_bundle)
     held = held_out(digits_bundle, engine.manifest)
     assert len(held_files) == len(held.pixels) >= 32
     want = normalize(held.pixels, engine.manifest.recipe.preprocess)
@@ -363,14 +366,14 @@ def test_held_out_inputs_are_what_preprocessing_makes_of_the_files(digits_bundle
 
 
 def test_images_may_be_paths_strings_or_bytes(digits_bundle, held_files):
-    engine = engines.load(digits_bundle)
+    engine = export_zoo.load(digits_bundle)
     batch = engine.preprocess([held_files[0], str(held_files[1]), held_files[2].read_bytes()])
     assert (batch.shape, batch.dtype) == ((3, 3, 32, 32), np.float32)
     np.testing.assert_array_equal(batch, engine.preprocess(held_files[:3]))
 
 
 def test_labels_are_the_folders_and_the_engine_finds_them(digits_bundle, held_files):
-    engine = engines.load(digits_bundle)
+    engine = export_zoo.load(digits_bundle)
     assert engine.labels == [str(digit) for digit in range(10)]
     best = engine.run(engine.preprocess(held_files[:32])).argmax(axis=1)
     truth = [path.parent.name for path in held_files[:32]]
@@ -383,7 +386,7 @@ def test_image_that_cannot_be_decoded_is_named(digits_bundle, held_files, tmp_pa
     data = good[: len(good) // 2] if content == "truncated" else content
     path = tmp_path / "broken.png"
     path.write_bytes(data)
-    engine = engines.load(digits_bundle)
+    engine = export_zoo.load(digits_bundle)
     with pytest.raises(BadInputError, match=r"broken\.png"):
         engine.preprocess([held_files[0], path])
     with pytest.raises(BadInputError, match="image 1: "):
@@ -392,12 +395,12 @@ def test_image_that_cannot_be_decoded_is_named(digits_bundle, held_files, tmp_pa
 
 def test_missing_image_is_named(digits_bundle):
     with pytest.raises(BadInputError, match=r"nowhere\.png"):
-        engines.load(digits_bundle).preprocess(["nowhere.png"])
+        export_zoo.load(digits_bundle).preprocess(["nowhere.png"])
 
 
 def test_no_images_are_refused(digits_bundle):
     with pytest.raises(BadInputError, match="no images"):
-        engines.load(digits_bundle).preprocess([])
+        export_zoo.load(digits_bundle).preprocess([])
 
 
 # -- damage ----------------------------------------------------------------------------------------------------
@@ -449,10 +452,10 @@ def test_flipped_byte_in_an_engine_is_found_by_load(bundle, stem, name):
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     with pytest.raises(BadInputError, match="checksum mismatch") as raised:
-        engines.load(bundle, engine=name)
+        export_zoo.load(bundle, engine=name)
     assert str(path) in str(raised.value)
     (other,) = set(ENGINES) - {name}
-    assert engines.load(bundle, engine=other).name == other
+    assert export_zoo.load(bundle, engine=other).name == other
 
 
 @pytest.mark.parametrize("stem", STEMS)
@@ -468,11 +471,11 @@ def test_missing_engine_is_named_by_load(bundle):
     path = bundle / _stems(read_manifest(bundle))["resnet18"].path
     path.unlink()
     with pytest.raises(BadInputError, match="missing from the bundle") as raised:
-        engines.load(bundle, engine="onnxruntime-fp32")
+        export_zoo.load(bundle, engine="onnxruntime-fp32")
     assert str(path) in str(raised.value)
 
 
-@pytest.mark.parametrize("use", [engines.load, verify])
+@pytest.mark.parametrize("use", [export_zoo.load, verify])
 def test_directory_that_is_no_bundle_is_refused(tmp_path, use):
     for place in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(BadInputError, match="not a bundle"):
@@ -484,7 +487,7 @@ def test_truncated_manifest_is_refused_wherever_it_ends(bundle, share):
     path = bundle / "manifest.json"
     content = path.read_bytes().rstrip()
     path.write_bytes(content[: int(share * len(content))])
-    for use in (engines.load, verify):
+    for use in (export_zoo.load, verify):
         with pytest.raises(BadInputError, match="damaged manifest"):
             use(bundle)
 
@@ -493,13 +496,13 @@ def test_truncated_manifest_is_refused_wherever_it_ends(bundle, share):
 def test_manifest_of_another_schema_version_is_refused(bundle, version):
     _edit(bundle, lambda document: document.update(schema_version=version))
     with pytest.raises(BadInputError, match="schema version"):
-        engines.load(bundle)
+        export_zoo.load(bundle)
 
 
 @pytest.mark.parametrize("content", [b"[]", b"null", b"1", b'"text"', b"{}", b"\xff\xfe", b"not json"])
 def test_manifest_that_is_something_else_is_refused(bundle, content):
     (bundle / "manifest.json").write_bytes(content)
-    for use in (engines.load, verify):
+    for use in (export_zoo.load, verify):
         with pytest.raises(BadInputError, match=r"manifest\.json"):
             use(bundle)
 
@@ -532,7 +535,7 @@ def _with_an_unknown_state(document):
 def test_manifest_that_does_not_validate_is_refused_with_its_key(bundle, change, key):
     _edit(bundle, change)
     with pytest.raises(BadInputError) as raised:
-        engines.load(bundle)
+        export_zoo.load(bundle)
     assert f"manifest.json: damaged manifest: {key}: " in raised.value.message
     assert "errors.pydantic.dev" not in raised.value.message
 
@@ -558,7 +561,7 @@ def _ranges(document):
 def test_path_outside_the_bundle_is_refused(bundle, entry, path):
     (bundle.parent / "secret").write_bytes(b"")
     _edit(bundle, lambda document: entry(document).update(path=path))
-    for use in (engines.load, verify):
+    for use in (export_zoo.load, verify):
         with pytest.raises(BadInputError, match="points outside the bundle"):
             use(bundle)
 
@@ -576,7 +579,7 @@ def test_verify_of_a_good_bundle_is_ok_and_changes_nothing_but_attestations(bund
         name: sha for name, sha in _tree(bundle).items() if not name.startswith("attestations/")
     } == before
     assert sum(done) > 0
-    assert engines.load(bundle).state == "verified"
+    assert export_zoo.load(bundle).state == "verified"
 
 
 def test_attestation_says_what_was_verified_where_and_how(bundle):
@@ -683,7 +686,7 @@ def test_held_out_arrays_that_are_not_as_described_are_refused_by_name(bundle, s
 
 def test_engine_that_does_not_load_is_refused_by_name(bundle):
     _replace(bundle, _engine, b"no graph")
-    for use in (verify, lambda place: engines.load(place, engine="onnxruntime-int8")):
+    for use in (verify, lambda place: export_zoo.load(place, engine="onnxruntime-int8")):
         with pytest.raises(BadInputError, match=r"int8\.\w+\.onnx: ONNX Runtime .* cannot load it"):
             use(bundle)
 
@@ -704,11 +707,11 @@ try:
 except ImportError:
     print("no torch")
 
-import engines
-engine = engines.load(sys.argv[1], engine=sys.argv[3])
+import export_zoo
+engine = export_zoo.load(sys.argv[1], engine=sys.argv[3])
 print(engine.labels[engine.run(engine.preprocess([sys.argv[2]])).argmax()])
 
-from engines.verify import verify
+from export_zoo.engines.verification.verify import verify
 print(verify(sys.argv[1])[0].status)
 """
 
@@ -736,7 +739,7 @@ SCHEMA = ROOT / "docs" / "manifest.schema.json"
 
 
 def test_schema_in_the_docs_is_that_of_the_models(capsys):
-    """If this fails: python -m engines.manifest > docs/manifest.schema.json"""
+    """If this fails: python -m export_zoo.engines.bundle.manifest > docs/manifest.schema.json"""
     assert json.loads(SCHEMA.read_text()) == manifest_room.json_schema()
     manifest_room.main()
     assert SCHEMA.read_text() == capsys.readouterr().out
@@ -1007,9 +1010,9 @@ def test_full_disk_at_the_first_time_leaves_nothing(versions, tmp_path, monkeypa
 KILLER = """
 import itertools, json, os, random, shutil, signal, sys, time, traceback
 from pathlib import Path
-from engines.bundle import checked, read_manifest
-from engines.manifest import Manifest
-from exporter.publish import publish
+from export_zoo.engines.bundle.reader import checked, read_manifest
+from export_zoo.engines.bundle.manifest import Manifest
+from export_zoo.exporter.publish import publish
 
 document, out, first = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]), sys.argv[3] == "first"
 versions = [(Manifest.model_validate(d["manifest"]), {k: Path(p) for k, p in d["sources"].items()}) for d in document]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from calibration.ranges import Ranges
+from export_zoo.calibration.ranges import Ranges
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_shards_merge_to_the_bytes_of_the_whole(cli, arguments, tmp_path):
 def test_without_calib_ranges_are_enough_to_build_and_verify_elsewhere(cli, digits, arguments, tmp_path):
     path = calibrated(cli, arguments, tmp_path / "digits.json")
     used = set(Ranges.read(path).image_sha256)
-    from calibration.images import scan
+    from export_zoo.calibration.images import scan
 
     for image in scan(digits.images, option="--calib").images:
         if image.sha256 not in used:

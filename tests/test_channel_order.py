@@ -11,9 +11,15 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from calibration import graph_io
-from engines.saturation import channel_order
-from engines.saturation.channel_order import _add_excess, _kernel, _matched, choose_order, reorder
+from export_zoo.base import graph_io
+from export_zoo.engines.precision.int8.saturation import channel_order
+from export_zoo.engines.precision.int8.saturation.channel_order import (
+    _add_excess,
+    _kernel,
+    _matched,
+    choose_order,
+    reorder,
+)
 
 SIZE = 8
 

@@ -33,14 +33,14 @@ def _environment(**changes: str) -> dict[str, str]:
 
 
 def _program(*arguments: str | Path, **options) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "exporter.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "export_zoo", *map(str, arguments)]
     options = {"capture_output": True, "env": _environment(), **options}
     return subprocess.run(command, cwd=ROOT, text=True, timeout=300, **options)
 
 
 def _loaded(*arguments: str | Path) -> tuple[int, str, set[str]]:
     """Exit code, stdout, and which heavy libraries were imported by a run in a process of its own."""
-    code = "import sys; from exporter.cli import main; code = main(sys.argv[1:]); "
+    code = "import sys; from export_zoo.exporter.cli.app import main; code = main(sys.argv[1:]); "
     code += "print(code, *(m for m in sys.modules if '.' not in m), file=sys.stderr)"
     command = [sys.executable, "-c", code, *map(str, arguments)]
     done = subprocess.run(command, cwd=ROOT, text=True, timeout=300, capture_output=True)
@@ -125,7 +125,7 @@ def test_a_mistyped_command_is_answered_with_the_one_meant(typed, meant, cli):
 
 
 def test_no_model_is_taken_for_a_mistyped_command(cli):
-    from exporter.torchvision_zoo import model_names
+    from export_zoo.exporter.models.sources.torchvision_zoo import model_names
 
     assert len(model_names()) >= 80
     for name in model_names():
@@ -153,7 +153,7 @@ def test_help_is_answered_without_loading_onnxruntime(command):
 
 
 def test_help_names_the_commands_the_alias_and_the_exit_codes(cli, capsys):
-    from exporter.cli import main
+    from export_zoo.exporter.cli.app import main
 
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
@@ -167,15 +167,15 @@ def test_help_names_the_commands_the_alias_and_the_exit_codes(cli, capsys):
 
 
 def test_no_arguments_show_the_help_and_count_as_a_usage_error(capsys):
-    from exporter.cli import main
+    from export_zoo.exporter.cli.app import main
 
     assert main([]) == 2
     assert "Usage: export-zoo" in capsys.readouterr().out
 
 
 def test_version_is_the_package_version(capsys):
-    from exporter import __version__
-    from exporter.cli import main
+    from export_zoo import __version__
+    from export_zoo.exporter.cli.app import main
 
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"export-zoo, version {__version__}\n"
@@ -232,8 +232,8 @@ def test_random_weights_have_nothing_to_miss(cli):
 
 
 def test_no_precision_at_all_is_a_usage_error_of_the_python_api():
-    from calibration.errors import UsageError
-    from exporter import ExportOptions
+    from export_zoo import ExportOptions
+    from export_zoo.base.errors import UsageError
 
     with pytest.raises(UsageError, match="--precision") as caught:
         ExportOptions(model="resnet18", precisions=())
@@ -271,7 +271,7 @@ def test_what_click_refuses_is_reported_like_our_own_usage_errors(arguments, nam
 
 @pytest.mark.parametrize("last", ["--calib", "--refittable=yes"], ids=["missing value", "value too many"])
 def test_an_option_with_too_few_or_too_many_values_is_reported_with_a_hint(last, tmp_path, capsys):
-    from exporter.cli import main
+    from export_zoo.exporter.cli.app import main
 
     path = tmp_path / "result.json"
     assert main(["resnet18", "--json", str(path), last]) == 2
@@ -360,14 +360,14 @@ def test_an_existing_bundle_is_replaced(cli, tmp_path):
 
 @pytest.mark.parametrize(("given", "batch", "compared"), [("4:4:4", 4, [4]), ("1", 1, [1]), ("3", 3, [3])])
 def test_a_fixed_batch_is_exported_and_compared_at_that_size_only(given, batch, compared, cli, tmp_path):
-    import engines
-    from calibration.errors import BadInputError
+    import export_zoo
+    from export_zoo.base.errors import BadInputError
 
     done = cli(*RANDOM, "--batch", given, "--out", tmp_path / "out")
     assert done.code == 0, done.err
     assert done.json["recipe"]["batch"] == {"min": batch, "opt": batch, "max": batch}
     assert done.json["engines"][0]["gate"]["batches"] == compared
-    engine = engines.load(tmp_path / "out")
+    engine = export_zoo.load(tmp_path / "out")
     assert engine.run(np.zeros((batch, 3, 32, 32), np.float32)).shape == (batch, 10)
     with pytest.raises(BadInputError, match=f"range {batch} to {batch}"):
         engine.run(np.zeros((batch + 1, 3, 32, 32), np.float32))
@@ -452,7 +452,7 @@ def test_an_infinite_tolerance_is_refused_or_can_be_read_back(cli, tmp_path):
 
 
 def test_an_engine_that_makes_nan_fails_its_gate_with_valid_json(cli, tmp_path, monkeypatch):
-    from engines import loading
+    from export_zoo.engines.bundle import loading
 
     class Broken(loading.OnnxRuntimeEngine):
         def run_all(self, batch):
@@ -471,7 +471,7 @@ def test_an_engine_that_makes_nan_fails_its_gate_with_valid_json(cli, tmp_path, 
 def test_an_unexpected_error_asks_for_a_report_and_shows_its_traceback_only_with_v(
     flag, cli, tmp_path, monkeypatch
 ):
-    from exporter import zoo
+    from export_zoo.exporter.models import zoo
 
     def explode(options):
         raise RuntimeError("the sky fell")
@@ -490,7 +490,7 @@ def test_an_unexpected_error_asks_for_a_report_and_shows_its_traceback_only_with
 
 @pytest.mark.parametrize("target", ["tensorrt", "tensorrt-rtx"])
 def test_an_unavailable_target_is_refused_before_anything_else_is_looked_at(target, cli, tmp_path):
-    from engines.target import targets
+    from export_zoo.engines.targets.target import targets
 
     if not targets()[target].unavailable:
         pytest.skip(f"{target} is available here")
@@ -511,7 +511,7 @@ def test_an_unavailable_target_is_refused_before_pytorch_is_loaded(tmp_path):
 
 
 def test_the_embedded_target_is_unavailable_without_onnxruntime(cli, monkeypatch):
-    from engines import target
+    from export_zoo.engines.targets import target
 
     monkeypatch.setattr(target, "library_versions", lambda *names: dict.fromkeys(names, "absent"))
     error = _refused(cli(*RANDOM, "--target", "onnxruntime"), 4, "target")
@@ -519,7 +519,7 @@ def test_the_embedded_target_is_unavailable_without_onnxruntime(cli, monkeypatch
 
 
 def test_auto_is_unavailable_where_no_target_is(cli, tmp_path, monkeypatch):
-    from engines import target
+    from export_zoo.engines.targets import target
 
     monkeypatch.setattr(target, "library_versions", lambda *names: dict.fromkeys(names, "absent"))
     _refused(cli(*RANDOM, "--out", tmp_path / "out"), 4, "target")
@@ -642,7 +642,7 @@ def test_an_unreadable_file_with_a_latin1_name_is_left_out_and_named(cli, tmp_pa
 @pytest.fixture
 def only_graph_verified(monkeypatch):
     """Engines that could not be run here: no target of this version makes such ones by itself."""
-    from engines import manifest
+    from export_zoo.engines.bundle import manifest
 
     real = manifest.Engine
     monkeypatch.setattr(manifest, "Engine", lambda **fields: real(**{**fields, "state": "graph verified"}))
@@ -719,7 +719,7 @@ def test_a_full_disk_leaves_no_new_bundle(cli, tmp_path, request):
 
 
 def test_a_full_disk_leaves_the_old_bundle_as_it_was(cli, tmp_path, digits_bundle, request):
-    import engines
+    import export_zoo
 
     out = tmp_path / "out"
     shutil.copytree(digits_bundle, out)
@@ -729,7 +729,7 @@ def test_a_full_disk_leaves_the_old_bundle_as_it_was(cli, tmp_path, digits_bundl
     _refused(cli(*RANDOM, "--out", out), 7, "environment")
     after = _tree(out)
     assert {name: after.get(name) for name in before} == before
-    assert engines.load(out).run(np.zeros((1, 3, 32, 32), np.float32)).shape == (1, 10)
+    assert export_zoo.load(out).run(np.zeros((1, 3, 32, 32), np.float32)).shape == (1, 10)
 
 
 def test_a_full_disk_in_the_middle_of_the_work_is_a_disk_error(cli, tmp_path, nearly_full_disk):
@@ -749,7 +749,7 @@ def test_figures_stand_where_no_attestation_can_be_written(cli, tmp_path, digits
 
 
 def test_json_that_cannot_be_written_is_refused_before_any_work(digits_bundle, tmp_path, capsys):
-    from exporter.cli import main
+    from export_zoo.exporter.cli.app import main
 
     path = tmp_path / "absent" / "result.json"
     assert main(["list", "resnet18", "--json", str(path)]) == 7
@@ -765,7 +765,7 @@ def test_flags_may_stand_before_the_command(cli):
 
 
 def test_json_inside_the_bundle_is_refused(cli, tmp_path):
-    from exporter.cli import main
+    from export_zoo.exporter.cli.app import main
 
     out = tmp_path / "out"
     out.mkdir()
@@ -800,7 +800,7 @@ def test_a_bundle_without_engines_is_bad_input(cli, tmp_path, digits_bundle):
 def test_a_full_disk_at_out_is_said_of_out(cli, tmp_path, monkeypatch):
     import errno
 
-    from exporter import publish
+    from export_zoo.exporter import publish
 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "somewhere/inside")
@@ -815,7 +815,7 @@ def test_a_full_disk_at_out_is_said_of_out(cli, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("place", ["before", "after", "equals"])
 def test_json_is_written_wherever_the_option_stands(place, tmp_path):
-    from exporter.cli import main
+    from export_zoo.exporter.cli.app import main
 
     path, command = tmp_path / "result.json", ["resnet18", "--batch", "0"]
     given = [f"--json={path}"] if place == "equals" else ["--json", str(path)]
@@ -827,7 +827,7 @@ def test_json_is_written_wherever_the_option_stands(place, tmp_path):
 
 @pytest.mark.parametrize("given", [["--json", "{}", "-q"], ["-q", "--json={}"]])
 def test_options_of_every_command_may_stand_before_it(given, tmp_path, capsys):
-    from exporter.cli import main
+    from export_zoo.exporter.cli.app import main
 
     path = tmp_path / "result.json"
     assert main([*(word.format(path) for word in given), "list", "resnet18"]) == 0
@@ -836,7 +836,7 @@ def test_options_of_every_command_may_stand_before_it(given, tmp_path, capsys):
 
 
 def test_the_last_json_is_written(tmp_path):
-    from exporter.cli import main
+    from export_zoo.exporter.cli.app import main
 
     places = [tmp_path / "a.json", tmp_path / "b.json"]
     assert main(["list", "resnet18", *(word for place in places for word in ("--json", str(place)))]) == 0
@@ -845,7 +845,7 @@ def test_the_last_json_is_written(tmp_path):
 
 @pytest.mark.parametrize("place", ["manifest.json", "files/result.json", "other.json"])
 def test_json_into_any_bundle_is_refused(place, cli, digits_bundle):
-    from exporter.cli import main
+    from export_zoo.exporter.cli.app import main
 
     before = (digits_bundle / "manifest.json").read_bytes()
     assert main(["inspect", str(digits_bundle), "-q", "--json", str(digits_bundle / place)]) == 2
@@ -855,7 +855,7 @@ def test_json_into_any_bundle_is_refused(place, cli, digits_bundle):
 @pytest.mark.parametrize("lost", ["closed", "full"])
 def test_lost_progress_output_changes_neither_verdict_nor_json(lost, tmp_path):
     arguments = [*map(str, RANDOM), "--out", str(tmp_path / "out"), "--json", str(tmp_path / "result.json")]
-    command = [sys.executable, "-m", "exporter.cli", *arguments]
+    command = [sys.executable, "-m", "export_zoo", *arguments]
     if lost == "full":
         stderr = os.open("/dev/full", os.O_WRONLY)
     else:
@@ -873,7 +873,7 @@ def test_lost_progress_output_changes_neither_verdict_nor_json(lost, tmp_path):
 def test_a_signal_after_the_verdict_does_not_change_the_exit_code(tmp_path):
     """Libraries take most of a second to leave: signals come while the bundle is there and JSON says 0."""
     path = tmp_path / "result.json"
-    command = [sys.executable, "-m", "exporter.cli", *map(str, RANDOM), "--out", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "export_zoo", *map(str, RANDOM), "--out", str(tmp_path / "out")]
     with subprocess.Popen(
         [*command, "--json", str(path)], cwd=ROOT, env=_environment(), stderr=subprocess.DEVNULL
     ) as process:
@@ -888,7 +888,7 @@ def test_a_signal_after_the_verdict_does_not_change_the_exit_code(tmp_path):
 
 def test_a_second_signal_changes_nothing(tmp_path):
     path = tmp_path / "result.json"
-    command = [sys.executable, "-m", "exporter.cli", *map(str, RANDOM), "--no-cache"]
+    command = [sys.executable, "-m", "export_zoo", *map(str, RANDOM), "--no-cache"]
     with subprocess.Popen(
         [*command, "--out", str(tmp_path / "out"), "--json", str(path)],
         cwd=ROOT,
@@ -934,19 +934,19 @@ def test_a_resize_below_the_input_is_warned_of(cli, tmp_path):
 
 
 def test_running_out_of_memory_is_no_defect(cli, tmp_path, monkeypatch):
-    from exporter import stages
+    from export_zoo.exporter.stages import network
 
     def starve(*_: object) -> None:
         raise MemoryError("Unable to allocate 22.9 GiB")
 
-    monkeypatch.setattr(stages, "export_graph", starve)
+    monkeypatch.setattr(network, "export_graph", starve)
     error = _refused(cli(*RANDOM, "--out", tmp_path / "out"), 7, "environment")
     assert "out of memory" in error["message"]
     assert "--batch" in error["hint"]
 
 
 def test_a_directory_given_as_json_is_refused_and_nothing_is_left_beside_it(tmp_path):
-    from exporter.cli import main
+    from export_zoo.exporter.cli.app import main
 
     (tmp_path / "directory").mkdir()
     assert main(["list", "resnet18", "--json", str(tmp_path / "directory")]) == 2
@@ -955,14 +955,14 @@ def test_a_directory_given_as_json_is_refused_and_nothing_is_left_beside_it(tmp_
 
 @pytest.mark.parametrize("path", ["", ".", "/"])
 def test_json_without_a_file_name_is_a_usage_error(path, capsys):
-    from exporter.cli import main
+    from export_zoo.exporter.cli.app import main
 
     assert main(["list", "resnet18", "--json", path]) == 2
     assert "--json" in capsys.readouterr().err
 
 
 def test_json_goes_into_a_pipe_and_does_not_replace_it(tmp_path):
-    from exporter.cli import main
+    from export_zoo.exporter.cli.app import main
 
     path = tmp_path / "pipe"
     os.mkfifo(path)
@@ -996,7 +996,7 @@ def test_json_is_written_although_nobody_reads_the_table(tmp_path):
 def test_an_interrupted_export_leaves_no_bundle_and_writes_the_json(line, tmp_path):
     path, cache = tmp_path / "result.json", tmp_path / "cache"
     # A shell starts background jobs, the test run perhaps, with SIGINT ignored, and children inherit that.
-    program = "import signal; from exporter.cli import run; "
+    program = "import signal; from export_zoo.exporter.cli.app import run; "
     program += "signal.signal(signal.SIGINT, signal.default_int_handler); run()"
     places = ["--out", str(tmp_path / "out"), "--json", str(path)]
     command = [sys.executable, "-c", program, *RANDOM, *places]
@@ -1029,7 +1029,7 @@ def test_an_interrupted_export_leaves_no_bundle_and_writes_the_json(line, tmp_pa
 def _on_a_terminal(*arguments: str | Path, **environment: str) -> tuple[int, str]:
     """Exit code and all that a terminal of the usual kind is sent, stdout and stderr together."""
     ours, theirs = os.openpty()
-    command = [sys.executable, "-m", "exporter.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "export_zoo", *map(str, arguments)]
     env = _environment(TERM="xterm-256color", **environment)
     with subprocess.Popen(command, cwd=ROOT, env=env, stdin=theirs, stdout=theirs, stderr=theirs) as process:
         os.close(theirs)
@@ -1108,8 +1108,8 @@ def test_quiet_shows_warnings_and_errors_only(command, code, cli, tmp_path):
 def test_list_shows_every_model_with_all_its_weights(capsys):
     from torchvision.models import get_model_weights
 
-    from exporter.cli import main
-    from exporter.torchvision_zoo import model_names, segmentation_names
+    from export_zoo.exporter.cli.app import main
+    from export_zoo.exporter.models.sources.torchvision_zoo import model_names, segmentation_names
 
     assert main(["list"]) == 0
     captured = capsys.readouterr()
@@ -1121,7 +1121,7 @@ def test_list_shows_every_model_with_all_its_weights(capsys):
 
 
 def test_list_of_everything_is_valid_json(cli):
-    from exporter.torchvision_zoo import model_names, segmentation_names
+    from export_zoo.exporter.models.sources.torchvision_zoo import model_names, segmentation_names
 
     done = cli("list")
     assert done.code == 0

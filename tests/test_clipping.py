@@ -8,11 +8,11 @@ import pytest
 from onnx import numpy_helper
 from test_equalize import PREPROCESS, network
 
-from calibration import graph_io
-from calibration.histogram import Accumulator
-from calibration.ranges import Ranges, TensorRange
-from engines.clipping import worth_clipping
-from engines.precision import quantize
+from export_zoo.base import graph_io
+from export_zoo.calibration.histogram import Accumulator
+from export_zoo.calibration.ranges import Ranges, TensorRange
+from export_zoo.engines.precision.int8.clipping import worth_clipping
+from export_zoo.engines.precision.int8.qdq import quantize
 
 
 def tensor(values: np.ndarray) -> TensorRange:

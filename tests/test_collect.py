@@ -15,15 +15,15 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from calibration import collect as room
-from calibration import graph_io
-from calibration.collect import activation_tensors
-from calibration.doubts import doubts
-from calibration.errors import BadInputError
-from calibration.histogram import Histogram
-from calibration.images import ImageFile, ImageStream, scan, shuffled
-from calibration.preprocess import Preprocess, decode, normalize, resize_and_crop
-from calibration.ranges import Ranges, TensorRange
+from export_zoo.base import graph_io
+from export_zoo.base.errors import BadInputError
+from export_zoo.calibration import collect as room
+from export_zoo.calibration.collect import activation_tensors
+from export_zoo.calibration.histogram import Histogram
+from export_zoo.calibration.images import ImageFile, ImageStream, scan, shuffled
+from export_zoo.calibration.preprocess import Preprocess, decode, normalize, resize_and_crop
+from export_zoo.calibration.range_warnings import doubts
+from export_zoo.calibration.ranges import Ranges, TensorRange
 
 PREPROCESS = Preprocess(
     resize_size=36,
@@ -372,9 +372,9 @@ def test_a_tensor_without_a_module_is_named_all_the_same(tmp_path, images):
 MEASURE = """
 import sys
 from pathlib import Path
-from calibration.collect import collect
-from calibration.images import ImageStream, scan
-from calibration.preprocess import Preprocess
+from export_zoo.calibration.collect import collect
+from export_zoo.calibration.images import ImageStream, scan
+from export_zoo.calibration.preprocess import Preprocess
 
 def peak():
     lines = Path("/proc/self/status").read_text().splitlines()

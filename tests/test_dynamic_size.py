@@ -16,25 +16,26 @@ from torch import nn
 from torchvision import models
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
-import engines
-from calibration import graph_io
-from calibration.collect import collect
-from calibration.errors import BadInputError, ExportDefectError, UsageError
-from calibration.graph_io import sha256_of
-from calibration.images import SyntheticStream, synthetic_images
-from calibration.preprocess import Preprocess, normalize
-from engines import bundle as room
-from engines.bundle import HeldOut
-from engines.equalize import observed
-from engines.gate import images_compared, judge
-from engines.manifest import Batch
-from engines.onnxruntime_engine import OnnxRuntimeEngine
-from engines.parity import DEFAULT_TOLERANCES, odd_size, sizes_to_check
-from engines.placement import classifier_layers, quantized_tensors
-from engines.target import targets
-from engines.tensorrt_build import build_engine
-from exporter import dynamic_size, graph, simplify, zoo
-from exporter.options import ExportOptions, SizeRange
+import export_zoo
+from export_zoo.base import graph_io
+from export_zoo.base.errors import BadInputError, ExportDefectError, UsageError
+from export_zoo.base.graph_io import sha256_of
+from export_zoo.calibration.collect import collect
+from export_zoo.calibration.images import SyntheticStream, synthetic_images
+from export_zoo.calibration.preprocess import Preprocess, normalize
+from export_zoo.engines.bundle import reader as room
+from export_zoo.engines.bundle.manifest import Batch
+from export_zoo.engines.bundle.reader import HeldOut
+from export_zoo.engines.parity.metrics import DEFAULT_TOLERANCES, odd_size, sizes_to_check
+from export_zoo.engines.precision.int8.equalize import observed
+from export_zoo.engines.precision.placement import classifier_layers, quantized_tensors
+from export_zoo.engines.targets.onnxruntime.engine import OnnxRuntimeEngine
+from export_zoo.engines.targets.target import targets
+from export_zoo.engines.targets.tensorrt.build import build_engine
+from export_zoo.engines.verification.gate import images_compared, judge
+from export_zoo.exporter.graph import simplify, to_onnx
+from export_zoo.exporter.models import dynamic_size, zoo
+from export_zoo.exporter.options import ExportOptions, SizeRange
 
 RTX = pytest.mark.skipif(bool(targets()["tensorrt-rtx"].unavailable), reason="tensorrt-rtx is not installed")
 SIZES = SizeRange((8, 8), (16, 16), (32, 40))
@@ -110,7 +111,7 @@ def _inputs(height: int, width: int, count: int = 3) -> np.ndarray:
 def exported(tmp_path_factory) -> tuple[nn.Module, Path]:
     module = _made(Net)
     path = tmp_path_factory.mktemp("dynamic") / "model.onnx"
-    graph.export(module, 16, 16, path, sizes=SIZES)
+    to_onnx.export(module, 16, 16, path, sizes=SIZES)
     return module, path
 
 
@@ -244,7 +245,7 @@ def test_multiples_are_named(tmp_path):
     with pytest.raises(
         BadInputError, match=r"(?s)15x23, which lies in .*height = 4\*n, width = 4\*n"
     ) as error:
-        graph.export(
+        to_onnx.export(
             _made(Fours), 16, 16, tmp_path / "model.onnx", sizes=SizeRange((8, 8), (16, 16), (24, 32))
         )
     assert "--input-size" in error.value.hint
@@ -255,12 +256,12 @@ def test_a_size_that_the_network_does_not_run_at_is_named(tmp_path):
     with pytest.raises(
         BadInputError, match="does not run at input 8x8, which lies in --dynamic-size 8x8:16x16"
     ):
-        graph.export(network.eval(), 16, 16, tmp_path / "model.onnx", sizes=SIZES)
+        to_onnx.export(network.eval(), 16, 16, tmp_path / "model.onnx", sizes=SIZES)
 
 
 def test_what_the_exporter_cannot_leave_open_is_one_line_with_the_module(tmp_path):
     with pytest.raises(UsageError) as error:
-        graph.export(_made(Decides), 16, 16, tmp_path / "model.onnx", sizes=SIZES)
+        to_onnx.export(_made(Decides), 16, 16, tmp_path / "model.onnx", sizes=SIZES)
     assert error.value.message.startswith("--dynamic-size: the exporter cannot leave height and width open: ")
     assert "\n" not in error.value.message
     assert not (tmp_path / "model.onnx").exists()
@@ -275,26 +276,26 @@ def test_height_and_width_are_symbolic_and_the_logits_are_eagers_at_all_sizes(ex
     dims = [d.dim_param or d.dim_value for d in feed.type.tensor_type.shape.dim]
     assert dims == ["batch", 3, "height", "width"]
     for height, width in ((8, 8), (9, 40), (16, 16), (31, 17), (32, 40)):
-        assert graph.check_batches(path, module, _inputs(height, width)) < 1e-5
+        assert to_onnx.check_batches(path, module, _inputs(height, width)) < 1e-5
 
 
 def test_without_the_option_the_size_is_fixed(tmp_path):
-    graph.export(_made(Net), 16, 16, tmp_path / "model.onnx")
+    to_onnx.export(_made(Net), 16, 16, tmp_path / "model.onnx")
     shape = onnx.load(tmp_path / "model.onnx").graph.input[0].type.tensor_type.shape
     assert [d.dim_value for d in shape.dim][1:] == [3, 16, 16]
 
 
 def test_a_height_may_be_fixed_beside_a_width_that_is_not(tmp_path):
     module = _made(Net)
-    graph.export(module, 16, 24, tmp_path / "m.onnx", sizes=SizeRange((16, 16), (16, 24), (16, 64)))
+    to_onnx.export(module, 16, 24, tmp_path / "m.onnx", sizes=SizeRange((16, 16), (16, 24), (16, 64)))
     for width in (16, 33, 64):
-        assert graph.check_batches(tmp_path / "m.onnx", module, _inputs(16, width)) < 1e-5
+        assert to_onnx.check_batches(tmp_path / "m.onnx", module, _inputs(16, width)) < 1e-5
 
 
 def test_a_graph_that_is_wrong_at_another_size_is_found(sums):
-    assert graph.check_batches(sums, _made(Means), _inputs(16, 16)) < 1e-5
+    assert to_onnx.check_batches(sums, _made(Means), _inputs(16, 16)) < 1e-5
     with pytest.raises(ExportDefectError, match="at input 8x24"):
-        graph.check_batches(sums, _made(Means), _inputs(8, 24))
+        to_onnx.check_batches(sums, _made(Means), _inputs(8, 24))
 
 
 def test_simplifying_keeps_the_logits_at_all_sizes(exported, tmp_path):
@@ -303,12 +304,12 @@ def test_simplifying_keeps_the_logits_at_all_sizes(exported, tmp_path):
     assert done.warning == ""
     assert "GlobalAveragePool" in [node.op_type for node in onnx.load(done.files[0]).graph.node]
     for height, width in ((8, 8), (9, 40), (32, 40)):
-        assert graph.check_batches(done.files[0], module, _inputs(height, width)) < 1e-5
+        assert to_onnx.check_batches(done.files[0], module, _inputs(height, width)) < 1e-5
 
 
 def test_simplifying_that_changes_the_logits_of_one_size_is_found(sums, tmp_path):
     right = tmp_path / "model.onnx"
-    graph.export(_made(Means), 16, 16, right, sizes=SIZES)
+    to_onnx.export(_made(Means), 16, 16, right, sizes=SIZES)
     assert simplify._difference(sums, right, [_inputs(16, 16)]) < 1e-5
     assert simplify._difference(sums, right, [_inputs(16, 16), _inputs(8, 24)]) > 0.1
 
@@ -316,7 +317,7 @@ def test_simplifying_that_changes_the_logits_of_one_size_is_found(sums, tmp_path
 def test_ranges_are_those_of_the_fixed_graph(exported, tmp_path):
     # In several passes: what one image takes must be known.
     module, path = exported
-    graph.export(module, 16, 16, tmp_path / "fixed.onnx")
+    to_onnx.export(module, 16, 16, tmp_path / "fixed.onnx")
     fixed, dynamic = (
         collect(source, SyntheticStream(16, 1, PREPROCESS, 4), threads=1, budget=3 << 12)
         for source in (tmp_path / "fixed.onnx", path)
@@ -326,7 +327,7 @@ def test_ranges_are_those_of_the_fixed_graph(exported, tmp_path):
 
 def test_int8_finds_in_it_what_it_finds_in_the_fixed_graph(exported, tmp_path):
     module, path = exported
-    graph.export(module, 16, 16, tmp_path / "fixed.onnx")
+    to_onnx.export(module, 16, 16, tmp_path / "fixed.onnx")
     found = []
     for name, source in (("fixed", tmp_path / "fixed.onnx"), ("dynamic", path)):
         (tmp_path / name).mkdir()
@@ -404,7 +405,7 @@ def test_tensorrt_gets_one_profile_for_batch_height_and_width(exported, tmp_path
 @pytest.fixture(scope="module")
 def bundle(digits, tmp_path_factory) -> Path:
     """Digits at 24 to 48 pixels, trained at 32: FP32 and INT8."""
-    from exporter.cli import main
+    from export_zoo.exporter.cli.app import main
 
     out = tmp_path_factory.mktemp("dynamic") / "digits.bundle"
     weights = ["--weights", digits.weights["resnet18"], "--num-classes", "10", "--resize-size", "32"]
@@ -459,7 +460,7 @@ def test_held_out_images_of_other_sizes_are_the_first_ones_resized(bundle, digit
     held = room.held_out(bundle, manifest)
     by_hash = {sha256_of(path): path for path in digits.images.rglob("*.png")}
     first = [by_hash[sha256] for sha256 in manifest.artifacts.held_out.image_sha256[:32]]
-    engine = engines.load(bundle, engine="onnxruntime-fp32")
+    engine = export_zoo.load(bundle, engine="onnxruntime-fp32")
     for part in held.sizes:
         size = part.pixels.shape[1:3]
         inputs = engine.preprocess(first, size=size)
@@ -471,7 +472,7 @@ def test_held_out_images_of_other_sizes_are_the_first_ones_resized(bundle, digit
 def test_an_engine_runs_at_any_size_in_the_range_and_at_no_other(bundle, digits):
     image = next(digits.images.rglob("*.png"))
     for name in ("onnxruntime-fp32", "onnxruntime-int8"):
-        engine = engines.load(bundle, engine=name)
+        engine = export_zoo.load(bundle, engine=name)
         assert engine.preprocess([image]).shape == (1, 3, 32, 32)
         for size in ((24, 48), (25, 24), (37, 29)):
             assert np.isfinite(engine.run(engine.preprocess([image], size=size))).all()
@@ -483,7 +484,7 @@ def test_an_engine_runs_at_any_size_in_the_range_and_at_no_other(bundle, digits)
 
 
 def test_a_bundle_of_one_size_takes_no_other(digits_bundle, digits):
-    engine = engines.load(digits_bundle)
+    engine = export_zoo.load(digits_bundle)
     with pytest.raises(BadInputError, match="size 24x24: this bundle takes 32x32 only"):
         engine.preprocess([next(digits.images.rglob("*.png"))], size=(24, 24))
 

@@ -18,29 +18,24 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-import engines
-from calibration import machine
-from calibration.errors import (
-    BadInputError,
-    EnvironmentFailureError,
-    TargetUnavailableError,
-    UsageError,
-)
-from calibration.graph_io import sha256_of
-from calibration.preprocess import normalize
-from calibration.ranges import Ranges
-from engines import precision
-from engines.bundle import attestations, held_out, read_manifest
-from engines.emulation import arm64_root
-from engines.emulation.cpus import CPUS, launch
-from engines.emulation.engine import EmulatedEngine, qemu_version
-from engines.emulation.verify import FLOAT_IMAGES, IMAGES, _Beside, verify_on
-from engines.emulation.worker import receive, send
-from engines.manifest import Attestation, HostFigures
-from engines.onnxruntime_engine import OnnxRuntimeEngine
-from engines.parity import compare
-from engines.precision import quantize
-from engines.verify import verify
+import export_zoo
+from export_zoo.base import machine
+from export_zoo.base.errors import BadInputError, EnvironmentFailureError, TargetUnavailableError, UsageError
+from export_zoo.base.graph_io import sha256_of
+from export_zoo.calibration.preprocess import normalize
+from export_zoo.calibration.ranges import Ranges
+from export_zoo.engines.bundle.manifest import Attestation, HostFigures
+from export_zoo.engines.bundle.reader import attestations, held_out, read_manifest
+from export_zoo.engines.emulation import arm64_root
+from export_zoo.engines.emulation.cpus import CPUS, launch
+from export_zoo.engines.emulation.engine import EmulatedEngine, qemu_version
+from export_zoo.engines.emulation.verify import FLOAT_IMAGES, IMAGES, _Beside, verify_on
+from export_zoo.engines.emulation.worker import receive, send
+from export_zoo.engines.parity.metrics import compare
+from export_zoo.engines.precision.int8 import qdq
+from export_zoo.engines.precision.int8.qdq import quantize
+from export_zoo.engines.targets.onnxruntime.engine import OnnxRuntimeEngine
+from export_zoo.engines.verification.verify import verify
 
 ROOT = Path(__file__).parent.parent
 INT8 = "onnxruntime-int8"
@@ -99,7 +94,7 @@ class Verified:
 @pytest.fixture(scope="module")
 def verified(digits_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Verified:
     """`verify BUNDLE --cpu haswell --cpu nehalem --images 2`, with one CPU given twice."""
-    from exporter.cli import main
+    from export_zoo.exporter.cli.app import main
 
     for name in ("haswell", "nehalem"):
         emulated_cpu(name)
@@ -156,7 +151,7 @@ def test_emulated_verification_is_in_the_json_document_and_attested_in_the_bundl
 
 
 def test_verified_engines_stay_verified_after_an_emulated_verification_that_holds(verified):
-    assert engines.load(verified.bundle, engine=INT8).state == "verified"
+    assert export_zoo.load(verified.bundle, engine=INT8).state == "verified"
 
 
 @pytest.fixture(scope="module")
@@ -172,8 +167,8 @@ def old_bundle(digits_bundle: Path, tmp_path_factory: pytest.TempPathFactory) ->
     ranges = Ranges.model_validate_json((copy / manifest.recipe.calibration.ranges.path).read_bytes())
     path = copy / "files" / "old.onnx"
     with pytest.MonkeyPatch.context() as patch:
-        before = replace(precision.SCHEMES["onnxruntime"], sums_in_16_bits=False)
-        patch.setitem(precision.SCHEMES, "onnxruntime", before)
+        before = replace(qdq.SCHEMES["onnxruntime"], sums_in_16_bits=False)
+        patch.setitem(qdq.SCHEMES, "onnxruntime", before)
         quantize(copy / manifest.recipe.graph.path, ranges, path)
     held = held_out(copy, manifest)
     inputs = normalize(held.pixels[:IMAGES], manifest.recipe.preprocess)
@@ -205,7 +200,7 @@ def test_int8_of_an_earlier_version_is_exact_on_a_cpu_that_saturates(old_bundle,
 
 
 def test_verify_warns_of_int8_that_can_saturate_here_and_of_no_other(old_bundle, bundle, monkeypatch):
-    monkeypatch.setattr("engines.verify.saturates", lambda: True)
+    monkeypatch.setattr("export_zoo.engines.verification.verify.saturates", lambda: True)
     edit(bundle, lambda document: document["artifacts"]["engines"][1].update(saturating_cpu_session=None))
     assert verify(bundle)[0].warnings == []
     (warning,) = verify(old_bundle)[0].warnings
@@ -220,7 +215,7 @@ def test_int8_that_falsely_says_that_it_cannot_saturate_fails_where_nothing_satu
 ):
     if given:
         emulated_cpu("nehalem")
-    monkeypatch.setattr("engines.onnxruntime_engine.saturates", lambda: False)
+    monkeypatch.setattr("export_zoo.engines.targets.onnxruntime.engine.saturates", lambda: False)
     bundle = shutil.copytree(old_bundle, tmp_path / "digits.bundle")
     edit(bundle, lambda document: document["artifacts"]["engines"][0].update(saturating_cpu_session={}))
     done = cli("verify", bundle, *given)
@@ -343,7 +338,7 @@ def test_a_missing_arm64_root_ends_with_4_and_what_makes_it(digits_bundle, cli, 
     done = cli("verify", digits_bundle, "--cpu", "neoverse-n1")
     assert done.code == 4
     assert str(empty) in done.json["error"]["message"]
-    assert "python -m engines.emulation.arm64_root" in done.json["error"]["hint"]
+    assert "python -m export_zoo.engines.emulation.arm64_root" in done.json["error"]["hint"]
     assert "EXPORT_ZOO_ARM64_ROOT" in done.json["error"]["hint"]
 
 
@@ -384,7 +379,7 @@ def test_a_cpu_that_cannot_be_run_does_not_lose_what_was_found_on_another(int8_b
 @x86
 def test_another_version_of_onnx_runtime_is_warned_of(int8_bundle, cli, qemu, monkeypatch):
     qemu(HOST)
-    monkeypatch.setattr("engines.emulation.verify.library_versions", lambda name: {name: "1.99.0"})
+    monkeypatch.setattr("export_zoo.engines.emulation.verify.library_versions", lambda name: {name: "1.99.0"})
     done = cli("verify", int8_bundle, "--cpu", "haswell", "--images", "2")
     assert done.code == 0
     (warning,) = done.json["warnings"]
@@ -510,39 +505,39 @@ def test_an_engine_that_failed_when_its_cpu_was_emulated_is_not_verified_on_such
 
     edit(bundle, faster)
     attest(bundle, "2026", emulated=True, failed=True, instruction_set="Z80")
-    assert engines.load(bundle).name == INT8, "that is no machine like this one"
+    assert export_zoo.load(bundle).name == INT8, "that is no machine like this one"
     attest(bundle, "2027", emulated=True, failed=True)
-    assert engines.load(bundle).name == "onnxruntime-fp32"
-    assert engines.load(bundle, engine=INT8).state == "built"
+    assert export_zoo.load(bundle).name == "onnxruntime-fp32"
+    assert export_zoo.load(bundle, engine=INT8).state == "built"
 
 
 @pytest.mark.parametrize("state", ["built", "graph verified", "verified"])
 def test_emulation_that_holds_leaves_the_state_as_it_was(bundle, state):
     edit(bundle, lambda document: document["artifacts"]["engines"][1].update(state=state))
     attest(bundle, "2026", emulated=True, failed=False)
-    assert engines.load(bundle, engine=INT8).state == state
+    assert export_zoo.load(bundle, engine=INT8).state == state
 
 
 @pytest.mark.parametrize("failed", [False, True])
 def test_a_real_machines_attestation_goes_before_newer_ones_of_emulated_cpus(bundle, failed):
     attest(bundle, "2026", emulated=False, failed=failed)
     attest(bundle, "2027", emulated=True, failed=not failed)
-    assert engines.load(bundle, engine=INT8).state == ("built" if failed else "verified")
+    assert export_zoo.load(bundle, engine=INT8).state == ("built" if failed else "verified")
 
 
 @pytest.mark.parametrize("failed", ["haswell", "nehalem"])
 def test_what_failed_on_one_emulated_cpu_is_not_hidden_by_another(failed, bundle):
     for year, cpu in enumerate(("haswell", "nehalem"), 2026):
         attest(bundle, str(year), emulated=True, failed=cpu == failed, cpu=cpu)
-    assert engines.load(bundle, engine=INT8).state == "built"
+    assert export_zoo.load(bundle, engine=INT8).state == "built"
     attest(bundle, "2028", emulated=True, failed=False, cpu=failed)
-    assert engines.load(bundle, engine=INT8).state == "verified"
+    assert export_zoo.load(bundle, engine=INT8).state == "verified"
 
 
 def test_the_newest_of_two_emulated_attestations_counts(bundle):
     attest(bundle, "2026", emulated=True, failed=True)
     attest(bundle, "2027", emulated=True, failed=False)
-    assert engines.load(bundle, engine=INT8).state == "verified"
+    assert export_zoo.load(bundle, engine=INT8).state == "verified"
 
 
 # -- the emulated process --------------------------------------------------------------------------------------
@@ -690,7 +685,7 @@ def test_a_graph_that_cannot_run_exactly_there_is_unavailable(qemu, tmp_path):
 
 @x86
 def test_an_emulator_that_computes_nothing_any_more_is_killed(digits_bundle, cli, qemu, monkeypatch):
-    monkeypatch.setattr("engines.emulation.engine.STUCK_SECONDS", 0.5)
+    monkeypatch.setattr("export_zoo.engines.emulation.engine.STUCK_SECONDS", 0.5)
     qemu("echo waiting for a lock >&2; exec sleep 1000")
     done = cli("verify", digits_bundle, "--cpu", "haswell")
     assert done.code == 4
@@ -713,7 +708,7 @@ def test_figures_are_told_where_the_disk_is_full(int8_bundle, monkeypatch):
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("engines.verify.replacing", full)
+    monkeypatch.setattr("export_zoo.engines.verification.verify.replacing", full)
     attestation, path = verify(int8_bundle)
     assert path is None
     assert attestation.engines[INT8].metrics["sqnr"]

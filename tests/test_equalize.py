@@ -9,16 +9,16 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from calibration import graph_io
-from calibration.collect import channel_magnitudes, collect
-from calibration.images import ImageFile, ImageStream
-from calibration.preprocess import Preprocess, normalize
-from engines.equalize import STRENGTHS, equalize, links, observed, scale
-from engines.onnxruntime_engine import OnnxRuntimeEngine
-from engines.parity import compare
-from engines.placement import quantized_tensors
-from engines.precision import quantize
-from engines.twin import write_twin
+from export_zoo.base import graph_io
+from export_zoo.calibration.collect import channel_magnitudes, collect
+from export_zoo.calibration.images import ImageFile, ImageStream
+from export_zoo.calibration.preprocess import Preprocess, normalize
+from export_zoo.engines.parity.metrics import compare
+from export_zoo.engines.precision.fp16.twin import write_twin
+from export_zoo.engines.precision.int8.equalize import STRENGTHS, equalize, links, observed, scale
+from export_zoo.engines.precision.int8.qdq import quantize
+from export_zoo.engines.precision.placement import quantized_tensors
+from export_zoo.engines.targets.onnxruntime.engine import OnnxRuntimeEngine
 
 PREPROCESS = Preprocess(
     resize_size=16,
@@ -257,7 +257,7 @@ def test_channels_that_never_move_change_nothing_for_the_others(tmp_path):
 
 @pytest.fixture(scope="module")
 def trained(digits, tmp_path_factory) -> Path:
-    from exporter.cli import main
+    from export_zoo.exporter.cli.app import main
 
     out = tmp_path_factory.mktemp("equalize") / "bundle"
     assert main([*map(str, [*digits.arguments(), "--out", out])]) == 0

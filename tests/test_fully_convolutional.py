@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from calibration.errors import BadInputError, UsageError
-from engines.bundle import read_manifest
-from exporter import zoo
-from exporter.options import ExportOptions
+from export_zoo.base.errors import BadInputError, UsageError
+from export_zoo.engines.bundle.reader import read_manifest
+from export_zoo.exporter.models import zoo
+from export_zoo.exporter.options import ExportOptions
 
 
 def built(model: str, size: int = 224, *, dense: bool = True) -> nn.Module:

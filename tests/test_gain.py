@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from exporter.gain import gain
+from export_zoo.exporter.stages.tuning.gain import gain
 
 
 def test_a_gain_is_of_all_images_together_and_in_decibels():

@@ -178,7 +178,7 @@ def test_each_step_writes_what_it_found_and_that_it_ended(rehearsed):
 
 
 def test_what_a_machine_without_a_gpu_cannot_do_is_skipped_by_name(rehearsed):
-    from engines.target import has_cuda_device, targets
+    from export_zoo.engines.targets.target import has_cuda_device, targets
 
     if has_cuda_device() or targets()["tensorrt-rtx"].unavailable:
         pytest.skip("for machines with TensorRT-RTX and without a GPU")

@@ -16,11 +16,11 @@ import torch
 from onnx import numpy_helper
 from torch import nn
 
-from calibration import graph_io
-from calibration.errors import BadInputError, ExportDefectError, ParityError
-from calibration.graph_io import external_files, sha256_of
-from engines.onnxruntime_engine import OnnxRuntimeEngine
-from exporter import graph, simplify
+from export_zoo.base import graph_io
+from export_zoo.base.errors import BadInputError, ExportDefectError, ParityError
+from export_zoo.base.graph_io import external_files, sha256_of
+from export_zoo.engines.targets.onnxruntime.engine import OnnxRuntimeEngine
+from export_zoo.exporter.graph import simplify, to_onnx
 
 ROOT = Path(__file__).parent.parent
 
@@ -112,7 +112,7 @@ def _modules(path: Path) -> dict[str, str]:
 def exported(tmp_path_factory):
     """`Tiny`, exported: the module and the graph's path. Copy the graph before changing it."""
     module, path = _made(Tiny), tmp_path_factory.mktemp("export") / "model.onnx"
-    assert graph.export(module, 8, 8, path) == [path]
+    assert to_onnx.export(module, 8, 8, path) == [path]
     return module, path
 
 
@@ -122,7 +122,7 @@ def exported(tmp_path_factory):
 def test_graph_is_valid_onnx_of_our_opset(exported):
     model = onnx.load(exported[1])
     onnx.checker.check_model(model, full_check=True)
-    assert {entry.domain: entry.version for entry in model.opset_import}[""] == graph.OPSET
+    assert {entry.domain: entry.version for entry in model.opset_import}[""] == to_onnx.OPSET
 
 
 def test_input_and_logits_are_named_and_their_batch_is_symbolic(exported):
@@ -139,7 +139,7 @@ def test_graph_gives_eagers_logits_at_any_batch(exported):
     engine = OnnxRuntimeEngine(path)
     for count in (1, 2, 5, 7, 16):
         np.testing.assert_allclose(engine.run(_batch(count)), _eager(module, _batch(count)), atol=1e-5)
-    assert graph.check_batches(path, module, _batch()) < 1e-5
+    assert to_onnx.check_batches(path, module, _batch()) < 1e-5
 
 
 def test_nothing_but_module_paths_is_left_of_the_metadata(exported):
@@ -167,7 +167,7 @@ def test_file_holds_no_path_and_no_stack_trace(exported):
 
 
 def test_file_with_subgraphs_holds_no_path_and_no_stack_trace(tmp_path):
-    graph.export(_made(Branches), 8, 8, tmp_path / "model.onnx")
+    to_onnx.export(_made(Branches), 8, 8, tmp_path / "model.onnx")
     assert "If" in {node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node}
     assert _traces(tmp_path / "model.onnx") == []
 
@@ -195,7 +195,7 @@ def test_module_paths_of_nodes_without_a_weight_are_their_scope(exported):
 
 
 def test_two_exports_are_the_same_bytes(exported, tmp_path):
-    graph.export(_made(Tiny), 8, 8, tmp_path / "again.onnx")
+    to_onnx.export(_made(Tiny), 8, 8, tmp_path / "again.onnx")
     assert (tmp_path / "again.onnx").read_bytes() == exported[1].read_bytes()
 
 
@@ -221,25 +221,25 @@ def test_wrong_input_size_is_the_users_and_names_the_size(tmp_path):
             return self.head(x.flatten(1))
 
     with pytest.raises(BadInputError, match="does not run at input 9x8") as raised:
-        graph.export(_made(Fixed), 9, 8, tmp_path / "model.onnx")
+        to_onnx.export(_made(Fixed), 9, 8, tmp_path / "model.onnx")
     assert "--input-size" in raised.value.hint
     assert not list(tmp_path.iterdir())
 
 
 def test_what_the_exporter_refuses_is_a_defect_of_the_export(tmp_path):
     with pytest.raises(ExportDefectError, match=r"torch\.onnx\.export failed"):
-        graph.export(_made(Decides), 8, 8, tmp_path / "model.onnx")
+        to_onnx.export(_made(Decides), 8, 8, tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
 
 
 def test_what_the_exporter_refuses_is_told_in_plain_text(tmp_path):
     with pytest.raises(ExportDefectError) as raised:
-        graph.export(_made(Decides), 8, 8, tmp_path / "model.onnx")
+        to_onnx.export(_made(Decides), 8, 8, tmp_path / "model.onnx")
     assert "\x1b" not in str(raised.value)
 
 
 def test_exporting_prints_nothing(tmp_path, capfd):
-    graph.export(_made(Means), 8, 8, tmp_path / "model.onnx")
+    to_onnx.export(_made(Means), 8, 8, tmp_path / "model.onnx")
     assert capfd.readouterr() == ("", "")
 
 
@@ -248,7 +248,7 @@ def test_exporting_prints_nothing(tmp_path, capfd):
 
 def test_module_that_bakes_the_batch_is_refused_by_node(tmp_path):
     with pytest.raises(ExportDefectError, match=r"baked the batch size .* Reshape 'node_\w+'"):
-        graph.export(_made(Bakes), 14, 14, tmp_path / "model.onnx")
+        to_onnx.export(_made(Bakes), 14, 14, tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
 
 
@@ -262,16 +262,16 @@ def test_batch_baked_by_the_head_is_refused_by_node_and_module(tmp_path):
             return self.conv(x).reshape(7 if x.shape[0] == 7 else -1, 4 * 8 * 8)
 
     with pytest.raises(ExportDefectError, match=r"first at Conv 'node_\w+' \(module conv\)"):
-        graph.export(_made(Bilinear), 8, 8, tmp_path / "model.onnx")
+        to_onnx.export(_made(Bilinear), 8, 8, tmp_path / "model.onnx")
 
 
 def test_baked_input_is_refused(exported):
-    from calibration.graph_io import load
+    from export_zoo.base.graph_io import load
 
     model = load(exported[1])
     model.graph.inputs[0].shape = type(model.graph.inputs[0].shape)([7, 3, 8, 8])
     with pytest.raises(ExportDefectError, match="baked the batch size"):
-        graph.check_dynamic_batch(model)
+        to_onnx.check_dynamic_batch(model)
 
 
 def _edited_reshape(source: Path, out: Path, shape: list[int]) -> Path:
@@ -290,14 +290,14 @@ def test_reshape_to_a_fixed_batch_is_found_by_running_other_batches(exported, tm
     module, path = exported
     baked = _edited_reshape(path, tmp_path / "baked.onnx", [batch, 16, 16])
     with pytest.raises(ExportDefectError, match=f"(?s)fails at batch {fails_at}: .*a batch is baked in"):
-        graph.check_batches(baked, module, _batch())
+        to_onnx.check_batches(baked, module, _batch())
 
 
 def test_output_of_another_batch_is_found(exported, tmp_path):
     module, path = exported
     baked = _edited_reshape(path, tmp_path / "baked.onnx", [-1, 16, 4])  # four rows for each image
     with pytest.raises(ExportDefectError, match=r"logits are \[4, 10\] at batch 1, .*, eager's \[1, 10\]"):
-        graph.check_batches(baked, module, _batch())
+        to_onnx.check_batches(baked, module, _batch())
 
 
 def test_other_logits_than_eagers_are_found(exported, tmp_path):
@@ -307,7 +307,7 @@ def test_other_logits_than_eagers_are_found(exported, tmp_path):
     weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * np.float32(1.01), weight.name))
     onnx.save(model, tmp_path / "model.onnx")
     with pytest.raises(ExportDefectError, match="logits differ from eager's at batch 1"):
-        graph.check_batches(tmp_path / "model.onnx", module, _batch())
+        to_onnx.check_batches(tmp_path / "model.onnx", module, _batch())
 
 
 def test_logits_that_are_wrong_at_three_images_only_are_found(exported):
@@ -316,7 +316,7 @@ def test_logits_that_are_wrong_at_three_images_only_are_found(exported):
             return exported[0](x) * (1.5 if len(x) == 3 else 1.0)
 
     with pytest.raises(ExportDefectError, match="at batch 3"):
-        graph.check_batches(exported[1], Wrong(), _batch())
+        to_onnx.check_batches(exported[1], Wrong(), _batch())
 
 
 def test_nan_logits_of_the_graph_are_found(exported, tmp_path):
@@ -324,7 +324,7 @@ def test_nan_logits_of_the_graph_are_found(exported, tmp_path):
     _scale_head(model, float("nan"))
     onnx.save(model, tmp_path / "poisoned.onnx")
     with pytest.raises(ExportDefectError, match="differ"):
-        graph.check_batches(tmp_path / "poisoned.onnx", exported[0], _batch())
+        to_onnx.check_batches(tmp_path / "poisoned.onnx", exported[0], _batch())
 
 
 def test_nan_logits_of_the_eager_model_are_nothing_to_compare_with(exported):
@@ -333,13 +333,13 @@ def test_nan_logits_of_the_eager_model_are_nothing_to_compare_with(exported):
             return exported[0](x) * torch.nan
 
     with pytest.raises(ParityError, match="eager model's own logits are not finite"):
-        graph.check_batches(exported[1], Poisoned(), _batch())
+        to_onnx.check_batches(exported[1], Poisoned(), _batch())
 
 
 def test_graph_that_does_not_load_is_a_defect_of_the_export(tmp_path):
     (tmp_path / "model.onnx").write_bytes(b"no graph")
     with pytest.raises(ExportDefectError, match="does not load"):
-        graph.check_batches(tmp_path / "model.onnx", _made(Tiny), _batch())
+        to_onnx.check_batches(tmp_path / "model.onnx", _made(Tiny), _batch())
 
 
 # -- external data ---------------------------------------------------------------------------------------------
@@ -349,7 +349,7 @@ def test_graph_that_does_not_load_is_a_defect_of_the_export(tmp_path):
 def external(exported, tmp_path_factory):
     """`Tiny` with its larger weights beside the graph."""
     path = tmp_path_factory.mktemp("external") / "model.onnx"
-    return graph.export(exported[0], 8, 8, path, external_threshold=1024)
+    return to_onnx.export(exported[0], 8, 8, path, external_threshold=1024)
 
 
 def test_large_weights_go_beside_the_graph_under_their_hash(external, exported):
@@ -366,7 +366,7 @@ def test_large_weights_go_beside_the_graph_under_their_hash(external, exported):
 
 
 def test_graph_with_external_data_gives_eagers_logits(external, exported):
-    assert graph.check_batches(external[0], exported[0], _batch()) < 1e-5
+    assert to_onnx.check_batches(external[0], exported[0], _batch()) < 1e-5
 
 
 def test_graph_with_external_data_can_be_moved(external, exported, tmp_path):
@@ -408,7 +408,7 @@ def _left_alone(exported, directory: Path) -> simplify.Simplified:
     assert done.files == [directory / "graph.onnx"]
     assert [path.name for path in directory.iterdir() if path.suffix != ".sh"] == ["graph.onnx"]
     onnx.checker.check_model(onnx.load(done.files[0]), full_check=True)
-    assert graph.check_batches(done.files[0], module, _batch()) < 1e-5
+    assert to_onnx.check_batches(done.files[0], module, _batch()) < 1e-5
     assert _modules(done.files[0]) == _modules(source)
     return done
 
@@ -543,7 +543,7 @@ def test_rewriting_that_changes_the_logits_is_undone(exported, tmp_path, monkeyp
 
 def test_mean_becomes_average_pooling(tmp_path):
     module = _made(Means)
-    graph.export(module, 8, 8, tmp_path / "model.onnx")
+    to_onnx.export(module, 8, 8, tmp_path / "model.onnx")
     with pytest.MonkeyPatch.context() as patch:
         _pretend(patch, lambda model: None)
         done = simplify.simplify(tmp_path / "model.onnx", tmp_path, _batch())
@@ -551,7 +551,7 @@ def test_mean_becomes_average_pooling(tmp_path):
     operators = [node.op_type for node in onnx.load(done.files[0]).graph.node]
     assert "GlobalAveragePool" in operators
     assert "ReduceMean" not in operators
-    assert graph.check_batches(done.files[0], module, _batch()) < 1e-5
+    assert to_onnx.check_batches(done.files[0], module, _batch()) < 1e-5
 
 
 @pytest.fixture(scope="module")
@@ -563,7 +563,7 @@ def vit(tmp_path_factory):
     module = VisionTransformer(16, 8, 2, 2, 16, 32, num_classes=10).eval()
     module.heads.head.reset_parameters()
     directory = tmp_path_factory.mktemp("vit")
-    graph.export(module, 16, 16, directory / "model.onnx")
+    to_onnx.export(module, 16, 16, directory / "model.onnx")
     return module, directory, simplify.simplify(directory / "model.onnx", directory, _batch(size=16))
 
 
@@ -574,7 +574,7 @@ def test_onnxsim_simplifies_a_vision_transformer_and_keeps_its_logits(vit):
     before, after = (len(onnx.load(directory / name).graph.node) for name in ("model.onnx", "graph.onnx"))
     assert f"{before} -> {after} nodes" in done.summary
     assert after < before
-    assert graph.check_batches(done.files[0], module, _batch(size=16)) < 1e-4
+    assert to_onnx.check_batches(done.files[0], module, _batch(size=16)) < 1e-4
 
 
 def test_module_paths_survive_onnxsim(vit):

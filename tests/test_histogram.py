@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from calibration import histogram as room
-from calibration.histogram import Accumulator, Histogram, extremes
-from calibration.methods import METHODS
-from exporter import options
+from export_zoo.calibration import histogram as room
+from export_zoo.calibration.histogram import Accumulator, Histogram, extremes
+from export_zoo.calibration.methods import METHODS
+from export_zoo.exporter import options
 
 settings.register_profile("no deadline", deadline=None)  # the first call compiles
 settings.load_profile("no deadline")
@@ -133,7 +133,7 @@ KINDS = ["normal", "laplace", "relu", "shifted", "outlier", "negative"]
 
 def quantization_error(values: np.ndarray, low: float, high: float, symmetric: bool) -> float:
     """Of the kernels' arithmetic: uint8 with a zero point, or int8."""
-    from engines.scales import activation_scale
+    from export_zoo.engines.precision.int8.scales import activation_scale
 
     if symmetric:
         scale, zero, least, most = high / 127, 0, -127, 127

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from calibration.errors import BadInputError
-from calibration.images import (
+from export_zoo.base.errors import BadInputError
+from export_zoo.calibration.images import (
     MAX_SELECT,
     MIN_CALIBRATE,
     MIN_SELECT,
@@ -29,8 +29,8 @@ from calibration.images import (
     split,
     synthetic_images,
 )
-from calibration.preprocess import Preprocess, decode, resize_and_crop
-from exporter.labels import folder_labels
+from export_zoo.calibration.preprocess import Preprocess, decode, resize_and_crop
+from export_zoo.exporter.stages.labels import folder_labels
 
 PREPROCESS = Preprocess(
     resize_size=12,

@@ -7,17 +7,17 @@ from pathlib import Path
 import onnx
 import pytest
 
-from calibration.errors import UsageError
-from calibration.graph_io import load
-from calibration.ranges import Ranges
-from engines.keep_float import kept_float
-from engines.precision import quantize
+from export_zoo.base.errors import UsageError
+from export_zoo.base.graph_io import load
+from export_zoo.calibration.ranges import Ranges
+from export_zoo.engines.precision.int8.keep_float import kept_float
+from export_zoo.engines.precision.int8.qdq import quantize
 
 
 @pytest.fixture(scope="module")
 def exported(digits, tmp_path_factory) -> Path:
     """A bundle of mobilenet_v2 on digits: depthwise convolutions, residual adds, few channels."""
-    from exporter.cli import main
+    from export_zoo.exporter.cli.app import main
 
     out = tmp_path_factory.mktemp("keep") / "bundle"
     arguments = [*digits.arguments("mobilenet_v2"), "--precision", "int8", "--calib", digits.images]

@@ -9,12 +9,12 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from calibration.graph_io import sha256_of
-from calibration.layer_inputs import layer_means
-from calibration.preprocess import Preprocess, normalize
-from calibration.ranges import Ranges, TensorRange
-from engines.onnxruntime_engine import OnnxRuntimeEngine
-from engines.precision import quantize
+from export_zoo.base.graph_io import sha256_of
+from export_zoo.calibration.layer_inputs import layer_means
+from export_zoo.calibration.preprocess import Preprocess, normalize
+from export_zoo.calibration.ranges import Ranges, TensorRange
+from export_zoo.engines.precision.int8.qdq import quantize
+from export_zoo.engines.targets.onnxruntime.engine import OnnxRuntimeEngine
 
 PREPROCESS = Preprocess(
     resize_size=12,

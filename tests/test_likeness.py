@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from calibration.images import synthetic_images
-from calibration.likeness import alike, fingerprints
+from export_zoo.calibration.images import synthetic_images
+from export_zoo.calibration.near_duplicates import alike, fingerprints
 
 
 @pytest.fixture(scope="module")

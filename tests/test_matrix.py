@@ -13,18 +13,20 @@ from pathlib import Path
 
 import pytest
 
-from calibration.errors import EnvironmentFailureError, UsageError
-from exporter import matrix_plan, matrix_report, matrix_run
-from exporter.cli import main
-from exporter.matrix_inputs import _of_folder as fingerprinted
-from exporter.matrix_inputs import fingerprints
-from exporter.matrix_run import CellResult
+from export_zoo.base.errors import EnvironmentFailureError, UsageError
+from export_zoo.exporter.cli.app import main
+from export_zoo.exporter.cli.export import check_arguments
+from export_zoo.exporter.matrix import plan, report
+from export_zoo.exporter.matrix import run as matrix_run
+from export_zoo.exporter.matrix.inputs import _of_folder as fingerprinted
+from export_zoo.exporter.matrix.inputs import fingerprints
+from export_zoo.exporter.matrix.run import CellResult
 
 ROOT = Path(__file__).parent.parent
 needs_qemu = pytest.mark.skipif(
     not shutil.which("qemu-x86_64"), reason="qemu-x86_64 is not installed (qemu-user)"
 )
-NAMES = matrix_plan.Names(("resnet18", "resnet34", "squeezenet1_1", "vgg11"), ("fcn_resnet50", "lraspp"))
+NAMES = plan.Names(("resnet18", "resnet34", "squeezenet1_1", "vgg11"), ("fcn_resnet50", "lraspp"))
 MINIMAL = "models: [resnet18]\nprecisions: [fp32]\ntargets: [onnxruntime]\n"
 SMALL = """\
 models: squeezenet1_1
@@ -39,9 +41,9 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
-def planned(tmp_path: Path, text: str, job: str | None = None) -> list[matrix_plan.Cell]:
+def planned(tmp_path: Path, text: str, job: str | None = None) -> list[plan.Cell]:
     path = write(tmp_path / "m.yaml", text)
-    return matrix_plan.cells(path, matrix_plan.read(path), NAMES, job)
+    return plan.cells(path, plan.read(path), NAMES, check_arguments, job)
 
 
 # -- what a file means -----------------------------------------------------------------------------------------
@@ -192,22 +194,22 @@ def test_a_wrong_file_is_refused_with_its_name_and_the_key(tmp_path, text, messa
 
 def test_a_file_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(UsageError, match=r"none\.yaml: cannot be read"):
-        matrix_plan.read(tmp_path / "none.yaml")
+        plan.read(tmp_path / "none.yaml")
 
 
 def test_the_matrix_of_ci_is_whole():
-    given = matrix_plan.read(ROOT / "ci" / "matrix.yaml")
-    from exporter.torchvision_zoo import model_names
+    given = plan.read(ROOT / "ci" / "matrix.yaml")
+    from export_zoo.exporter.models.sources.torchvision_zoo import model_names
 
     every = {
         cell.name
-        for cell in matrix_plan.cells(ROOT / "ci" / "matrix.yaml", given, matrix_plan.Names(model_names()))
+        for cell in plan.cells(ROOT / "ci" / "matrix.yaml", given, plan.Names(model_names()), check_arguments)
     }
     in_jobs = [
         cell.name
         for job in given.jobs
-        for cell in matrix_plan.cells(
-            ROOT / "ci" / "matrix.yaml", given, matrix_plan.Names(model_names()), job.name
+        for cell in plan.cells(
+            ROOT / "ci" / "matrix.yaml", given, plan.Names(model_names()), check_arguments, job.name
         )
     ]
     assert set(in_jobs) - every == {
@@ -251,7 +253,7 @@ def ran(tmp_path_factory):
     """A real cell: its plan, its output directory, and its result."""
     directory = tmp_path_factory.mktemp("matrix")
     path = write(directory / "m.yaml", SMALL)
-    (cell,) = matrix_plan.cells(path, matrix_plan.read(path), NAMES)
+    (cell,) = plan.cells(path, plan.read(path), NAMES, check_arguments)
     (result,) = matrix_run.run([cell], directory / "out", seconds=300)
     return cell, directory / "out", result
 
@@ -351,7 +353,7 @@ def test_a_cell_does_not_import_what_lies_beside_the_user(tmp_path, monkeypatch)
     assert ended.code == 5
 
 
-def on_haswell(cell: matrix_plan.Cell, **changes) -> matrix_plan.Cell:
+def on_haswell(cell: plan.Cell, **changes) -> plan.Cell:
     return dataclasses.replace(cell, cpu="haswell", images=2, **changes)
 
 
@@ -469,7 +471,7 @@ def test_a_failed_gate_is_told_by_the_exit_code_though_nobody_reads_on(ran, tmp_
     os.close(reader)
     command = ["matrix", str(path), "--out", str(out), "--stored", "--json", str(tmp_path / "r.json")]
     done = subprocess.run(
-        [sys.executable, "-m", "exporter.cli", *command],
+        [sys.executable, "-m", "export_zoo", *command],
         stdout=writer,
         stderr=subprocess.PIPE,
         text=True,
@@ -590,7 +592,7 @@ def result(model="resnet18", precision="int8", **changes) -> CellResult:
 
 
 def test_a_row_shows_what_was_measured_and_nothing_else():
-    shown = dict(zip(matrix_report.COLUMNS, matrix_report.cells_of(result()), strict=True))
+    shown = dict(zip(report.COLUMNS, report.cells_of(result()), strict=True))
     assert shown == {
         "model": "resnet18",
         "engine": "onnxruntime-int8",
@@ -605,16 +607,16 @@ def test_a_row_shows_what_was_measured_and_nothing_else():
         "peak MiB": "1234",
     }
     nothing = CellResult("vgg11", "onnxruntime", "fp32", (), "excluded", "too old")
-    assert set(matrix_report.cells_of(nothing)[3:]) == {"-"}
-    assert "47.5*" in matrix_report.cells_of(result(random=True))
+    assert set(report.cells_of(nothing)[3:]) == {"-"}
+    assert "47.5*" in report.cells_of(result(random=True))
 
 
 def test_the_line_of_a_cell_tells_why_it_failed():
-    assert "3.46x, 12 s, 1234 MiB" in matrix_report.line(result(), 3, 12, False)
+    assert "3.46x, 12 s, 1234 MiB" in report.line(result(), 3, 12, False)
     failed = result(status="failed", reason="out of luck")
-    assert matrix_report.line(failed, 3, 12, False).startswith("[ 3/12] resnet18")
-    assert matrix_report.line(failed, 3, 12, False).endswith("FAILED   out of luck")
-    assert matrix_report.line(result(), 3, 12, True).endswith("(earlier run)")
+    assert report.line(failed, 3, 12, False).startswith("[ 3/12] resnet18")
+    assert report.line(failed, 3, 12, False).endswith("FAILED   out of luck")
+    assert report.line(result(), 3, 12, True).endswith("(earlier run)")
 
 
 def emulated(**changes) -> CellResult:
@@ -630,25 +632,25 @@ def test_what_an_emulated_cpu_gave_is_called_emulated_wherever_it_is_shown():
     text = "emulated, SQNR 47.5 dB (48.9 on this machine), logits equal to the bit"
     skipped = CellResult("resnet18", "tensorrt", "int8", (), "skipped", "not run", cpu="haswell")
     rows = [result(), emulated(), skipped]
-    line = matrix_report.line(emulated(), 1, 2, False)
+    line = report.line(emulated(), 1, 2, False)
     assert "onnxruntime-int8 on haswell ok" in line
     assert line.endswith(f"{text}, 12 s, 1234 MiB")
-    suite = ET.fromstring(matrix_report.junit(rows))[0]
+    suite = ET.fromstring(report.junit(rows))[0]
     assert (suite.get("tests"), suite.get("skipped")) == ("3", "1")
     case = suite.find("./testcase[@name='onnxruntime-int8 on haswell, emulated']")
     assert case.findtext("system-out") == text
-    page = matrix_report.markdown(rows, "x")
+    page = report.markdown(rows, "x")
     assert "| onnxruntime-int8 on haswell | ok | emulated | - | 47.5 |" in page
     assert "| 48.9 | equal |" in page
     assert "- resnet18-tensorrt-int8-haswell: skipped: not run" in page
-    html = matrix_report.html(rows, "x")
+    html = report.html(rows, "x")
     assert "<td>onnxruntime-int8 on haswell</td><td>ok</td><td>emulated</td>" in html
     assert "<td>48.9</td><td>equal</td>" in html
     assert html.count("resnet18 onnxruntime-int8:") == 2, "plots show what was not emulated"
-    assert matrix_report.totals(rows) == "2 ok, 1 skipped"
-    assert "host dB" not in matrix_report.markdown([result(), skipped], "x")
+    assert report.totals(rows) == "2 ok, 1 skipped"
+    assert "host dB" not in report.markdown([result(), skipped], "x")
     engine = emulated().engine | {"emulation": {"host": {"sqnr": 48.91, "max_difference": 0.0125}}}
-    assert "logits differ by 0.013" in matrix_report.line(emulated(engine=engine), 1, 2, False)
+    assert "logits differ by 0.013" in report.line(emulated(engine=engine), 1, 2, False)
 
 
 def test_totals_count_each_kind():
@@ -659,11 +661,11 @@ def test_totals_count_each_kind():
         result(status="failed"),
         result(status="excluded"),
     ]
-    assert matrix_report.totals(rows) == "2 ok, 1 gate failed, 1 failed, 1 excluded"
+    assert report.totals(rows) == "2 ok, 1 gate failed, 1 failed, 1 excluded"
 
 
 def test_junit_holds_each_cell_and_survives_odd_text():
-    text = matrix_report.junit(
+    text = report.junit(
         [
             result(),
             result(precision="fp16", status="failed", reason='a <b> & "c" \x1b[0m\x00'),
@@ -677,7 +679,7 @@ def test_junit_holds_each_cell_and_survives_odd_text():
 
 
 def test_the_page_is_self_contained_escaped_and_plots_each_model():
-    page = matrix_report.html(
+    page = report.html(
         [result(), result("vgg11", reason="<script>", status="failed"), result("alexnet")], "A <title>"
     )
     assert "<script>" not in page
@@ -691,7 +693,7 @@ def test_the_page_is_self_contained_escaped_and_plots_each_model():
 
 
 def test_a_page_of_nothing_but_failures_has_no_plots():
-    assert "<svg" not in matrix_report.html([result(status="failed", engine={})], "x")
+    assert "<svg" not in report.html([result(status="failed", engine={})], "x")
 
 
 # -- the command -----------------------------------------------------------------------------------------------

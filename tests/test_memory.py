@@ -6,10 +6,10 @@ import pytest
 import torch
 from torchvision.models import get_model
 
-from calibration.errors import BadInputError, EnvironmentFailureError
-from calibration.machine import available_memory
-from exporter import memory, zoo
-from exporter.options import ExportOptions
+from export_zoo.base.errors import BadInputError, EnvironmentFailureError
+from export_zoo.base.machine import available_memory
+from export_zoo.exporter.models import memory, zoo
+from export_zoo.exporter.options import ExportOptions
 
 GIB = 1 << 30
 

@@ -11,11 +11,12 @@ import torch
 from torch import nn
 from torchvision import models
 
-from calibration.errors import BadInputError, UsageError
-from engines.bundle import read_manifest
-from exporter import torchvision_zoo, zoo
-from exporter.model_arguments import value_of
-from exporter.options import ExportOptions, parse_model_args
+from export_zoo.base.errors import BadInputError, UsageError
+from export_zoo.engines.bundle.reader import read_manifest
+from export_zoo.exporter.models import zoo
+from export_zoo.exporter.models.model_arguments import value_of
+from export_zoo.exporter.models.sources import torchvision_zoo
+from export_zoo.exporter.options import ExportOptions, parse_model_args
 
 SMALL = ["--weights", "none", "--input-size", "64", "--verify-images", "32", "--batch", "1:2:3"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from engines.target import PRECISIONS, has_cuda_device, targets
+from export_zoo.engines.targets.target import PRECISIONS, has_cuda_device, targets
 
 # The least input size that each architecture is defined for keeps this affordable; what is exported is the same.
 SIZES = {
@@ -50,12 +50,12 @@ def test_int8_is_no_worse_than_onnxruntimes_quantizer(model, digits, cli, tmp_pa
     """Top-1 within 0.5 points of eager, SQNR no worse than quantize_static's, on the same images and graph."""
     from peers import quantize_with_onnxruntime
 
-    from calibration import images
-    from calibration.preprocess import normalize
-    from engines import bundle
-    from engines.gate import run_in_batches
-    from engines.onnxruntime_engine import OnnxRuntimeEngine
-    from engines.parity import compare
+    from export_zoo.calibration import images
+    from export_zoo.calibration.preprocess import normalize
+    from export_zoo.engines.bundle import reader
+    from export_zoo.engines.parity.metrics import compare
+    from export_zoo.engines.targets.onnxruntime.engine import OnnxRuntimeEngine
+    from export_zoo.engines.verification.gate import run_in_batches
 
     out = tmp_path / "out"
     arguments = [*digits.arguments(model), "--precision", "int8", "--calib", digits.images]
@@ -65,8 +65,8 @@ def test_int8_is_no_worse_than_onnxruntimes_quantizer(model, digits, cli, tmp_pa
     assert ours["images"] >= 200
     assert ours["accuracy_drop"] <= 0.005
 
-    manifest = bundle.read_manifest(out)
-    p, held = manifest.recipe.preprocess, bundle.held_out(out, manifest)
+    manifest = reader.read_manifest(out)
+    p, held = manifest.recipe.preprocess, reader.held_out(out, manifest)
     splits = images.split(images.scan(digits.images, option="--calib"), calibrate=512, verify=224, seed=0)
     stream = images.ImageStream(splits["calibrate"], p, 8, digits.images)
     peer = tmp_path / "peer.onnx"

@@ -18,16 +18,17 @@ import torch
 from own_networks import Pixels, TwoHeads, padded
 from safetensors.torch import save_file
 
-import engines
-from calibration.errors import BadInputError, UsageError
-from calibration.preprocess import normalize
-from engines.bundle import held_out, read_manifest
-from engines.outputs import as_rows, sampled, sampled_shape
-from exporter import zoo
-from exporter.options import ExportOptions
-from exporter.preprocessing import PreprocessFile, main, read_preprocess
+import export_zoo
+from export_zoo.base.errors import BadInputError, UsageError
+from export_zoo.calibration.preprocess import normalize
+from export_zoo.engines.bundle.reader import held_out, read_manifest
+from export_zoo.engines.parity.outputs import as_rows, sampled, sampled_shape
+from export_zoo.exporter.models import zoo
+from export_zoo.exporter.models.preprocessing import PreprocessFile, main, read_preprocess
+from export_zoo.exporter.options import ExportOptions
 
-NETWORKS = Path(__file__).with_name("own_networks.py")
+ROOT = Path(__file__).parent.parent
+NETWORKS = ROOT / "tests" / "own_networks.py"
 PREPROCESS = {
     "resize_size": 72,
     "crop_height": 64,
@@ -87,7 +88,7 @@ def test_the_factorys_own_weights_are_exported_and_recorded(cli, preprocess, tmp
     assert (source.weights.kind, source.weights.random) == ("factory", False)
     assert len(source.weights.sha256) == 64
     assert str(NETWORKS.parent) not in (tmp_path / "b.bundle" / "manifest.json").read_text()
-    engine = engines.load(tmp_path / "b.bundle")
+    engine = export_zoo.load(tmp_path / "b.bundle")
     held = held_out(tmp_path / "b.bundle", read_manifest(tmp_path / "b.bundle"))
     torch.manual_seed(0)
     eager = padded().eval()
@@ -129,31 +130,46 @@ def test_changed_code_is_exported_anew(cli, preprocess, tmp_path, monkeypatch):
             f"{code}:net", "--preprocess", preprocess, "--batch", "1:2:3", "--out", tmp_path / "b.bundle"
         )
         assert done.code == 0, done.json["error"]
-        logits = engines.load(tmp_path / "b.bundle").run(np.ones((1, 3, 64, 64), dtype=np.float32))
+        logits = export_zoo.load(tmp_path / "b.bundle").run(np.ones((1, 3, 64, 64), dtype=np.float32))
         sizes.append(float(logits.min()))
     assert sizes[0] < 0 <= sizes[1]
 
 
-def test_a_module_beside_the_shell_is_found(preprocess, tmp_path):
-    package = tmp_path / "nets"
-    package.mkdir()
-    (package / "__init__.py").write_text("")
-    (package / "width.py").write_text("WIDTH = 6\n")
-    (package / "net.py").write_text(
-        "from torch import nn\nfrom nets.width import WIDTH\n"
+def test_a_project_may_have_folders_called_as_ours(preprocess, tmp_path):
+    """The command, its networks, and a script there that exports and loads."""
+    site, project, commands = (tmp_path / name for name in ("site", "project", "bin"))
+    for folder in (site, commands, *(project / name for name in ("engines", "exporter", "calibration"))):
+        folder.mkdir(parents=True)
+    (site / "export_zoo").symlink_to(ROOT / "export_zoo")  # as installed, without what is beside it
+    (commands / "export-zoo").write_text("from export_zoo.exporter.cli.app import run\nrun()\n")
+    for name in ("engines", "exporter", "calibration"):
+        (project / name / "__init__.py").write_text("")
+    (project / "calibration" / "width.py").write_text("WIDTH = 6\n")
+    (project / "engines" / "net.py").write_text(
+        "from torch import nn\nfrom calibration.width import WIDTH\n"
         "def build():\n    return nn.Sequential(nn.Conv2d(3, WIDTH, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())\n"
     )
-    shutil.copy(preprocess, package / "p.json")
-    done = subprocess.run(
-        [sys.executable, "-m", "exporter.cli", "nets.net:build", "--preprocess", "nets/p.json"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
-        capture_output=True,
-        text=True,
-        check=False,
+    shutil.copy(preprocess, project / "exporter" / "p.json")
+    (project / "script.py").write_text(
+        "from pathlib import Path\nimport numpy as np\nimport engines.net, exporter, export_zoo\n"
+        "options = export_zoo.ExportOptions(\n"
+        "    'engines.net:build', preprocess=Path('exporter/p.json'), out=Path('of-script.bundle'))\n"
+        "engine = export_zoo.load(export_zoo.export(options).bundle)\n"
+        "assert engine.run(np.zeros((2, 3, 64, 64), np.float32)).shape == (2, engines.net.WIDTH)\n"
     )
-    assert done.returncode == 0, done.stderr
-    assert read_manifest(tmp_path / "build.bundle").recipe.output.shape == ["batch", 6]
+    command = [str(commands / "export-zoo"), "engines.net:build", "--preprocess", "exporter/p.json"]
+    for program in (command, ["script.py"]):
+        done = subprocess.run(
+            [sys.executable, *program],
+            cwd=project,
+            env={**os.environ, "PYTHONPATH": str(site)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+    for name in ("build.bundle", "of-script.bundle"):
+        assert read_manifest(project / name).recipe.output.shape == ["batch", 6]
 
 
 @pytest.mark.parametrize(
@@ -326,7 +342,7 @@ def test_all_outputs_of_a_dictionary_are_compared(cli, photos, preprocess, tmp_p
         assert figures["classes"] == 4
         assert figures["sqnr"] > 20
     assert "output age" in next(s["detail"] for s in done.json["stages"] if s["name"] == "verify")
-    outputs = engines.load(tmp_path / "b.bundle").run_all(np.ones((1, 3, 64, 64), dtype=np.float32))
+    outputs = export_zoo.load(tmp_path / "b.bundle").run_all(np.ones((1, 3, 64, 64), dtype=np.float32))
     assert {name: value.shape for name, value in outputs.items()} == {"species": (1, 10), "age": (1, 4)}
     assert cli("verify", tmp_path / "b.bundle").code == 0
 
@@ -402,15 +418,15 @@ def test_the_names_of_outputs_must_be_those_of_the_graph(cli, preprocess, tmp_pa
     document["recipe"]["further_outputs"][0]["name"] = "years"
     (bundle / "manifest.json").write_text(json.dumps(document))
     with pytest.raises(BadInputError, match="outputs are species, age, the manifest's species, years"):
-        engines.load(bundle)
+        export_zoo.load(bundle)
     document["recipe"]["further_outputs"][0]["name"] = "species"
     (bundle / "manifest.json").write_text(json.dumps(document))
     with pytest.raises(BadInputError, match="damaged manifest"):
-        engines.load(bundle)
+        export_zoo.load(bundle)
 
 
 def test_images_and_sizes_of_a_wrong_kind_are_refused(digits_bundle, photos):
-    engine, image = engines.load(digits_bundle), next(photos.iterdir())
+    engine, image = export_zoo.load(digits_bundle), next(photos.iterdir())
     for one in (image, str(image), image.read_bytes()):
         with pytest.raises(BadInputError, match="one image, not a list"):
             engine.preprocess(one)
@@ -422,7 +438,7 @@ def test_images_and_sizes_of_a_wrong_kind_are_refused(digits_bundle, photos):
 def test_an_engine_whose_second_output_is_wrong_fails_by_that_outputs_name(
     cli, photos, preprocess, tmp_path, monkeypatch
 ):
-    from engines import loading
+    from export_zoo.engines.bundle import loading
 
     class Broken(loading.OnnxRuntimeEngine):
         def run_all(self, batch):
@@ -450,7 +466,7 @@ def test_further_outputs_may_be_of_another_kind_than_the_first(cli, photos, prep
     assert [port.name for port in manifest.recipe.outputs] == ["logits", "output_1"]
     held = held_out(tmp_path / "b.bundle", manifest)
     assert held.logits.shape == (32, 5, 64, 64)
-    engine = engines.load(tmp_path / "b.bundle", engine="onnxruntime-fp32")
+    engine = export_zoo.load(tmp_path / "b.bundle", engine="onnxruntime-fp32")
     batch = normalize(held.pixels[:2], manifest.recipe.preprocess)
     assert engine.run(batch).shape == (2, 5, 96, 80)
     np.testing.assert_allclose(sampled(engine.run(batch)), held.logits[:2], atol=1e-4)

@@ -8,12 +8,19 @@ import math
 import numpy as np
 import pytest
 
-from calibration.errors import ParityError
-from calibration.preprocess import Preprocess, normalize
-from engines import parity
-from engines.gate import images_compared, judge, run_in_batches
-from engines.manifest import Batch
-from engines.parity import DEFAULT_TOLERANCES, Limit, batches_to_check, check_reference, compare, failures
+from export_zoo.base.errors import ParityError
+from export_zoo.calibration.preprocess import Preprocess, normalize
+from export_zoo.engines.bundle.manifest import Batch
+from export_zoo.engines.parity import metrics as parity
+from export_zoo.engines.parity.metrics import (
+    DEFAULT_TOLERANCES,
+    Limit,
+    batches_to_check,
+    check_reference,
+    compare,
+    failures,
+)
+from export_zoo.engines.verification.gate import images_compared, judge, run_in_batches
 
 PREPROCESS = Preprocess(
     resize_size=4,

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-import engines
-from engines.target import targets
+import export_zoo
+from export_zoo.engines.targets.target import targets
 
 
 def test_fp32_fp16_and_int8_are_verified_against_eager(digits, cli, tmp_path):
@@ -44,7 +44,7 @@ def test_second_run_is_cached_and_makes_the_same_graphs(digits, cli, tmp_path):
 
 
 def test_python_api_runs_without_a_command_line(digits, digits_bundle, tmp_path):
-    from exporter import ExportOptions, export_zoo
+    from export_zoo import ExportOptions, export
 
     options = ExportOptions(
         model="resnet18",
@@ -55,10 +55,10 @@ def test_python_api_runs_without_a_command_line(digits, digits_bundle, tmp_path)
         verify=digits.images,
         out=tmp_path / "api",
     )
-    result = export_zoo(options)
+    result = export(options)
     assert result.bundle == tmp_path / "api"
     assert result.engines[0].state == "verified"
-    engine = engines.load(result.bundle)
+    engine = export_zoo.load(result.bundle)
     image = next(digits.images.rglob("7/*.png"))
     assert engine.run(engine.preprocess([image])).argmax() == 7
 
@@ -69,10 +69,10 @@ UNTUNED = ("--steps", "none", "--method", "minmax")
 @pytest.fixture
 def gate_case(digits, tmp_path):
     """A tiny pipeline up to the gate: `run(fault)` applies a fault to the INT8 graph and exports again."""
-    from exporter import int8
+    from export_zoo.exporter.stages.tuning import int8_parts
 
     def run(cli, monkeypatch, fault):
-        real = int8.quantize
+        real = int8_parts.quantize
 
         def faulty(graph, ranges, out, **options):
             files = real(graph, ranges, out, **options)
@@ -80,7 +80,7 @@ def gate_case(digits, tmp_path):
                 fault(out)
             return files
 
-        monkeypatch.setattr(int8, "quantize", faulty)
+        monkeypatch.setattr(int8_parts, "quantize", faulty)
         out = tmp_path / "out"
         arguments = [*digits.arguments(), "--precision", "int8", "--calib", digits.images]
         return cli(*arguments, *UNTUNED, "--out", out, "--no-cache"), out
@@ -153,7 +153,7 @@ def test_gate_catches_a_baked_batch(gate_case, cli, monkeypatch):
 def test_gate_refuses_a_constant_reference(digits, cli, tmp_path, monkeypatch):
     import numpy as np
 
-    from exporter import reference
+    from export_zoo.exporter.graph import reference
 
     def constant(model, pixels, preprocess, progress=None):
         return (np.tile(np.arange(10, dtype=np.float32), (len(pixels), 1)),)
@@ -166,7 +166,7 @@ def test_gate_refuses_a_constant_reference(digits, cli, tmp_path, monkeypatch):
 
 
 def test_gate_refuses_overlapping_splits(digits, cli, tmp_path, monkeypatch):
-    from calibration import images
+    from export_zoo.calibration import images
 
     real = images.split
 
@@ -195,7 +195,7 @@ def test_random_weights_are_marked_everywhere_and_gated_against_the_unfused_grap
 
 
 def test_gate_catches_a_fault_with_random_weights_too(cli, photos, tmp_path, monkeypatch):
-    from engines import loading
+    from export_zoo.engines.bundle import loading
 
     real = loading.OnnxRuntimeEngine
 
@@ -307,8 +307,9 @@ def test_what_was_tried_stands_in_the_manifest_and_the_best_is_taken(digits, cli
 def test_what_a_step_chooses_is_in_the_engine(target, step, concerned, digits, cli, tmp_path, monkeypatch):
     if why := targets()[target].unavailable:
         pytest.skip(why)
-    from engines import bundle
-    from exporter import candidates, tuning
+    from export_zoo.engines.bundle import reader
+    from export_zoo.exporter.stages.tuning import candidates
+    from export_zoo.exporter.stages.tuning import tune as tuning
 
     monkeypatch.setitem(tuning.WANTED, step, (0, -100))  # take it, whatever it brings
     monkeypatch.setattr(candidates, "worth_clipping", lambda *_: ["input", "relu"])
@@ -330,7 +331,7 @@ def test_what_a_step_chooses_is_in_the_engine(target, step, concerned, digits, c
         import onnx
         from onnx import numpy_helper
 
-        engine = bundle.read_manifest(out).artifacts.engines[0]
+        engine = reader.read_manifest(out).artifacts.engines[0]
         model = onnx.load(out / (engine.graph or engine.file).path)
         return {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
 
@@ -384,7 +385,7 @@ def test_two_runs_side_by_side_on_one_cache_are_both_right(digits, tmp_path):
     import sys
 
     environment = {**os.environ, "EXPORT_ZOO_CACHE": str(tmp_path / "cache")}
-    command = [sys.executable, "-m", "exporter.cli", *digits.arguments(), "--precision", "int8"]
+    command = [sys.executable, "-m", "export_zoo", *digits.arguments(), "--precision", "int8"]
     command += ["--calib", str(digits.images)]
     runs = [
         subprocess.Popen([*command, "--out", str(tmp_path / name)], env=environment, stderr=subprocess.PIPE)
@@ -405,7 +406,7 @@ def test_graphs_above_the_size_limit_keep_their_weights_beside_them(
 
     The cache hard-links the weights' file, which onnx_ir refuses to read where it thinks that it was not meant to.
     """
-    from calibration import graph_io
+    from export_zoo.base import graph_io
 
     monkeypatch.setattr(graph_io, "EXTERNAL_DATA_THRESHOLD", 1_000_000)
     out = tmp_path / "out"
@@ -421,7 +422,7 @@ def test_graphs_above_the_size_limit_keep_their_weights_beside_them(
     moved = out.rename(tmp_path / "elsewhere")
     assert cli("verify", moved).code == 0
     image = next(digits.images.rglob("4/*.png"))
-    engine = engines.load(moved)
+    engine = export_zoo.load(moved)
     assert engine.run(engine.preprocess([image])).argmax() == 4
     (moved / next(iter(weights))).write_bytes(b"damaged")
     assert cli("verify", moved).code == 5

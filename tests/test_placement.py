@@ -16,23 +16,23 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from torch import nn
 
-from calibration import images
-from calibration.collect import activation_tensors, collect
-from calibration.errors import BadInputError
-from calibration.graph_io import load, save, sha256_of
-from calibration.preprocess import Preprocess, normalize
-from calibration.ranges import Ranges, TensorRange
-from engines import precision
-from engines.first_conv import block_first_convolution, blocked_weight
-from engines.half import to_half
-from engines.int8_weights import quantize_weight
-from engines.onnxruntime_engine import OnnxRuntimeEngine
-from engines.parity import compare
-from engines.precision import quantize
-from engines.rewrites import average_pool_instead_of_mean, plain_einsum
-from engines.saturation.channel_order import choose_order, reorder
-from engines.scales import activation_scale, half_scale, symmetric_scale
-from engines.twin import write_twin
+from export_zoo.base.errors import BadInputError
+from export_zoo.base.graph_io import load, save, sha256_of
+from export_zoo.calibration import images
+from export_zoo.calibration.collect import activation_tensors, collect
+from export_zoo.calibration.preprocess import Preprocess, normalize
+from export_zoo.calibration.ranges import Ranges, TensorRange
+from export_zoo.engines.parity.metrics import compare
+from export_zoo.engines.precision.fp16.half import to_half
+from export_zoo.engines.precision.fp16.twin import write_twin
+from export_zoo.engines.precision.int8 import qdq
+from export_zoo.engines.precision.int8.first_conv import block_first_convolution, blocked_weight
+from export_zoo.engines.precision.int8.int8_weights import quantize_weight
+from export_zoo.engines.precision.int8.qdq import quantize
+from export_zoo.engines.precision.int8.saturation.channel_order import choose_order, reorder
+from export_zoo.engines.precision.int8.scales import activation_scale, half_scale, symmetric_scale
+from export_zoo.engines.precision.rewrites import average_pool_instead_of_mean, plain_einsum
+from export_zoo.engines.targets.onnxruntime.engine import OnnxRuntimeEngine
 
 PREPROCESS = Preprocess(
     resize_size=64,
@@ -111,8 +111,8 @@ def _optimized(path: Path) -> Net:
 def _module(name: str) -> nn.Module:
     from torchvision import models
 
-    from exporter import zoo
-    from exporter.options import ExportOptions
+    from export_zoo.exporter.models import zoo
+    from export_zoo.exporter.options import ExportOptions
 
     torch.manual_seed(0)
     if name == "tiny densenet":
@@ -131,7 +131,8 @@ def _module(name: str) -> nn.Module:
 @pytest.fixture(scope="session")
 def case(tmp_path_factory):
     """`case("resnet18")`: exported, simplified and calibrated once, with random weights at 64x64."""
-    from exporter import graph, simplify
+    from export_zoo.exporter.graph import simplify
+    from export_zoo.exporter.graph import to_onnx as graph
 
     folder = tmp_path_factory.mktemp("calibration")
     for index, pixels in enumerate(images.synthetic_images(16, SIZE, SIZE, seed=3)):
@@ -643,9 +644,9 @@ def _with_and_without_blocks(graph: Path, monkeypatch) -> tuple[Path, Path]:
     blocked, plain = graph.with_name("blocked.onnx"), graph.with_name("plain.onnx")
     quantize(graph, ranges, blocked)
     with monkeypatch.context() as patch:
-        patch.setattr(precision, "block_first_convolution", lambda _: False)
+        patch.setattr(qdq, "block_first_convolution", lambda _: False)
         # Its weights are made for the pairs of the blocked convolution; sessions are exact all the same.
-        patch.setattr(precision, "saturating_layers", lambda _: [])
+        patch.setattr(qdq, "saturating_layers", lambda _: [])
         quantize(graph, ranges, plain)
     return blocked, plain
 

@@ -18,7 +18,7 @@ from torchvision.datasets.folder import pil_loader
 from torchvision.transforms import InterpolationMode, functional
 from torchvision.transforms._presets import ImageClassification
 
-from calibration.preprocess import (
+from export_zoo.calibration.preprocess import (
     Preprocess,
     UnreadableImageError,
     check_header,
@@ -69,7 +69,7 @@ def photograph(photographs: list[Image.Image]) -> Image.Image:
 
 def zoo_presets() -> Iterator[tuple[str, ImageClassification, Preprocess]]:
     """Every distinct preprocessing among torchvision's classification weights."""
-    from exporter.torchvision_zoo import preprocess_of
+    from export_zoo.exporter.models.sources.torchvision_zoo import preprocess_of
 
     seen = set()
     for name in torchvision.models.list_models(module=torchvision.models):

@@ -13,12 +13,12 @@ from onnx import numpy_helper
 from test_layer_inputs import LAYERS, PIXELS, PREPROCESS, network, wide_ranges
 from threadpoolctl import threadpool_limits
 
-from calibration import graph_io
-from calibration.layer_inputs import input_sizes, layer_moments
-from calibration.preprocess import normalize
-from engines.precision import quantize
-from engines.rounding import output_error, round_to_least_error, rounding
-from engines.saturation.pairs import NONE, overflowing, within_pairs
+from export_zoo.base import graph_io
+from export_zoo.calibration.layer_inputs import input_sizes, layer_moments
+from export_zoo.calibration.preprocess import normalize
+from export_zoo.engines.precision.int8.qdq import quantize
+from export_zoo.engines.precision.int8.rounding import output_error, round_to_least_error, rounding
+from export_zoo.engines.precision.int8.saturation.pairs import NONE, overflowing, within_pairs
 
 
 def correlated(size: int, seed: int) -> np.ndarray:
@@ -110,7 +110,7 @@ def inputs_of(kind: str, pixels: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", [*LAYERS, "gemm", "transposed"])
 def test_moments_are_those_of_all_places(kind, tmp_path, monkeypatch):
-    monkeypatch.setattr("calibration.layer_inputs.PLACES", 1000)
+    monkeypatch.setattr("export_zoo.calibration.layer_inputs.PLACES", 1000)
     graph, _ = network(tmp_path / "graph.onnx", kind)
     want = inputs_of(kind, PIXELS)
     ((name, found),) = layer_moments(graph, PIXELS, PREPROCESS, ["layer"])
@@ -123,8 +123,10 @@ def test_how_many_cores_there_are_does_not_show(tmp_path, monkeypatch):
     graph, _ = network(tmp_path / "graph.onnx", "transposed")
     found = []
     for cores in (1, 4):
-        monkeypatch.setattr("calibration.layer_inputs.usable_cores", lambda cores=cores: cores)
-        monkeypatch.setattr("engines.rounding.usable_cores", lambda cores=cores: cores)
+        monkeypatch.setattr("export_zoo.calibration.layer_inputs.usable_cores", lambda cores=cores: cores)
+        monkeypatch.setattr(
+            "export_zoo.engines.precision.int8.rounding.usable_cores", lambda cores=cores: cores
+        )
         with threadpool_limits(limits=cores, user_api="blas"):
             moments = list(layer_moments(graph, PIXELS.repeat(20, axis=0), PREPROCESS, ["layer"]))
             found.append(

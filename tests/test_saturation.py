@@ -19,25 +19,32 @@ from hypothesis import strategies as st
 from onnx import TensorProto, compose, helper, numpy_helper
 from test_placement import _awkward_weights
 
-import engines
-from calibration import graph_io
-from calibration.errors import ExportDefectError, TargetUnavailableError
-from calibration.graph_io import sha256_of
-from calibration.machine import instruction_set
-from calibration.preprocess import Preprocess
-from calibration.ranges import Ranges, TensorRange
-from engines import onnxruntime_engine, precision
-from engines.emulation.cpus import CPUS, launch
-from engines.emulation.engine import Emulated, EmulatedEngine
-from engines.first_conv import blocked_weight, blocks_of
-from engines.int8_weights import quantize_weight
-from engines.onnxruntime_engine import OnnxRuntimeEngine
-from engines.placement import weight_of
-from engines.precision import quantize
-from engines.saturation.pairs import NONE, overflowing, partners_of, saturating_layers, within_pairs
-from engines.saturation.probe import EXACT_SESSION, saturates
-from engines.saturation.unsigned import unsigned_weights
-from engines.scales import TINY
+import export_zoo
+from export_zoo.base import graph_io
+from export_zoo.base.errors import ExportDefectError, TargetUnavailableError
+from export_zoo.base.graph_io import sha256_of
+from export_zoo.base.machine import instruction_set
+from export_zoo.calibration.preprocess import Preprocess
+from export_zoo.calibration.ranges import Ranges, TensorRange
+from export_zoo.engines.emulation.cpus import CPUS, launch
+from export_zoo.engines.emulation.engine import Emulated, EmulatedEngine
+from export_zoo.engines.precision.int8 import qdq
+from export_zoo.engines.precision.int8.first_conv import blocked_weight, blocks_of
+from export_zoo.engines.precision.int8.int8_weights import quantize_weight
+from export_zoo.engines.precision.int8.qdq import quantize
+from export_zoo.engines.precision.int8.saturation.pairs import (
+    NONE,
+    overflowing,
+    partners_of,
+    saturating_layers,
+    within_pairs,
+)
+from export_zoo.engines.precision.int8.saturation.probe import EXACT_SESSION, saturates
+from export_zoo.engines.precision.int8.saturation.unsigned import unsigned_weights
+from export_zoo.engines.precision.int8.scales import TINY
+from export_zoo.engines.precision.placement import weight_of
+from export_zoo.engines.targets.onnxruntime import engine as onnxruntime_engine
+from export_zoo.engines.targets.onnxruntime.engine import OnnxRuntimeEngine
 
 PREPROCESS = Preprocess(
     resize_size=8,
@@ -197,8 +204,8 @@ def int8_graph(path: Path, layer: Layer, *, safe: bool, weight: np.ndarray | Non
 def quantize_as_before(graph: Path, ranges: Ranges, path: Path) -> None:
     """`quantize` of versions that did not know of saturation."""
     with pytest.MonkeyPatch.context() as patch:
-        before = replace(precision.SCHEMES["onnxruntime"], sums_in_16_bits=False)
-        patch.setitem(precision.SCHEMES, "onnxruntime", before)
+        before = replace(qdq.SCHEMES["onnxruntime"], sums_in_16_bits=False)
+        patch.setitem(qdq.SCHEMES, "onnxruntime", before)
         quantize(graph, ranges, path)
 
 
@@ -343,7 +350,7 @@ def test_quantized_layer_of_earlier_versions_is_found_unless_it_is_depthwise(kin
 
 def test_a_graph_that_can_saturate_is_not_written(tmp_path, monkeypatch):
     """As if a rule of pairs were forgotten: what is checked is the finished graph."""
-    monkeypatch.setattr(precision, "layers_with_partners", lambda *_, **__: {})
+    monkeypatch.setattr(qdq, "layers_with_partners", lambda *_, **__: {})
     with pytest.raises(ExportDefectError, match="sums of layer can saturate"):
         int8_graph(tmp_path / "int8.onnx", LAYERS["3x3"], safe=True)
     assert not (tmp_path / "int8.onnx").exists()
@@ -834,7 +841,7 @@ def test_layers_that_share_an_int8_weight_get_uint8_weights(one, tmp_path):
 def test_a_graph_that_onnx_runtime_refuses_to_compute_exactly_is_no_damaged_file(tmp_path, monkeypatch):
     shared, _ = shared_and_own(tmp_path)
     monkeypatch.setattr(onnxruntime_engine, "saturates", lambda: True)
-    monkeypatch.setattr("engines.rewrites.own_int8_constants", lambda graph: 0)
+    monkeypatch.setattr("export_zoo.engines.precision.rewrites.own_int8_constants", lambda graph: 0)
     with pytest.raises(TargetUnavailableError, match=r"shared\.onnx: int8 sums saturate"):
         OnnxRuntimeEngine(shared)
 
@@ -905,7 +912,7 @@ def not_exact(digits_bundle: Path, tmp_path: Path) -> Path:
 @x86
 def test_fp32_is_loaded_and_why_is_said_where_int8_cannot_run_exactly(not_exact, monkeypatch):
     monkeypatch.setattr(onnxruntime_engine, "saturates", lambda: True)
-    found = engines.load(not_exact)
+    found = export_zoo.load(not_exact)
     assert found.name == "onnxruntime-fp32"
     assert "onnxruntime-int8 was left out" in found.why
     assert "int8 sums saturate on this CPU" in found.why
@@ -916,9 +923,9 @@ def test_fp32_is_loaded_and_why_is_said_where_int8_cannot_run_exactly(not_exact,
 def test_int8_that_cannot_run_exactly_is_refused_where_it_is_asked_for(not_exact, monkeypatch):
     monkeypatch.setattr(onnxruntime_engine, "saturates", lambda: True)
     with pytest.raises(TargetUnavailableError, match=r"old\.onnx"):
-        engines.load(not_exact, engine="onnxruntime-int8")
+        export_zoo.load(not_exact, engine="onnxruntime-int8")
 
 
 def test_the_same_int8_is_loaded_where_nothing_saturates(not_exact, monkeypatch):
     monkeypatch.setattr(onnxruntime_engine, "saturates", lambda: False)
-    assert engines.load(not_exact).name == "onnxruntime-int8"
+    assert export_zoo.load(not_exact).name == "onnxruntime-int8"

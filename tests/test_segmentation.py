@@ -10,10 +10,11 @@ from torchvision.models.segmentation import (
     lraspp_mobilenet_v3_large,
 )
 
-from calibration.errors import BadInputError
-from engines.bundle import read_manifest
-from exporter import torchvision_zoo, zoo
-from exporter.options import ExportOptions
+from export_zoo.base.errors import BadInputError
+from export_zoo.engines.bundle.reader import read_manifest
+from export_zoo.exporter.models import zoo
+from export_zoo.exporter.models.sources import torchvision_zoo
+from export_zoo.exporter.options import ExportOptions
 
 SMALL = ["--weights", "none", "--verify-images", "32", "--batch", "1:2:2", "--num-classes", "6"]
 

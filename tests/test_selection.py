@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-import engines
-from calibration.graph_io import sha256_of
-from calibration.machine import instruction_set
-from engines.bundle import attestations, read_manifest
-from engines.selection import rank, standing
+import export_zoo
+from export_zoo.base.graph_io import sha256_of
+from export_zoo.base.machine import instruction_set
+from export_zoo.engines.bundle.reader import attestations, read_manifest
+from export_zoo.engines.bundle.selection import rank, standing
 
 CASES = json.loads((ROOT / "tests" / "cases" / "selection.json").read_text())
 SPEEDUPS = {"onnxruntime-fp32": 1.0, "onnxruntime-int8": 2.0}
@@ -62,7 +62,7 @@ def prepare(bundle: Path, case: dict) -> None:
 def test_the_best_engine_is_chosen_and_why_is_said(case, digits_bundle, tmp_path):
     bundle = Path(shutil.copytree(digits_bundle, tmp_path / "digits.bundle"))
     prepare(bundle, case)
-    found = engines.load(bundle)
+    found = export_zoo.load(bundle)
     assert found.name == case["chosen"]
     assert case.get("why", "") in found.why
     attested = attestations(bundle)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import importlib.util
 import json
 import os
 import shutil
@@ -16,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from calibration.errors import EnvironmentFailureError, ExportZooError
-from exporter import stage_cache
-from exporter.stage_cache import StageCache, StageResult, default_root, digest
+from export_zoo.base.errors import EnvironmentFailureError, ExportZooError
+from export_zoo.exporter.run import cache as stage_cache
+from export_zoo.exporter.run.cache import StageCache, StageResult, code_digest, default_root, digest
 
 KEY = {"model": "resnet18", "opset": 18}
 ROOT = Path(__file__).parent.parent
@@ -145,20 +144,15 @@ def test_every_distinct_key_has_its_own_digest():
 
 
 def test_the_code_digest_changes_with_any_source_file(tmp_path):
-    def of_copy(name: str, change=None) -> str:
+    def of_copy(name: str, change=None, *, links: bool = False) -> str:
+        """As installed, or as in a checkout, where export_zoo has links to the folders beside it."""
         copy = tmp_path / name
-        for package in ("calibration", "engines", "exporter"):
-            shutil.copytree(ROOT / package, copy / package, ignore=shutil.ignore_patterns("__pycache__"))
+        for folder in ("export_zoo", "exporter", "engines", "calibration") if links else ("export_zoo",):
+            ignored = shutil.ignore_patterns("__pycache__", "build", ".deps")
+            shutil.copytree(ROOT / folder, copy / folder, symlinks=links, ignore=ignored)
         if change is not None:
-            change(copy)
-        spec = importlib.util.spec_from_file_location(name, copy / "exporter" / "stage_cache.py")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module  # dataclasses look their module up
-        try:
-            spec.loader.exec_module(module)
-            return module.code_digest()
-        finally:
-            del sys.modules[name]
+            change(copy if links else copy / "export_zoo")
+        return code_digest(copy / "export_zoo")
 
     def append(path: str):
         return lambda copy: (copy / path).open("a").write("# changed\n")
@@ -166,13 +160,16 @@ def test_the_code_digest_changes_with_any_source_file(tmp_path):
     digests = [
         of_copy("unchanged"),
         of_copy("preprocess", append("calibration/preprocess.py")),
-        of_copy("bundle", append("engines/bundle.py")),
-        of_copy("zoo", append("exporter/zoo.py")),
+        of_copy("bundle", append("engines/bundle/reader.py")),
+        of_copy("zoo", append("exporter/models/zoo.py")),
         of_copy("new", append("exporter/new.py")),
-        of_copy("renamed", lambda copy: (copy / "exporter/zoo.py").rename(copy / "exporter/zoos.py")),
+        of_copy("renamed", lambda copy: (copy / "exporter/models/zoo.py").rename(copy / "exporter/zoos.py")),
     ]
     assert len(set(digests)) == len(digests)
     assert of_copy("unchanged_too") == digests[0]
+    assert of_copy("checkout", links=True) == digests[0]
+    assert of_copy("changed checkout", append("engines/bundle/reader.py"), links=True) == digests[2]
+    assert code_digest() == digests[0]
     assert of_copy("cpp", append("engines/cpp/tests/make_bundles.py")) == digests[0]
 
 
@@ -421,7 +418,7 @@ def test_pruning_leaves_the_work_of_other_runs_and_stray_files_alone(filled, mon
 
 
 def test_pruning_leaves_folders_that_are_no_entries_alone(filled, monkeypatch):
-    python = filled / "arm64-root" / "root"  # as engines.emulation.arm64_root makes it
+    python = filled / "arm64-root" / "root"  # as export_zoo.engines.emulation.arm64_root makes it
     python.mkdir(parents=True)
     (python / "python3.11").write_bytes(b"x" * 1_000_000)
     monkeypatch.setenv("EXPORT_ZOO_CACHE_GB", "0")
@@ -476,7 +473,7 @@ RUN = """
 import sys
 import tempfile
 from pathlib import Path
-from exporter.stage_cache import StageCache
+from export_zoo.exporter.run.cache import StageCache
 
 def make(directory):
     (directory / "graph.onnx").write_bytes(b"graph")

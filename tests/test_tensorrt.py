@@ -14,18 +14,18 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-import engines
-from calibration.errors import (
+import export_zoo
+from export_zoo.base.errors import (
     BadInputError,
     EnvironmentFailureError,
     ExportDefectError,
     TargetUnavailableError,
 )
-from engines import tensorrt_build
-from engines.bundle import read_manifest
-from engines.target import BuildOptions, choose, has_cuda_device, targets
-from engines.tensorrt_build import build_engine
-from engines.tensorrt_engine import TensorRTEngine
+from export_zoo.engines.bundle.reader import read_manifest
+from export_zoo.engines.targets.target import BuildOptions, choose, has_cuda_device, targets
+from export_zoo.engines.targets.tensorrt import build
+from export_zoo.engines.targets.tensorrt.build import build_engine
+from export_zoo.engines.targets.tensorrt.engine import TensorRTEngine
 
 pytestmark = pytest.mark.skipif(
     bool(targets()["tensorrt-rtx"].unavailable), reason="tensorrt-rtx is not installed"
@@ -101,7 +101,7 @@ def test_a_file_that_is_no_graph_is_refused(tmp_path):
     ],
 )
 def test_a_builder_that_crashes_is_an_error_message(relu, monkeypatch, code, says):
-    monkeypatch.setattr(tensorrt_build, "WORKER", (sys.executable, "-c", code))
+    monkeypatch.setattr(build, "WORKER", (sys.executable, "-c", code))
     with pytest.raises(EnvironmentFailureError, match=says):
         _build(relu)
     assert not relu.with_suffix(".plan").exists()
@@ -113,7 +113,7 @@ def test_warnings_of_engines_that_will_misbehave_are_errors(relu, monkeypatch):
         {"event": "done", "version": "11.0", "compute_capabilities": []},
     ]
     lines = "".join(json.dumps(event) + "\n" for event in events)
-    monkeypatch.setattr(tensorrt_build, "WORKER", (sys.executable, "-c", f"print({lines!r}, end='')"))
+    monkeypatch.setattr(build, "WORKER", (sys.executable, "-c", f"print({lines!r}, end='')"))
     relu.with_suffix(".plan").write_bytes(b"an engine that will misbehave")
     with pytest.raises(ExportDefectError, match="not self-consistent"):
         _build(relu)
@@ -142,9 +142,9 @@ def test_build_options_are_taken(relu, options):
 
 def test_timing_cache_is_kept_beside_the_engine_and_taken_again(relu, monkeypatch):
     """With TensorRT-RTX's builder, which has the same calls and times nothing: `tensorrt` cannot be had everywhere."""
-    from engines import tensorrt_worker
+    from export_zoo.engines.targets.tensorrt import worker
 
-    monkeypatch.setitem(tensorrt_worker.MODULES, "tensorrt", "tensorrt_rtx")
+    monkeypatch.setitem(worker.MODULES, "tensorrt", "tensorrt_rtx")
     request = {
         "graph": str(relu),
         "out": str(relu.with_suffix(".plan")),
@@ -159,10 +159,10 @@ def test_timing_cache_is_kept_beside_the_engine_and_taken_again(relu, monkeypatc
         "compute_capabilities": [],
         "timing_cache": None,
     }
-    assert tensorrt_worker._build(request, lambda event: None)["event"] == "done"
+    assert worker._build(request, lambda event: None)["event"] == "done"
     kept = relu.with_suffix(".timing")
     assert kept.stat().st_size > 0
-    again = tensorrt_worker._build({**request, "timing_cache": str(kept)}, lambda event: None)
+    again = worker._build({**request, "timing_cache": str(kept)}, lambda event: None)
     assert again["event"] == "done"
 
 
@@ -204,7 +204,7 @@ BOTH = ["--target", "onnxruntime", "--target", "tensorrt-rtx"]
 
 @pytest.fixture(scope="module")
 def bundle(digits, tmp_path_factory) -> Path:
-    from exporter.cli import main
+    from export_zoo.exporter.cli.app import main
 
     out = tmp_path_factory.mktemp("tensorrt") / "bundle"
     given = [
@@ -245,9 +245,9 @@ def test_verify_runs_the_graphs_again_and_promotes_nothing(bundle, cli):
 
 
 def test_load_takes_an_engine_that_runs_here(bundle):
-    assert engines.load(bundle).name.startswith("onnxruntime")
+    assert export_zoo.load(bundle).name.startswith("onnxruntime")
     with pytest.raises(TargetUnavailableError, match="tensorrt-rtx-int8"):
-        engines.load(bundle, engine="tensorrt-rtx-int8")
+        export_zoo.load(bundle, engine="tensorrt-rtx-int8")
 
 
 def test_an_engine_that_was_not_run_does_not_satisfy_require_verified(digits, cli, tmp_path):
@@ -270,9 +270,9 @@ def test_an_engine_that_was_not_run_does_not_satisfy_require_verified(digits, cl
 
 @pytest.mark.parametrize("fault", ["scale", "swap"])
 def test_gate_catches_faults_in_the_tensorrt_graph(digits, cli, tmp_path, monkeypatch, fault):
-    from exporter import int8
+    from export_zoo.exporter.stages.tuning import int8_parts
 
-    real = int8.quantize
+    real = int8_parts.quantize
 
     def faulty(graph, ranges, out, **options):
         files = real(graph, ranges, out, **options)
@@ -292,7 +292,7 @@ def test_gate_catches_faults_in_the_tensorrt_graph(digits, cli, tmp_path, monkey
         onnx.save(model, out)
         return files
 
-    monkeypatch.setattr(int8, "quantize", faulty)
+    monkeypatch.setattr(int8_parts, "quantize", faulty)
     arguments = [
         *digits.arguments(),
         "--precision",
@@ -363,7 +363,7 @@ def test_what_rtx_does_on_a_gpu_only_is_refused_without_one(option, cli, tmp_pat
 
 
 def test_auto_is_onnxruntime_and_rtx_where_there_is_no_gpu(monkeypatch):
-    from engines import target
+    from export_zoo.engines.targets import target
 
     monkeypatch.setattr(target, "AUTOMATIC", target.TARGETS)
     names = [t.name for t in choose(("auto",))]
@@ -395,7 +395,7 @@ def test_engines_are_verified_and_timed_on_a_gpu(target, precision, digits, cli,
     (engine,) = done.json["engines"]
     assert (engine["state"], engine["gate"]["ran"]) == ("verified", "engine")
     assert engine["latency"] is not None
-    loaded = engines.load(tmp_path / "out")
+    loaded = export_zoo.load(tmp_path / "out")
     image = next(digits.images.rglob("4/*.png"))
     assert loaded.run(loaded.preprocess([image])).argmax() == 4
 
@@ -411,7 +411,7 @@ def test_a_plan_without_weights_gets_them_from_its_graph_on_a_gpu(target, digits
     assert done.code == 0, done.err
     (engine,) = done.json["engines"]
     assert engine["file"]["size_bytes"] < engine["graph"]["size_bytes"] / 2
-    loaded = engines.load(tmp_path / "out")
+    loaded = export_zoo.load(tmp_path / "out")
     assert loaded.run(loaded.preprocess([next(digits.images.rglob("4/*.png"))])).argmax() == 4
 
 
@@ -438,7 +438,7 @@ def test_a_bundle_built_elsewhere_is_promoted_by_verify_on_a_gpu(bundle, digits,
     """Built with a default of several compute capabilities; skipped where this GPU has another."""
     import shutil
 
-    from engines.loading import why_not_here
+    from export_zoo.engines.bundle.loading import why_not_here
 
     copy = shutil.copytree(bundle, tmp_path / "bundle")
     document = json.loads((copy / "manifest.json").read_text())
@@ -452,7 +452,7 @@ def test_a_bundle_built_elsewhere_is_promoted_by_verify_on_a_gpu(bundle, digits,
     done = cli("verify", copy)
     assert done.code == 0, done.err
     assert "tensorrt-rtx-int8: verified" in done.out
-    loaded = engines.load(copy, engine="tensorrt-rtx-int8", runtime_cache=tmp_path / "kernels")
+    loaded = export_zoo.load(copy, engine="tensorrt-rtx-int8", runtime_cache=tmp_path / "kernels")
     assert loaded.state == "verified"
     loaded.run(loaded.preprocess([next(digits.images.rglob("4/*.png"))]))
     assert (tmp_path / "kernels").stat().st_size > 0
@@ -480,7 +480,7 @@ def test_without_a_gpu_the_runtime_says_so(bundle):
 @pytest.mark.parametrize("host_code", [False, True])
 def test_host_code_of_a_plan_is_allowed_only_where_it_has_to_be(tmp_path, monkeypatch, host_code):
     """A version-compatible plan cannot be loaded without; up to loading, with a TensorRT that refuses it."""
-    from engines import tensorrt_engine
+    from export_zoo.engines.targets.tensorrt import engine as tensorrt_engine
 
     allowed = []
 
@@ -509,7 +509,8 @@ def test_an_engine_that_only_an_attestation_calls_verified_is_chosen(bundle, tmp
     """As on a GPU machine that verified a bundle built without one; up to the missing driver."""
     import shutil
 
-    from engines import loading, selection, verify
+    from export_zoo.engines.bundle import loading, selection
+    from export_zoo.engines.verification import verify
 
     def is_here(capability: str) -> None:  # there is no GPU to ask
         for room in (loading, selection):
@@ -532,15 +533,16 @@ def test_an_engine_that_only_an_attestation_calls_verified_is_chosen(bundle, tmp
         return SimpleNamespace(output_names=["logits"])
 
     monkeypatch.setattr(loading, "TensorRTEngine", opening)
-    loaded = engines.load(copy)
+    loaded = export_zoo.load(copy)
     assert (loaded.name, loaded.state) == ("tensorrt-rtx-fp16", "verified")
     assert "-tensorrt-rtx-fp16." in opened[0].name
     is_here("12.0")
-    assert engines.load(copy).name.startswith("onnxruntime"), "another GPU than that which attested"
+    assert export_zoo.load(copy).name.startswith("onnxruntime"), "another GPU than that which attested"
 
 
 def test_an_old_driver_is_told_before_an_engine_is_loaded(bundle, monkeypatch):
-    from engines import loading, selection, target
+    from export_zoo.engines.bundle import loading, selection
+    from export_zoo.engines.targets import target
 
     class Old:
         def cuDriverGetVersion(self, pointer):  # noqa: N802 (the driver's name)
@@ -551,8 +553,8 @@ def test_an_old_driver_is_told_before_an_engine_is_loaded(bundle, monkeypatch):
     for room in (loading, selection):
         monkeypatch.setattr(room, "device_capability", lambda: "8.9")
     with pytest.raises(TargetUnavailableError, match=r"supports CUDA 12\.4, 13\.0 is needed"):
-        engines.load(bundle, engine="tensorrt-rtx-fp16")
-    assert engines.load(bundle).name.startswith("onnxruntime")
+        export_zoo.load(bundle, engine="tensorrt-rtx-fp16")
+    assert export_zoo.load(bundle).name.startswith("onnxruntime")
 
 
 @pytest.mark.parametrize(
@@ -591,7 +593,7 @@ def test_an_engine_that_is_there_twice_is_refused(bundle, tmp_path):
 @pytest.mark.skipif(has_cuda_device(), reason="there is a GPU here")
 def test_load_says_why_an_engine_cannot_run_here(bundle):
     with pytest.raises(TargetUnavailableError, match="there is no CUDA device here"):
-        engines.load(bundle, engine="tensorrt-rtx-fp16")
+        export_zoo.load(bundle, engine="tensorrt-rtx-fp16")
 
 
 @pytest.mark.parametrize(
@@ -607,7 +609,7 @@ def test_load_says_why_an_engine_cannot_run_here(bundle):
 def test_plans_of_other_gpus_and_versions_are_told_before_they_are_loaded(
     bundle, monkeypatch, change, capability, says
 ):
-    from engines import loading as room
+    from export_zoo.engines.bundle import loading as room
 
     monkeypatch.setattr(room, "device_capability", lambda: capability)  # there is no GPU to ask
     engine = next(e for e in read_manifest(bundle).artifacts.engines if e.name == "tensorrt-rtx-int8")

@@ -9,11 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from calibration.errors import BadInputError, EnvironmentFailureError, UsageError
-from calibration.preprocess import normalize, resize_and_crop
-from engines.bundle import read_manifest
-from exporter import timm_zoo, zoo
-from exporter.options import ExportOptions
+from export_zoo.base.errors import BadInputError, EnvironmentFailureError, UsageError
+from export_zoo.calibration.preprocess import normalize, resize_and_crop
+from export_zoo.engines.bundle.reader import read_manifest
+from export_zoo.exporter.models import zoo
+from export_zoo.exporter.models.sources import timm_zoo
+from export_zoo.exporter.options import ExportOptions
 
 timm = pytest.importorskip("timm")
 

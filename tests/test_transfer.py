@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from calibration.errors import BadInputError, UsageError
-from engines.bundle import read_manifest
-from exporter import weights, zoo
-from exporter.options import ExportOptions, parse_renames
-from exporter.weights import Reading, read_weights
+from export_zoo.base.errors import BadInputError, UsageError
+from export_zoo.engines.bundle.reader import read_manifest
+from export_zoo.exporter.models import zoo
+from export_zoo.exporter.models.weights import state_dicts
+from export_zoo.exporter.models.weights.state_dicts import Reading, read_weights
+from export_zoo.exporter.options import ExportOptions, parse_renames
 
 
 @pytest.fixture(scope="module")
@@ -152,4 +153,4 @@ def test_the_manifest_and_the_run_tell_what_was_loaded(cli, state, tmp_path):
 
 
 def test_without_options_a_file_is_read_plainly(state, tmp_path):
-    assert equal(weights.read_weights(save(tmp_path / "c.pth", state)).state, state)
+    assert equal(state_dicts.read_weights(save(tmp_path / "c.pth", state)).state, state)

@@ -11,12 +11,12 @@ import pytest
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
 
-from calibration import graph_io
-from engines.bundle import read_manifest
-from engines.loading import load
-from engines.onnxruntime_engine import OnnxRuntimeEngine
-from engines.saturation.pairs import quantized_weights, saturating_layers
-from engines.triton import config
+from export_zoo.base import graph_io
+from export_zoo.engines.bundle.loading import load
+from export_zoo.engines.bundle.reader import read_manifest
+from export_zoo.engines.bundle.triton import config
+from export_zoo.engines.precision.int8.saturation.pairs import quantized_weights, saturating_layers
+from export_zoo.engines.targets.onnxruntime.engine import OnnxRuntimeEngine
 
 
 def read(model) -> ModelConfig:
@@ -114,7 +114,7 @@ def test_versions_share_a_configuration(cli, digits_bundle, tmp_path):
 
 
 def test_a_plan_is_served_by_the_tensorrt_backend_on_a_gpu(digits_bundle):
-    from engines.triton import config
+    from export_zoo.engines.bundle.triton import config
 
     manifest = read_manifest(digits_bundle)
     engine = manifest.artifacts.engines[0].model_copy(update={"target": "tensorrt"})

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from exporter.candidates import OFF, Candidate
-from exporter.tuning import ON, WANTED, _Choosing
+from export_zoo.exporter.stages.tuning.candidates import OFF, Candidate
+from export_zoo.exporter.stages.tuning.tune import ON, WANTED, _Choosing
 
 STEPS = {OFF: Candidate(), ON: Candidate(bias=True)}
 FEW, ALL = 32, 128

@@ -18,14 +18,16 @@ from safetensors.torch import save_file
 from torch import nn
 from torchvision.models import WeightsEnum, get_model, get_model_weights
 
-from calibration.errors import BadInputError, EnvironmentFailureError, ParityError, UsageError
-from calibration.graph_io import sha256_of
-from calibration.images import synthetic_images
-from engines.parity import check_reference
-from exporter import torchvision_zoo, weights, weights_files, zoo
-from exporter.options import ExportOptions
-from exporter.reference import eager_outputs
-from exporter.spec import ModelSpec
+from export_zoo.base.errors import BadInputError, EnvironmentFailureError, ParityError, UsageError
+from export_zoo.base.graph_io import sha256_of
+from export_zoo.calibration.images import synthetic_images
+from export_zoo.engines.parity.metrics import check_reference
+from export_zoo.exporter.graph.reference import eager_outputs
+from export_zoo.exporter.models import zoo
+from export_zoo.exporter.models.sources import torchvision_zoo
+from export_zoo.exporter.models.spec import ModelSpec
+from export_zoo.exporter.models.weights import state_dicts, weights_files
+from export_zoo.exporter.options import ExportOptions
 
 SMALL = "shufflenet_v2_x0_5"
 """1.4 million parameters, with BatchNorm and a head called `fc`."""
@@ -69,7 +71,7 @@ PREFIXES = ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.
 @pytest.mark.parametrize("prefix", PREFIXES)
 def test_a_state_dict_is_read_and_its_wrappers_prefixes_removed(prefix, suffix, state, tmp_path):
     path = _save(tmp_path / f"net{suffix}", {prefix + name: tensor for name, tensor in state.items()})
-    assert _equal(weights.read_weights(path).state, state)
+    assert _equal(state_dicts.read_weights(path).state, state)
 
 
 @pytest.mark.parametrize("key", ["state_dict", "model_state_dict", "model"])
@@ -77,12 +79,12 @@ def test_a_state_dict_is_read_and_its_wrappers_prefixes_removed(prefix, suffix, 
 def test_a_state_dict_is_found_in_a_training_checkpoint(prefix, key, state, tmp_path):
     nested = {prefix + name: tensor for name, tensor in state.items()}
     checkpoint = {"epoch": 3, key: nested, "optimizer": {"lr": 0.1, "state": [1, 2]}, "best": 0.5}
-    assert _equal(weights.read_weights(_save(tmp_path / "net.pth", checkpoint)).state, state)
+    assert _equal(state_dicts.read_weights(_save(tmp_path / "net.pth", checkpoint)).state, state)
 
 
 def test_a_prefix_of_some_names_only_is_part_of_the_names(tmp_path):
     mixed = {"module.weight": torch.ones(2), "head.weight": torch.zeros(2)}
-    assert _equal(weights.read_weights(_save(tmp_path / "net.pth", mixed)).state, mixed)
+    assert _equal(state_dicts.read_weights(_save(tmp_path / "net.pth", mixed)).state, mixed)
 
 
 class _Exploit:
@@ -101,7 +103,7 @@ def test_a_pickle_of_arbitrary_objects_is_refused_and_runs_no_code(nested, state
     content = {**state, "hook": _Exploit(marker)}
     path = _save(tmp_path / "net.pth", {"state_dict": content} if nested else content)
     with pytest.raises(BadInputError, match="--weights") as caught:
-        weights.read_weights(path)
+        state_dicts.read_weights(path)
     assert str(path) in caught.value.message
     assert "state_dict" in caught.value.hint
     assert not marker.exists()
@@ -111,7 +113,7 @@ def test_a_pickle_of_arbitrary_objects_is_refused_and_runs_no_code(nested, state
 
 def test_a_pickled_model_is_refused(tmp_path):
     with pytest.raises(BadInputError, match="cannot be read as a state dict"):
-        weights.read_weights(_save(tmp_path / "net.pth", nn.Linear(2, 2)))
+        state_dicts.read_weights(_save(tmp_path / "net.pth", nn.Linear(2, 2)))
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
@@ -121,7 +123,7 @@ def test_a_truncated_file_is_refused(share, suffix, state, tmp_path):
     data = path.read_bytes()
     path.write_bytes(data[: int(share * len(data))])
     with pytest.raises(BadInputError, match=r"cannot be read as a state dict: \S") as caught:
-        weights.read_weights(path)
+        state_dicts.read_weights(path)
     assert str(path) in caught.value.message
 
 
@@ -141,21 +143,21 @@ def test_a_truncated_file_is_refused(share, suffix, state, tmp_path):
 def test_what_is_no_state_dict_is_refused(content, kind, tmp_path):
     path = _save(tmp_path / "net.pth", content)
     with pytest.raises(BadInputError, match=f"holds a {kind}, not") as caught:
-        weights.read_weights(path)
+        state_dicts.read_weights(path)
     assert str(path) in caught.value.message
     assert "state_dict" in caught.value.hint
 
 
 def test_an_empty_safetensors_file_is_refused(tmp_path):
     with pytest.raises(BadInputError, match="not a mapping"):
-        weights.read_weights(_save(tmp_path / "net.safetensors", {}))
+        state_dicts.read_weights(_save(tmp_path / "net.safetensors", {}))
 
 
 @pytest.mark.parametrize("name", ["net.pth", "net.safetensors"])
 def test_text_with_the_suffix_of_weights_is_refused(name, tmp_path):
     (tmp_path / name).write_text("<html>404 not found</html>")
     with pytest.raises(BadInputError, match="cannot be read"):
-        weights.read_weights(tmp_path / name)
+        state_dicts.read_weights(tmp_path / name)
 
 
 def test_a_file_that_cannot_be_read_ends_the_command_with_5(cli, tmp_path):
@@ -169,7 +171,7 @@ def test_a_file_that_cannot_be_read_ends_the_command_with_5(cli, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.complex64])
 def test_weights_that_are_not_floating_point_are_named(dtype):
-    from exporter.weights import load_into
+    from export_zoo.exporter.models.weights.state_dicts import load_into
 
     model = torch.nn.Linear(2, 3)
     state = {"weight": torch.ones(3, 2).to(dtype), "bias": torch.zeros(3)}
@@ -180,7 +182,7 @@ def test_weights_that_are_not_floating_point_are_named(dtype):
 def test_text_and_misnamed_files_are_told_from_weights(tmp_path):
     from safetensors.torch import save_file
 
-    from exporter.weights import read_weights
+    from export_zoo.exporter.models.weights.state_dicts import read_weights
 
     (tmp_path / "text.pth").write_text("hello")
     save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors")
@@ -212,7 +214,7 @@ def _small(num_classes: int = 10) -> nn.Module:
 
 
 def _load(model: nn.Module, state: dict[str, torch.Tensor], *init_missing: str) -> list[str]:
-    return weights.load_into(model, dict(state), origin="net.pth", init_missing=init_missing)
+    return state_dicts.load_into(model, dict(state), origin="net.pth", init_missing=init_missing)
 
 
 def test_a_fitting_state_dict_is_loaded_as_it_is(state):
@@ -737,7 +739,7 @@ def test_transform_input_changes_the_logits_as_torchvision_means_it(googlenet_fi
 
 
 def test_googlenet_is_loaded_with_and_without_its_auxiliary_heads(googlenet_file, tmp_path):
-    state = weights.read_weights(googlenet_file).state
+    state = state_dicts.read_weights(googlenet_file).state
     plain = {name: tensor for name, tensor in state.items() if not name.startswith("aux")}
     assert len(plain) < len(state)
     path = _save(tmp_path / "plain.safetensors", plain)
@@ -842,18 +844,18 @@ def test_modules_are_told_the_version_of_what_they_load(prefix, renames, tmp_pat
     for name in reversed(prefix.split(".")[:-1]):
         saved = nn.Sequential(OrderedDict([(name, saved)]))
     torch.save({"state_dict": saved.state_dict()}, tmp_path / "net.pth")
-    loaded = weights.read_weights(tmp_path / "net.pth", weights.Reading(renames=renames))
+    loaded = state_dicts.read_weights(tmp_path / "net.pth", state_dicts.Reading(renames=renames))
     model = nn.Sequential(OrderedDict(part=_Flipped()))
-    weights.load_into(model, loaded.state, origin="net.pth", init_missing=(), versions=loaded.versions)
+    state_dicts.load_into(model, loaded.state, origin="net.pth", init_missing=(), versions=loaded.versions)
     assert torch.equal(model.part.weight, torch.ones(3))
-    weights.load_into(model, loaded.state, origin="net.pth", init_missing=())
+    state_dicts.load_into(model, loaded.state, origin="net.pth", init_missing=())
     assert torch.equal(model.part.weight, -torch.ones(3)), "without a version it is taken for an old one"
 
 
 def test_hints_name_the_option_that_would_read_the_file(state, tmp_path):
     torch.save({"net": state, "acc": 0.9}, tmp_path / "net.pth")
     with pytest.raises(BadInputError) as error:
-        weights.read_weights(tmp_path / "net.pth")
+        state_dicts.read_weights(tmp_path / "net.pth")
     assert "--weights-key net" in error.value.hint
     with pytest.raises(BadInputError) as error:
         _load(_small(), {f"backbone.{name}": tensor for name, tensor in state.items()})

@@ -1,1 +1,1 @@
-"""Running an engine as another CPU does, under qemu-user."""
+"""Running an engine on another CPU, emulated by qemu-user."""

@@ -1,6 +1,6 @@
 """Makes an ARM64 root for qemu-aarch64: Debian's Python, numpy and ONNX Runtime, in a folder of its own.
 
-    python -m engines.emulation.arm64_root [DIR]
+    python -m export_zoo.engines.emulation.arm64_root [DIR]
 
 Nothing is installed on this machine. apt-get reads and writes folders of its own, dpkg-deb unpacks the packages, and
 the wheels of numpy and ONNX Runtime are unzipped. The folder holds:
@@ -34,8 +34,8 @@ import numpy as np
 import numpy.typing as npt
 from onnx import TensorProto, helper, numpy_helper
 
-from calibration.errors import EnvironmentFailureError, ExportZooError, TargetUnavailableError, UsageError
-from calibration.machine import library_versions
+from export_zoo.base.errors import EnvironmentFailureError, ExportZooError, TargetUnavailableError, UsageError
+from export_zoo.base.machine import library_versions
 
 RELEASE = "bookworm"
 """Debian's release. Its Python decides the wheels."""
@@ -406,7 +406,7 @@ def _check(made: Path, cpu: str, model: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m engines.emulation.arm64_root",
+        prog="python -m export_zoo.engines.emulation.arm64_root",
         description="Make an ARM64 root for qemu-aarch64: Debian's Python, numpy and ONNX Runtime.",
     )
     parser.add_argument("root", nargs="?", type=Path, metavar="DIR", help=f"default: {default_root()}")

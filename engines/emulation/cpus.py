@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from calibration.errors import TargetUnavailableError, UsageError
-from engines.emulation import arm64_root
+from export_zoo.base.errors import TargetUnavailableError, UsageError
+from export_zoo.base.package import IMPORT_ROOT
+from export_zoo.engines.emulation import arm64_root
 
 
 @dataclass(frozen=True)
@@ -81,24 +82,23 @@ def emulator(cpu: Cpu) -> str:
 def launch(cpu: Cpu) -> Launch:
     """How to run Python, with numpy, ONNX Runtime and this package, on a CPU.
 
-    x86-64 runs this process's own Python and libraries; ARM64 those of `engines.emulation.arm64_root`.
+    x86-64 runs this process's own Python and libraries; ARM64 those of `emulation.arm64_root`.
 
     Raises:
         TargetUnavailableError: the emulator, or the ARM64 root, is not there.
     """
     qemu = emulator(cpu)
-    package = Path(__file__).parents[2]
     if cpu.machine == "aarch64":
         root = arm64_root.default_root()
         if not arm64_root.usable(root):
             raise TargetUnavailableError(
                 f"--cpu {cpu.name}: there is no ARM64 Python with ONNX Runtime in {root}",
-                hint="make it with `python -m engines.emulation.arm64_root` (a minute, 130 MB), or set "
+                hint="make it with `python -m export_zoo.engines.emulation.arm64_root` (a minute, 130 MB), or set "
                 f"{arm64_root.VARIABLE} to where it is",
             )
-        environment = _environment([arm64_root.site(root), package])
+        environment = _environment([arm64_root.site(root), IMPORT_ROOT])
         return Launch(
-            arm64_root.command(root, cpu.model), {**arm64_root.environment(root), **environment}, package
+            arm64_root.command(root, cpu.model), {**arm64_root.environment(root), **environment}, IMPORT_ROOT
         )
     if platform.machine().lower() not in ("x86_64", "amd64"):
         raise TargetUnavailableError(
@@ -107,12 +107,12 @@ def launch(cpu: Cpu) -> Launch:
         )
     # A virtual environment's python is a link that qemu does not follow to its libraries: the base's, with their path.
     paths = [
-        package,
+        IMPORT_ROOT,
         *(Path(path) for path in sys.path if path.endswith("-packages")),
         Path(np.__file__).parents[1],
     ]
     base = str(getattr(sys, "_base_executable", sys.executable))
-    return Launch([qemu, "-cpu", cpu.model, base], _environment(paths), package)
+    return Launch([qemu, "-cpu", cpu.model, base], _environment(paths), IMPORT_ROOT)
 
 
 def _environment(paths: Sequence[Path]) -> dict[str, str]:

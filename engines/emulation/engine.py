@@ -19,10 +19,10 @@ import numpy as np
 import numpy.typing as npt
 import psutil
 
-from calibration.errors import BadInputError, TargetUnavailableError
-from engines.emulation.cpus import Cpu, emulator, launch
-from engines.emulation.worker import receive, send
-from engines.saturation.probe import EXACT_SESSION
+from export_zoo.base.errors import BadInputError, TargetUnavailableError
+from export_zoo.engines.emulation.cpus import Cpu, emulator, launch
+from export_zoo.engines.emulation.worker import receive, send
+from export_zoo.engines.precision.int8.saturation.probe import EXACT_SESSION
 
 Float32Array = npt.NDArray[np.float32]
 
@@ -79,7 +79,7 @@ class EmulatedEngine:
     Args:
         graph: the ONNX file.
         cpu: which.
-        half, saturating_session: as of `engines.onnxruntime_engine.OnnxRuntimeEngine`.
+        half, saturating_session: as of `onnxruntime.engine.OnnxRuntimeEngine`.
 
     Raises:
         TargetUnavailableError: the emulator is not installed, or Python or ONNX Runtime do not start in it, or the
@@ -102,7 +102,7 @@ class EmulatedEngine:
         self._cpu = cpu
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - close() closes it
         self._process = subprocess.Popen(
-            [*how.command, "-m", "engines.emulation.worker", str(graph.absolute()), session],
+            [*how.command, "-m", "export_zoo.engines.emulation.worker", str(graph.absolute()), session],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,

@@ -9,16 +9,16 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from calibration.errors import TargetUnavailableError
-from calibration.images import Progress
-from calibration.machine import cpu_model, library_versions
-from engines import manifest as m
-from engines.bundle import HeldOut, checked, held_out, read_manifest
-from engines.emulation.cpus import Cpu
-from engines.emulation.engine import Emulated, EmulatedEngine
-from engines.gate import MIN_LABELLED, SUBSET, Runnable, judge
-from engines.loading import open_engine
-from engines.verify import attested, plain_outputs, with_claim, write_attestation
+from export_zoo.base.errors import TargetUnavailableError
+from export_zoo.base.machine import cpu_model, library_versions
+from export_zoo.calibration.images import Progress
+from export_zoo.engines.bundle import manifest as m
+from export_zoo.engines.bundle.loading import open_engine
+from export_zoo.engines.bundle.reader import HeldOut, checked, held_out, read_manifest
+from export_zoo.engines.emulation.cpus import Cpu
+from export_zoo.engines.emulation.engine import Emulated, EmulatedEngine
+from export_zoo.engines.verification.gate import MIN_LABELLED, SUBSET, Runnable, judge
+from export_zoo.engines.verification.verify import attested, plain_outputs, with_claim, write_attestation
 
 Float32Array = npt.NDArray[np.float32]
 
@@ -179,7 +179,7 @@ def _warnings(cpu: Cpu, emulated: Emulated) -> list[str]:
         return []
     return [
         f"--cpu {cpu.name}: ONNX Runtime {there} ran there, {here} here, so differences are not the CPU's alone: "
-        "make the ARM64 root again, with `python -m engines.emulation.arm64_root`"
+        "make the ARM64 root again, with `python -m export_zoo.engines.emulation.arm64_root`"
     ]
 
 

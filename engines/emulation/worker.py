@@ -1,8 +1,8 @@
 """The program that qemu-user runs: one ONNX Runtime engine, fed through pipes. Needs numpy and ONNX Runtime only.
 
-    python -m engines.emulation.worker GRAPH SESSION
+    python -m export_zoo.engines.emulation.worker GRAPH SESSION
 
-SESSION is JSON: `half`, and `saturating_session` as of `engines.onnxruntime_engine`. The program writes a line of
+SESSION is JSON: `half`, and `saturating_session` as of `onnxruntime.engine`. The program writes a line of
 JSON, what it runs or why it cannot, and then answers each batch with all outputs. Arrays travel as .npy; each message
 is their number and their bytes, preceded by their length.
 """
@@ -59,10 +59,10 @@ def main() -> None:
     os.dup2(2, 1)
     import onnxruntime
 
-    from calibration.errors import ExportZooError
-    from calibration.machine import instruction_set
-    from engines.onnxruntime_engine import OnnxRuntimeEngine
-    from engines.saturation.probe import saturates
+    from export_zoo.base.errors import ExportZooError
+    from export_zoo.base.machine import instruction_set
+    from export_zoo.engines.precision.int8.saturation.probe import saturates
+    from export_zoo.engines.targets.onnxruntime.engine import OnnxRuntimeEngine
 
     session = json.loads(sys.argv[2])
     try:

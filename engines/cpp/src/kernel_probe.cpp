@@ -14,7 +14,7 @@ constexpr std::int64_t kTerms = 64;
 constexpr std::int32_t kExact = kTerms * 255 * 127;
 
 // One MatMulInteger node: y int32 [1, 1] = a uint8 [1, 64] x b int8 [64, 1], all 127. The same bytes as in
-// engines/saturation/probe.py. Made with onnx 1.23.2:
+// engines/precision/int8/saturation/probe.py. Made with onnx 1.23.2:
 //
 //   b = helper.make_tensor("b", TensorProto.INT8, [64, 1], bytes([127] * 64), raw=True)
 //   node = helper.make_node("MatMulInteger", ["a", "b"], ["y"])

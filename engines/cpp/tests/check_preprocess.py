@@ -24,7 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
 import photos  # noqa: E402
 
-from calibration.preprocess import (  # noqa: E402
+from export_zoo.calibration.preprocess import (  # noqa: E402
     Preprocess,
     UnreadableImageError,
     decode,

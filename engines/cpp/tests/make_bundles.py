@@ -23,10 +23,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 import photos  # noqa: E402
 import saturating_bundles  # noqa: E402
 
-import engines  # noqa: E402
-from engines.verify import verify  # noqa: E402
-from exporter import ExportOptions, export_zoo  # noqa: E402
-from exporter.options import BatchRange, SizeRange, Tolerance  # noqa: E402
+import export_zoo  # noqa: E402
+from export_zoo.engines.verification.verify import verify  # noqa: E402
+from export_zoo.exporter.options import BatchRange, SizeRange, Tolerance  # noqa: E402
 
 OWN = str(ROOT / "tests" / "own_networks.py")
 MODELS = ("resnet18", "mobilenet_v2", "squeezenet1_1", f"{OWN}:Pixels")
@@ -73,8 +72,8 @@ def turned(orientation: int) -> Image.Exif:
 
 
 def export(out: Path, model: str, bundle: Path, **more: Any) -> None:
-    export_zoo(
-        ExportOptions(
+    export_zoo.export(
+        export_zoo.ExportOptions(
             model,
             precisions=("fp32", "int8"),
             targets=("onnxruntime",),
@@ -93,7 +92,7 @@ def write_dynamic(out: Path, paths: list[Path]) -> None:
     bundle = out / "dynamic.bundle"
     export(out, "squeezenet1_1", bundle, dynamic_size=SizeRange.parse("48:64:96"))
     for name in ("onnxruntime-fp32", "onnxruntime-int8"):
-        engine = engines.load(bundle, engine=name)
+        engine = export_zoo.load(bundle, engine=name)
         for height, width in SIZES:
             inputs = engine.preprocess(paths[:8], size=(height, width))
             np.save(out / f"dynamic-inputs-{height}x{width}.npy", inputs)
@@ -112,7 +111,7 @@ def main() -> None:
         bundle = out / f"{model}.bundle"
         export(out, network, bundle, input_size=(64, 64), preprocess=preprocess if ":" in network else None)
         for name in ("onnxruntime-fp32", "onnxruntime-int8"):
-            engine = engines.load(bundle, engine=name)
+            engine = export_zoo.load(bundle, engine=name)
             inputs = engine.preprocess(paths)
             np.save(out / f"{model}-inputs.npy", inputs)
             logits = [engine.run(inputs[start : start + 4]) for start in range(0, len(inputs), 4)]

@@ -1,0 +1,79 @@
+"""Which images look alike: they count twice and tell once, though their bytes differ."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from export_zoo.calibration.images import ImageStream
+from export_zoo.calibration.preprocess import UInt8Array
+
+Float32Array = npt.NDArray[np.float32]
+
+CELLS = 8
+"""Rows and columns that an image's brightness is averaged over."""
+
+ALIKE = 0.995
+"""Correlation from which two images look alike: the same one compressed, darkened, or a frame later. Of 1,797
+handwritten digits, scaled up from 8x8, two reach it."""
+
+_FLAT = 0.1
+"""Length of a fingerprint, in levels of brightness, below which an image is of one colour."""
+
+
+def fingerprints(pixels: UInt8Array) -> Float32Array:
+    """Brightness of CELLS x CELLS cells, less its mean and of length 1: no matter how bright. Images of one colour are
+    all alike.
+
+    Args:
+        pixels: uint8 [N, H, W, 3].
+
+    Returns float32 [N, 1 + up to CELLS²]; the first is 1 for an image of one colour.
+    """
+    grey = pixels.mean(axis=3, dtype=np.float32)
+    edges = [np.unique(np.linspace(0, size, CELLS, endpoint=False).astype(int)) for size in grey.shape[1:]]
+    sums = np.add.reduceat(np.add.reduceat(grey, edges[0], axis=1), edges[1], axis=2)
+    sizes = [np.diff(starts, append=size) for starts, size in zip(edges, grey.shape[1:], strict=True)]
+    cells = (sums / np.outer(*sizes)).reshape(len(pixels), -1)
+    cells -= cells.mean(axis=1, keepdims=True)
+    length = np.linalg.norm(cells, axis=1, keepdims=True)
+    flat = length < _FLAT
+    return np.concatenate(
+        [flat, np.where(flat, 0, cells / np.maximum(length, _FLAT))], axis=1, dtype=np.float32
+    )
+
+
+def alike(found: Float32Array) -> dict[int, int]:
+    """Images that look like an earlier one, by index, each with the one that it resembles most.
+
+    Args:
+        found: fingerprints of all images.
+    """
+    pairs = {}
+    for index in range(1, len(found)):
+        likeness = found[:index] @ found[index]
+        if likeness.max() >= ALIKE:
+            pairs[index] = int(likeness.argmax())
+    return pairs
+
+
+@dataclass
+class FingerprintedStream(ImageStream):
+    """A stream that takes fingerprints of `images` as they pass."""
+
+    fingerprints: list[Float32Array] = field(default_factory=list, init=False)
+    """Of each batch."""
+
+    def __iter__(self) -> Iterator[UInt8Array]:
+        self.fingerprints.clear()
+        for pixels in super().__iter__():
+            self.fingerprints.append(fingerprints(pixels))
+            yield pixels
+
+    def alike(self) -> list[tuple[str, str]]:
+        """Names of images that look like an earlier one, and of that one."""
+        pairs = alike(np.concatenate(self.fingerprints)) if self.fingerprints else {}
+        return [(self.images[index].name, self.images[first].name) for index, first in pairs.items()]

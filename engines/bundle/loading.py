@@ -1,0 +1,296 @@
+"""Load an engine of a bundle and run it. Needs neither PyTorch nor the zoo."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TypedDict
+
+import numpy as np
+import numpy.typing as npt
+
+from export_zoo.base.errors import BadInputError, ParityError, TargetUnavailableError
+from export_zoo.base.machine import library_versions
+from export_zoo.calibration.preprocess import UnreadableImageError, decode, normalize, resize_and_crop
+from export_zoo.engines.bundle import manifest as m
+from export_zoo.engines.bundle.reader import attestations, checked, named, read_manifest
+from export_zoo.engines.bundle.selection import not_verified, rank, standing
+from export_zoo.engines.targets.onnxruntime.engine import OnnxRuntimeEngine
+from export_zoo.engines.targets.target import DISTRIBUTIONS, device_capability, driver_too_old
+from export_zoo.engines.targets.tensorrt.engine import TensorRTEngine
+
+Float32Array = npt.NDArray[np.float32]
+
+
+def why_not_here(target: str, plan: m.Plan | None) -> str:
+    """Why an engine cannot run on this machine, from its description alone; empty where it can."""
+    if plan is None:
+        return ""
+    package = DISTRIBUTIONS[target]
+    version = library_versions(package)[package]
+    if version == "absent":
+        return f"the package {package} is not installed"
+    if version != plan.version and not plan.version_compatible:
+        return f"built by {package} {plan.version}, this is {version}"
+    here = device_capability()
+    if here is None:
+        return "there is no CUDA device here"
+    if reason := driver_too_old():
+        return reason
+    if here not in plan.compute_capabilities and not plan.hardware_compatible:
+        return f"built for compute capability {', '.join(plan.compute_capabilities)}, this GPU has {here}"
+    return ""
+
+
+def open_engine(
+    path: Path,
+    *,
+    target: str,
+    precision: str,
+    plan: m.Plan | None,
+    graph: Path | None = None,
+    threads: int = 0,
+    runtime_cache: Path | None = None,
+    saturating_session: Mapping[str, str],
+) -> OnnxRuntimeEngine | TensorRTEngine:
+    """An engine file, ready to run.
+
+    Args:
+        graph: the precision graph that TensorRT compiled: a plan without weights gets them from it.
+        saturating_session: of ONNX Runtime, where sums of INT8 saturate; see `bundle.manifest.Engine`.
+
+    Raises:
+        BadInputError: not an ONNX Runtime engine.
+        TargetUnavailableError: a TensorRT engine that this machine cannot load, or an INT8 engine that it cannot run
+            exactly.
+    """
+    if plan is not None:
+        weights = graph if plan.strip_weights else None
+        return TensorRTEngine(
+            path,
+            target=target,
+            weights=weights,
+            runtime_cache=runtime_cache,
+            host_code=plan.version_compatible,
+        )
+    return OnnxRuntimeEngine(
+        path, threads=threads, half=precision == "fp16", saturating_session=saturating_session
+    )
+
+
+class LoadedEngine:
+    """One engine of a bundle, ready to run. Safe to share between threads."""
+
+    def __init__(
+        self,
+        bundle: Path,
+        manifest: m.Manifest,
+        engine: m.Engine,
+        *,
+        state: m.State,
+        why: str,
+        threads: int,
+        runtime_cache: Path | str | None,
+    ) -> None:
+        path, graph = checked(bundle, engine.file), None
+        externals = list(engine.external_data)
+        if engine.graph is not None and engine.plan is not None and engine.plan.strip_weights:
+            graph = checked(bundle, engine.graph)
+            externals += engine.graph_external_data
+        for external in externals:
+            checked(bundle, external)
+        self.manifest = manifest
+        self.name = engine.name
+        self.state = state
+        self.why = why
+        self.labels = manifest.recipe.labels
+        self._backend = open_engine(
+            path,
+            target=engine.target,
+            precision=engine.precision,
+            plan=engine.plan,
+            graph=graph,
+            threads=threads,
+            runtime_cache=Path(runtime_cache) if runtime_cache is not None else None,
+            saturating_session=engine.session_where_saturating(),
+        )
+        names = [port.name for port in manifest.recipe.outputs]
+        if self._backend.output_names != names:
+            raise BadInputError(
+                f"{path}: its outputs are {', '.join(self._backend.output_names)}, the manifest's {', '.join(names)}",
+                hint="export the bundle again",
+            )
+
+    def preprocess(
+        self, images: Sequence[Path | str | bytes], *, size: tuple[int, int] | None = None
+    ) -> Float32Array:
+        """Image files (paths, or their bytes) to the input batch, float32 [N, 3, H, W].
+
+        Args:
+            size: another height and width than the bundle's own, where they are dynamic; the resize keeps its
+                proportion to them.
+
+        Raises:
+            BadInputError: one of them cannot be decoded; the message names it. Or the engine does not take this size.
+        """
+        preprocess = self.manifest.recipe.preprocess
+        if isinstance(images, (str, bytes, Path)):
+            raise BadInputError(f"{images!r:.80}: one image, not a list of them", hint="pass [image]")
+        if size is not None:
+            if len(found := tuple(size) if isinstance(size, Sequence) else ()) != 2 or not all(
+                isinstance(side, int) for side in found
+            ):
+                raise BadInputError(
+                    f"size {size!r}: not (height, width) in pixels", hint="for example (224, 320)"
+                )
+            self._check_size(*size)
+            preprocess = preprocess.at_size(*size)
+        pixels = []
+        for index, image in enumerate(images):
+            name = f"image {index}" if isinstance(image, bytes) else str(image)
+            try:
+                data = image if isinstance(image, bytes) else Path(image).read_bytes()
+                pixels.append(resize_and_crop(decode(data), preprocess))
+            except (UnreadableImageError, OSError) as error:
+                raise BadInputError(f"{name}: {error}", hint="pass a JPEG or PNG image") from error
+        if not pixels:
+            raise BadInputError("no images given", hint="pass at least one")
+        return normalize(np.stack(pixels), preprocess)
+
+    def run(self, batch: Float32Array) -> Float32Array:
+        """The first output, logits float32 [N, classes] or [N, classes, H, W], of a batch float32 [N, 3, H, W].
+
+        Raises:
+            BadInputError: wrong dtype or shape, or N, H or W outside the range that was verified.
+        """
+        return self.run_all(batch)[self.manifest.recipe.output.name]
+
+    def run_all(self, batch: Float32Array) -> dict[str, Float32Array]:
+        """All outputs by name, the first one first; arguments and errors as of `run`."""
+        batch = np.asarray(batch)
+        allowed = self.manifest.recipe.batch
+        if batch.ndim > 0 and not allowed.min <= batch.shape[0] <= allowed.max:
+            raise BadInputError(
+                f"batch {batch.shape[0]} is outside this bundle's range {allowed.min} to {allowed.max}",
+                hint="split the batch, or export with a wider --batch MIN:OPT:MAX",
+            )
+        if batch.ndim == 4 and self.manifest.recipe.input_size is not None:
+            self._check_size(*batch.shape[2:])
+        names = [port.name for port in self.manifest.recipe.outputs]
+        return dict(zip(names, self._backend.run_all(batch), strict=True))
+
+    def _check_size(self, height: int, width: int) -> None:
+        p, allowed = self.manifest.recipe.preprocess, self.manifest.recipe.input_size
+        if allowed is None:
+            if (height, width) != (p.crop_height, p.crop_width):
+                raise BadInputError(
+                    f"size {height}x{width}: this bundle takes {p.crop_height}x{p.crop_width} only",
+                    hint="leave `size` out, or export with --dynamic-size MIN:OPT:MAX",
+                )
+        elif not allowed.holds(height, width):
+            low, high = (f"{size[0]}x{size[1]}" for size in (allowed.min, allowed.max))
+            raise BadInputError(
+                f"size {height}x{width} is outside this bundle's range {low} to {high}",
+                hint="resize the images, or export with a wider --dynamic-size MIN:OPT:MAX",
+            )
+
+
+class _Opening(TypedDict):
+    threads: int
+    runtime_cache: Path | str | None
+
+
+def load(
+    bundle: Path | str,
+    *,
+    engine: str | None = None,
+    threads: int = 0,
+    allow_failed: bool = False,
+    runtime_cache: Path | str | None = None,
+) -> LoadedEngine:
+    """Load the best engine of a bundle, or the one named, after checking its hashes.
+
+    The best is the fastest *verified* one that runs here, by the latencies recorded in the manifest. What `verify`
+    attested on a machine like this one (instruction set; for a GPU, compute capability) overrules the manifest.
+
+    Args:
+        bundle: the directory that `export-zoo export` wrote.
+        engine: a name such as `onnxruntime-int8`.
+        threads: intra-op threads of ONNX Runtime, 0 for all cores.
+        allow_failed: load from a bundle whose parity gate failed, to look into it.
+        runtime_cache: a file in which TensorRT-RTX keeps the kernels that it compiles for this GPU; made if it is not
+            there. Without it they are compiled again in each process.
+
+    Raises:
+        BadInputError: not a bundle, damaged, or no such engine.
+        ParityError: the bundle failed its parity gate.
+        TargetUnavailableError: no engine of the bundle can run here.
+    """
+    root = Path(bundle)
+    manifest = read_manifest(root)
+    if manifest.status != "ok" and not allow_failed:
+        raise ParityError(
+            f"{root}: this bundle failed its parity gate, or an engine did not reach the state asked for",
+            hint="export again; allow_failed=True loads it to look into it",
+        )
+    opening: _Opening = {"threads": threads, "runtime_cache": runtime_cache}
+    engines = {e.name: e for e in manifest.artifacts.engines}
+    attested = attestations(root)
+    standings = {name: standing(e, attested) for name, e in engines.items()}
+    states = {name: found.state for name, found in standings.items()}
+    unreadable = "".join(f"; {name} cannot be read, and is not used" for name in attested.unreadable)
+    if engine is not None:
+        best, found = named(root, manifest, engine), standings[engine]
+        why = f"asked for{f'; {found.state} ({found.source})' if found.source else ''}{unreadable}"
+        if reason := why_not_here(best.target, best.plan):
+            raise TargetUnavailableError(
+                f"{root}: {engine} cannot run here: {reason}",
+                hint="load another engine of the bundle, or export again on this machine",
+            )
+    else:
+        reasons = {
+            name: why_not_here(e.target, e.plan)
+            or ("" if states[name] == "verified" or allow_failed else not_verified(standings[name]))
+            for name, e in engines.items()
+        }
+        reasons |= dict.fromkeys(manifest.unknown_engines, "this version does not know it")
+        beside = "".join(f"; {name} was left out: {reason}" for name, reason in reasons.items() if reason)
+        runnable = [e for name, e in engines.items() if not reasons[name]]
+        if not runnable:
+            listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+            raise TargetUnavailableError(
+                f"{root}: no verified engine that runs here: {listed}",
+                hint="export again here, or `export-zoo verify` it where it runs",
+            )
+        ranked = sorted(runnable, key=rank, reverse=True)
+        return _first_that_opens(root, manifest, ranked, states, beside + unreadable, opening)
+    return LoadedEngine(root, manifest, best, state=states[best.name], why=why, **opening)
+
+
+def _first_that_opens(
+    root: Path,
+    manifest: m.Manifest,
+    engines: Sequence[m.Engine],
+    states: Mapping[str, m.State],
+    beside: str,
+    opening: _Opening,
+) -> LoadedEngine:
+    """The first of some engines, the fastest first, that this machine can run.
+
+    Args:
+        beside: what `why` says of other engines and of attestations.
+
+    Raises:
+        TargetUnavailableError: of the first, where none can.
+    """
+    left_out: list[TargetUnavailableError] = []
+    reasons = ""
+    for engine in engines:
+        speed = f", {engine.latency.speedup:.2f}x of FP32" if engine.latency is not None else ""
+        why = f"fastest verified engine as measured at export{speed}{reasons}{beside}"
+        try:
+            return LoadedEngine(root, manifest, engine, state=states[engine.name], why=why, **opening)
+        except TargetUnavailableError as error:
+            left_out.append(error)
+            reasons += f"; {engine.name} was left out: {error.message}"
+    raise left_out[0]

@@ -1,0 +1,1 @@
+"""Compare outputs with a reference: rows to compare, metrics, tolerances."""

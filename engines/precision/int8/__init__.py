@@ -1,0 +1,1 @@
+"""INT8: Q/DQ graphs, and how weights, scales and layers are chosen."""

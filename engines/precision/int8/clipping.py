@@ -1,0 +1,38 @@
+"""Which tensors gain by a smaller range than their minimum and maximum."""
+
+from __future__ import annotations
+
+from functools import reduce
+
+import onnx_ir as ir
+
+from export_zoo.calibration.histogram import Histogram
+from export_zoo.calibration.methods import minmax, mse, squared_error
+from export_zoo.calibration.ranges import Ranges
+from export_zoo.engines.precision.int8.keep_float import kept_float
+from export_zoo.engines.precision.int8.qdq import SCHEMES
+from export_zoo.engines.precision.placement import POLICIES
+
+
+def worth_clipping(graph: ir.Graph, ranges: Ranges, target: str, keep_float: tuple[str, ...]) -> list[str]:
+    """One tensor of each scale group, in order of how much of its power the range of least squared error saves, beside
+    that of minimum and maximum. Those of whose error it saves less than a tenth are left out.
+
+    Args:
+        ranges: with histograms of what the target quantizes.
+    """
+    symmetric = SCHEMES[target].symmetric
+    saved: dict[str, float] = {}
+    for members in POLICIES[target](graph, kept_float(graph, keep_float)).groups().values():
+        tensors = [ranges.tensors[name] for name in members]
+        if not all(tensor.histogram for tensor in tensors):
+            continue
+        histogram = reduce(Histogram.merged, (Histogram.decode(tensor.histogram) for tensor in tensors))
+        low, high = min(t.min for t in tensors), max(t.max for t in tensors)
+        before, after = (
+            squared_error(histogram, *method(histogram, low, high, symmetric), symmetric)
+            for method in (minmax, mse)
+        )
+        if after < 0.9 * before:
+            saved[members[0]] = (before - after) / squared_error(histogram, 0.0, 0.0, symmetric)
+    return sorted(saved, key=lambda name: (-saved[name], name))

@@ -1,0 +1,74 @@
+"""Layers that --keep-float leaves unquantized: by module path, by node, or by kind."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+import onnx_ir as ir
+
+from export_zoo.base import graph_io
+from export_zoo.base.errors import UsageError
+from export_zoo.engines.precision.placement import weight_of
+
+FEW = 16
+"""Channels below which an int8 convolution leaves most of a tensor core's tile empty (NVIDIA ModelOpt draws the line
+there, too)."""
+
+
+def _channels(node: ir.Node) -> tuple[int, int, int]:
+    """Output channels, input channels of one group, and groups of a Conv."""
+    weight = node.inputs[1]
+    assert weight is not None
+    assert weight.shape is not None
+    shape = weight.shape.numpy()
+    return shape[0], shape[1], node.attributes.get_int("group", 1)
+
+
+def _is_depthwise(node: ir.Node) -> bool:
+    return node.op_type == "Conv" and _channels(node)[1] == 1 and _channels(node)[2] > 1
+
+
+def _has_few_channels(node: ir.Node) -> bool:
+    return node.op_type == "Conv" and not _is_depthwise(node) and min(_channels(node)[:2]) < FEW
+
+
+KINDS = {"@depthwise": _is_depthwise, "@few-channels": _has_few_channels}
+"""`@few-channels`: convolutions of fewer than 16 output channels, or input channels of a group, but for depthwise."""
+
+
+def kept_float(graph: ir.Graph, patterns: Sequence[str]) -> frozenset[str]:
+    """Names of the layers (nodes with an int8 weight) that a pattern names: a glob over module paths or node names,
+    or one of `KINDS`. A module's path stands for all that is in it.
+
+    Raises:
+        UsageError: a pattern is an unknown kind, or a glob that names no such layer.
+    """
+    layers = {str(node.name): node for node in graph if weight_of(node) is not None}
+    kept: set[str] = set()
+    for pattern in patterns:
+        if pattern.startswith("@"):
+            if pattern not in KINDS:
+                raise UsageError(
+                    f"--keep-float {pattern}: unknown kind", hint=f"choose from {', '.join(KINDS)}"
+                )
+            kept.update(name for name, node in layers.items() if KINDS[pattern](node))
+            continue
+        found = {name for name, node in layers.items() if _named(node, pattern)}
+        if not found:
+            some = [graph_io.module_of(node) or name for name, node in layers.items()][:4]
+            raise UsageError(
+                f"--keep-float {pattern!r}: no layer that would be quantized has this name",
+                hint=f"module paths, as {', '.join(some)}, nodes, or a kind: {', '.join(KINDS)}",
+            )
+        kept |= found
+    return frozenset(kept)
+
+
+def _named(node: ir.Node, pattern: str) -> bool:
+    module = graph_io.module_of(node)
+    return (
+        fnmatchcase(str(node.name), pattern)
+        or fnmatchcase(module, pattern)
+        or fnmatchcase(module, f"{pattern}.*")
+    )

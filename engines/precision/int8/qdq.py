@@ -1,0 +1,326 @@
+"""Write precision into a graph: FP32 graph + ranges + placement -> Q/DQ graph. Precision lives in the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from export_zoo.base import graph_io
+from export_zoo.base.errors import BadInputError, ExportDefectError, UsageError
+from export_zoo.base.machine import one_blas_thread
+from export_zoo.calibration.histogram import Histogram
+from export_zoo.calibration.methods import METHODS
+from export_zoo.calibration.ranges import Ranges, TensorRange
+from export_zoo.engines.precision.fp16.half import halve
+from export_zoo.engines.precision.int8.first_conv import block_first_convolution
+from export_zoo.engines.precision.int8.int8_weights import blocks_of_rows, quantize_weight, rounded_otherwise
+from export_zoo.engines.precision.int8.keep_float import kept_float
+from export_zoo.engines.precision.int8.saturation.channel_order import ChannelOrder, choose_order, reorder
+from export_zoo.engines.precision.int8.saturation.pairs import (
+    IndexArray,
+    layers_with_partners,
+    saturating_layers,
+)
+from export_zoo.engines.precision.int8.scales import ActivationScale, activation_scale, symmetric_scale
+from export_zoo.engines.precision.placement import (
+    LAYOUT,
+    POLICIES,
+    Placement,
+    QuantizedWeight,
+    ends_in_output,
+)
+from export_zoo.engines.precision.rewrites import add_constant, remove_unused_initializers
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How a target's kernels represent numbers."""
+
+    symmetric: bool
+    """Activations are int8 around 0; else uint8 with a zero point."""
+    int32_bias: bool
+    """The bias is quantized by us; else it stays float, which TensorRT wants."""
+    half: bool
+    """What is not quantized runs in FP16, and so must the scales beside it."""
+    sums_in_16_bits: bool
+    """On some CPUs two products are added in 16 bits, which must not overflow: see `saturation.pairs`."""
+
+
+_TENSORRT = Scheme(symmetric=True, int32_bias=False, half=True, sums_in_16_bits=False)
+SCHEMES = {
+    "onnxruntime": Scheme(symmetric=False, int32_bias=True, half=False, sums_in_16_bits=True),
+    "tensorrt": _TENSORRT,
+    "tensorrt-rtx": _TENSORRT,
+}
+
+
+def _range_of(method: str, tensors: Mapping[str, TensorRange], symmetric: bool) -> tuple[float, float]:
+    """The range that a method chooses for tensors that share a scale: for all their values together.
+
+    Raises:
+        BadInputError: a histogram is missing.
+    """
+    low, high = min(t.min for t in tensors.values()), max(t.max for t in tensors.values())
+    if method == "minmax":
+        return low, high
+    for name, tensor in tensors.items():
+        if not tensor.histogram:
+            raise BadInputError(
+                f"the ranges file has no histogram of tensor {name!r}, which --method {method} needs",
+                hint="calibrate again with --precision int8 and the same --keep-float",
+            )
+    found = [Histogram.decode(tensor.histogram) for tensor in tensors.values()]
+    return METHODS[method](reduce(Histogram.merged, found), low, high, symmetric)
+
+
+def _dequantize(
+    inputs: list[ir.Value], name: str, like: ir.Value, module: str, axis: int | None = None
+) -> ir.Node:
+    node = ir.node(
+        "DequantizeLinear",
+        inputs,
+        {} if axis is None else {"axis": axis},
+        name=name,
+        metadata_props={graph_io.MODULE_KEY: module} if module else {},
+    )
+    node.outputs[0].name = f"{name}_output"
+    node.outputs[0].dtype = ir.DataType.FLOAT
+    node.outputs[0].shape = like.shape
+    return node
+
+
+class _Quantizer:
+    """Carries one placement out on one graph."""
+
+    def __init__(
+        self,
+        graph: ir.Graph,
+        placement: Placement,
+        ranges: Ranges,
+        scheme: Scheme,
+        method: str,
+        means: Mapping[str, npt.NDArray[np.float64]],
+        rounding: Mapping[str, npt.NDArray[np.int8]],
+        clipped: Collection[str],
+        partners: Mapping[str, IndexArray],
+    ) -> None:
+        self.graph = graph
+        self.placement = placement
+        self.scheme = scheme
+        self.partners = partners
+        self.means = means
+        self.rounding = rounding
+        self.scales = self._scales(ranges, method, clipped)
+
+    def _scales(self, ranges: Ranges, method: str, clipped: Collection[str]) -> dict[str, ActivationScale]:
+        scales: dict[str, ActivationScale] = {}
+        for members in self.placement.groups().values():
+            missing = [name for name in members if name not in ranges.tensors]
+            if missing:
+                raise BadInputError(
+                    f"the ranges file has no range for tensor {missing[0]!r}",
+                    hint="it was made for another graph: calibrate again",
+                )
+            tensors = {name: ranges.tensors[name] for name in members}
+            chosen = method if tensors.keys().isdisjoint(clipped) else "mse"
+            low, high = _range_of(chosen, tensors, self.scheme.symmetric)
+            shared = symmetric_scale(low, high) if self.scheme.symmetric else activation_scale(low, high)
+            scales.update(dict.fromkeys(members, shared))
+        return scales
+
+    def run(self) -> None:
+        values = {v.name: v for v in self.graph.inputs}
+        for node in self.graph:
+            values.update((v.name, v) for v in node.outputs)
+        # Weights first: they ask which tensor feeds a node, and activations put a DQ between the two.
+        for node in list(self.graph):
+            if node.name in self.placement.weights:
+                self._weight(node, self.placement.weights[str(node.name)])
+        for name in self.placement.activations:
+            self._activation(values[name])
+
+    def _activation(self, value: ir.Value) -> None:
+        name = str(value.name)
+        # What an output is a view of is not to lose anything.
+        uses = [
+            use
+            for use in value.uses()
+            if not (use.node.op_type in LAYOUT and ends_in_output(use.node.outputs[0]))
+        ]
+        scale = self.scales[name]
+        producer = value.producer()
+        module = graph_io.module_of(producer)
+        scale_value = add_constant(self.graph, f"{name}_scale", np.asarray(scale.scale))
+        zero = add_constant(self.graph, f"{name}_zero_point", np.asarray(scale.zero_point))
+        quantize = ir.node(
+            "QuantizeLinear",
+            [value, scale_value, zero],
+            name=f"{name}_QuantizeLinear",
+            metadata_props={graph_io.MODULE_KEY: module} if module else {},
+        )
+        quantize.outputs[0].name = f"{name}_quantized"
+        quantize.outputs[0].dtype = ir.DataType.INT8 if self.scheme.symmetric else ir.DataType.UINT8
+        quantize.outputs[0].shape = value.shape
+        dequantize = _dequantize(
+            [quantize.outputs[0], scale_value, zero], f"{name}_DequantizeLinear", value, module
+        )
+        if producer is None:
+            self.graph.insert_before(self.graph[0], [quantize, dequantize])
+        else:
+            self.graph.insert_after(producer, [quantize, dequantize])
+        for use in uses:
+            use.node.replace_input_with(use.idx, dequantize.outputs[0])
+
+    def _weight(self, node: ir.Node, rule: QuantizedWeight) -> None:
+        source, weight = node.inputs[0], node.inputs[rule.index]
+        assert source is not None
+        assert weight is not None
+        assert weight.const_value is not None
+        input_scale = self.scales[str(source.name)].scale
+        array = weight.const_value.numpy().astype(np.float32)
+        if rule.bias_index is not None and node.name in self.means:
+            self._correct_bias(node, rule, array, input_scale)
+        with_bias = rule.bias_index is not None and self.scheme.int32_bias
+        bias = node.inputs[rule.bias_index] if with_bias and rule.bias_index is not None else None
+        bias_array = None
+        if bias is not None and bias.const_value is not None:
+            bias_array = bias.const_value.numpy().astype(np.float32)
+        quantized, scales, int_bias = self._quantized(node, rule, array, bias_array, input_scale)
+        prefix, module = f"{node.name}_weight", graph_io.module_of(node)
+        scale_value = add_constant(self.graph, f"{prefix}_scale", scales)
+        zeros = add_constant(self.graph, f"{prefix}_zero_point", np.zeros(scales.shape, dtype=np.int8))
+        dequantize = _dequantize(
+            [add_constant(self.graph, f"{prefix}_quantized", quantized), scale_value, zeros],
+            f"{prefix}_DequantizeLinear",
+            weight,
+            module,
+            axis=rule.axis,
+        )
+        self.graph.insert_before(node, dequantize)
+        node.replace_input_with(rule.index, dequantize.outputs[0])
+        if int_bias is not None and bias is not None and rule.bias_index is not None:
+            prefix = f"{node.name}_bias"
+            unit = add_constant(self.graph, f"{prefix}_scale", (input_scale * scales).astype(np.float32))
+            zero = add_constant(self.graph, f"{prefix}_zero_point", np.zeros(scales.shape, dtype=np.int32))
+            dequantize = _dequantize(
+                [add_constant(self.graph, f"{prefix}_quantized", int_bias), unit, zero],
+                f"{prefix}_DequantizeLinear",
+                bias,
+                module,
+                axis=0,
+            )
+            self.graph.insert_before(node, dequantize)
+            node.replace_input_with(rule.bias_index, dequantize.outputs[0])
+
+    def _quantized(
+        self,
+        node: ir.Node,
+        rule: QuantizedWeight,
+        weight: npt.NDArray[np.float32],
+        bias: npt.NDArray[np.float32] | None,
+        input_scale: np.float32,
+    ) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32], npt.NDArray[np.int32] | None]:
+        partners = self.partners.get(str(node.name))
+        quantized, scales, int_bias = quantize_weight(
+            weight, rule.axis, bias, input_scale, partners=partners, half=self.scheme.half
+        )
+        if (steps := self.rounding.get(str(node.name))) is not None:
+            quantized = rounded_otherwise(quantized, steps, rule.axis, partners)
+        return quantized, scales, int_bias
+
+    def _correct_bias(
+        self, node: ir.Node, rule: QuantizedWeight, weight: npt.NDArray[np.float32], input_scale: np.float32
+    ) -> None:
+        """Take from the bias what rounding the weights adds to the mean of each output channel.
+
+        Nagel et al. 2019 (arXiv 1906.04721), section 4.2, with the mean inputs of calibration images.
+        """
+        assert rule.bias_index is not None
+        value = node.inputs[rule.bias_index]
+        assert value is not None
+        assert value.const_value is not None
+        bias = value.const_value.numpy().astype(np.float32)
+        quantized, scales, _ = self._quantized(node, rule, weight, None, input_scale)
+        mean = self.means[str(node.name)]
+        rows, exact = (np.moveaxis(array, rule.axis, 0) for array in (quantized, weight))
+        rows, exact = rows.reshape(len(rows), -1), exact.reshape(len(exact), -1)
+        groups = node.attributes.get_int("group", 1) if node.op_type == "Conv" else 1
+        means = mean.reshape(groups, -1).repeat(len(rows) // groups, axis=0) if groups > 1 else None
+        added = np.empty(len(rows))
+        for b in blocks_of_rows(rows):
+            error = rows[b] * scales[b].astype(np.float64)[:, None] - exact[b]
+            added[b] = error @ mean.ravel() if means is None else (error * means[b]).sum(axis=1)
+        corrected = (bias - added).astype(np.float32)
+        node.replace_input_with(
+            rule.bias_index, add_constant(self.graph, f"{node.name}_bias_corrected", corrected)
+        )
+
+
+def quantize(
+    graph: Path,
+    ranges: Ranges,
+    out: Path,
+    *,
+    target: str = "onnxruntime",
+    keep_float: Sequence[str] = (),
+    method: str = "minmax",
+    clipped: Collection[str] = (),
+    means: Mapping[str, npt.NDArray[np.float64]] | None = None,
+    rounding: Mapping[str, npt.NDArray[np.int8]] | None = None,
+    order: ChannelOrder | None = None,
+) -> list[Path]:
+    """Write the INT8 precision graph of an FP32 graph for a target and return the files written.
+
+    Args:
+        keep_float: patterns of layers to leave unquantized, see `int8.keep_float`.
+        method: how ranges are chosen, see `calibration.methods`.
+        clipped: tensors whose range, and that of all which share their scale, the method `mse` chooses instead.
+        means: mean inputs of layers by node name (see `calibration.layer_inputs`), to correct their biases with.
+        rounding: steps from the nearest integer by node name, see `int8.rounding`.
+        order: what `choose_order` says of this graph, where that is known; else it is asked. Only for targets whose
+            sums may be taken in 16 bits.
+
+    Raises:
+        BadInputError: the ranges are not those of this graph, or nothing in the graph can be quantized.
+        UsageError: a pattern of `keep_float` names nothing, or leaves nothing to quantize.
+    """
+    if ranges.graph_sha256 != graph_io.sha256_of(graph):
+        raise BadInputError(
+            "the ranges file belongs to another graph (its hash differs)", hint="calibrate again"
+        )
+    model = graph_io.load(graph)
+    kept = kept_float(model.graph, keep_float)
+    placement = POLICIES[target](model.graph, kept)
+    if kept and not placement.weights:
+        raise UsageError(
+            f"--keep-float {', '.join(keep_float)}: leaves nothing to quantize", hint="use --precision fp16"
+        )
+    if not placement.weights:
+        raise BadInputError("INT8: no Conv, Gemm or MatMul with constant weights in the graph")
+    scheme = SCHEMES[target]
+    partners: Mapping[str, IndexArray] = {}
+    if scheme.sums_in_16_bits:
+        order = choose_order(model.graph) if order is None else order
+        partners = layers_with_partners(model.graph, order.read)
+    with one_blas_thread():
+        _Quantizer(
+            model.graph, placement, ranges, scheme, method, means or {}, rounding or {}, clipped, partners
+        ).run()
+    if scheme.half:
+        halve(model.graph, ranges)
+    if scheme.sums_in_16_bits and order is not None:
+        reorder(model.graph, order)
+    if target == "onnxruntime":
+        block_first_convolution(model.graph)
+    remove_unused_initializers(model.graph)
+    if scheme.sums_in_16_bits and (layers := saturating_layers(model.graph)):
+        raise ExportDefectError(
+            f"INT8: sums of {layers[0]} can saturate on CPUs without VNNI", hint="please report it"
+        )
+    return graph_io.save(model, out)

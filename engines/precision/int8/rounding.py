@@ -1,0 +1,199 @@
+"""Round weights up or down so that a layer's output changes least, instead of each to the nearest integer.
+
+What counts is the error of the output, (ŵ - w)ᵀ E[x xᵀ] (ŵ - w) for each output channel (Nagel et al. 2020, "Up or
+Down? Adaptive Rounding for Post-Training Quantization", arXiv 2004.10568, section 3.2), which they relax and descend.
+Here it is solved greedily, in one pass over the inputs: each is rounded, and its error is made up for by those that are
+left (Frantar et al. 2022, "GPTQ", arXiv 2210.17323, section 3; in the form that Chee et al. 2023, "QuIP", arXiv
+2307.13304, section 3, show to be the same: it needs one Cholesky factor and no inverse). The same every time, and
+bounded: inputs³ / 3 operations a layer.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from export_zoo.base.machine import one_blas_thread, usable_cores
+from export_zoo.engines.precision.int8.int8_weights import MAX_WEIGHT, quantize_weight
+from export_zoo.engines.precision.int8.qdq import SCHEMES
+from export_zoo.engines.precision.int8.saturation.channel_order import ChannelOrder, choose_order
+from export_zoo.engines.precision.int8.saturation.pairs import (
+    LARGEST_SUM,
+    NONE,
+    IndexArray,
+    layers_with_partners,
+    within_pairs,
+)
+from export_zoo.engines.precision.placement import weight_of
+
+Int8Array = npt.NDArray[np.int8]
+Float64Array = npt.NDArray[np.float64]
+
+DAMPING = 0.01
+"""Of the mean second moment, added to each: what few samples say of inputs that vary together is not all believed."""
+
+LARGEST = 8192
+"""Inputs of an output channel above which a layer stays rounded to nearest: its matrix would be 512 MiB and more."""
+
+_BLOCK = 128
+
+
+def round_to_least_error(
+    scaled: Float64Array, moments: Float64Array, partners: IndexArray | None = None
+) -> Float64Array:
+    """Integers for the weights of some output channels that read the same inputs.
+
+    Args:
+        scaled: weights over their channel's scale, float64 [channels, K].
+        moments: second moments of the inputs, float64 [K, K].
+        partners: neighbours of which no two may overflow 16 bits, int [K], see `saturation.pairs`.
+
+    Returns float64 [channels, K], whole numbers from -127 to 127; no channel's error is larger than with nearest
+    rounding.
+    """
+    nearest = np.clip(np.rint(scaled), -MAX_WEIGHT, MAX_WEIGHT)
+    if partners is not None:
+        nearest = within_pairs(nearest, partners)
+    damped = moments + np.eye(len(moments)) * max(DAMPING * np.trace(moments) / len(moments), 1e-12)
+    order, second = _order(np.diag(damped), partners)
+    # H = (I + U) D (I + U)ᵀ with U strictly upper: the error is a sum of D_k (e_k + sum over j < k of e_j U_jk)², each
+    # term of which is made least when its own integer is chosen. Read backwards, that is a Cholesky factor.
+    factor = np.linalg.cholesky(damped[np.ix_(order[::-1], order[::-1])])[::-1, ::-1]
+    weights = np.diag(factor) ** 2
+    feedback = factor / np.diag(factor)
+    ordered = scaled[:, order]
+    found, errors = np.empty_like(ordered), np.empty_like(ordered)
+    widest = np.full(len(scaled), float(MAX_WEIGHT))
+    end = 0
+    while (start := end) < len(order):
+        end = min(start + _BLOCK, len(order))
+        end += end < len(order) and bool(second[end])  # a pair is not divided
+        wanted = ordered[:, start:end] + errors[:, :start] @ feedback[:start, start:end]
+        for i in range(start, end):
+            target = wanted[:, i - start] + errors[:, start:i] @ feedback[start:i, i]
+            low, high = -widest, widest
+            if i + 1 < end and second[i + 1]:
+                after = wanted[:, i + 1 - start] + errors[:, start:i] @ feedback[start:i, i + 1]
+                target = target - _shared_excess(
+                    target, after, feedback[i, i + 1], weights[i + 1] / weights[i]
+                )
+            elif second[i]:
+                other = found[:, i - 1]
+                low = np.where(other < 0, np.maximum(low, -LARGEST_SUM - other), low)
+                high = np.where(other > 0, np.minimum(high, LARGEST_SUM - other), high)
+            found[:, i] = np.clip(np.rint(target), low, high)
+            errors[:, i] = ordered[:, i] - found[:, i]
+    rounded = np.empty_like(found)
+    rounded[:, order] = found
+    better = output_error(rounded - scaled, moments) < output_error(nearest - scaled, moments)
+    return np.where(better[:, None], rounded, nearest)
+
+
+def _order(
+    importance: Float64Array, partners: IndexArray | None
+) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.bool_]]:
+    """Inputs in the order in which they are rounded, and which of them come right behind their partner.
+
+    What matters most comes first, while others can make up for it. Of a pair the one that matters more comes first.
+    """
+    count = len(importance)
+    if partners is None:
+        return np.argsort(-importance, kind="stable"), np.zeros(count, dtype=bool)
+    paired = partners != NONE
+    either = np.where(paired, np.maximum(importance, importance[partners]), importance)
+    pair = np.where(paired, np.minimum(np.arange(count), partners), np.arange(count))
+    order = np.lexsort((-importance, pair, -either))
+    second = np.zeros(count, dtype=bool)
+    second[1:] = pair[order][1:] == pair[order][:-1]
+    return order, second
+
+
+def _shared_excess(first: Float64Array, second: Float64Array, feedback: float, ratio: float) -> Float64Array:
+    """What the first of a pair gives up, so that both together cost least where they are too large, float64 [channels].
+
+    Least squares: of a weight `a` less than its target, the second must give up the rest of the excess, and the first's
+    error moves the second's target by `a` times `feedback`: a² + ratio (excess - a (1 - feedback))² is least.
+
+    Args:
+        first: targets of the first, float64 [channels].
+        second: targets of the second, if the first had no error.
+        feedback: how the first's error moves the second's target.
+        ratio: cost of the second's squared error over that of the first's.
+    """
+    excess = first + second - np.sign(first) * LARGEST_SUM
+    over = (np.sign(first) == np.sign(second)) & (excess * np.sign(first) > 0)
+    share = ratio * (1 - feedback) / (1 + ratio * (1 - feedback) ** 2)
+    return np.where(over, share * excess, 0.0)
+
+
+def output_error(difference: Float64Array, moments: Float64Array) -> Float64Array:
+    """Mean squared error of each output channel, float64 [channels], for weights that differ so [channels, K]."""
+    return np.asarray(((difference @ moments) * difference).sum(axis=1))
+
+
+def rounding(
+    graph: ir.Graph,
+    moments: Iterable[tuple[str, Float64Array]],
+    target: str,
+    *,
+    order: ChannelOrder | None = None,
+    progress: Callable[[int], None] = lambda _: None,
+) -> dict[str, Int8Array]:
+    """How far each weight of some layers is to be rounded from its nearest integer, int8 in the weight's own shape.
+
+    As many layers at a time as there are cores, each on one: the bits do not depend on how many those are.
+
+    Args:
+        moments: of layers' inputs, [groups, K, K] by node name, see `calibration.layer_inputs.layer_moments`.
+        target: whose scales the weights have.
+        order: as of `int8.qdq.quantize`.
+        progress: called with 1 for each layer done.
+    """
+    nodes = {str(node.name): node for node in graph}
+    scheme = SCHEMES[target]
+    partners: dict[str, IndexArray] = {}
+    if scheme.sums_in_16_bits:
+        partners = layers_with_partners(graph, (order or choose_order(graph)).read)
+
+    def steps(name: str, matrices: Float64Array) -> Int8Array:
+        rule = weight_of(nodes[name])
+        assert rule is not None
+        value = nodes[name].inputs[rule.index]
+        assert value is not None
+        assert value.const_value is not None
+        weight = value.const_value.numpy().astype(np.float32)
+        nearest, scales, _ = quantize_weight(
+            weight, rule.axis, None, np.float32(1), partners=partners.get(name), half=scheme.half
+        )
+        channels = np.moveaxis(weight, rule.axis, 0)
+        rows = channels.reshape(len(scales), -1) / scales.astype(np.float64)[:, None]
+        groups = np.split(rows, len(matrices))
+        integers = [
+            round_to_least_error(group, matrix, partners.get(name))
+            for group, matrix in zip(groups, matrices, strict=True)
+        ]
+        rounded = np.moveaxis(np.concatenate(integers).reshape(channels.shape), 0, rule.axis)
+        return np.clip(rounded - nearest, -127, 127).astype(np.int8)
+
+    found: dict[str, Int8Array] = {}
+    running: deque[tuple[str, Future[Int8Array]]] = deque()
+
+    def take() -> None:
+        name, future = running.popleft()
+        found[name] = future.result()
+        progress(1)
+
+    workers = usable_cores()
+    with one_blas_thread(), ThreadPoolExecutor(workers) as pool:
+        for name, matrices in moments:  # few at once: they are large
+            if len(running) == workers:
+                take()
+            running.append((name, pool.submit(steps, name, matrices)))
+        while running:
+            take()
+    return found

@@ -1,0 +1,165 @@
+"""Which int8 weights are added in 16 bits, and weights of which no two overflow them.
+
+`vpmaddubsw` (x86-64 without VNNI) multiplies uint8 activations with int8 weights, adds two neighbouring products in
+16 bits and saturates. Two weights of opposite signs cannot overflow. Two of one sign cannot where their magnitudes add
+up to 128 or less, whatever the activations: 255 x 128 is 32,640. A filter's neighbours are its elements 2j and 2j + 1,
+flattened as (kernel height, kernel width, input channel), each group on its own; `benchmarks/saturation_pairs.py`
+probes that for the installed ONNX Runtime. Depthwise convolutions have kernels that multiply in 16 and add in 32 bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from export_zoo.engines.precision.int8.first_conv import blocked_weight, blocks_of
+from export_zoo.engines.precision.placement import QuantizedWeight, weight_of
+
+Float64Array = npt.NDArray[np.float64]
+IndexArray = npt.NDArray[np.intp]
+
+LARGEST_SUM = 128
+"""Largest magnitude of the sum of two neighbouring weights that cannot saturate: 255 x 129 is over 32,767."""
+
+NONE = -1
+"""Partner of a weight that is added alone."""
+
+
+def _partners_in_order(order: IndexArray, size: int) -> IndexArray:
+    """Partners of weights 0 to size - 1, which a kernel reads in this order; negative places hold no weight."""
+    padded = order if len(order) % 2 == 0 else np.append(order, NONE)
+    first, second = padded.reshape(-1, 2).T
+    both = (first >= 0) & (second >= 0)
+    partners = np.full(size, NONE, dtype=np.intp)
+    partners[first[both]], partners[second[both]] = second[both], first[both]
+    return partners
+
+
+def depthwise(shape: tuple[int, ...], groups: int) -> bool:
+    """Whether a Conv's weight of this shape has one input and one output channel in each group."""
+    return shape[1] == 1 and groups == shape[0]
+
+
+def partners_of(
+    graph: ir.Graph, node: ir.Node, rule: QuantizedWeight, order: IndexArray | None = None
+) -> IndexArray:
+    """Which weights of a layer's filters are added in 16 bits, once the FP32 graph is an INT8 graph for the CPU.
+
+    Args:
+        order: in which the layer's input channels will be, the old place of each; by default as they are.
+
+    Returns int [K] of indices into a filter flattened as the weight lies (a Conv's as C, kH, kW), NONE for a weight
+    that is added alone.
+    """
+    value = node.inputs[rule.index]
+    assert value is not None
+    assert value.shape is not None
+    shape = tuple(value.shape.numpy())
+    if node.op_type != "Conv":
+        size = shape[1 - rule.axis]
+        return _partners_in_order(np.arange(size) if order is None else order, size)
+    size = int(np.prod(shape[1:]))
+    if depthwise(shape, node.attributes.get_int("group", 1)):
+        return np.full(size, NONE, dtype=np.intp)
+    places = np.arange(size).reshape(1, *shape[1:])
+    if order is not None:
+        places = places[:, order]
+    if (blocks := blocks_of(graph)) is not None and blocks.conv is node:
+        # Filled with 0 where a block has no weight, so that places count from 1.
+        places = blocked_weight(places + 1, blocks.top_left) - 1
+    return _partners_in_order(np.moveaxis(places, 1, 3).reshape(-1), size)
+
+
+def within_pairs(integers: Float64Array, partners: IndexArray) -> Float64Array:
+    """Weights of which no two neighbours overflow: both of a pair that does lose half of what is too much.
+
+    Args:
+        integers: float64 [channels, K], whole numbers from -127 to 127.
+        partners: see `partners_of`.
+    """
+    found = integers.copy()
+    first, total = _sums(integers, partners)
+    channels, pairs = np.nonzero(np.abs(total) > LARGEST_SUM)
+    sums = total[channels, pairs]
+    excess = sums - np.sign(sums) * LARGEST_SUM
+    half = np.trunc(excess / 2)
+    found[channels, first[pairs]] -= half
+    found[channels, partners[first[pairs]]] -= excess - half
+    return found
+
+
+def _sums(rows: npt.NDArray[Any], partners: IndexArray) -> tuple[IndexArray, npt.NDArray[Any]]:
+    """The first of each pair, int [pairs], and the sums of neighbours [channels, pairs]."""
+    first = np.flatnonzero(partners > np.arange(len(partners)))
+    return first, rows[:, first] + rows[:, partners[first]]
+
+
+def sums_that_overflow(
+    scaled: npt.NDArray[np.floating], partners: IndexArray
+) -> tuple[IndexArray, npt.NDArray[np.floating]]:
+    """Of weights in units of int8 [channels, K]: the channel, and the magnitude, of each sum of neighbours over 128."""
+    _, total = _sums(scaled, partners)
+    magnitudes = np.abs(total)
+    channels, pairs = np.nonzero(magnitudes > LARGEST_SUM)
+    return channels, magnitudes[channels, pairs]
+
+
+def overflowing(integers: npt.NDArray[np.generic], partners: IndexArray) -> npt.NDArray[np.bool_]:
+    """Whether a filter, of integers [channels, K], has neighbours that can overflow: bool [channels]."""
+    _, total = _sums(integers.astype(np.int16), partners)
+    return np.asarray((np.abs(total) > LARGEST_SUM).any(axis=1))
+
+
+def quantized_weights(graph: ir.Graph) -> list[tuple[ir.Node, ir.Node, ir.Value]]:
+    """The layers of a Q/DQ graph with an int8 weight: node, the weight's DequantizeLinear, and the weight."""
+    found = []
+    for node in graph:
+        operand = node.inputs[1] if len(node.inputs) > 1 else None
+        dequantize = operand.producer() if operand is not None else None
+        if node.op_type not in ("Conv", "Gemm", "MatMul") or dequantize is None:
+            continue
+        weight = dequantize.inputs[0] if dequantize.op_type == "DequantizeLinear" else None
+        if weight is not None and weight.const_value is not None and weight.dtype == ir.DataType.INT8:
+            found.append((node, dequantize, weight))
+    return found
+
+
+def saturating_layers(graph: ir.Graph) -> list[str]:
+    """Names of the layers of a finished Q/DQ graph that can saturate: proof, where there are none, that it cannot.
+
+    Layers whose activations are int8 (TensorRT's) count, too.
+    """
+    found = []
+    for node, _, weight in quantized_weights(graph):
+        assert weight.const_value is not None
+        integers = weight.const_value.numpy()
+        if node.op_type == "Conv":
+            if depthwise(integers.shape, node.attributes.get_int("group", 1)):
+                continue
+            rows = np.moveaxis(integers, 1, -1).reshape(len(integers), -1)
+        elif node.op_type == "Gemm" and node.attributes.get_int("transB", 0) != 0:
+            rows = integers
+        else:
+            rows = np.moveaxis(integers, -2, -1).reshape(-1, integers.shape[-2])
+        size = rows.shape[1]
+        if overflowing(rows, _partners_in_order(np.arange(size), size)).any():
+            found.append(str(node.name))
+    return found
+
+
+def layers_with_partners(graph: ir.Graph, orders: Mapping[str, IndexArray]) -> dict[str, IndexArray]:
+    """`partners_of` each layer of an FP32 graph that can have an int8 weight, by node name.
+
+    Args:
+        orders: of layers' input channels, by node name, see `saturation.channel_order`.
+    """
+    rules = ((node, weight_of(node)) for node in graph)
+    return {
+        str(node.name): partners_of(graph, node, rule, orders.get(str(node.name)))
+        for node, rule in rules
+        if rule is not None
+    }

@@ -1,0 +1,1 @@
+"""Targets: what builds and runs the engines."""

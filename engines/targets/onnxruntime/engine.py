@@ -1,0 +1,156 @@
+"""The embedded engine: a precision graph in ONNX Runtime on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+
+from export_zoo.base.errors import BadInputError, TargetUnavailableError
+from export_zoo.base.machine import session_threads
+from export_zoo.engines.precision.int8.saturation.probe import EXACT_SESSION, saturates
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+Float32Array = npt.NDArray[np.float32]
+
+
+class OnnxRuntimeEngine:
+    """An ONNX graph loaded on the CPU. Thread-safe: ONNX Runtime allows concurrent `run` calls.
+
+    Args:
+        graph: the ONNX file.
+        threads: intra-op threads, 0 for all usable cores.
+        fused: with False, no graph optimization: Q/DQ pairs are computed one by one, in float.
+        half: the graph computes in FP16; its layout optimizer crashes on FP16 transformers and is left out.
+        saturating_session: session configuration that is added where int8 sums saturate and the graph is fused, see
+            `saturation.probe`; empty for a graph that cannot saturate.
+
+    Raises:
+        BadInputError: ONNX Runtime does not load the file.
+        TargetUnavailableError: its kernels saturate here, and the graph cannot be run exactly.
+    """
+
+    def __init__(
+        self,
+        graph: Path,
+        *,
+        threads: int = 0,
+        fused: bool = True,
+        half: bool = False,
+        saturating_session: Mapping[str, str] = EXACT_SESSION,
+    ) -> None:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = session_threads(threads)
+        options.log_severity_level = 3
+        # Or idle threads of one engine spin on the cores of the next: up to four times as slow, three engines in turn.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        if not fused:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        self.session_config: dict[str, str] = {}
+        """Configuration that this session got because kernels saturate here."""
+        if fused and saturating_session and saturates():
+            self.session_config = dict(saturating_session)
+        for key, value in self.session_config.items():
+            options.add_session_config_entry(key, value)
+        # ONNX Runtime 1.31 segfaults in this pass on FP16 ViTs.
+        disabled = ["NchwcTransformer"] if half else []
+        try:
+            self._session = _session(graph, options, disabled)
+        except TargetUnavailableError:
+            raise
+        except Exception as error:  # ONNX Runtime raises a dozen types of its own
+            raise BadInputError(
+                f"{graph}: ONNX Runtime {ort.__version__} cannot load it: {error}",
+                hint="the file is damaged, or was made for another version",
+            ) from error
+        (feed,) = self._session.get_inputs()
+        self.input_name: str = feed.name
+        self.output_names = [output.name for output in self._session.get_outputs()]
+        self.input_shape: tuple[int | str, ...] = tuple(feed.shape)
+
+    def run(self, batch: Float32Array) -> Float32Array:
+        """The first output, logits float32 [N, classes] or [N, classes, H, W], of a batch float32 [N, 3, H, W].
+
+        Raises:
+            BadInputError: wrong dtype or shape.
+        """
+        return self.run_all(batch)[0]
+
+    def run_all(self, batch: Float32Array) -> tuple[Float32Array, ...]:
+        """All outputs, float32, of a preprocessed batch float32 [N, 3, H, W].
+
+        Raises:
+            BadInputError: wrong dtype or shape.
+        """
+        batch = np.asarray(batch)
+        expected = self.input_shape
+        fits = batch.ndim == len(expected) and all(
+            isinstance(want, str) or want == have for want, have in zip(expected, batch.shape, strict=True)
+        )
+        if batch.dtype != np.float32 or not fits or batch.shape[0] < 1:
+            raise BadInputError(
+                f"input {batch.dtype} {list(batch.shape)}, expected float32 {list(expected)}",
+                hint="use the bundle's preprocess() to make the input",
+            )
+        try:
+            outputs = self._session.run(None, {self.input_name: batch})
+        except Exception as error:
+            if "llocat" not in str(error):
+                raise
+            raise MemoryError(f"ONNX Runtime at batch {batch.shape[0]}") from error
+        return tuple(np.asarray(output, dtype=np.float32) for output in outputs)
+
+
+_SHARED = ("replace the existing tensor", "Initializer with same name exists")
+"""Words of ONNX Runtime's refusal of `session.x64quantprecision` where nodes share an int8 weight or zero point, in
+1.24 and later, and in 1.23."""
+
+
+def _session(graph: Path, options: ort.SessionOptions, disabled: list[str]) -> ort.InferenceSession:
+    def opened(model: Path | bytes) -> ort.InferenceSession:
+        return ort.InferenceSession(
+            model, options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled
+        )
+
+    def refused(error: Exception) -> bool:
+        return any(words in str(error) for words in _SHARED)
+
+    def not_exact(more: str = "") -> TargetUnavailableError:
+        return TargetUnavailableError(
+            f"{graph}: int8 sums saturate on this CPU, and ONNX Runtime {ort.__version__} cannot compute this graph "
+            f"exactly: nodes share int8 tensors{more}",
+            hint="export the bundle again, or load its FP32 engine",
+        )
+
+    try:
+        return opened(graph)
+    except Exception as error:
+        if not refused(error):
+            raise
+    # Sums must be exact, so each node gets int8 tensors of its own, in memory.
+    from export_zoo.base import graph_io
+    from export_zoo.engines.precision.rewrites import own_int8_constants
+
+    if graph_io.external_files(graph):
+        raise not_exact(", and its weights are outside the file")
+    model = graph_io.load(graph)
+    own_int8_constants(model.graph)
+    try:
+        return opened(_serialized(model))
+    except Exception as error:
+        if refused(error):
+            raise not_exact() from error
+        raise
+
+
+def _serialized(model: ir.Model) -> bytes:
+    import onnx_ir as ir
+
+    data: Any = ir.to_proto(model).SerializeToString()
+    return bytes(data)

@@ -1,0 +1,212 @@
+"""Build TensorRT and TensorRT-RTX engines from precision graphs, each in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from export_zoo.base import graph_io
+from export_zoo.base.errors import EnvironmentFailureError, ExportDefectError, UsageError
+from export_zoo.base.package import IMPORT_ROOT
+from export_zoo.engines.parity.metrics import Size
+from export_zoo.engines.targets.target import CURRENT, BuildOptions
+from export_zoo.engines.targets.tensorrt.worker import FATAL_WARNINGS, TIMING_SUFFIX
+
+log = logging.getLogger("export_zoo.tensorrt")
+log.addHandler(logging.NullHandler())
+
+_LEVELS = {
+    "INTERNAL_ERROR": logging.ERROR,
+    "ERROR": logging.ERROR,
+    "WARNING": logging.WARNING,
+    "INFO": logging.INFO,
+    "VERBOSE": logging.DEBUG,
+}
+
+WORKER: Sequence[str] = (sys.executable, "-m", "export_zoo.engines.targets.tensorrt.worker")
+
+_SHOWN = 3
+"""Errors that a message names."""
+
+Steps = Callable[[int, int], None]
+"""Called with the builder's finished steps and their total."""
+
+
+@dataclass(frozen=True)
+class Built:
+    """A finished engine file."""
+
+    version: str
+    """Of the TensorRT that built it: the engine runs with this one only, unless built otherwise."""
+    compute_capabilities: list[str] = field(default_factory=list)
+    """Of the GPUs that it is for."""
+    warnings: dict[str, int] = field(default_factory=dict)
+    """TensorRT's warnings, and how often each came."""
+
+
+def _describe(stage: str, errors: list[dict[str, str]], logged: list[str], graph: Path) -> str:
+    """What went wrong, with the node's module path where one is named."""
+    nodes = {}
+    if stage == "build" or any(error["node"] for error in errors):  # else the file may not be a graph at all
+        nodes = {node.name: node for node in graph_io.load(graph).graph}
+    parts = []
+    for error in errors[:_SHOWN]:
+        node = nodes.get(error["node"])
+        where = graph_io.describe(node) if node is not None else error["node"]
+        parts.append(f"{where}: {error['text']}" if where else error["text"])
+    if len(errors) > _SHOWN:
+        parts.append(f"and {len(errors) - _SHOWN} more")
+    if not parts:
+        parts = logged[-_SHOWN:] or ["no reason was given"]
+        named = [nodes[word] for word in re.findall(r"\w+", " ".join(parts)) if word in nodes]
+        parts += [graph_io.describe(node) for node in list(dict.fromkeys(named))[:_SHOWN]]
+    return f"{stage}: " + "; ".join(parts)
+
+
+def _ended(code: int, tail: str) -> str:
+    """How a builder process that said nothing ended."""
+    if code == -signal.SIGKILL:
+        return "the builder was killed, most likely for want of memory"
+    name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    return f"the builder crashed ({name})" + (f": {tail}" if tail else "")
+
+
+def _worker(
+    request: dict[str, Any], steps: Steps
+) -> tuple[dict[str, Any], Counter[str], list[str], int, str]:
+    """Run the builder's process: its last event, its warnings, errors that it logged, exit code and end of stderr."""
+    with tempfile.TemporaryFile() as stderr:
+        process = subprocess.Popen(
+            WORKER, cwd=IMPORT_ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True
+        )
+        try:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            with process.stdin:
+                process.stdin.write(json.dumps(request))
+            final, warnings, logged = _follow(process.stdout, steps)
+            code = process.wait()
+        finally:
+            process.kill()
+            process.wait()
+        stderr.seek(0)
+        tail = " ".join(stderr.read().decode(errors="replace").strip().splitlines()[-2:])
+    return final, warnings, logged, code, tail
+
+
+def check_capabilities(options: BuildOptions, targets: Collection[str]) -> None:
+    """Ask TensorRT-RTX, before any work, whether it knows the compute capabilities that are to be built for.
+
+    Raises:
+        UsageError: one is unknown; names those there are.
+        EnvironmentFailureError: TensorRT-RTX cannot be loaded.
+    """
+    if not options.compute_capabilities or "tensorrt-rtx" not in targets:
+        return
+    request = {"what": "capabilities", "target": "tensorrt-rtx"}
+    final, _, _, code, tail = _worker(request, lambda done, total: None)
+    if "capabilities" not in final:
+        raise EnvironmentFailureError(f"tensorrt-rtx: {_ended(code, tail)}", hint="reinstall tensorrt-rtx")
+    for text in options.compute_capabilities:
+        if text not in (*final["capabilities"], CURRENT):
+            raise UsageError(
+                f"--compute-capability {text}: unknown to this tensorrt-rtx",
+                hint=f"choose from {', '.join(final['capabilities'])}",
+            )
+
+
+def build_engine(
+    graph: Path,
+    out: Path,
+    *,
+    target: str,
+    batch: tuple[int, int, int],
+    sizes: tuple[Size, Size, Size] | None = None,
+    options: BuildOptions | None = None,
+    steps: Steps = lambda done, total: None,
+) -> Built:
+    """Build a strongly typed engine of an ONNX precision graph, with one optimization profile over the batch
+    and, where they are dynamic, height and width.
+
+    Args:
+        graph: ONNX file; its types are the engine's.
+        out: the engine file to write; nothing is left there on failure. `tensorrt` writes its timing cache beside
+            it, with the suffix `.timing`.
+        target: `tensorrt` (needs the GPU it builds for) or `tensorrt-rtx` (needs none).
+        batch: min, opt and max of the first dimension of every input.
+        sizes: min, opt and max (height, width) of every input; None where the graph fixes them.
+
+    Raises:
+        UsageError: an option, the batch or the sizes do not fit this TensorRT or this graph.
+        ExportDefectError: the parser or the builder refuses the graph; names node and module.
+        EnvironmentFailureError: the builder crashed or was killed.
+    """
+    options = options or BuildOptions()
+    request = {
+        **asdict(options),
+        "timing_cache": str(options.timing_cache.absolute()) if options.timing_cache is not None else None,
+        "graph": str(graph.absolute()),
+        "out": str(out.absolute()),
+        "target": target,
+        "batch": batch,
+        "sizes": sizes,
+    }
+    final, warnings, logged, code, tail = _worker(request, steps)
+    fatal = [text for text in warnings if any(bad in text for bad in FATAL_WARNINGS)]
+    if final.get("event") == "done" and not fatal:
+        return Built(final["version"], final["compute_capabilities"], dict(warnings))
+    for left in (out, out.with_suffix(TIMING_SUFFIX)):
+        left.unlink(missing_ok=True)
+    if not final:
+        raise EnvironmentFailureError(
+            f"{target}: {_ended(code, tail)}",
+            hint="try a smaller --batch or --workspace, or another --target",
+        )
+    if final["event"] == "error" and final["stage"] == "write":
+        raise EnvironmentFailureError(
+            f"{target}: {final['errors'][0]['text']}",
+            hint="free some space, or move the cache (EXPORT_ZOO_CACHE; with --no-cache, TMPDIR)",
+        )
+    if final["event"] == "error" and final["stage"] == "configure":
+        raise UsageError(f"{target}: {final['errors'][0]['text']}", hint="`export-zoo export --help`")
+    reason = f"build: {fatal[0]}" if fatal else _describe(final["stage"], final["errors"], logged, graph)
+    raise ExportDefectError(
+        f"{target}: cannot build {graph.name}: {reason}",
+        hint="-v shows TensorRT's log; --target onnxruntime builds without TensorRT",
+    )
+
+
+def _follow(events: IO[str], steps: Steps) -> tuple[dict[str, Any], Counter[str], list[str]]:
+    """Read a worker's events to their end: the final one, warnings with their number, and errors logged."""
+    final: dict[str, Any] = {}
+    warnings: Counter[str] = Counter()
+    logged: list[str] = []
+    done, total = 0, 0
+    for line in events:
+        event = json.loads(line)
+        match event["event"]:
+            case "log":
+                level = _LEVELS.get(event["severity"], logging.INFO)
+                log.log(level, event["text"])
+                if level == logging.WARNING:
+                    warnings[event["text"]] += 1
+                elif level == logging.ERROR:
+                    logged.append(event["text"])
+            case "steps":
+                total = event["total"]
+            case "step":
+                done += 1
+                steps(done, total)
+            case _:
+                final = event
+    return final, warnings, logged

@@ -1,0 +1,1 @@
+"""The parity gate, latency, and verifying a bundle again on another machine."""

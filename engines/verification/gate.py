@@ -1,0 +1,249 @@
+"""The parity gate: run an engine on the verify set at several batch sizes and judge its logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from export_zoo.base.errors import ParityError
+from export_zoo.calibration.images import Progress
+from export_zoo.calibration.preprocess import Preprocess, UInt8Array, normalize
+from export_zoo.engines.bundle.manifest import Batch, FurtherMetrics, Gate
+from export_zoo.engines.parity.metrics import (
+    MIN_UNFUSED_COSINE,
+    Metrics,
+    batches_to_check,
+    check_reference,
+    compare,
+    failures,
+    unfused_tolerances,
+)
+from export_zoo.engines.parity.outputs import as_rows, sampled
+
+Float32Array = npt.NDArray[np.float32]
+
+SUBSET = 32
+"""Images compared at the batch sizes other than `opt`, which gets all of them."""
+
+MIN_LABELLED = 100
+"""Fewer labelled images do not resolve an accuracy of one point: the default accuracy limit is left out."""
+
+
+class Runnable(Protocol):
+    def run_all(self, batch: Float32Array) -> tuple[Float32Array, ...]: ...
+
+
+def run_in_batches(
+    engine: Runnable,
+    pixels: UInt8Array,
+    preprocess: Preprocess,
+    batch: int,
+    progress: Progress = lambda _: None,
+) -> tuple[Float32Array, ...]:
+    """Outputs of all images, `sampled`, run in full batches of exactly `batch` (the last is filled up by cycling)."""
+    outputs = []
+    for start in range(0, len(pixels), batch):
+        index = np.arange(start, start + batch) % len(pixels)
+        wanted = min(batch, len(pixels) - start)
+        found = engine.run_all(normalize(pixels[index], preprocess))
+        outputs.append([sampled(output)[:wanted] for output in found])
+        progress(wanted)
+    return tuple(np.concatenate(parts) for parts in zip(*outputs, strict=True))
+
+
+def images_compared(count: int, batch: Batch, further: int = 0) -> int:
+    """How many images `judge` runs in all, for a progress bar; `further` are those of further sizes."""
+    sizes = batches_to_check(batch.min, batch.opt, batch.max)
+    elsewhere = further * len({batch.opt, batch.max})
+    return count + sum(min(count, max(SUBSET, size)) for size in sizes if size != batch.opt) + elsewhere
+
+
+Unfused = Callable[[UInt8Array], tuple[Float32Array, ...]]
+
+
+def _judges(
+    pixels: UInt8Array,
+    eager: Mapping[str, Float32Array],
+    labels: Sequence[int] | None,
+    tolerances: Mapping[str, float],
+    unfused: Unfused | None,
+    where: str = "",
+) -> dict[str, _OutputJudge]:
+    """A judge for each output. Labels, and limits on accuracy, are the first output's."""
+    for logits in eager.values():
+        check_reference(as_rows(logits), where)
+    references = tuple(eager.values()) if unfused is None else unfused(pixels)
+    if not all(np.isfinite(logits).all() for logits in references):
+        raise ParityError(
+            "nothing to compare: the unfused precision graph's logits are not finite",
+            hint="the precision graph is wrong or overflows; try other --calib images, or another --precision",
+        )
+    first = next(iter(eager))
+    return {
+        name: _OutputJudge(
+            reference,
+            eager[name],
+            labels if name == first else None,
+            tolerances if name == first else _without_accuracy(tolerances),
+            unfused=unfused is not None,
+        )
+        for name, reference in zip(eager, references, strict=True)
+    }
+
+
+def _judge_size(
+    engine: Runnable,
+    pixels: UInt8Array,
+    eager: Mapping[str, Float32Array],
+    preprocess: Preprocess,
+    batch: Batch,
+    tolerances: Mapping[str, float],
+    unfused: Unfused | None,
+    progress: Progress,
+) -> list[str]:
+    """What fails at one further size, at batches opt and max."""
+    height, width = pixels.shape[1:3]
+    judges = _judges(pixels, eager, None, tolerances, unfused, f"at {height}x{width}, ")
+    found = []
+    for size in sorted({batch.opt, batch.max}):
+        outputs = run_in_batches(engine, pixels, preprocess, size, progress)
+        for (name, judge_of), logits in zip(judges.items(), outputs, strict=True):
+            where = f"size {height}x{width}, batch {size}: " + _of_output(name, eager)
+            found += [where + text for text in judge_of.elsewhere(logits)]
+    return found
+
+
+def _of_output(name: str, eager: Mapping[str, Float32Array]) -> str:
+    return "" if name == next(iter(eager)) else f"output {name}: "
+
+
+def judge(
+    engine: Runnable,
+    *,
+    pixels: UInt8Array,
+    eager: Mapping[str, Float32Array],
+    labels: Sequence[int] | None,
+    preprocess: Preprocess,
+    batch: Batch,
+    tolerances: Mapping[str, float],
+    ran: Literal["engine", "precision graph"] = "engine",
+    unfused: Unfused | None = None,
+    sizes: Sequence[tuple[UInt8Array, Mapping[str, Float32Array]]] = (),
+    progress: Progress = lambda _: None,
+) -> Gate:
+    """Compare all of an engine's outputs with the reference at batches min, opt, max and an odd one.
+
+    Where the input's size is dynamic, also at further sizes, each at batches opt and max; accuracy aside, by the same
+    limits.
+
+    Args:
+        pixels: uint8 [N, H, W, 3], images that were not calibrated on.
+        eager: eager PyTorch's outputs of the same images by name, the logits first, float32 [N, classes] or, `sampled`,
+            [N, classes, h, w].
+        labels: class index per image, or None.
+        tolerances: limits by metric, see `parity.metrics`.
+        ran: what `engine` is: the engine itself, or only its precision graph.
+        unfused: for random weights: makes the unfused precision graph's outputs of images, the reference to gate
+            against by `unfused_tolerances` unless overridden; figures against eager are reported all the same.
+        sizes: images of other sizes, and eager's outputs of them.
+
+    Raises:
+        ParityError: there is nothing to compare or to judge by.
+    """
+    counts = [len(logits) for logits in eager.values()]
+    if len(pixels) == 0 or any(count != len(pixels) for count in counts):
+        raise ParityError(
+            f"nothing to compare: {len(pixels)} inputs, {min(counts)} reference logits",
+            hint="give images to verify on (--calib or --verify)",
+        )
+    names = list(eager)
+    judges = _judges(pixels, eager, labels, tolerances, unfused)
+    batches = batches_to_check(batch.min, batch.opt, batch.max)
+    found: list[str] = []
+    figures: dict[str, FurtherMetrics] = {}
+    for size in batches:
+        full = size == batch.opt
+        count = len(pixels) if full else min(len(pixels), max(SUBSET, size))
+        outputs = run_in_batches(engine, pixels[:count], preprocess, size, progress)
+        if len(outputs) != len(names):
+            raise ParityError(
+                f"nothing to compare: the engine has {len(outputs)} outputs, eager PyTorch {len(names)}"
+            )
+        for name, logits in zip(names, outputs, strict=True):
+            where = f"batch {size}: " + _of_output(name, eager)
+            if full:
+                figures[name], problems = judges[name].whole(logits)
+            else:
+                problems = judges[name].part(logits)
+            found += [where + text for text in problems]
+    for images, outputs_of in sizes:
+        found += _judge_size(engine, images, outputs_of, preprocess, batch, tolerances, unfused, progress)
+    return Gate(
+        ran=ran,
+        reference="eager" if unfused is None else "unfused precision graph",
+        tolerances=judges[names[0]].limits,
+        batches=batches,
+        sizes=[images.shape[1:3] for images, _ in sizes],
+        metrics=figures[names[0]].metrics,
+        eager_metrics=figures[names[0]].eager_metrics,
+        further={name: figures[name] for name in names[1:]},
+        failures=found,
+    )
+
+
+def _without_accuracy(limits: Mapping[str, float]) -> dict[str, float]:
+    return {metric: value for metric, value in limits.items() if "accuracy" not in metric}
+
+
+class _OutputJudge:
+    """One output beside its reference."""
+
+    def __init__(
+        self,
+        reference: Float32Array,
+        eager: Float32Array,
+        labels: Sequence[int] | None,
+        tolerances: Mapping[str, float],
+        *,
+        unfused: bool,
+    ) -> None:
+        self._reference, self._eager, self._labels, self._unfused = reference, eager, labels, unfused
+        self.limits = dict(tolerances)
+        if unfused:
+            graph = compare(as_rows(eager), as_rows(reference))
+            self.limits = {**unfused_tolerances(graph.sqnr), **self.limits}
+
+    def part(self, logits: Float32Array) -> list[str]:
+        """What does not hold of the first images."""
+        limits = _without_accuracy(self.limits)
+        reference = self._reference[: len(logits)]
+        metrics = compare(as_rows(reference), as_rows(logits))
+        return failures(metrics, limits) if limits else []
+
+    def whole(self, logits: Float32Array) -> tuple[FurtherMetrics, list[str]]:
+        """Figures of all images, and what does not hold of them."""
+        metrics = eager = compare(as_rows(self._reference), as_rows(logits), self._labels)
+        counts = {} if logits.ndim == 2 else {"images": len(logits), "pixels": metrics.images}
+        problems = failures(metrics, self.limits)
+        if self._unfused:
+            eager = compare(as_rows(self._eager), as_rows(logits), self._labels)
+            problems += _astray(eager)
+        figures = FurtherMetrics(
+            metrics={**metrics.as_dict(), **counts}, eager_metrics={**eager.as_dict(), **counts}
+        )
+        return figures, problems
+
+    def elsewhere(self, logits: Float32Array) -> list[str]:
+        """What does not hold at another size."""
+        far = _astray(compare(as_rows(self._eager), as_rows(logits))) if self._unfused else []
+        return [*self.part(logits), *far]
+
+
+def _astray(eager: Metrics) -> list[str]:
+    """An engine that is judged by its own unfused graph must be near to eager, too; else that graph is wrong."""
+    if eager.cosine >= MIN_UNFUSED_COSINE:
+        return []
+    return [f"cosine to eager is {eager.cosine:.3g}, must be >= {MIN_UNFUSED_COSINE}"]

@@ -1,0 +1,229 @@
+"""Verify a bundle again on any machine: hashes, logits, and an attestation of what was found."""
+
+from __future__ import annotations
+
+import errno
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from export_zoo.base import graph_io
+from export_zoo.base.files import replacing
+from export_zoo.base.graph_io import sha256_of
+from export_zoo.base.machine import cpu_model, instruction_set, library_versions
+from export_zoo.calibration.images import Progress
+from export_zoo.calibration.preprocess import UInt8Array
+from export_zoo.engines.bundle import manifest as m
+from export_zoo.engines.bundle.loading import open_engine, why_not_here
+from export_zoo.engines.bundle.reader import ATTESTATIONS, MANIFEST, HeldOut, checked, held_out, read_manifest
+from export_zoo.engines.precision.fp16.twin import write_twin
+from export_zoo.engines.precision.int8.saturation.pairs import saturating_layers
+from export_zoo.engines.precision.int8.saturation.probe import saturates
+from export_zoo.engines.targets.onnxruntime.engine import OnnxRuntimeEngine
+from export_zoo.engines.targets.target import DISTRIBUTIONS, device_capability
+from export_zoo.engines.verification.gate import Runnable, judge, run_in_batches
+
+Float32Array = npt.NDArray[np.float32]
+
+
+def plain_outputs(
+    graph: Path, recipe: m.Recipe, *, half: bool
+) -> Callable[[UInt8Array], tuple[Float32Array, ...]]:
+    """What computes a precision graph's outputs unfused, Q/DQ pairs one by one; see `verification.gate.judge`."""
+
+    def outputs(pixels: UInt8Array) -> tuple[Float32Array, ...]:
+        plain = OnnxRuntimeEngine(graph, fused=False, half=half)
+        return run_in_batches(plain, pixels, recipe.preprocess, recipe.batch.opt)
+
+    return outputs
+
+
+def judge_engine(
+    file: Path,
+    graph: Path,
+    *,
+    target: str,
+    precision: str,
+    plan: m.Plan | None,
+    saturating_session: Mapping[str, str],
+    unfused: bool,
+    recipe: m.Recipe,
+    held: HeldOut,
+    tolerances: dict[str, float],
+    progress: Progress = lambda _: None,
+) -> m.Gate:
+    """Run one engine, or the precision graph of one that cannot run here, through the parity gate.
+
+    Args:
+        file: the engine.
+        graph: the precision graph that TensorRT compiled; for ONNX Runtime, the engine itself.
+        saturating_session: see `bundle.manifest.Engine.session_where_saturating`.
+        unfused: gate against the unfused graph (see `verification.gate.judge`).
+    """
+
+    only_graph = bool(why_not_here(target, plan))
+    engine: Runnable
+    if only_graph:
+        with tempfile.TemporaryDirectory(prefix="export-zoo-") as directory:
+            twin = Path(directory) / "twin.onnx"
+            write_twin(graph, twin)
+            engine = OnnxRuntimeEngine(twin, fused=False)
+    else:
+        engine = open_engine(
+            file,
+            target=target,
+            precision=precision,
+            plan=plan,
+            graph=graph,
+            saturating_session=saturating_session,
+        )
+    return judge(
+        engine,
+        ran="precision graph" if only_graph else "engine",
+        pixels=held.pixels,
+        eager=held.outputs(recipe),
+        labels=held.labels,
+        preprocess=recipe.preprocess,
+        batch=recipe.batch,
+        tolerances=tolerances,
+        unfused=plain_outputs(graph, recipe, half=precision == "fp16") if unfused else None,
+        sizes=[(part.pixels, part.outputs(recipe)) for part in held.sizes],
+        progress=progress,
+    )
+
+
+def verify(bundle: Path | str, *, progress: Progress = lambda _: None) -> tuple[m.Attestation, Path | None]:
+    """Check every hash of a bundle and every engine's logits on this machine; write an attestation.
+
+    Returns the attestation, and its path: None where the bundle cannot be written to. Its `status` is `failed`
+    where a gate did not hold: the caller decides what to do, nothing is raised for it.
+
+    Raises:
+        BadInputError: not a bundle, or damaged.
+        TargetUnavailableError: INT8 of an earlier version saturates here, and cannot be run exactly.
+    """
+    root = Path(bundle)
+    manifest = read_manifest(root)
+    for file in manifest.files():
+        checked(root, file)
+    held = held_out(root, manifest)
+    warnings = [f"{name}: not run, this version does not know it" for name in manifest.unknown_engines]
+    gates: dict[str, m.Gate] = {}
+    states: dict[str, m.State] = {}
+    for engine in manifest.artifacts.engines:
+        session = engine.session_where_saturating()
+        if (
+            session
+            and engine.target == "onnxruntime"
+            and saturates()
+            and can_saturate(root / engine.file.path)
+        ):
+            warnings.append(
+                f"{engine.name}: sums of INT8 saturate on this CPU; it runs with "
+                f"{', '.join(f'{key}={value}' for key, value in session.items())}, which is exact, and slower than a "
+                "graph that cannot saturate: export the bundle again"
+            )
+        gate = judge_engine(
+            root / engine.file.path,
+            root / (engine.graph or engine.file).path,
+            target=engine.target,
+            precision=engine.precision,
+            plan=engine.plan,
+            saturating_session=session,
+            unfused=engine.gate.reference != "eager",
+            recipe=manifest.recipe,
+            held=held,
+            tolerances=engine.gate.tolerances,
+            progress=progress,
+        )
+        gates[engine.name] = gate = with_claim(gate, engine, root / engine.file.path)
+        states[engine.name] = m.state_after(gate)
+    attestation = attested(
+        root,
+        gates,
+        states,
+        machine=cpu_model(),
+        instruction_set=instruction_set(),
+        compute_capability=device_capability(),
+        versions=library_versions(*DISTRIBUTIONS.values(), "numpy", "pillow"),
+        warnings=warnings,
+    )
+    return attestation, write_attestation(root, attestation)
+
+
+def with_claim(gate: m.Gate, engine: m.Engine, graph: Path) -> m.Gate:
+    """The gate of an engine, failed where the manifest says that it cannot saturate and its weights say that it can.
+
+    On this CPU its logits may be right: not on others.
+    """
+    claims = (
+        engine.target == "onnxruntime" and engine.precision == "int8" and engine.saturating_cpu_session == {}
+    )
+    if not claims or not can_saturate(graph):
+        return gate
+    failure = (
+        "the manifest says that sums of INT8 cannot saturate, but these weights can: export the bundle again"
+    )
+    return gate.model_copy(update={"failures": [*gate.failures, failure]})
+
+
+def can_saturate(graph: Path) -> bool:
+    """Whether a graph has weights whose products overflow 16 bits; 7-bit ones of earlier versions do not."""
+    return bool(saturating_layers(graph_io.load(graph).graph))
+
+
+def attested(
+    root: Path,
+    gates: dict[str, m.Gate],
+    states: dict[str, m.State],
+    *,
+    machine: str,
+    instruction_set: str,
+    compute_capability: str | None,
+    versions: dict[str, str],
+    warnings: Sequence[str] = (),
+    emulation: m.Emulation | None = None,
+) -> m.Attestation:
+    """The attestation of a bundle as it is now; arguments as its fields."""
+    return m.Attestation(
+        schema_version=1,
+        manifest_sha256=sha256_of(root / MANIFEST),
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        machine=machine,
+        instruction_set=instruction_set,
+        compute_capability=compute_capability,
+        versions=versions,
+        status="failed" if any(gate.failures for gate in gates.values()) else "ok",
+        warnings=list(warnings),
+        engines=gates,
+        states=states,
+        emulation=emulation,
+    )
+
+
+_CANNOT_WRITE = {
+    getattr(errno, name)
+    for name in ("EROFS", "EACCES", "EPERM", "EEXIST", "ENOTDIR", "ENOSPC", "EDQUOT")
+    if hasattr(errno, name)
+}
+"""Errors of storage that is read-only, or full: what was found is told all the same."""
+
+
+def write_attestation(root: Path, attestation: m.Attestation) -> Path | None:
+    """Write an attestation to its bundle; None where that cannot be written to, as on read-only or full storage."""
+    directory = root / ATTESTATIONS
+    stamp = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%S%fZ")
+    path = directory / f"{stamp}.json"
+    try:
+        directory.mkdir(exist_ok=True)
+        with replacing(path) as temporary:
+            temporary.write_text(attestation.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        if error.errno in _CANNOT_WRITE:
+            return None
+        raise
+    return path

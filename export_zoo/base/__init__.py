@@ -1,0 +1,1 @@
+"""Below everything: errors, files, ONNX files, and facts about this machine."""

@@ -1,0 +1,12 @@
+"""This package: its version and where it is installed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+__version__ = "0.1.0"
+
+PACKAGE = Path(__file__).parent.parent
+"""Folder of `export_zoo`."""
+IMPORT_ROOT = PACKAGE.parent
+"""The entry of sys.path that finds this package, for processes that we start."""

@@ -1,0 +1,86 @@
+"""Calibrate alone: from a zoo model and images to a ranges file, whole or in shards that merge."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from functools import reduce
+from pathlib import Path
+
+from export_zoo.base.errors import EnvironmentFailureError, UsageError
+from export_zoo.base.files import replacing
+from export_zoo.calibration.images import check_folder
+from export_zoo.calibration.range_warnings import doubts
+from export_zoo.calibration.ranges import Ranges
+from export_zoo.exporter.options import ExportOptions
+from export_zoo.exporter.run.cache import StageCache, default_root
+from export_zoo.exporter.run.context import Context
+from export_zoo.exporter.run.report import Reporter
+from export_zoo.exporter.stages import network
+from export_zoo.exporter.stages import ranges as ranges_stage
+from export_zoo.exporter.stages.images import choose_images
+
+
+def _write(ranges: Ranges, out: Path) -> None:
+    try:
+        with replacing(out) as temporary:
+            ranges.write(temporary)
+    except OSError as error:
+        raise EnvironmentFailureError(
+            f"--out {out}: cannot be written: {error.strerror}", hint="give a file in a writable directory"
+        ) from error
+
+
+def _check_out(out: Path) -> None:
+    if out.is_dir() or not out.absolute().parent.is_dir():
+        raise UsageError(
+            f"--out {out}: not a file in a directory that is there", hint="for example ranges.json"
+        )
+
+
+def calibrate(
+    options: ExportOptions, out: Path, *, shard: tuple[int, int] = (1, 1), reporter: Reporter | None = None
+) -> Ranges:
+    """Calibrate a zoo model on the images that `export` would calibrate it on, and write the ranges file.
+
+    Args:
+        options: which network on which images; what is built of it does not matter.
+        shard: (i, n): only the i-th of n parts of these images.
+
+    Raises:
+        ExportZooError: as `export`.
+    """
+    if options.calib is None:
+        raise UsageError("calibrate needs --calib DIR", hint="pass a folder of 300 to 1,000 images")
+    _check_out(out)
+    check_folder(options.calib, "--calib")
+    options = dataclasses.replace(options, precisions=("int8",))
+    with StageCache(default_root() if options.cache else None) as cache:
+        context = Context(options, reporter or Reporter(), cache)
+        spec = network.resolve_model(context)
+        chosen = choose_images(context, spec)
+        if shard[1] > len(chosen.splits["calibrate"]):
+            raise UsageError(
+                f"--shard {shard[0]}/{shard[1]}: there are {len(chosen.splits['calibrate'])} images only",
+                hint="use fewer shards",
+            )
+        exported = network.export_graph(context, spec, network.EagerModel(spec))
+        simplified = network.simplify_graph(context, spec, exported)
+        _, ranges = ranges_stage.calibrate(context, spec, simplified.directory / "graph.onnx", chosen, shard)
+        _write(ranges, out)
+    return ranges
+
+
+def merge(files: Sequence[Path], out: Path, *, reporter: Reporter | None = None) -> Ranges:
+    """Merge the ranges files of shards: the same bits as one calibration on all their images.
+
+    Raises:
+        UsageError: `out` is no file in a directory that is there.
+        BadInputError: one is no ranges file, or they do not belong together.
+    """
+    _check_out(out)
+    ranges = reduce(Ranges.merged, (Ranges.read(path) for path in files))
+    _write(ranges, out)
+    for text in doubts(ranges, {}):
+        (reporter or Reporter()).warn(text)
+    return ranges

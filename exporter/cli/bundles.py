@@ -1,0 +1,316 @@
+"""`export-zoo verify`, `inspect` and `triton`: commands that take a bundle. Never import PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from export_zoo.base.errors import ParityError, UsageError
+from export_zoo.exporter.cli import outcome
+from export_zoo.exporter.cli.common_options import EXIT_CODES, json_option, quiet_option, verbose_option
+from export_zoo.exporter.run.report import RANDOM, ConsoleReporter, show_log
+
+if TYPE_CHECKING:
+    from export_zoo.engines.bundle.manifest import Attestation, Manifest
+    from export_zoo.engines.bundle.triton import CpuGraph
+
+
+@click.command(epilog=EXIT_CODES)
+@click.argument("bundle", type=click.Path(path_type=Path), required=False)
+@click.option(
+    "--cpu",
+    "cpus",
+    multiple=True,
+    metavar="NAME",
+    help="Run ONNX Runtime's engines on this CPU, emulated by qemu-user, beside this machine's own; repeatable. "
+    "`--cpu list`, without BUNDLE, lists them.",
+)
+@click.option(
+    "--images",
+    type=click.IntRange(2),
+    metavar="N",
+    help="Held-out images that INT8 runs on each --cpu; float engines run at most 2. Default: 16.",
+)
+@json_option
+@quiet_option
+@verbose_option
+def verify(
+    bundle: Path | None,
+    cpus: tuple[str, ...],
+    images: int | None,
+    json_path: Path | None,
+    quiet: bool,
+    verbose: bool,
+) -> None:
+    """Check a bundle's hashes and its engines' logits on this machine; write an attestation. Needs no PyTorch."""
+    del json_path
+    if verbose:
+        show_log()
+    now = outcome.current()
+    now.reporter = reporter = ConsoleReporter(quiet=quiet)
+    if "list" in cpus:
+        if bundle is not None or images is not None or cpus != ("list",):
+            raise UsageError(
+                "--cpu list: stands alone, and lists CPUs", hint="leave out BUNDLE and other options"
+            )
+        _list_cpus(quiet=quiet)
+        return
+    if bundle is None:
+        raise click.MissingParameter(param_hint="'BUNDLE'", param_type="argument")
+    if images is not None and not cpus:
+        raise UsageError("--images: counts images for --cpu", hint="add --cpu haswell, or leave --images out")
+    if cpus:
+        _verify_emulated(bundle, cpus, images, reporter, quiet=quiet)
+    else:
+        _verify_here(bundle, reporter, quiet=quiet)
+
+
+def _list_cpus(*, quiet: bool) -> None:
+    from export_zoo.engines.emulation.cpus import CPUS
+
+    outcome.current().document["cpus"] = [asdict(cpu) for cpu in CPUS.values()]
+    if not quiet:
+        for cpu in CPUS.values():
+            click.echo(f"{cpu.name:<12} {cpu.machine:<8} {cpu.description}")
+
+
+def _manifest(bundle: Path, reporter: ConsoleReporter) -> Manifest:
+    """A bundle's manifest; random weights are warned of."""
+    from export_zoo.engines.bundle.reader import read_manifest
+
+    manifest = read_manifest(bundle)
+    if manifest.recipe.source.weights.random:
+        reporter.warn(RANDOM)
+    return manifest
+
+
+def _check_status(bundle: Path, manifest: Manifest) -> None:
+    """Raises ParityError where the bundle failed when it was exported, whatever was found now."""
+    if manifest.status != "ok":
+        raise ParityError(f"{bundle}: failed its parity gate when it was exported", hint="export again")
+
+
+def _written(bundle: Path, attestation: Path | None) -> str:
+    """Where an attestation is, for people."""
+    from export_zoo.engines.bundle.reader import ATTESTATIONS
+
+    return f"attestation: {attestation or f'not written, {bundle / ATTESTATIONS} cannot be written to'}"
+
+
+def _verify_here(bundle: Path, reporter: ConsoleReporter, *, quiet: bool) -> None:
+    from export_zoo.engines.verification import verify as verification
+    from export_zoo.engines.verification.gate import images_compared
+
+    now = outcome.current()
+    manifest = _manifest(bundle, reporter)
+    held = manifest.artifacts.held_out
+    per_engine = images_compared(held.count, manifest.recipe.batch, sum(part.count for part in held.sizes))
+    with reporter.stage("verify") as stage:
+        with reporter.bar("verify", per_engine * len(manifest.artifacts.engines)) as progress:
+            attestation, path = verification.verify(bundle, progress=progress)
+        stage.detail = (
+            f"{bundle}: hashes and logits of {len(attestation.engines)} engine(s), on {attestation.machine}"
+        )
+    for warning in attestation.warnings:
+        reporter.warn(warning)
+    now.document |= {
+        "bundle": str(bundle),
+        "attestation": str(path) if path else None,
+        "engines": attestation.model_dump(mode="json")["engines"],
+    }
+    if not quiet:
+        with outcome.printing():
+            for name, gate in attestation.engines.items():
+                sqnr, top1 = gate.eager_metrics["sqnr"] or 0.0, gate.eager_metrics["top1"] or 0.0
+                state = "FAILED" if gate.failures else attestation.states[name]
+                images = f"{100 * top1:.1f} % of {gate.metrics['images']} images"
+                click.echo(f"{name}: {state}, SQNR {sqnr:.1f} dB, top-1 agreement {images}")
+            click.echo(_written(bundle, path))
+    failures = [f"{name}: {text}" for name, gate in attestation.engines.items() for text in gate.failures]
+    if failures:
+        raise ParityError(
+            f"{bundle}: logits are outside the tolerance on this machine: {'; '.join(failures)}",
+            hint="the bundle failed when it was exported, or libraries differ: compare `versions` in the manifest",
+        )
+    _check_status(bundle, manifest)
+
+
+def _verify_emulated(
+    bundle: Path, names: Sequence[str], images: int | None, reporter: ConsoleReporter, *, quiet: bool
+) -> None:
+    from export_zoo.engines.emulation import cpus
+    from export_zoo.engines.emulation import verify as emulation
+    from export_zoo.engines.verification.verify import can_saturate
+
+    chosen = [cpus.named(name) for name in dict.fromkeys(names)]
+    for cpu in chosen:
+        cpus.launch(cpu)  # what is missing is told before anything is run
+    manifest = _manifest(bundle, reporter)
+    count = emulation.IMAGES if images is None else images
+    total = emulation.images_run(manifest, count)
+    found, failures, saturating = [], [], False
+    for cpu in chosen:
+        with reporter.stage("emulate") as stage:
+            with reporter.bar(f"verify on {cpu.name}", total) as progress:
+                attestation, path = emulation.verify_on(bundle, cpu, images=count, progress=progress)
+            stage.detail = f"{bundle}: {len(attestation.engines)} engine(s) on {attestation.machine}"
+        for warning in attestation.warnings:
+            reporter.warn(warning)
+        found.append({"attestation": str(path) if path else None, **attestation.model_dump(mode="json")})
+        outcome.current().document |= {
+            "bundle": str(bundle),
+            "emulated": found,
+        }  # if the next cannot be run, too
+        assert attestation.emulation is not None
+        if not quiet:
+            with outcome.printing():
+                for name, gate in attestation.engines.items():
+                    click.echo(emulation.describe(name, gate, attestation.emulation.host[name], cpu.name))
+                click.echo(_written(bundle, path))
+        failures += [
+            f"{name} on {cpu.name}: {text}"
+            for name, gate in attestation.engines.items()
+            for text in gate.failures
+        ]
+        saturating |= any(
+            attestation.engines[engine.name].failures and can_saturate(bundle / engine.file.path)
+            for engine in emulation.runnable(manifest)
+            if engine.precision == "int8"
+        )
+    if failures:
+        raise ParityError(
+            f"{bundle}: logits are outside the tolerance on an emulated CPU: {'; '.join(failures)}",
+            hint="export the bundle again with this version, whose INT8 cannot saturate; docs/cpu.md says more"
+            if saturating
+            else "compare with `export-zoo verify` without --cpu, and with more --images; docs/cpu.md says more",
+        )
+    _check_status(bundle, manifest)
+
+
+def _results(attestation: Attestation) -> str:
+    """What an attestation says of each engine."""
+    passed = "ok" if attestation.emulation is not None else None
+    return ", ".join(
+        f"{name} {'FAILED' if gate.failures else passed or attestation.states.get(name, 'ok')}"
+        for name, gate in attestation.engines.items()
+    )
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@json_option
+@quiet_option
+@verbose_option
+def inspect(bundle: Path, json_path: Path | None, quiet: bool, verbose: bool) -> None:
+    """Show what a bundle holds, from its manifest. Runs nothing."""
+    del json_path, verbose
+    from export_zoo.engines.bundle import reader as room
+    from export_zoo.exporter.run.report import print_table
+
+    manifest = room.read_manifest(bundle)
+    attested = room.attestations(bundle)
+    outcome.current().document |= {
+        "bundle": str(bundle),
+        "manifest": manifest.model_dump(mode="json"),
+        "attestations": {name: found.model_dump(mode="json") for name, found in attested.by_file.items()},
+        "unreadable_attestations": attested.unreadable,
+    }
+    if quiet:
+        return
+    recipe, p = manifest.recipe, manifest.recipe.preprocess
+    trained, held = recipe.source.weights, manifest.artifacts.held_out
+    lines = {
+        "bundle": f"{bundle} ({manifest.status}, by {manifest.tool}, {manifest.artifacts.created})",
+        "model": f"{recipe.source.name}, {recipe.source.num_classes} classes",
+        "weights": trained.name + (f" (SHA-256 {trained.sha256[:16]}...)" if trained.sha256 else ""),
+        "input": f"{recipe.input.name}: float32 {recipe.input.shape} {recipe.input.layout}",
+        "output": "; ".join(f"{port.name}: float32 {port.shape}" for port in recipe.outputs),
+        "batch": f"{recipe.batch.min} to {recipe.batch.max}, best at {recipe.batch.opt}",
+        "preprocess": f"RGB, resize {p.resize_size} {p.interpolation} antialiased, "
+        f"crop {p.crop_height}x{p.crop_width}, /255, mean {list(p.mean)}, std {list(p.std)} ({p.source})",
+        "labels": f"{len(recipe.labels)} names" if recipe.labels else "not known",
+        "calibration": f"{recipe.calibration.method}, {recipe.calibration.images} images"
+        if recipe.calibration
+        else "none",
+        "held out": f"{held.count} {'synthetic ' if held.synthetic else ''}images with eager logits",
+        "machine": recipe.instruction_set,
+    }
+    if (sizes := recipe.input_size) is not None:
+        low, opt, high = (f"{height}x{width}" for height, width in (sizes.min, sizes.opt, sizes.max))
+        lines["input"] += f", {low} to {high}, best at {opt}"
+        lines["held out"] += "".join(f", {part.count} at {part.height}x{part.width}" for part in held.sizes)
+    for name, text in lines.items():
+        click.echo(f"{name:<12} {text}")
+    for name, attestation in attested.by_file.items():
+        click.echo(f"{'attestation':<12} {name}, {attestation.machine}: {_results(attestation)}")
+    for warning in (
+        *manifest.warnings,
+        *(f"{name} is left out: this version does not know it" for name in manifest.unknown_engines),
+        *(f"{name} cannot be read, and is not used" for name in attested.unreadable),
+    ):
+        click.echo(f"{'warning':<12} {warning}")
+    print_table(manifest.artifacts.engines, random=trained.random)
+
+
+@click.command(epilog=EXIT_CODES)
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("repository", type=click.Path(path_type=Path, file_okay=False))
+@click.option(
+    "--engine", metavar="NAME", help="Default: the fastest verified one of onnxruntime and tensorrt."
+)
+@click.option("--name", metavar="NAME", help="Of the model. Default: the network's.")
+@click.option("--version", type=int, default=1, show_default=True, metavar="N", help="Folder of the version.")
+@click.option(
+    "--queue-delay",
+    "delay_us",
+    type=click.IntRange(0, 10**7),
+    default=1000,
+    show_default=True,
+    metavar="US",
+    help="Microseconds that a request waits for others to make a batch with.",
+)
+@click.option(
+    "--cpu-graph",
+    type=click.Choice(["safe", "exact", "vnni"]),
+    default="safe",
+    show_default=True,
+    help="INT8 of onnxruntime. safe: the engine, refused where it can saturate on CPUs without VNNI. exact: uint8 "
+    "weights, the same logits, slower where there is VNNI. vnni: the engine as it is.",
+)
+@json_option
+@quiet_option
+@verbose_option
+def triton(
+    bundle: Path,
+    repository: Path,
+    engine: str | None,
+    name: str | None,
+    version: int,
+    delay_us: int,
+    cpu_graph: CpuGraph,
+    json_path: Path | None,
+    quiet: bool,
+    verbose: bool,
+) -> None:
+    """Add a bundle's engine to a model repository of the Triton Inference Server."""
+    del json_path, verbose
+    from export_zoo.engines.bundle.triton import write_repository
+
+    model = write_repository(
+        bundle,
+        repository,
+        engine=engine,
+        name=name,
+        version=version,
+        delay_us=delay_us,
+        cpu_graph=cpu_graph,
+    )
+    outcome.current().document |= {"bundle": str(bundle), "model": str(model), "version": version}
+    if not quiet:
+        click.echo(
+            f"{model}: version {version}; serve it with `tritonserver --model-repository {repository}`"
+        )

@@ -1,0 +1,92 @@
+"""`export-zoo calibrate`: ranges alone, in shards where wanted. Imports PyTorch only when it runs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import click
+
+from export_zoo.base.errors import UsageError
+from export_zoo.exporter import options
+from export_zoo.exporter.cli import outcome
+from export_zoo.exporter.cli.common_options import (
+    EXIT_CODES,
+    given_options,
+    json_option,
+    keep_float_option,
+    model_options,
+    option_name,
+    quiet_option,
+    verbose_option,
+)
+from export_zoo.exporter.run.report import ConsoleReporter
+
+
+def _shard(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise UsageError(f"--shard {text}: not I/N with I from 1 to N", hint="for example --shard 1/4")
+    return int(match[1]), int(match[2])
+
+
+@click.command(epilog=EXIT_CODES)
+@click.argument("what", nargs=-1, metavar="MODEL | --merge FILE FILE...")
+@click.option("--merge", "merging", is_flag=True, help="Merge ranges files of shards instead.")
+@click.option("--shard", metavar="I/N", default="1/1", help="Only the I-th of N parts of the images.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Default: ./MODEL.ranges.json; --merge needs it.",
+)
+@model_options
+@keep_float_option
+@json_option
+@quiet_option
+@verbose_option
+def calibrate(
+    what: tuple[str, ...],
+    merging: bool,
+    shard: str,
+    out: Path | None,
+    json_path: Path | None,
+    quiet: bool,
+    verbose: bool,
+    **given: Any,
+) -> None:
+    """Calibrate MODEL and write a ranges file for `export --ranges`, or merge such files.
+
+    Uses the images that `export` would calibrate on: give both the same folder, counts and seed.
+    """
+    del json_path, verbose
+    now = outcome.current()
+    now.reporter = ConsoleReporter(quiet=quiet)
+    if merging:
+        if len(what) < 2:
+            raise UsageError("--merge needs two ranges files or more", hint="--merge A B --out C")
+        if out is None:
+            raise UsageError("--merge needs --out", hint="--merge A B --out C")
+        if others := given_options() - {"merging", "out", "json_path", "quiet", "verbose", "what"}:
+            raise UsageError(
+                f"--merge has no use for {', '.join(sorted(option_name(name) for name in others))}",
+                hint="images and weights stand in the files",
+            )
+        from export_zoo.exporter.calibrate import merge
+
+        ranges = merge([Path(name) for name in what], out, reporter=now.reporter)
+    else:
+        if len(what) != 1:
+            raise UsageError("calibrate needs one MODEL", hint="`export-zoo list` shows all")
+        part = _shard(shard)
+        chosen = options.ExportOptions(
+            model=what[0], keep_float=tuple(given["keep_float"]), **options.model_options(given)
+        )
+        out = out if out is not None else Path(f"{chosen.short_name}.ranges.json")
+        from export_zoo.exporter.calibrate import calibrate as run
+
+        ranges = run(chosen, out, shard=part, reporter=now.reporter)
+    now.document |= {"ranges": str(out), "images": len(ranges.image_sha256), "tensors": len(ranges.tensors)}
+    if not quiet:
+        click.echo(f"{out}: {len(ranges.tensors)} tensors over {len(ranges.image_sha256)} images")

@@ -1,0 +1,155 @@
+"""`export-zoo matrix FILE`: many models, precisions, targets and CPUs in one run."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from export_zoo.base.errors import ExportZooError, ParityError, UsageError
+from export_zoo.exporter.cli import outcome
+from export_zoo.exporter.cli.common_options import EXIT_CODES, json_option, quiet_option, verbose_option
+from export_zoo.exporter.cli.export import check_arguments
+
+
+class CellsFailedError(ExportZooError):
+    """Cells of a matrix failed, none of them for its parity gate."""
+
+    exit_code = 5
+    kind = "matrix"
+
+
+@click.command(epilog=EXIT_CODES)
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("matrix"),
+    show_default=True,
+    metavar="DIR",
+    help="Results and bundles; a second run goes on where the first ended.",
+)
+@click.option(
+    "--job", metavar="GLOB", help="Only the cells of this job of the file, or of those that a glob matches."
+)
+@click.option("--again", is_flag=True, help="Run cells that are done again.")
+@click.option(
+    "--stored", is_flag=True, help="Run nothing: tell what the results in --out are, of whatever versions."
+)
+@click.option("--no-bundles", is_flag=True, help="Delete each bundle when its result is recorded.")
+@click.option(
+    "--junit", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Write JUnit XML here."
+)
+@click.option(
+    "--html", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Write a page here."
+)
+@click.option(
+    "--markdown",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Write a Markdown page here.",
+)
+@click.option("--github", is_flag=True, help="Run nothing: print the jobs as JSON for `strategy.matrix`.")
+@click.option("--dry-run", is_flag=True, help="Run nothing: print the cells' command lines.")
+@json_option
+@quiet_option
+@verbose_option
+def matrix(
+    file: Path,
+    out: Path,
+    job: str | None,
+    again: bool,
+    stored: bool,
+    no_bundles: bool,
+    junit: Path | None,
+    html: Path | None,
+    markdown: Path | None,
+    github: bool,
+    dry_run: bool,
+    json_path: Path | None,
+    quiet: bool,
+    verbose: bool,
+) -> None:
+    """Export each cell of the matrix in FILE (models x precisions x targets x CPUs), one after the other.
+
+    A failing cell does not stop the others. Exit code 3 if any parity gate failed, else 5 if any cell failed.
+    """
+    del json_path, verbose
+    from export_zoo.exporter.matrix import plan, report, run
+    from export_zoo.exporter.models.sources import torchvision_zoo
+
+    given = plan.read(file)
+    names = plan.Names(torchvision_zoo.model_names(), torchvision_zoo.segmentation_names())
+    cells = plan.cells(file, given, names, check_arguments, job)
+    if github:
+        click.echo(json.dumps(plan.github(given, file, job)))
+        return
+    if dry_run:
+        for cell in cells:
+            left_out = run.left_out(cell)
+            if left_out.reason:
+                click.echo(f"{left_out.status}: {cell.name}: {left_out.reason}")
+            else:
+                bundle = out / run.BUNDLES / cell.bundle
+                click.echo(shlex.join(["export-zoo", *run.arguments(cell, bundle)]))
+        return
+    shown = 0
+
+    def done(result: run.CellResult, cached: bool) -> None:
+        nonlocal shown
+        shown += 1
+        if not quiet:
+            click.echo(report.line(result, shown, len(cells), cached), err=True)
+
+    if stored:
+        known = run.stored(out / "results")
+        found = [
+            run.left_out(cell) if cell.excluded or cell.skipped else known.get(cell.name) for cell in cells
+        ]
+        results = [result for result in found if result is not None]
+        if all(result.status in ("excluded", "skipped") for result in results):
+            raise UsageError(
+                f"--stored: {out / 'results'} has no result of these cells", hint="run them first"
+            )
+    else:
+        results = run.run(
+            cells,
+            out,
+            seconds=given.timeout,
+            memory=given.memory,
+            again=again,
+            keep_bundles=not no_bundles,
+            done=done,
+        )
+    lines = {cell.name: tuple(cell.command()) for cell in cells}
+    others = [result.name for result in results if result.command != lines[result.name]]
+    title = f"Matrix {file.name}" + (f", job {job}" if job else "")
+    missing = len(cells) - len(results)
+    about = f"Made by `export-zoo matrix {file}` of the results in `{out / 'results'}`, a JSON file per cell."
+    if others:
+        about += f" Of other options than the file has now: {', '.join(others)}."
+        click.echo(f"warning: {len(others)} result(s) are of other options than {file} has now", err=True)
+    outcome.current().document |= {"out": str(out), "cells": [asdict(result) for result in results]}
+    for option, path, text in (
+        ("--junit", junit, report.junit),
+        ("--html", html, lambda found: report.html(found, title)),
+        ("--markdown", markdown, lambda found: report.markdown(found, title, missing, about)),
+    ):
+        if path is not None:
+            report.write(path, text(results), option)
+    if not quiet:
+        with outcome.printing():
+            report.print_summary(results)
+            click.echo(report.totals(results) + (f", {missing} not run" if missing else ""))
+    if failed := [result for result in results if result.status == "failed"]:
+        gates = [result.name for result in failed if result.gate]
+        hint = (
+            f"the reasons are above and in {out / 'results'}; bundles of failed gates in {out / run.BUNDLES}"
+        )
+        if gates:
+            raise ParityError(f"{file}: parity gate failed: {', '.join(gates)}", hint=hint)
+        missed = ", ".join(result.name for result in failed)
+        raise CellsFailedError(f"{file}: {len(failed)} of {len(results)} cells failed: {missed}", hint=hint)

@@ -1,0 +1,29 @@
+"""The reference: eager PyTorch's FP32 outputs of the images that engines are compared on."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from export_zoo.calibration.images import Progress
+from export_zoo.calibration.preprocess import Preprocess, UInt8Array, normalize
+from export_zoo.engines.parity.outputs import sampled
+from export_zoo.exporter.models.eager import run_eager
+
+EAGER_BATCH = 8
+
+
+def eager_outputs(
+    model: nn.Module, pixels: UInt8Array, preprocess: Preprocess, progress: Progress = lambda _: None
+) -> tuple[npt.NDArray[np.float32], ...]:
+    """Outputs of uint8 [N, H, W, 3] images, `sampled`, by the eager model in eval mode, FP32, CPU; logits first."""
+    outputs = []
+    with torch.inference_mode():
+        for start in range(0, len(pixels), EAGER_BATCH):
+            batch = pixels[start : start + EAGER_BATCH]
+            found = run_eager(model, torch.from_numpy(normalize(batch, preprocess)))
+            outputs.append([sampled(output.numpy()) for output in found.values()])
+            progress(len(batch))
+    return tuple(np.concatenate(parts) for parts in zip(*outputs, strict=True))

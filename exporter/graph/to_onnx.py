@@ -1,0 +1,356 @@
+"""From an eager PyTorch module to an ONNX graph with a dynamic batch, checked against eager at other batches."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import io
+import logging
+import re
+import warnings
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import torch
+from torch import nn
+
+from export_zoo.base import graph_io
+from export_zoo.base.errors import BadInputError, ExportDefectError, ParityError, UsageError
+from export_zoo.base.graph_io import MODULE_KEY
+from export_zoo.engines.parity.metrics import Size, odd_size
+from export_zoo.engines.targets.onnxruntime.engine import OnnxRuntimeEngine
+from export_zoo.exporter.models.eager import run_eager
+from export_zoo.exporter.options import SizeRange
+
+INPUT, BATCH = "input", "batch"
+HEIGHT, WIDTH = "height", "width"
+OPSET = 20
+
+_SAMPLE_BATCH = 7
+"""Traced with, never run. A prime that is no usual channel count, so that a baked batch can be told by it; with
+a sample batch of 1 the exporter specializes silently."""
+
+_FOLDED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+
+CHECK_BATCHES = (1, 3)
+"""Batches that the exported graph is run at, beside eager; neither is the sample batch."""
+
+MAX_RELATIVE_ERROR = 1e-3
+_REPORT = "this is a defect of the export, not of your input; please report it with the model's name"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter prints and logs a good deal that means nothing to a user."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def export(
+    model: nn.Module,
+    height: int,
+    width: int,
+    out: Path,
+    *,
+    outputs: Sequence[str] = ("logits",),
+    sizes: SizeRange | None = None,
+    own: bool = False,
+    external_threshold: int | None = None,
+) -> list[Path]:
+    """Export an eval-mode network of float32 [N, 3, height, width]; returns the files written.
+
+    The graph's input is `input`, its outputs have the names given, all with a symbolic first dimension `batch`; nodes
+    carry the module path as metadata and nothing else.
+
+    Args:
+        sizes: the input's height and width are symbolic, too, `height` and `width`, and may be anything between.
+        own: the network is the user's own, and so is what the exporter refuses in it.
+
+    Raises:
+        ExportDefectError: the exporter refused, or baked the batch in.
+        BadInputError: the model does not take this input size, or not all of these sizes.
+    """
+    dims = {0: torch.export.Dim(BATCH, min=1)}
+    if sizes is None:
+        _check_runs(model, (height, width))
+    else:
+        for axis, name in enumerate((HEIGHT, WIDTH)):
+            low, high = sizes.min[axis], sizes.max[axis]
+            # A narrow range becomes one value behind a few strides, and that is refused.
+            dims[axis + 2] = torch.export.Dim(name, min=low, max=max(high, 4 * low))
+        # Odd numbers that differ are no multiples by chance, and what is baked can be told by them.
+        height, width = odd_size(sizes.min, sizes.max) or sizes.opt
+        for size in (sizes.min, sizes.opt, sizes.max):
+            _check_runs(model, size, sizes)
+        _check_runs(model, (height, width), sizes, lambda: _why_fixed(model, sizes.opt, dims))
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                model,
+                (torch.zeros(_SAMPLE_BATCH, 3, height, width),),
+                dynamo=True,
+                optimize=True,
+                opset_version=OPSET,
+                input_names=[INPUT],
+                output_names=[f"output:{index}" for index in range(len(outputs))],
+                dynamic_shapes=(dims,),
+            )
+        assert program is not None
+    except Exception as error:
+        if sizes is not None:
+            raise _one_size_only(model, (height, width), dims) from error
+        text = _reason(error)
+        if own:
+            raise BadInputError(
+                f"torch.onnx.export refuses the network: {text}",
+                hint="it must compute the same steps for all images: no branch on values, no TorchScript; "
+                "`torch.export.export(network, (images,))` tells where",
+            ) from error
+        raise ExportDefectError(f"torch.onnx.export failed: {text}", hint=_REPORT) from error
+    graph = program.model
+    _name_outputs(graph.graph, outputs)
+    _strip_metadata(graph, dict(model.named_modules()))
+    check_dynamic_batch(graph)
+    if sizes is not None and not all(isinstance(size, ir.SymbolicDim) for size in _sizes_of(graph)):
+        raise _one_size_only(model, (height, width), dims)
+    return graph_io.save(graph, out, external_threshold=external_threshold)
+
+
+def _name_outputs(graph: ir.Graph, names: Sequence[str]) -> None:
+    """Give the outputs their names; a value inside that the exporter called the same gets another."""
+    inside = {str(value.name): value for node in graph for value in node.outputs}
+    for output, name in zip(graph.outputs, names, strict=True):
+        if name in inside:
+            inside[name].name = f"{name}:inside"
+        output.name = name
+
+
+def _reason(error: BaseException) -> str:
+    """The exporter's words are about its steps; what it stumbled over is the first cause, in its first line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = click.unstyle(str(error)).strip().splitlines()
+    return text[0] if text else type(error).__name__
+
+
+def _check_runs(
+    model: nn.Module, size: Size, sizes: SizeRange | None = None, why: Callable[[], str] = str
+) -> None:
+    """Refuse a size that the model does not run at; `why` tells more of one that lies between those that do."""
+    with torch.inference_mode():
+        try:
+            run_eager(model, torch.zeros(1, 3, *size))
+        except Exception as error:
+            text = f"the model does not run at input {size[0]}x{size[1]}"
+            if sizes is None:
+                raise BadInputError(f"{text}: {error}", hint="choose another --input-size") from error
+            reason = "; ".join(filter(None, (str(error), why())))
+            raise BadInputError(
+                f"{text}, which lies in --dynamic-size {sizes}: {reason}",
+                hint="every size from MIN to MAX must run: choose another MIN or, where it takes multiples of some "
+                "number only, one --input-size",
+            ) from error
+
+
+def _one_size_only(model: nn.Module, size: Size, dims: dict[int, Any]) -> UsageError:
+    reason = _why_fixed(model, size, dims) or "no reason is given"
+    return UsageError(
+        f"--dynamic-size: the exporter cannot leave height and width open: {reason}",
+        hint="use --input-size: one size for each bundle",
+    )
+
+
+def _why_fixed(model: nn.Module, size: Size, dims: dict[int, Any]) -> str:
+    """What torch.export says of sizes that it cannot leave open, in one line, with the module where that is known;
+    empty where it says nothing."""
+    entered = [""]
+
+    def enter(path: str) -> Callable[..., None]:
+        return lambda *_: entered.append(path)
+
+    hooks = [module.register_forward_pre_hook(enter(path)) for path, module in model.named_modules()]
+    try:
+        with _quiet():
+            torch.export.export(
+                model, (torch.zeros(_SAMPLE_BATCH, 3, *size),), dynamic_shapes=(dims,), strict=False
+            )
+    except torch._dynamo.exc.UserError as error:  # when all is traced: no module is to blame
+        text = re.sub(r"L\['\w+'\]\.size\(\)\[(\d)\]", lambda m: (HEIGHT, WIDTH)[int(m[1]) - 2], str(error))
+        fixes = re.findall(rf"^\s*((?:{HEIGHT}|{WIDTH}) = .+)$", text, flags=re.MULTILINE)
+        guard = re.search(r"satisfy the generated guard (.+)\.$", text, flags=re.MULTILINE)
+        if fixes:
+            return f"torch.export takes {', '.join(fixes)} only".replace(f"_{HEIGHT}", "n").replace(
+                f"_{WIDTH}", "n"
+            )
+        return f"torch.export asks for {guard[1]}" if guard is not None else text.splitlines()[0]
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        return f"module {entered[-1] or type(model).__name__}: {lines[0]}"
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return ""
+
+
+def _sizes_of(model: ir.Model) -> list[int | ir.SymbolicDim]:
+    """Height and width of the input."""
+    shape = model.graph.inputs[0].shape
+    assert shape is not None
+    return [shape[2], shape[3]]
+
+
+def _strip_metadata(model: ir.Model, modules: Collection[str]) -> None:
+    """Keep the module path of each node; drop stack traces, absolute paths and the rest."""
+    for node in model.graph.all_nodes():
+        module = _module_path(node, modules)
+        node.metadata_props.clear()
+        if module:
+            node.metadata_props[MODULE_KEY] = module
+        node.doc_string = None
+        for output in node.outputs:
+            output.metadata_props.clear()
+            output.doc_string = None
+    for graph in [model.graph, *model.graph.subgraphs()]:
+        for value in [*graph.inputs, *graph.initializers.values()]:
+            value.metadata_props.clear()
+            value.doc_string = None
+        graph.metadata_props.clear()
+        graph.doc_string = None
+    model.metadata_props.clear()
+    model.doc_string = None
+    model.graph.name = "main"
+
+
+def _module_path(node: ir.Node, modules: Collection[str]) -> str:
+    """The module that a node comes from, by its scope: the innermost that is the name of a module.
+
+    A convolution that BatchNormalization was folded into has the scope `...bn1`, and is known by its weight instead.
+    Not so other operators: the exporter lets layers with equal weights (all normalizations, at first) share one.
+    """
+    if node.op_type in _FOLDED:
+        for value in node.inputs[1:2]:
+            if value is not None and value.is_initializer() and (value.name or "").endswith(".weight"):
+                return str(value.name).removesuffix(".weight")
+    try:
+        scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
+    except (ValueError, SyntaxError):
+        return ""
+    return next((str(scope) for scope in reversed(scopes) if scope and scope in modules), "")
+
+
+def _is_dynamic(value: ir.Value) -> bool:
+    return value.shape is not None and len(value.shape) > 0 and isinstance(value.shape[0], ir.SymbolicDim)
+
+
+def check_dynamic_batch(model: ir.Model) -> None:
+    """The input's and the outputs' first dimension must be symbolic.
+
+    Raises:
+        ExportDefectError: names the first node that has a constant batch.
+    """
+    ends = [model.graph.inputs[0], *model.graph.outputs]
+    if all(_is_dynamic(value) for value in ends):
+        return
+    culprit = next(
+        (
+            node
+            for node in model.graph
+            if any(v.shape is not None and len(v.shape) and v.shape[0] == _SAMPLE_BATCH for v in node.outputs)
+        ),
+        None,
+    )
+    where = graph_io.describe(culprit) if culprit is not None else "the input itself"
+    raise ExportDefectError(
+        f"the exporter baked the batch size into the graph, first at {where}", hint=_REPORT
+    )
+
+
+def check_batches(
+    graph: Path,
+    model: nn.Module,
+    inputs: npt.NDArray[np.float32],
+    batches: tuple[int, ...] = CHECK_BATCHES,
+    *,
+    follows: bool = False,
+) -> float:
+    """Run the graph at other batches than it was traced with, and compare with eager.
+
+    Args:
+        inputs: float32 [N, 3, H, W], N at least the largest batch.
+        follows: outputs for each pixel must be as large as the input: that is what the manifest of a dynamic size says.
+
+    Returns the largest error, relative to the largest logit.
+
+    Raises:
+        BadInputError: an output does not follow the input's size.
+        ExportDefectError: the graph fails at a batch, or gives other logits than eager.
+    """
+    try:
+        engine = OnnxRuntimeEngine(graph, fused=False)
+    except BadInputError as error:
+        raise ExportDefectError(f"the exported graph does not load: {error}", hint=_REPORT) from error
+    worst = 0.0
+    size = f"at input {inputs.shape[2]}x{inputs.shape[3]}"
+    for batch in batches:
+        with torch.inference_mode():
+            wanted = run_eager(model, torch.from_numpy(inputs[:batch]))
+        for name, tensor in wanted.items():
+            if follows and tensor.ndim == 4 and tensor.shape[2:] != inputs.shape[2:]:
+                raise BadInputError(
+                    f"--dynamic-size: at {inputs.shape[2]}x{inputs.shape[3]}, output {name} is "
+                    f"{tensor.shape[2]}x{tensor.shape[3]}",
+                    hint="use --input-size: one size for each bundle",
+                )
+        try:
+            found = engine.run_all(inputs[:batch])
+        except Exception as error:
+            raise ExportDefectError(
+                f"the exported graph fails at batch {batch}: {error}: a batch is baked in ({size})",
+                hint=_REPORT,
+            ) from error
+        if len(found) != len(wanted):
+            raise ExportDefectError(
+                f"the exported graph has {len(found)} outputs, eager {', '.join(wanted)}", hint=_REPORT
+            )
+        for (name, tensor), output in zip(wanted.items(), found, strict=True):
+            worst = max(worst, _output_error(name, tensor.numpy(), output, f"at batch {batch}, {size}"))
+    return worst
+
+
+def _output_error(
+    name: str, eager: npt.NDArray[np.float32], output: npt.NDArray[np.float32], where: str
+) -> float:
+    if not np.isfinite(eager).all():
+        raise ParityError(
+            f"nothing to compare: the eager model's own {name} are not finite",
+            hint="check the weights and the preprocessing",
+        )
+    if output.shape != eager.shape:
+        raise ExportDefectError(
+            f"the exported graph's {name} are {list(output.shape)} {where}, eager's {list(eager.shape)}: a batch "
+            "is baked in",
+            hint=_REPORT,
+        )
+    error = float(np.abs(output - eager).max() / (np.abs(eager).max() + 1e-12))
+    if not error <= MAX_RELATIVE_ERROR:
+        raise ExportDefectError(
+            f"the exported graph's {name} differ from eager's {where}: {error:.2e} of the largest",
+            hint=_REPORT,
+        )
+    return error

@@ -1,0 +1,1 @@
+"""Sources of models: torchvision, timm and the user's code."""

@@ -1,0 +1,1 @@
+"""Weights of a network: find the file, read it, load it strictly; or random ones."""

@@ -1,0 +1,147 @@
+"""From a model's name to a network: torchvision's, timm's, or the user's own, each a room of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from types import ModuleType
+
+import torch
+from torch import nn
+
+from export_zoo.base.errors import BadInputError, UsageError
+from export_zoo.exporter.models import dynamic_size, fully_convolutional, memory
+from export_zoo.exporter.models.sources import timm_zoo, torchvision_zoo, user_code
+from export_zoo.exporter.models.spec import ModelSpec
+from export_zoo.exporter.models.weights import state_dicts as weights_room
+from export_zoo.exporter.models.weights.random_weights import make_usable
+from export_zoo.exporter.options import ExportOptions
+
+_ROOMS: dict[str, ModuleType] = {"torchvision": torchvision_zoo, "timm": timm_zoo, "python": user_code}
+
+
+def resolve(options: ExportOptions) -> ModelSpec:
+    """From options to the model that they mean; finds or downloads the weights file.
+
+    Raises:
+        BadInputError: unknown model or weights, a damaged file, or a factory that cannot be called.
+        UsageError: options that do not fit the model, or preprocessing that must be chosen.
+        EnvironmentFailureError: a failed download, or a library that is not installed.
+    """
+    if options.model.endswith(".py"):
+        raise UsageError(f"model {options.model!r}: which function of it?", hint="give FILE.py:FUNCTION")
+    if options.model.startswith("timm/"):
+        room: ModuleType = timm_zoo
+    else:
+        room = user_code if ":" in options.model else torchvision_zoo
+    if room is not torchvision_zoo:
+        _refuse_torchvisions(options)
+    if options.fully_convolutional:
+        fully_convolutional.check(options.model)
+    spec: ModelSpec = room.resolve(options)
+    if spec.weights_path is None:
+        _refuse_without_file(options)
+    size = (spec.preprocess.crop_height, spec.preprocess.crop_width)
+    for output in spec.outputs:
+        if spec.sizes is not None and len(output.shape) > 1 and output.shape[1:] != size:
+            raise UsageError(
+                f"--dynamic-size: output {output.name} of {spec.name} is not as large as the input",
+                hint="use --input-size: one size for each bundle",
+            )
+    if spec.labels and len(spec.labels) != spec.num_classes:
+        raise BadInputError(
+            f"--preprocess {options.preprocess}: {len(spec.labels)} labels, {spec.name} has "
+            f"{spec.num_classes} classes",
+            hint="give one for each class, or leave them out",
+        )
+    return spec
+
+
+def _refuse_torchvisions(options: ExportOptions) -> None:
+    for option, given in (
+        ("--transforms", options.transforms),
+        ("--transform-input", options.transform_input),
+    ):
+        if given is not None:
+            raise UsageError(f"{option}: {options.model} is no model of torchvision", hint="leave it out")
+
+
+def _refuse_without_file(options: ExportOptions) -> None:
+    """Or an untrained network would be exported where one forgot --weights."""
+    for option, given in (
+        ("--weights-key", options.weights_key),
+        ("--rename", options.renames),
+        ("--skip-weights", options.skip_weights),
+        ("--init-missing", options.init_missing),
+        ("--allow-pickle", options.allow_pickle),
+    ):
+        if given:
+            raise UsageError(
+                f"{option}: {options.model} reads no weights file",
+                hint="give --weights FILE, or leave it out",
+            )
+
+
+def footprint(spec: ModelSpec) -> memory.Footprint | None:
+    """How large the network is, from shapes alone; None of the user's own, whose code may do anything.
+
+    Raises:
+        BadInputError: the network refuses its arguments or the input size.
+    """
+    if spec.zoo == "python":
+        return None
+    shapes_only = dataclasses.replace(spec, weights_kind="random")
+    p = spec.preprocess
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")
+        with memory.without_memory():
+            module: nn.Module = _ROOMS[spec.zoo].construct(shapes_only, None)
+        try:
+            size = spec.sizes.max if spec.sizes is not None else (p.crop_height, p.crop_width)
+            return memory.footprint(module, *size)
+        except Exception as error:
+            raise BadInputError(
+                f"{spec.name} does not run at input {p.crop_height}x{p.crop_width}: {error}",
+                hint="choose another --input-size",
+            ) from error
+
+
+def build(spec: ModelSpec) -> tuple[nn.Module, weights_room.LoadReport]:
+    """The eval-mode model, and what was loaded into it.
+
+    Raises:
+        BadInputError: the weights do not fit, or the architecture refuses the input size.
+    """
+    loaded = weights_room.Loaded({})
+    state: dict[str, torch.Tensor] | None = None
+    if spec.weights_path is not None:
+        loaded = weights_room.read_weights(spec.weights_path, spec.reading)
+        state = loaded.state
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(spec.seed)
+        model: nn.Module = _ROOMS[spec.zoo].construct(spec, state)
+        initialized: list[str] = []
+        if spec.weights_kind == "random":
+            make_usable(model, spec)
+        elif state is not None:
+            initialized = weights_room.load_into(
+                model,
+                state,
+                origin=str(spec.weights_path),
+                init_missing=spec.init_missing,
+                versions=loaded.versions,
+            )
+        elif weights_room.state_digest(model) != spec.weights_sha256:  # it is made twice
+            raise BadInputError(
+                f"{spec.name}: has other weights each time that it is made",
+                hint="seed what draws random numbers: PyTorch's are seeded, NumPy's and Python's are not",
+            )
+    if spec.fully_convolutional:
+        p = spec.preprocess
+        least = spec.sizes.min if spec.sizes is not None else (p.crop_height, p.crop_width)
+        model = fully_convolutional.fully_convolutional(model.eval(), *least)
+    if spec.sizes is not None:
+        dynamic_size.check(model, spec.name)
+    report = weights_room.LoadReport(initialized, list(loaded.skipped), loaded.entry, list(loaded.others))
+    return model.eval(), report

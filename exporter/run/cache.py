@@ -1,0 +1,244 @@
+"""Cache of stage results, each under the hash of everything that went into it.
+
+Results are made in a directory of their own and renamed into place, so a killed run leaves nothing half
+done and runs side by side do not meet. On a hit the files are hard-linked into the run's work directory, so
+that pruning by another run cannot take them away.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from export_zoo.base.errors import EnvironmentFailureError, UsageError
+from export_zoo.base.graph_io import sha256_of
+from export_zoo.base.package import PACKAGE
+
+CACHE_VARIABLE = "EXPORT_ZOO_CACHE"
+LIMIT_VARIABLE = "EXPORT_ZOO_CACHE_GB"
+DEFAULT_LIMIT_GB = 20.0
+_ABANDONED_SECONDS, _GRACE_SECONDS = 24 * 3600, 60
+_ENTRY = "entry.json"
+_TEMPORARY, _MARKER = "export-zoo-", ".export-zoo-work"  # marked, so that nobody else's are taken for ours
+
+
+def default_root() -> Path:
+    """$EXPORT_ZOO_CACHE, else $XDG_CACHE_HOME/export-zoo, else ~/.cache/export-zoo."""
+    if directory := os.environ.get(CACHE_VARIABLE):
+        return Path(directory)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "export-zoo"
+
+
+@cache
+def code_digest(package: Path = PACKAGE) -> str:
+    """Hash of our own source: part of every key, so that no change of a stage can be forgotten."""
+    combined = hashlib.sha256()
+    folders = [package, *(path for path in package.iterdir() if path.is_symlink())]  # rglob follows no links
+    for source in sorted(source for folder in folders for source in folder.rglob("*.py")):
+        if "cpp" not in source.relative_to(package).parts:  # tests of the C++ library
+            combined.update(
+                f"{source.relative_to(package).as_posix()}\0".encode() + source.read_bytes() + b"\0"
+            )
+    return combined.hexdigest()
+
+
+def digest(key: Mapping[str, Any]) -> str:
+    """Hex SHA-256 of a key, as canonical JSON."""
+    return hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """A finished stage: its files lie in `directory`, `data` is what it returned."""
+
+    directory: Path
+    data: Any
+    cached: bool
+    key: str
+
+
+def _limit_bytes() -> float:
+    text = os.environ.get(LIMIT_VARIABLE) or str(DEFAULT_LIMIT_GB)
+    try:
+        gigabytes = float(text)
+    except ValueError:
+        gigabytes = -1.0
+    if not gigabytes >= 0:
+        raise UsageError(f"{LIMIT_VARIABLE}={text}: not a number of gigabytes", hint="for example 20")
+    return gigabytes * 1e9
+
+
+def _link(source: Path, target: Path) -> None:
+    """Hard link, or copy where the file system has no links."""
+    try:
+        os.link(source, target)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _lock(directory: Path) -> int | None:
+    """Mark a work directory as one of a living process; the lock goes with it. None where it is another's.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+    try:
+        import fcntl
+    except ImportError:  # on Windows age alone tells
+        return None
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _remove_abandoned(works: Iterable[Path]) -> None:
+    """Work directories of runs that were killed. Those of other users in /tmp stay: they cannot be removed."""
+    for old in works:
+        with contextlib.suppress(OSError):  # another run may have removed it
+            age = time.time() - old.stat().st_mtime
+            if age <= _GRACE_SECONDS:  # it may not have come to its lock yet
+                continue
+            descriptor = _lock(old)
+            if descriptor is not None or age > _ABANDONED_SECONDS:
+                shutil.rmtree(old, ignore_errors=True)
+            if descriptor is not None:
+                os.close(descriptor)
+
+
+class StageCache:
+    """Runs stages through the cache. A context manager: it owns the run's work directory.
+
+    Args:
+        root: the cache directory, or None for no cache (everything is made anew, in a temporary directory).
+    """
+
+    def __init__(self, root: Path | None) -> None:
+        self._root = root
+        self._work = Path()
+        self._limit = 0.0
+        self._descriptor: int | None = None
+
+    def __enter__(self) -> StageCache:
+        self._limit = _limit_bytes()
+        if self._root is None:
+            marked = Path(tempfile.gettempdir()).glob(f"{_TEMPORARY}*/{_MARKER}")
+            _remove_abandoned(marker.parent for marker in marked)
+            self._work = Path(tempfile.mkdtemp(prefix=_TEMPORARY))
+            (self._work / _MARKER).touch()
+        else:
+            works = self._root / "work"
+            works.mkdir(parents=True, exist_ok=True)
+            _remove_abandoned(works.iterdir())
+            self._work = works / uuid.uuid4().hex
+            self._work.mkdir()
+        with contextlib.suppress(OSError):  # a file system without locks: age alone tells
+            self._descriptor = _lock(self._work)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        shutil.rmtree(self._work, ignore_errors=True)
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+        if self._root is not None and kind is None:
+            self._prune(self._root)
+
+    def run(self, stage: str, key: Mapping[str, Any], make: Callable[[Path], Any]) -> StageResult:
+        """The result of a stage: from the cache, or made by `make(directory)` and kept.
+
+        `make` writes its files flat into the directory it is given and returns something that JSON can hold.
+        """
+        name = digest({"stage": stage, **key})
+        if self._root is not None and (hit := self._hit(stage, name)) is not None:
+            return hit
+        directory = self._work / f"{stage}-{name[:16]}-{uuid.uuid4().hex[:8]}"
+        try:
+            directory.mkdir()
+            data = make(directory)
+            if self._root is not None:
+                self._keep(stage, name, key, directory, data)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise EnvironmentFailureError(
+                f"{self._root or self._work}: {error.strerror} ({stage})",
+                hint=f"free some, or move the cache ({CACHE_VARIABLE}; with --no-cache, TMPDIR)",
+            ) from error
+        return StageResult(directory, data, cached=False, key=name)
+
+    def _hit(self, stage: str, name: str) -> StageResult | None:
+        assert self._root is not None
+        entry = self._root / stage / name
+        directory = self._work / f"{stage}-{name[:16]}-{uuid.uuid4().hex[:8]}"
+        try:
+            if not entry.exists():
+                return None
+            described = json.loads((entry / _ENTRY).read_text(encoding="utf-8"))
+            result = StageResult(directory, described["data"], cached=True, key=name)
+            directory.mkdir()
+            for file, sha256 in described["files"].items():
+                _link(entry / file, directory / file)
+                if sha256_of(directory / file) != sha256:
+                    raise ValueError(f"{file} was altered")
+            os.utime(entry)
+        except (ValueError, KeyError, TypeError, AttributeError, OSError):
+            # A damaged entry is worth nothing: make it again.
+            shutil.rmtree(directory, ignore_errors=True)
+            shutil.rmtree(entry, ignore_errors=True)
+            return None
+        return result
+
+    def _keep(self, stage: str, name: str, key: Mapping[str, Any], directory: Path, data: Any) -> None:
+        assert self._root is not None
+        staging = self._work / f"keep-{uuid.uuid4().hex}"
+        staging.mkdir()
+        files = {}
+        for file in sorted(directory.iterdir()):
+            _link(file, staging / file.name)
+            files[file.name] = sha256_of(file)
+        document = {"stage": stage, "key": key, "files": files, "data": data}
+        (staging / _ENTRY).write_text(json.dumps(document, indent=1), encoding="utf-8")
+        (self._root / stage).mkdir(exist_ok=True)
+        try:
+            staging.rename(self._root / stage / name)
+        except OSError:
+            # Another run was first; both results are right.
+            shutil.rmtree(staging, ignore_errors=True)
+
+    def _prune(self, root: Path) -> None:
+        """Remove the least recently used entries above the size limit."""
+        entries = []
+        for entry in root.glob("*/*"):
+            try:
+                if (entry / _ENTRY).is_file():  # what else is there, the ARM64 root for example, is not ours
+                    size = sum(file.stat().st_size for file in entry.iterdir())
+                    entries.append((entry.stat().st_mtime, size, entry))
+            except OSError:
+                continue  # another run prunes, too
+        total = sum(size for _, size, _ in entries)
+        for _, size, entry in sorted(entries):
+            if total <= self._limit:
+                break
+            shutil.rmtree(entry, ignore_errors=True)
+            total -= size

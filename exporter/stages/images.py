@@ -1,0 +1,99 @@
+"""Stage: which images calibrate, select and verify, and the class labels of those that verify."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from export_zoo.base.errors import BadInputError
+from export_zoo.calibration import images
+from export_zoo.calibration.images import ImageFolder, Splits
+from export_zoo.exporter.options import DEFAULT_CALIB_IMAGES, DEFAULT_VERIFY_IMAGES
+from export_zoo.exporter.run.context import Context
+from export_zoo.exporter.stages.labels import FolderLabels, folder_labels
+
+if TYPE_CHECKING:
+    from export_zoo.exporter.models.spec import ModelSpec
+
+SYNTHETIC_IMAGES = 64
+
+
+@dataclass(frozen=True)
+class ChosenImages:
+    """Disjoint splits. With `synthetic`, they are empty and seeded images take the place of *verify*."""
+
+    splits: Splits
+    verify_root: Path | None
+    synthetic: bool
+    labels: list[int] | None
+    """Class index per verify image, where folders tell."""
+    categories: tuple[str, ...]
+    """Class names by index, where known."""
+
+
+def _scan(context: Context, folder: Path, option: str) -> ImageFolder:
+    with context.reporter.stage("images") as stage, context.reporter.bar("images", None) as progress:
+        found = images.scan(folder, option=option, progress=progress)
+        stage.detail = f"{option} {folder}: {len(found.images)} images"
+        for count, what in ((len(found.duplicates), "duplicates"), (len(found.ignored), "other files")):
+            if count:
+                stage.detail += f", {count} {what} left out"
+    context.warn_unreadable(folder, [(u.name, u.reason) for u in found.unreadable])
+    return found
+
+
+def choose_images(context: Context, spec: ModelSpec) -> ChosenImages:
+    """Scan the folders of --calib and --verify and divide them; synthetic images where there are none.
+
+    Raises:
+        BadInputError: a folder is unusable, has too few images, or both share images.
+    """
+    options, categories = context.options, spec.labels
+    splits: Splits = {"calibrate": (), "select": (), "verify": ()}
+    if options.calib is None and options.calib_images != DEFAULT_CALIB_IMAGES:
+        context.reporter.warn("--calib-images has no effect without --calib")
+    if options.calib is None and options.verify is None:
+        if options.verify_images != DEFAULT_VERIFY_IMAGES:
+            context.reporter.warn("--verify-images has no effect without --calib or --verify")
+        context.reporter.warn(
+            f"no --calib or --verify: parity is checked on {SYNTHETIC_IMAGES} seeded synthetic images"
+        )
+        return ChosenImages(splits, None, True, None, categories)
+    calib = _scan(context, options.calib, "--calib") if options.calib is not None else None
+    check = _scan(context, options.verify, "--verify") if options.verify is not None else None
+    if calib is not None:
+        splits = images.split(
+            calib,
+            calibrate=options.calib_images,
+            verify=options.verify_images,
+            seed=options.seed,
+            with_verify=check is None,
+        )
+    if check is not None:
+        _check_verify_folder(calib, check)
+        splits["verify"] = tuple(images.shuffled(check.images, options.seed)[: options.verify_images])
+    source = check or calib
+    assert source is not None
+    found = FolderLabels({}, "none for each pixel")
+    if not spec.dense:
+        found = folder_labels(source.images, categories, spec.num_classes)
+    with context.reporter.stage("splits") as stage:
+        stage.detail = ", ".join(f"{name} {len(files)}" for name, files in splits.items() if files)
+        stage.detail += f"; labels: {found.explanation}"
+    if not categories and len(found.by_folder) == spec.num_classes:
+        categories = tuple(sorted(found.by_folder, key=lambda name: found.by_folder[name]))
+    return ChosenImages(splits, source.root, False, found.of(splits["verify"]), categories)
+
+
+def _check_verify_folder(calib: ImageFolder | None, check: ImageFolder) -> None:
+    if calib is not None and (both := images.overlap(calib.images, check.images)):
+        raise BadInputError(
+            f"--verify {check.root}: {len(both)} of its images are in --calib too, {both[0][1]} for one",
+            hint="verify on images that were not calibrated on; --calib alone is divided for you",
+        )
+    if len(check.images) < images.MIN_VERIFY:
+        raise BadInputError(
+            f"--verify {check.root}: {len(check.images)} different images, at least {images.MIN_VERIFY} are needed",
+            hint="add images",
+        )

@@ -1,0 +1,252 @@
+"""The stages from a model to engine files, each through the cache."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from export_zoo.base.errors import BadInputError
+from export_zoo.base.machine import instruction_set
+from export_zoo.calibration import images
+from export_zoo.calibration.images import ImageStream
+from export_zoo.calibration.preprocess import normalize
+from export_zoo.engines.bundle.reader import HeldOut
+from export_zoo.engines.parity.metrics import Size, check_reference, sizes_to_check
+from export_zoo.engines.parity.outputs import as_rows
+from export_zoo.engines.verification.gate import SUBSET
+from export_zoo.exporter.run.cache import StageResult
+from export_zoo.exporter.run.context import IMAGE_BATCH, Context
+from export_zoo.exporter.stages.images import SYNTHETIC_IMAGES, ChosenImages
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from export_zoo.exporter.models.spec import ModelSpec
+    from export_zoo.exporter.models.weights.state_dicts import LoadReport
+
+
+class EagerModel:
+    """The eager model of a spec, built once and only when a stage is not cached."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self._spec = spec
+
+    @cached_property
+    def built(self) -> tuple[nn.Module, LoadReport]:
+        """The module, and what was loaded into it."""
+        from export_zoo.exporter.models import zoo
+
+        return zoo.build(self._spec)
+
+
+def resolve_model(context: Context) -> ModelSpec:
+    """Find the model and its weights (downloads them); see `models.zoo.resolve` for what it raises."""
+    with context.reporter.stage("weights") as stage:
+        from export_zoo.exporter.models import zoo
+
+        spec = zoo.resolve(context.options)
+        p = spec.preprocess
+        stage.detail = (
+            f"{spec.name}, {spec.weights_name}, input {spec.sizes or f'{p.crop_height}x{p.crop_width}'}, "
+            f"resize {p.resize_size} {p.interpolation}, {spec.num_classes} classes"
+        )
+        if len(spec.outputs) > 1:
+            stage.detail += f", outputs {', '.join(output.name for output in spec.outputs)}"
+        if spec.transform_input is not None:
+            stage.detail += f", transform_input={spec.transform_input}"
+        stage.detail += "".join(f", {key}={text}" for key, text in spec.model_args)
+        stage.detail += ", fully convolutional" if spec.fully_convolutional else ""
+    if context.options.memory_check:
+        _check_memory(context, spec)
+    if p.resize_size < max(p.crop_height, p.crop_width):
+        context.reporter.warn(
+            f"the resize to {p.resize_size} is less than the input {p.crop_height}x{p.crop_width}: "
+            "images get a black border"
+        )
+    for note in spec.notes:
+        context.reporter.warn(note)
+    if spec.reading.allow_pickle:
+        context.reporter.warn(f"--allow-pickle: code in {spec.weights_path} is run")
+    if spec.weights_kind == "random":
+        context.reporter.warn(
+            "random weights (--weights none): engines are compared, but nothing is said about accuracy"
+        )
+    return spec
+
+
+def _check_memory(context: Context, spec: ModelSpec) -> None:
+    from export_zoo.exporter.models import memory, zoo
+
+    found = zoo.footprint(spec)
+    if found is not None:
+        calibrated = set(context.options.precisions) != {"fp32"}
+        expected = memory.expected_bytes(found, calibrated=calibrated, batch=context.options.batch.max)
+        memory.check(spec.name, expected)
+
+
+def _further_sizes(spec: ModelSpec) -> list[Size]:
+    """Input sizes that are checked beside that of the preprocessing; none where it is fixed."""
+    sizes = spec.sizes
+    return sizes_to_check(sizes.min, sizes.opt, sizes.max) if sizes is not None else []
+
+
+def _all_sizes(spec: ModelSpec) -> list[Size]:
+    return [(spec.preprocess.crop_height, spec.preprocess.crop_width), *_further_sizes(spec)]
+
+
+def _synthetic(spec: ModelSpec, count: int, seed: int) -> Iterator[npt.NDArray[np.float32]]:
+    """Synthetic inputs, float32 [count, 3, H, W], of every size that is checked."""
+    for height, width in _all_sizes(spec):
+        yield normalize(images.synthetic_images(count, height, width, seed), spec.preprocess)
+
+
+def export_graph(context: Context, spec: ModelSpec, model: EagerModel) -> StageResult:
+    """Eager model -> `model.onnx`, checked against eager at two batches of every size."""
+
+    def make(directory: Path) -> dict[str, Any]:
+        from export_zoo.exporter.graph import to_onnx
+
+        module, report = model.built
+        p = spec.preprocess
+        path = directory / "model.onnx"
+        names = [output.name for output in spec.outputs]
+        own = spec.zoo == "python"
+        to_onnx.export(module, p.crop_height, p.crop_width, path, outputs=names, sizes=spec.sizes, own=own)
+        error = 0.0
+        for inputs in _synthetic(spec, max(to_onnx.CHECK_BATCHES), spec.seed):
+            follows = spec.sizes is not None
+            error = max(error, to_onnx.check_batches(path, module, inputs, follows=follows))
+        return {**asdict(report), "error": error, "opset": to_onnx.OPSET}
+
+    with context.reporter.stage("export") as stage:
+        libraries = ("torch", "torchvision", "onnx", "onnxscript", "onnx_ir")
+        result = context.cache.run("export", context.key(*libraries, spec=spec.key()), make)
+        stage.cached = result.cached
+        stage.detail = (
+            f"ONNX opset {result.data['opset']}, dynamic batch{', height and width' if spec.sizes else ''}; "
+            f"eager's logits within {result.data['error']:.0e} at batches 1 and 3"
+        )
+        if spec.sizes is not None:
+            stage.detail += f" of {', '.join(f'{height}x{width}' for height, width in _all_sizes(spec))}"
+        if entry := result.data["entry"]:
+            stage.detail += f"; weights: {entry} of the checkpoint"
+    if others := result.data["others"]:
+        context.reporter.warn(
+            f"--weights: took {result.data['entry']}; the file has {', '.join(others)}, too: --weights-key takes that"
+        )
+    if skipped := result.data["skipped"]:
+        context.reporter.warn(f"--skip-weights: left out of the file: {', '.join(skipped)}")
+    if names := result.data["initialized"]:
+        context.reporter.warn(f"initialized at random: {', '.join(names)}: accuracy figures mean nothing")
+    return result
+
+
+def simplify_graph(context: Context, spec: ModelSpec, exported: StageResult) -> StageResult:
+    """`model.onnx` -> `graph.onnx`, with proof that the logits did not change."""
+
+    def make(directory: Path) -> dict[str, str]:
+        from export_zoo.exporter.graph import simplify
+
+        inputs = _synthetic(spec, 3, spec.seed + 1)
+        done = simplify.simplify(exported.directory / "model.onnx", directory, *inputs)
+        return {"summary": done.summary, "warning": done.warning}
+
+    with context.reporter.stage("simplify") as stage:
+        key = context.key("onnx", "onnx_ir", "onnxsim", "onnxruntime", graph=exported.key)
+        result = context.cache.run("simplify", key, make)
+        stage.cached, stage.detail = result.cached, result.data["summary"]
+    if result.data["warning"]:
+        context.reporter.warn(result.data["warning"])
+    return result
+
+
+def run_reference(
+    context: Context, spec: ModelSpec, model: EagerModel, chosen: ChosenImages
+) -> tuple[StageResult, HeldOut]:
+    """Decode the verify set and run eager PyTorch on it: `inputs.npy`, `logits.npy` and those of further outputs.
+
+    The first images also at further sizes, where the input's is dynamic: `inputs-HxW.npy` and `logits-HxW.npy`.
+
+    Raises:
+        BadInputError: too many images cannot be decoded, or too few are left.
+        ParityError: the logits are nothing to compare with.
+    """
+    p = spec.preprocess
+    files = chosen.splits["verify"]
+    identity = ["synthetic", SYNTHETIC_IMAGES] if chosen.synthetic else [i.sha256 for i in files]
+
+    def make(directory: Path) -> dict[str, Any]:
+        from export_zoo.exporter.graph.reference import eager_outputs
+
+        stream = None
+        if chosen.synthetic:
+            # Another seed than that which random weights are made usable with.
+            pixels = images.synthetic_images(SYNTHETIC_IMAGES, p.crop_height, p.crop_width, spec.seed + 2)
+        else:
+            assert chosen.verify_root is not None
+            stream = ImageStream(files, p, IMAGE_BATCH, chosen.verify_root)
+            pixels = stream.all()
+            if len(pixels) < images.MIN_VERIFY:
+                raise BadInputError(
+                    f"{chosen.verify_root}: {len(pixels)} images to verify on can be decoded, at least "
+                    f"{images.MIN_VERIFY} are needed",
+                    hint="repair or replace those that the message before names, or add images",
+                )
+        with context.reporter.bar("reference", len(pixels)) as progress:
+            outputs = eager_outputs(model.built[0], pixels, p, progress)
+        np.save(directory / "inputs.npy", pixels)
+        for name, output in zip(reference_files(spec), outputs, strict=True):
+            check_reference(as_rows(output), "" if name == "logits" else f"{name}: ")
+            np.save(directory / f"{name}.npy", output)
+        for height, width in _further_sizes(spec):
+            there = p.at_size(height, width)
+            if stream is None:
+                pixels = images.synthetic_images(SUBSET, height, width, spec.seed + 2)
+            else:
+                pixels = ImageStream(stream.images[:SUBSET], there, IMAGE_BATCH, stream.root).all()
+            np.save(directory / f"inputs-{height}x{width}.npy", pixels)
+            outputs = eager_outputs(model.built[0], pixels, there)
+            for name, output in zip(reference_files(spec), outputs, strict=True):
+                check_reference(as_rows(output), f"at {height}x{width}, ")
+                np.save(directory / f"{name}-{height}x{width}.npy", output)
+        return {
+            "sha256": [i.sha256 for i in stream.images] if stream else [],
+            "unreadable": [(u.name, u.reason) for u in stream.unreadable] if stream else [],
+        }
+
+    with context.reporter.stage("reference") as stage:
+        libraries = ("torch", "torchvision", "numpy", "pillow")
+        key = context.key(*libraries, spec=spec.key(), images=identity, isa=instruction_set())
+        result = context.cache.run("reference", key, make)
+
+        def held(suffix: str = "") -> HeldOut:
+            inputs, logits, *further = (
+                np.load(result.directory / f"{name}{suffix}.npy")
+                for name in ("inputs", *reference_files(spec))
+            )
+            return HeldOut(inputs, logits, None, tuple(further))
+
+        whole = held()
+        sizes = tuple(held(f"-{height}x{width}") for height, width in _further_sizes(spec))
+        kind = "synthetic images" if chosen.synthetic else "images"
+        stage.cached, stage.detail = result.cached, f"eager PyTorch FP32 on {len(whole.pixels)} {kind}"
+        for part in sizes:
+            stage.detail += f", {len(part.pixels)} at {part.pixels.shape[1]}x{part.pixels.shape[2]}"
+    context.warn_unreadable(chosen.verify_root, result.data["unreadable"])
+    labels = None
+    if chosen.labels is not None:
+        by_hash = dict(zip((i.sha256 for i in files), chosen.labels, strict=True))
+        labels = [by_hash[sha256] for sha256 in result.data["sha256"]]
+    return result, dataclasses.replace(whole, labels=labels, sizes=sizes)
+
+
+def reference_files(spec: ModelSpec) -> list[str]:
+    """Stems of the reference's files, one for each output."""
+    return ["logits", *(f"output-{index}" for index in range(1, len(spec.outputs)))]

@@ -1,0 +1,280 @@
+"""Candidates for INT8 of a target: what each is made of, made once, and how good it is on the select images."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from glob import escape
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict
+from safetensors.numpy import save_file
+
+from export_zoo.base import graph_io
+from export_zoo.calibration.collect import channel_magnitudes, collect
+from export_zoo.calibration.images import ImageStream
+from export_zoo.calibration.layer_inputs import input_sizes, layer_means, layer_moments
+from export_zoo.calibration.preprocess import Preprocess, UInt8Array
+from export_zoo.calibration.ranges import Ranges
+from export_zoo.engines.parity.metrics import WITHOUT_NOISE, check_reference
+from export_zoo.engines.parity.outputs import as_rows
+from export_zoo.engines.precision.fp16.twin import write_twin
+from export_zoo.engines.precision.int8.clipping import worth_clipping
+from export_zoo.engines.precision.int8.equalize import STRENGTHS, equalize, observed
+from export_zoo.engines.precision.int8.keep_float import kept_float
+from export_zoo.engines.precision.int8.qdq import SCHEMES
+from export_zoo.engines.precision.int8.rounding import LARGEST, rounding
+from export_zoo.engines.precision.int8.saturation.channel_order import ChannelOrder, choose_order
+from export_zoo.engines.precision.placement import classifier_layers, quantized_tensors, weight_of
+from export_zoo.engines.targets.onnxruntime.engine import OnnxRuntimeEngine
+from export_zoo.engines.verification.gate import Runnable, run_in_batches
+from export_zoo.exporter.run.context import IMAGE_BATCH, Context
+from export_zoo.exporter.stages.images import ChosenImages
+from export_zoo.exporter.stages.tuning.gain import Float64Array
+from export_zoo.exporter.stages.tuning.int8_parts import Int8Parts
+
+OFF = "off"
+
+APPROXIMATE = "0.75 approximate"
+"""Strength with which layers are equalized through ReLU6, too, which is not the same function on all images."""
+
+FEW_IMAGES = 64
+"""Images that channels' magnitudes and layers' mean inputs are taken from."""
+
+MOMENT_IMAGES = 256
+"""Images that second moments of layers' inputs are taken from: they have more to tell, and less to tell it with."""
+
+
+class Candidate(BaseModel):
+    """One way to make INT8 of a target; see `tuning.int8_parts.Int8Parts` for the parts."""
+
+    model_config = ConfigDict(frozen=True)
+
+    strength: str = OFF
+    """Of equalization."""
+    bias: bool = False
+    method: str = "minmax"
+    clipped: tuple[str, ...] = ()
+    rounded: bool = False
+    kept: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Store:
+    """Where the parts of candidates lie, so that a cached stage finds them again."""
+
+    directory: Path
+    graph: Path
+    ranges: Ranges
+    _read: dict[str, Ranges] = field(default_factory=dict)
+    """By strength."""
+
+    def __post_init__(self) -> None:
+        self._read[OFF] = self.ranges
+
+    def equalized(self, strength: str) -> Path:
+        return self.directory / f"equalized-{_file(strength)}.onnx"
+
+    def means(self, strength: str) -> Path:
+        return self.directory / f"means-{_file(strength)}.safetensors"
+
+    def rounding(self, strength: str, target: str) -> Path:
+        """Targets differ only in how scales are rounded."""
+        scales = "half" if SCHEMES[target].half else "float"
+        return self.directory / f"rounding-{_file(strength)}-{scales}.safetensors"
+
+    def graph_of(self, strength: str) -> Path:
+        return self.graph if strength == OFF else self.equalized(strength)
+
+    def ranges_of(self, strength: str) -> Ranges:
+        if strength not in self._read:
+            self._read[strength] = Ranges.read(self.equalized(strength).with_suffix(".json"))
+        return self._read[strength]
+
+    def keep(self, chosen: Iterable[tuple[Candidate, str]]) -> None:
+        """Delete what no chosen candidate (with its target) is made of."""
+        kept = set()
+        for candidate, target in chosen:
+            parts = self.parts(candidate, target)
+            kept |= {parts.graph, parts.graph.with_suffix(".json"), parts.means, parts.rounding}
+        for path in self.directory.iterdir():
+            if path not in kept and path.name.startswith(("equalized-", "means-", "rounding-")):
+                path.unlink()
+
+    def parts(self, candidate: Candidate, target: str) -> Int8Parts:
+        return Int8Parts(
+            self.graph_of(candidate.strength),
+            self.ranges_of(candidate.strength),
+            candidate.method,
+            candidate.clipped,
+            self.means(candidate.strength) if candidate.bias else None,
+            self.rounding(candidate.strength, target) if candidate.rounded else None,
+            candidate.kept,
+        )
+
+
+class Workshop:
+    """Makes the parts of candidates, and measures candidates by the SQNR of their logits to the FP32 graph's.
+
+    Args:
+        select: images to measure on, uint8 [N, H, W, 3].
+        few: how many of them SQNR is of.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        store: Store,
+        chosen: ChosenImages,
+        preprocess: Preprocess,
+        select: UInt8Array,
+        few: int,
+    ) -> None:
+        self._context, self._store, self._preprocess = context, store, preprocess
+        root = context.options.calib
+        assert root is not None
+        self._root, self._files = root, chosen.splits["calibrate"]
+        self._select = select
+        self.images, self.few = len(select), min(few, len(select))
+        self._reference = self._outputs(OnnxRuntimeEngine(store.graph, saturating_session={}), 0, self.few)
+        rows = as_rows(self._reference).astype(np.float64)
+        check_reference(as_rows(self._reference))
+        self._signal = float(((rows - rows.mean(axis=0)) ** 2).sum())
+        self._known: dict[tuple[Candidate, str], Float64Array] = {}
+        self._made = {graph_io.sha256_of(store.graph)}
+        self._decoded: dict[int, UInt8Array] = {}
+        self._orders: dict[str, ChannelOrder] = {}
+
+    def _pixels(self, count: int) -> UInt8Array:
+        if count not in self._decoded:
+            stream = ImageStream(self._files[:count], self._preprocess, IMAGE_BATCH, self._root)
+            self._decoded[count] = stream.all()
+        return self._decoded[count]
+
+    def _outputs(self, engine: Runnable, start: int, stop: int) -> npt.NDArray[np.float32]:
+        """First outputs of some images."""
+        return run_in_batches(engine, self._select[start:stop], self._preprocess, IMAGE_BATCH)[0]
+
+    def _noise(self, engine: Runnable, start: int, stop: int) -> Float64Array:
+        if len(self._reference) < stop:
+            precise = OnnxRuntimeEngine(self._store.graph, saturating_session={})
+            more = self._outputs(precise, len(self._reference), stop)
+            self._reference = np.concatenate([self._reference, more])
+        difference = self._outputs(engine, start, stop).astype(np.float64) - self._reference[start:stop]
+        squares: Float64Array = (difference.reshape(len(difference), -1) ** 2).sum(axis=1)
+        return squares
+
+    def sqnr(self, candidate: Candidate, target: str) -> float:
+        """Of a candidate whose parts have been made, on the few first images, in dB."""
+        noise = float(self.noise(candidate, target, self.few).sum())
+        if not np.isfinite(noise):
+            return -WITHOUT_NOISE
+        return WITHOUT_NOISE if noise == 0 else min(WITHOUT_NOISE, 10 * math.log10(self._signal / noise))
+
+    def noise(self, candidate: Candidate, target: str, count: int) -> Float64Array:
+        """Squared errors of the first images' logits, [count], of a candidate whose parts have been made."""
+        known = self._known.get((candidate, target), np.empty(0))
+        if len(known) < count:
+            with tempfile.TemporaryDirectory(prefix="export-zoo-") as directory:
+                graph, twin = Path(directory) / "candidate.onnx", Path(directory) / "twin.onnx"
+                parts, options = self._store.parts(candidate, target), self._context.options
+                parts.write(graph, target, options, self._order(candidate.strength, target))
+                if target == "onnxruntime":
+                    # It cannot saturate, so it needs no exact session, which is slower.
+                    engine = OnnxRuntimeEngine(graph, saturating_session={})
+                else:
+                    write_twin(graph, twin)
+                    engine = OnnxRuntimeEngine(twin, fused=False)
+                known = np.concatenate([known, self._noise(engine, len(known), count)])
+            self._known[candidate, target] = known
+        return known[:count]
+
+    @cached_property
+    def equalized(self) -> list[str]:
+        """Strengths with which layers can be equalized; makes the graphs, and calibrates each."""
+        names = observed(graph_io.load(self._store.graph).graph)
+        if not names:
+            return []
+        magnitudes = self._magnitudes(names)
+        return [s for s in map(str, STRENGTHS) if self._equalize(s, magnitudes)]
+
+    @cached_property
+    def approximated(self) -> bool:
+        """Whether there are more layers to be equalized through ReLU6; makes that graph, and calibrates it."""
+        graph = graph_io.load(self._store.graph).graph
+        names = observed(graph, approximate=True)
+        return names != observed(graph) and self._equalize(APPROXIMATE, self._magnitudes(names))
+
+    def _magnitudes(self, names: list[str]) -> dict[str, npt.NDArray[np.float32]]:
+        return channel_magnitudes(self._store.graph, self._pixels(FEW_IMAGES), self._preprocess, names)
+
+    def _equalize(self, strength: str, magnitudes: Mapping[str, npt.NDArray[np.float32]]) -> bool:
+        model = graph_io.load(self._store.graph)
+        approximate = strength == APPROXIMATE
+        power = float(strength.split()[0])
+        if not equalize(model.graph, magnitudes, power, approximate=approximate):
+            return False
+        path = self._store.equalized(strength)
+        graph_io.save(model, path)
+        if graph_io.sha256_of(path) in self._made:  # another strength came to the same powers of two
+            return False
+        self._made.add(graph_io.sha256_of(path))
+        stream = ImageStream(self._files, self._preprocess, IMAGE_BATCH, self._root)
+        wanted = quantized_tensors(model.graph, kept_float(model.graph, self._context.options.keep_float))
+        with self._context.reporter.bar("tune", len(self._files)) as progress:
+            ranges = collect(path, stream, histograms=wanted, progress=progress)
+        ranges.write(path.with_suffix(".json"))
+        return True
+
+    def means(self, strength: str) -> None:
+        """Have mean inputs of layers."""
+        path = self._store.means(strength)
+        if not path.exists():
+            graph = self._store.graph_of(strength)
+            save_file(layer_means(graph, self._pixels(FEW_IMAGES), self._preprocess, _layers(graph)), path)
+
+    def rounding(self, strength: str, target: str) -> None:
+        """Have weights rounded; the longest of all steps."""
+        path = self._store.rounding(strength, target)
+        if path.exists():
+            return
+        graph = self._store.graph_of(strength)
+        sizes = input_sizes(graph, _layers(graph))
+        layers = [name for name, (_, size) in sizes.items() if size <= LARGEST]
+        moments = layer_moments(graph, self._pixels(MOMENT_IMAGES), self._preprocess, layers)
+        with self._context.reporter.bar("tune rounding", len(layers)) as progress:
+            order = self._order(strength, target)
+            steps = rounding(graph_io.load(graph).graph, moments, target, order=order, progress=progress)
+        save_file(steps, path)
+
+    def _order(self, strength: str, target: str) -> ChannelOrder | None:
+        """The order of channels of a graph for a target, chosen once."""
+        if not SCHEMES[target].sums_in_16_bits:
+            return None
+        if strength not in self._orders:
+            self._orders[strength] = choose_order(graph_io.load(self._store.graph_of(strength)).graph)
+        return self._orders[strength]
+
+    def clipped(self, strength: str, target: str) -> list[str]:
+        """Tensors that gain by clipping, most first."""
+        graph, ranges = self._store.graph_of(strength), self._store.ranges_of(strength)
+        return worth_clipping(graph_io.load(graph).graph, ranges, target, self._context.options.keep_float)
+
+    def classifiers(self) -> list[tuple[str, ...]]:
+        """Patterns of the layer that makes the logits, and of it with all behind the last convolution."""
+        layers = classifier_layers(graph_io.load(self._store.graph).graph)
+        return [tuple(map(escape, some)) for some in dict.fromkeys((layers[-1:], layers)) if some]
+
+
+def _file(strength: str) -> str:
+    return strength.replace(" ", "-")
+
+
+def _layers(graph: Path) -> list[str]:
+    """Names of the nodes with an int8 weight."""
+    return [str(node.name) for node in graph_io.load(graph).graph if weight_of(node) is not None]

@@ -1,0 +1,67 @@
+"""What INT8 of one target is made of, and how it is put together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.numpy import load_file
+
+from export_zoo.base.graph_io import sha256_of
+from export_zoo.calibration.ranges import Ranges
+from export_zoo.engines.precision.int8.qdq import quantize
+from export_zoo.engines.precision.int8.saturation.channel_order import ChannelOrder
+from export_zoo.exporter.options import ExportOptions
+
+
+@dataclass(frozen=True)
+class Int8Parts:
+    """A graph, its ranges, and what `tuning.tune` chose."""
+
+    graph: Path
+    ranges: Ranges
+    method: str
+    clipped: tuple[str, ...] = ()
+    """Tensors whose range is that of least squared error, whatever the method."""
+    means: Path | None = None
+    """Mean inputs of layers, .safetensors by node name, where biases are corrected."""
+    rounding: Path | None = None
+    """Steps from the nearest integers, .safetensors by node name, where weights are rounded otherwise."""
+    kept: tuple[str, ...] = ()
+    """Patterns of layers that stay float, beside those of --keep-float."""
+
+    def write(
+        self, out: Path, target: str, options: ExportOptions, order: ChannelOrder | None = None
+    ) -> list[Path]:
+        """The INT8 graph of a target; raises what `int8.qdq.quantize` does, which says what `order` is."""
+        return quantize(
+            self.graph,
+            self.ranges,
+            out,
+            target=target,
+            keep_float=(*options.keep_float, *self.kept),
+            method=self.method,
+            clipped=self.clipped,
+            means=_arrays(self.means),
+            rounding=_arrays(self.rounding),
+            order=order,
+        )
+
+    def key(self, target: str, options: ExportOptions) -> dict[str, Any]:
+        """All that `write`'s result depends on, but for library versions."""
+        return {
+            "graph": sha256_of(self.graph),
+            "target": target,
+            "ranges": self.ranges.digest(),
+            "keep_float": [*options.keep_float, *self.kept],
+            "method": self.method,
+            "clipped": self.clipped,
+            "means": sha256_of(self.means) if self.means is not None else None,
+            "rounding": sha256_of(self.rounding) if self.rounding is not None else None,
+        }
+
+
+def _arrays(path: Path | None) -> Mapping[str, Any] | None:
+    return load_file(path) if path is not None else None

@@ -1,0 +1,226 @@
+"""Stage: how INT8 of each target is made best, tried on the *select* images, which neither calibrate nor verify."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from export_zoo.base import graph_io
+from export_zoo.base.machine import instruction_set
+from export_zoo.calibration.images import ImageStream
+from export_zoo.calibration.methods import METHODS
+from export_zoo.calibration.preprocess import Preprocess
+from export_zoo.calibration.ranges import Ranges
+from export_zoo.engines.bundle.manifest import StepName, Tuning, TuningStep
+from export_zoo.engines.precision.int8.qdq import SCHEMES
+from export_zoo.engines.targets.target import Target
+from export_zoo.exporter.run.context import IMAGE_BATCH, Context
+from export_zoo.exporter.stages.images import ChosenImages
+from export_zoo.exporter.stages.tuning.candidates import APPROXIMATE, OFF, Candidate, Store, Workshop
+from export_zoo.exporter.stages.tuning.gain import gain
+from export_zoo.exporter.stages.tuning.int8_parts import Int8Parts
+
+WANTED: dict[StepName, tuple[float, float]] = {
+    "equalize": (2.0, 0.0),
+    "relu6": (2.0, 0.0),
+    "round": (-1.0, 0.0),
+    "bias": (0.0, 0.0),
+    "method": (3.0, 0.0),
+    "float": (1.0, 0.5),
+}
+"""Standard errors, and decibels, that the gain of a step must come to. Other scales round other values up and down:
+better or worse, as it happens, and the best of ten methods is better by luck. A bias corrected takes a known error
+away. So do weights rounded to less error, so much of it that images need only not contradict. Layers in float cost
+time."""
+
+MOST_LOST = 1.5
+"""Decibels that no step may cost, whatever their error."""
+
+CLEAR = 2.0
+"""Standard errors from what is wanted at which no more images are asked."""
+
+MIN_SELECT, MAX_SELECT, MAX_PIXELS = 32, 128, 128 * 64 * 64
+"""Images that candidates are tried on: fewer where they are large, for TensorRT's graphs run unfused here. The best is
+tried on up to MAX_SELECT where it is close."""
+
+ON = "on"
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What INT8 of one target is made of, and why."""
+
+    parts: Int8Parts
+    tuning: Tuning | None
+
+
+class _Choosing:
+    """Goes through the steps for one target, each from what the last one left."""
+
+    def __init__(self, workshop: Workshop, target: str, candidate: Candidate) -> None:
+        self._workshop, self._target = workshop, target
+        self.candidate = candidate
+        self.steps: list[TuningStep] = []
+
+    def step(self, name: StepName, default: str, candidates: Mapping[str, Candidate]) -> None:
+        """The best candidate where it is better than the default by more than luck, else the default."""
+        figures = {what: self._workshop.sqnr(c, self._target) for what, c in candidates.items()}
+        best = max((what for what in figures if what != default), key=lambda what: figures[what])
+        errors, decibels = WANTED[name]
+        count = self._workshop.few
+        while True:
+            before, after = (
+                self._workshop.noise(candidates[what], self._target, count) for what in (default, best)
+            )
+            found = gain(before, after)
+            above = found.decibels - decibels - errors * found.error
+            if abs(above) > CLEAR * found.error or count == self._workshop.images:
+                break
+            count = min(2 * count, self._workshop.images)
+        # One image that is far worse has a large error, and candidates that are equal have none.
+        worthy = bool(np.isfinite(after).all()) and found.decibels > (0 if errors > 0 else -MOST_LOST)
+        chosen = best if above >= 0 and worthy else default
+        self.candidate = candidates[chosen]
+        concerned = {"method": self.candidate.clipped, "float": self.candidate.kept}.get(name, ())
+        self.steps.append(
+            TuningStep(
+                name=name,
+                chosen=chosen,
+                sqnr=figures,
+                names=[*concerned],
+                best=best,
+                gain=found.decibels,
+                standard_error=found.error,
+                images=count,
+            )
+        )
+
+
+def _tune(workshop: Workshop, target: str, steps: Sequence[str], method: str) -> _Choosing:
+    """The choices for one target, step by step, each with the figures of its candidates."""
+    choosing = _Choosing(workshop, target, Candidate(method="minmax" if method == "auto" else method))
+
+    def now(**change: Any) -> Candidate:
+        return choosing.candidate.model_copy(update=change)
+
+    if "equalize" in steps and (strengths := workshop.equalized):
+        choosing.step("equalize", OFF, {s: now(strength=s) for s in (OFF, *strengths)})
+    if "equalize" in steps and workshop.approximated:
+        choosing.step("relu6", OFF, {OFF: now(), ON: now(strength=APPROXIMATE)})
+    strength = choosing.candidate.strength
+    if "round" in steps:
+        workshop.rounding(strength, target)
+        choosing.step("round", OFF, {OFF: now(), ON: now(rounded=True)})
+    if "bias" in steps:  # of what rounding left
+        workshop.means(strength)
+        choosing.step("bias", OFF, {OFF: now(), ON: now(bias=True)})
+    if method == "auto":
+        clipped = tuple(workshop.clipped(strength, target))
+        counts = [2**i for i in range(len(clipped).bit_length()) if 2**i < len(clipped)]
+        some = {f"mse on {count}": now(clipped=clipped[:count]) for count in counts}
+        choosing.step("method", "minmax", {**{name: now(method=name) for name in METHODS}, **some})
+    if "float" in steps and SCHEMES[target].half:  # on the CPU they would cost four times the memory traffic
+        layers = {_count(kept): now(kept=kept) for kept in workshop.classifiers()}
+        choosing.step("float", OFF, {OFF: now(), **layers})
+    return choosing
+
+
+def tune(
+    context: Context,
+    graph: Path,
+    ranges: Ranges,
+    chosen: ChosenImages,
+    preprocess: Preprocess,
+    targets: Sequence[Target],
+    *,
+    random: bool,
+) -> dict[str, Tuned]:
+    """What INT8 of each target is made of, by target.
+
+    With random weights nothing is tried: figures would be of rounding errors in chaotic networks.
+    """
+    options = context.options
+    wanted = options.steps or options.method == "auto"
+    if random or not wanted or options.calib is None:
+        if wanted and not random:
+            context.reporter.warn(
+                "without --calib there are no images to select on: INT8 is not tuned (--steps, --method auto)"
+            )
+        parts = Int8Parts(graph, ranges, "minmax" if options.method == "auto" else options.method)
+        return {target.name: Tuned(parts, None) for target in targets}
+    affordable = MAX_PIXELS // (preprocess.crop_height * preprocess.crop_width)
+    files = chosen.splits["select"][:MAX_SELECT]
+    few = min(MAX_SELECT, max(MIN_SELECT, affordable))
+
+    def make(directory: Path) -> dict[str, Any]:
+        assert options.calib is not None
+        store = Store(directory, graph, ranges)
+        pixels = ImageStream(files, preprocess, IMAGE_BATCH, options.calib).all()
+        workshop = Workshop(context, store, chosen, preprocess, pixels, few)
+        found = {t.name: _tune(workshop, t.name, options.steps, options.method) for t in targets}
+        store.keep([(choosing.candidate, name) for name, choosing in found.items()])
+        return {
+            "images": workshop.few,
+            "targets": {
+                name: [choosing.candidate.model_dump(), [step.model_dump() for step in choosing.steps]]
+                for name, choosing in found.items()
+            },
+        }
+
+    with context.reporter.stage("tune") as stage:
+        key = context.key(
+            "onnxruntime",
+            "onnx_ir",
+            "numpy",
+            "pillow",
+            graph=graph_io.sha256_of(graph),
+            ranges=ranges.digest(),
+            calibrate=[file.sha256 for file in chosen.splits["calibrate"]],
+            select=[file.sha256 for file in files],
+            targets=[target.name for target in targets],
+            options=[options.steps, options.method, options.keep_float],
+            isa=instruction_set(),
+        )
+        result = context.cache.run("tune", key, make)
+        stage.cached = result.cached
+        store = Store(result.directory, graph, ranges)
+        tuned = {}
+        for name, (candidate, steps) in result.data["targets"].items():
+            tuning = Tuning(
+                images=result.data["images"], steps=[TuningStep.model_validate(step) for step in steps]
+            )
+            tuned[name] = Tuned(store.parts(Candidate.model_validate(candidate), name), tuning)
+        stage.detail = "; ".join(
+            f"{name}-int8 {_describe(found.tuning)}" for name, found in tuned.items() if found.tuning
+        )
+        asked = {step.images or 0 for found in tuned.values() if found.tuning for step in found.tuning.steps}
+        few, most = result.data["images"], max(asked, default=0)
+        stage.detail += f", on {few} images" if most <= few else f", on {few} to {most} images"
+    return tuned
+
+
+def _count(layers: Sequence[str]) -> str:
+    return f"{len(layers)} layer{'s' if len(layers) > 1 else ''}"
+
+
+def _describe(tuning: Tuning) -> str:
+    parts = []
+    for step in tuning.steps:
+        default = "minmax" if step.name == "method" else OFF
+        what = {
+            "equalize": f"equalized {step.chosen}",
+            "relu6": "equalized through ReLU6",
+            "bias": "biases corrected",
+            "method": step.chosen,
+            "round": "weights rounded",
+            "float": f"{step.chosen} float",
+        }
+        if step.chosen != default:
+            parts.append(f"{what[step.name]} {step.gain or 0.0:+.1f} dB")
+        elif step.name == "method":
+            parts.append(step.chosen)
+    return ", ".join(parts) or "as it was"

@@ -1,0 +1,172 @@
+"""Stage: run every engine through the parity gate, and time them in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from export_zoo.base.graph_io import sha256_of
+from export_zoo.base.machine import cpu_model, instruction_set
+from export_zoo.calibration.preprocess import normalize
+from export_zoo.engines.bundle.loading import open_engine
+from export_zoo.engines.bundle.manifest import Gate, Latency, Recipe
+from export_zoo.engines.bundle.reader import HeldOut
+from export_zoo.engines.parity.metrics import DEFAULT_TOLERANCES, MIN_UNFUSED_COSINE
+from export_zoo.engines.targets.onnxruntime.engine import OnnxRuntimeEngine
+from export_zoo.engines.targets.target import device_name
+from export_zoo.engines.verification import bench
+from export_zoo.engines.verification.gate import MIN_LABELLED, Runnable, images_compared
+from export_zoo.engines.verification.verify import judge_engine
+from export_zoo.exporter.run.cache import StageResult
+from export_zoo.exporter.run.context import Context
+from export_zoo.exporter.stages.build import EngineFiles
+
+
+def tolerances_for(
+    context: Context, engine: EngineFiles, *, random: bool, labelled: int
+) -> tuple[dict[str, float], bool]:
+    """Default limits of an engine, overridden by --tolerance; and whether it is gated against its unfused graph.
+
+    Args:
+        random: the weights are random.
+        labelled: verify images with a label; too few leave the accuracy's default limit out.
+    """
+    unfused = random and engine.precision != "fp32" and engine.is_graph
+    if unfused:
+        chosen: dict[str, float] = {}  # the unfused graph brings its own
+    elif random and engine.precision != "fp32":
+        chosen = {"cosine": MIN_UNFUSED_COSINE}
+    else:
+        chosen = dict(DEFAULT_TOLERANCES[engine.precision])
+    if labelled < MIN_LABELLED:
+        chosen.pop("accuracy_drop", None)
+    # The general first, so that the specific has the last word, whatever their order.
+    for tolerance in sorted(context.options.tolerances, key=lambda t: t.specificity):
+        if tolerance.applies_to(engine.target, engine.precision):
+            chosen[tolerance.metric] = tolerance.value
+    return chosen, unfused
+
+
+def judge_engines(
+    context: Context, engines: Sequence[EngineFiles], recipe: Recipe, held: HeldOut, reference: StageResult
+) -> dict[str, Gate]:
+    """The gate of each engine, by name. A gate that does not hold is returned, not raised."""
+    for tolerance in context.options.tolerances:
+        if not any(tolerance.applies_to(engine.target, engine.precision) for engine in engines):
+            context.reporter.warn(
+                f"--tolerance {tolerance.selector}:{tolerance.metric}: no such engine in this run"
+            )
+    if context.options.keep_float and not any(engine.precision == "int8" for engine in engines):
+        context.reporter.warn("--keep-float has no effect without --precision int8")
+    return {engine.name: _judge(context, engine, recipe, held, reference) for engine in engines}
+
+
+def _judge(
+    context: Context, engine: EngineFiles, recipe: Recipe, held: HeldOut, reference: StageResult
+) -> Gate:
+    labelled = len(held.labels) if held.labels is not None else 0
+    tolerances, unfused = tolerances_for(
+        context, engine, random=recipe.source.weights.random, labelled=labelled
+    )
+
+    def make(_: Path) -> dict[str, Any]:
+        further = sum(len(part.pixels) for part in held.sizes)
+        total = images_compared(len(held.pixels), recipe.batch, further)
+        with context.reporter.bar("verify", total) as progress:
+            gate = judge_engine(
+                engine.file,
+                engine.graph,
+                target=engine.target,
+                precision=engine.precision,
+                plan=engine.plan,
+                saturating_session=engine.saturating_cpu_session or {},
+                unfused=unfused,
+                recipe=recipe,
+                held=held,
+                tolerances=tolerances,
+                progress=progress,
+            )
+        return gate.model_dump(mode="json")
+
+    with context.reporter.stage("verify") as stage:
+        key = context.key(
+            "onnxruntime",
+            "numpy",
+            engine=sha256_of(engine.file if engine.runs_here else engine.graph),
+            only_graph=not engine.runs_here,
+            reference=reference.key,
+            labels=held.labels,
+            batch=recipe.batch.model_dump(),
+            tolerances=tolerances,
+            unfused=unfused,
+            isa=instruction_set(),
+        )
+        result = context.cache.run("verify", key, make)
+        gate = Gate.model_validate(result.data)
+        stage.cached = result.cached
+        stage.detail = f"{engine.name}: {describe_gate(gate)}"
+    return gate
+
+
+def describe_gate(gate: Gate) -> str:
+    """One line for people."""
+    sqnr, top1 = gate.eager_metrics["sqnr"] or 0.0, gate.eager_metrics["top1"] or 0.0
+    ran = "" if gate.ran == "engine" else "precision graph "
+    text = (
+        f"{ran}{'FAILED' if gate.failures else 'ok'}, SQNR {sqnr:.1f} dB, top-1 agreement {100 * top1:.1f} % on "
+        f"{gate.metrics['images']} images"
+        + (f" ({pixels} pixels)" if (pixels := gate.metrics.get("pixels")) else "")
+        + f", batches {', '.join(map(str, gate.batches))}"
+    )
+    for name, figures in gate.further.items():
+        text += f"; output {name} {figures.eager_metrics['sqnr'] or 0.0:.1f} dB"
+    if gate.sizes:
+        text += f"; further sizes {', '.join(f'{height}x{width}' for height, width in gate.sizes)}"
+    if gate.reference != "eager":
+        text += f"; gated against its unfused graph, {gate.metrics['sqnr'] or 0.0:.1f} dB"
+    return text
+
+
+def time_engines(
+    context: Context, engines: Sequence[EngineFiles], fp32: Path, recipe: Recipe, held: HeldOut
+) -> dict[str, Latency]:
+    """Latency at batch OPT of each engine that runs here, by name, in turn with FP32; warns where it is slower."""
+    timed = {engine.name: engine for engine in engines if engine.runs_here}
+    if not timed:
+        return {}
+
+    def make(_: Path) -> dict[str, Any]:
+        sessions: dict[str, Runnable] = {"fp32": OnnxRuntimeEngine(fp32, saturating_session={})}
+        for name, engine in timed.items():
+            if engine.file != fp32:
+                sessions[name] = open_engine(
+                    engine.file,
+                    target=engine.target,
+                    precision=engine.precision,
+                    plan=engine.plan,
+                    graph=engine.graph,
+                    saturating_session=engine.saturating_cpu_session or {},
+                )
+        index = np.arange(recipe.batch.opt) % len(held.pixels)
+        batch = normalize(held.pixels[index], recipe.preprocess)
+        found = bench.measure(sessions, batch, baseline="fp32", machine=cpu_model())
+        return {name: found[name if name in sessions else "fp32"].model_dump(mode="json") for name in timed}
+
+    with context.reporter.stage("bench") as stage:
+        hashes = {"fp32": sha256_of(fp32), **{name: sha256_of(engine.file) for name, engine in timed.items()}}
+        key = context.key(
+            "onnxruntime", engines=hashes, batch=recipe.batch.opt, machine=[cpu_model(), device_name()]
+        )
+        result = context.cache.run("bench", key, make)
+        stage.cached = result.cached
+        stage.detail = f"{len(timed)} engine(s) in turn with FP32 at batch {recipe.batch.opt}"
+    latencies = {name: Latency.model_validate(data) for name, data in result.data.items()}
+    for name, latency in latencies.items():
+        if timed[name].precision != "fp32" and latency.speedup < 1.0:
+            context.reporter.warn(
+                f"{name} is slower than FP32 here ({latency.speedup:.2f}x at batch {latency.batch})"
+            )
+    return latencies
