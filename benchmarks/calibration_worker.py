@@ -51,7 +51,7 @@ def ours(graph: Path, inputs: Path, method: str) -> None:
     from export_zoo.calibration.images import ImageFile, ImageStream
     from export_zoo.calibration.methods import METHODS
     from export_zoo.calibration.preprocess import Preprocess
-    from export_zoo.engines.precision.placement import quantized_tensors
+    from export_zoo.engines.targets.registry import quantized_tensors
 
     class Preprocessed(ImageStream):
         def __iter__(self) -> Iterator[npt.NDArray[np.uint8]]:

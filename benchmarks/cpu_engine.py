@@ -25,6 +25,7 @@ from export_zoo.calibration.images import SyntheticStream, synthetic_images
 from export_zoo.calibration.preprocess import Preprocess, normalize
 from export_zoo.engines.precision.int8.qdq import quantize
 from export_zoo.engines.targets.onnxruntime.engine import OnnxRuntimeEngine
+from export_zoo.engines.targets.registry import TARGETS
 
 
 def prepare(model: str, directory: Path) -> tuple[dict[str, Path], Preprocess]:
@@ -32,7 +33,7 @@ def prepare(model: str, directory: Path) -> tuple[dict[str, Path], Preprocess]:
     fp32, p = simplified(model, directory)
     ours, peer = directory / "ours.onnx", directory / "peer.onnx"
     stream = SyntheticStream(16, 0, p, 16)
-    quantize(fp32, collect(fp32, stream), ours)
+    quantize(fp32, collect(fp32, stream), ours, rules=TARGETS["onnxruntime"].int8)
     quantize_with_onnxruntime(fp32, peer, [normalize(batch, p) for batch in stream])
     return {"fp32": fp32, "ours": ours, "quantize_static": peer}, p
 

@@ -26,6 +26,7 @@ from export_zoo.engines.parity.metrics import compare
 from export_zoo.engines.precision.fp16.twin import write_twin
 from export_zoo.engines.precision.int8.qdq import quantize
 from export_zoo.engines.targets.onnxruntime.engine import OnnxRuntimeEngine
+from export_zoo.engines.targets.registry import TARGETS
 
 Operand = tuple[str, int]
 
@@ -54,7 +55,7 @@ def both(model: str, directory: Path) -> tuple[list[dict[Operand, str]], list[fl
     fp32, p = simplified(model, directory)
     ours, theirs = directory / "ours.onnx", directory / "theirs.onnx"
     stream = SyntheticStream(16, 0, p, 8)
-    quantize(fp32, collect(fp32, stream), ours, target="tensorrt")
+    quantize(fp32, collect(fp32, stream), ours, rules=TARGETS["tensorrt"].int8)
     quantize_with_modelopt(
         str(fp32),
         quantize_mode="int8",

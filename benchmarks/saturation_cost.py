@@ -20,7 +20,6 @@ with callgrind (valgrind), which presents a CPU with AVX2 and without AVX-512: t
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import re
 import subprocess
@@ -43,14 +42,17 @@ from export_zoo.calibration.preprocess import decode, normalize, resize_and_crop
 from export_zoo.calibration.ranges import Ranges  # noqa: E402
 from export_zoo.engines.bundle import reader  # noqa: E402
 from export_zoo.engines.parity.metrics import compare  # noqa: E402
-from export_zoo.engines.precision.int8 import int8_weights, qdq  # noqa: E402
+from export_zoo.engines.precision.int8 import int8_weights  # noqa: E402
+from export_zoo.engines.precision.int8.qdq import quantize  # noqa: E402
 from export_zoo.engines.precision.int8.rounding import LARGEST, rounding  # noqa: E402
+from export_zoo.engines.precision.int8.rules import Int8Rules  # noqa: E402
 from export_zoo.engines.precision.int8.saturation.channel_order import ChannelOrder  # noqa: E402
 from export_zoo.engines.precision.int8.saturation.pairs import saturating_layers  # noqa: E402
 from export_zoo.engines.precision.int8.saturation.probe import EXACT_SESSION, saturates  # noqa: E402
 from export_zoo.engines.precision.int8.saturation.unsigned import unsigned_weights  # noqa: E402
 from export_zoo.engines.precision.placement import weight_of  # noqa: E402
 from export_zoo.engines.targets.onnxruntime.engine import OnnxRuntimeEngine  # noqa: E402
+from export_zoo.engines.targets.registry import TARGETS  # noqa: E402
 from export_zoo.engines.verification import bench  # noqa: E402
 from export_zoo.engines.verification.gate import run_in_batches  # noqa: E402
 
@@ -73,14 +75,6 @@ for _ in range(int(sys.argv[3])):
 """
 
 
-@contextlib.contextmanager
-def scheme(**change: bool):
-    """The number scheme of onnxruntime, changed."""
-    changed = replace(qdq.SCHEMES["onnxruntime"], **change)
-    with mock.patch.dict(qdq.SCHEMES, {"onnxruntime": changed}):
-        yield
-
-
 def graphs(root: Path, folder: Path, out: Path) -> dict[str, Path]:
     """The INT8 graphs by name."""
     manifest = reader.read_manifest(root)
@@ -96,22 +90,24 @@ def graphs(root: Path, folder: Path, out: Path) -> dict[str, Path]:
     moments = dict(layer_moments(graph, pixels, p, few))
     means = layer_means(graph, pixels[:64], p, layers)
 
-    def write(name: str, order: ChannelOrder | None) -> None:
-        steps = rounding(graph_io.load(graph).graph, moments.items(), "onnxruntime", order=order)
-        qdq.quantize(graph, ranges, made[name], means=means, rounding=steps, order=order)
+    safe = TARGETS["onnxruntime"].int8
+    free = replace(safe, sums_in_16_bits=False)
+
+    def write(name: str, order: ChannelOrder | None, rules: Int8Rules = safe) -> None:
+        steps = rounding(graph_io.load(graph).graph, moments.items(), rules, order=order)
+        quantize(graph, ranges, made[name], rules=rules, means=means, rounding=steps, order=order)
 
     made = {
         name: out / f"{name.replace(' ', '-')}.onnx" for name in ("free", "pairs", "safe", "7 bits", "uint8")
     }
     write("safe", None)
     write("pairs", AS_IT_IS)
-    with scheme(sums_in_16_bits=False):
-        write("free", None)
-        with (
-            mock.patch.object(int8_weights, "MAX_WEIGHT", 63),
-            mock.patch("export_zoo.engines.precision.int8.rounding.MAX_WEIGHT", 63),
-        ):
-            write("7 bits", None)
+    write("free", None, free)
+    with (
+        mock.patch.object(int8_weights, "MAX_WEIGHT", 63),
+        mock.patch("export_zoo.engines.precision.int8.rounding.MAX_WEIGHT", 63),
+    ):
+        write("7 bits", None, free)
     model = graph_io.load(made["free"])
     unsigned_weights(model.graph)
     graph_io.save(model, made["uint8"])

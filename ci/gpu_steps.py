@@ -60,8 +60,9 @@ def _wheels(visit: Visit) -> None:
 
 def _device(visit: Visit) -> None:
     """Device, driver and versions."""
+    from export_zoo.base.cuda import device_capability, device_name
     from export_zoo.base.machine import cpu_model, library_versions
-    from export_zoo.engines.targets.target import device_capability, device_name, driver_too_old
+    from export_zoo.engines.targets.tensorrt.target import driver_too_old
 
     versions = library_versions("torch", "onnxruntime", "tensorrt", "onnx", "numpy")
     versions["tensorrt-rtx"] = _rtx_version()
@@ -104,6 +105,7 @@ def _convolution(folder: Path) -> dict[str, Path]:
     from export_zoo.calibration.ranges import Ranges, TensorRange
     from export_zoo.engines.precision.fp16.half import to_half
     from export_zoo.engines.precision.int8.qdq import quantize
+    from export_zoo.engines.targets.registry import TARGETS
 
     weight = np.random.default_rng(0).normal(size=(64, 64, 3, 3)).astype(np.float32) / 24
     nodes = [
@@ -139,7 +141,7 @@ def _convolution(folder: Path) -> dict[str, Path]:
         versions={},
         tensors={name: TensorRange(min=-4.0, max=4.0) for name in ("input", "conv", "relu")},
     )
-    quantize(plain, ranges, folder / "int8.onnx", target="tensorrt-rtx")
+    quantize(plain, ranges, folder / "int8.onnx", rules=TARGETS["tensorrt-rtx"].int8)
     return {"fp16": folder / "fp16.onnx", "int8": folder / "int8.onnx"}
 
 
@@ -147,11 +149,12 @@ def _convolutions(visit: Visit) -> None:
     """Does TensorRT-RTX build and run one convolution for this GPU, and by which name of its compute capability?"""
     import numpy as np
 
+    from export_zoo.base.cuda import device_capability
     from export_zoo.base.errors import ExportZooError
     from export_zoo.engines.parity.metrics import compare
     from export_zoo.engines.precision.fp16.twin import write_twin
     from export_zoo.engines.targets.onnxruntime.engine import OnnxRuntimeEngine
-    from export_zoo.engines.targets.target import CURRENT, BuildOptions, device_capability
+    from export_zoo.engines.targets.options import CURRENT, BuildOptions
     from export_zoo.engines.targets.tensorrt.build import build_engine
     from export_zoo.engines.targets.tensorrt.engine import TensorRTEngine
 
@@ -286,7 +289,9 @@ def _rounded(value: float | None) -> float | None:
 
 def _export(visit: Visit, name: str) -> None:
     """Export a network for this GPU, and tell each engine's state, figures, and speed beside FP32 on the CPU."""
-    from export_zoo.engines.targets.target import CURRENT, has_cuda_device, targets
+    from export_zoo.base.cuda import has_cuda_device
+    from export_zoo.engines.targets.options import CURRENT
+    from export_zoo.engines.targets.registry import TARGETS
 
     network = NETWORKS[name]
     if why := network.lacks(visit):
@@ -302,7 +307,7 @@ def _export(visit: Visit, name: str) -> None:
     if visit.quick:
         given += ["--steps", "none", "--method", "minmax", "--calib-images", "16", "--verify-images", "32"]
     further: list[str] = []
-    if not targets()["tensorrt-rtx"].unavailable:
+    if not TARGETS["tensorrt-rtx"].unavailable:
         further = [
             "--target",
             "tensorrt-rtx",
@@ -393,9 +398,11 @@ def _engine_contests(bundle: Path) -> Iterator[tuple[str, Contest | str]]:
     """The bundle's engines: TensorRT-RTX's with and without CUDA graphs; ONNX Runtime's where there is no GPU."""
     import numpy as np
 
-    from export_zoo.engines.bundle.loading import open_engine, why_not_here
+    from export_zoo.base.cuda import has_cuda_device
     from export_zoo.engines.bundle.reader import read_manifest
-    from export_zoo.engines.targets.target import has_cuda_device
+    from export_zoo.engines.precision.registry import PRECISIONS
+    from export_zoo.engines.targets.base import Opening
+    from export_zoo.engines.targets.registry import TARGETS
     from export_zoo.engines.targets.tensorrt.engine import TensorRTEngine
 
     manifest = read_manifest(bundle)
@@ -403,7 +410,7 @@ def _engine_contests(bundle: Path) -> Iterator[tuple[str, Contest | str]]:
     for engine in manifest.artifacts.engines:
         path = bundle / engine.file.path
         if engine.plan is not None:
-            if why_not_here(engine.target, engine.plan):
+            if TARGETS[engine.target].why_not_run(engine.plan):
                 continue
             for graphs in (False, True):
                 name = f"{engine.name} with CUDA graphs" if graphs else engine.name
@@ -419,8 +426,8 @@ def _engine_contests(bundle: Path) -> Iterator[tuple[str, Contest | str]]:
                 yield name, on_gpu
         elif not has_cuda_device():
             session = engine.session_where_saturating()
-            runnable = open_engine(
-                path, target=engine.target, precision=engine.precision, plan=None, saturating_session=session
+            runnable = TARGETS[engine.target].open(
+                Opening(path, PRECISIONS[engine.precision], saturating_session=session)
             )
 
             def at(count: int, runnable: Any = runnable) -> Contestant:
@@ -452,7 +459,7 @@ def _session(graph: Path, provider: str) -> Any:
 def _lacks_provider(provider: str) -> str:
     import onnxruntime as ort
 
-    from export_zoo.engines.targets.target import has_cuda_device
+    from export_zoo.base.cuda import has_cuda_device
 
     if not has_cuda_device():
         return "there is no CUDA device"
@@ -615,8 +622,8 @@ def _providers(visit: Visit) -> None:
 
 def _layers(visit: Visit) -> None:
     """What TensorRT-RTX made of each network's layers: is INT8 run as INT8? All it says goes to OUT/layers.json."""
-    from export_zoo.engines.bundle.loading import why_not_here
     from export_zoo.engines.bundle.reader import read_manifest
+    from export_zoo.engines.targets.registry import TARGETS
     from export_zoo.engines.targets.tensorrt.engine import TensorRTEngine
 
     everything = {}
@@ -627,7 +634,7 @@ def _layers(visit: Visit) -> None:
             if engine.plan is None or engine.precision == "fp32":
                 continue
             told = {"network": name, "engine": engine.name}
-            if why := why_not_here(engine.target, engine.plan):
+            if why := TARGETS[engine.target].why_not_run(engine.plan):
                 say(visit.out, "layers", **told, skipped=why)
                 continue
             text = TensorRTEngine(bundle / engine.file.path, target=engine.target).layers()
@@ -682,8 +689,8 @@ def _errors(visit: Visit) -> None:
     """What users see of two processes on one GPU, of too little memory, and of a plan that is damaged."""
     import torch
 
+    from export_zoo.base.cuda import has_cuda_device
     from export_zoo.base.graph_io import sha256_of
-    from export_zoo.engines.targets.target import has_cuda_device
 
     bundle = _bundle(visit, "digits")
     name = "tensorrt-rtx-int8" if has_cuda_device() else "onnxruntime-int8"
@@ -732,7 +739,7 @@ def _cpp(visit: Visit) -> None:
     import numpy as np
 
     import export_zoo
-    from export_zoo.engines.targets.target import has_cuda_device
+    from export_zoo.base.cuda import has_cuda_device
 
     headers = next(
         (p for p in (visit.work / "headers", Path("/usr/include")) if [*p.rglob("NvInferRuntime.h")]), None

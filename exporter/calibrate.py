@@ -12,6 +12,7 @@ from export_zoo.base.files import replacing
 from export_zoo.calibration.images import check_folder
 from export_zoo.calibration.range_warnings import doubts
 from export_zoo.calibration.ranges import Ranges
+from export_zoo.engines.precision.int8.precision import INT8
 from export_zoo.exporter.options import ExportOptions
 from export_zoo.exporter.run.cache import StageCache, default_root
 from export_zoo.exporter.run.context import Context
@@ -54,7 +55,7 @@ def calibrate(
         raise UsageError("calibrate needs --calib DIR", hint="pass a folder of 300 to 1,000 images")
     _check_out(out)
     check_folder(options.calib, "--calib")
-    options = dataclasses.replace(options, precisions=("int8",))
+    options = dataclasses.replace(options, precisions=(INT8.name,))
     with StageCache(default_root() if options.cache else None) as cache:
         context = Context(options, reporter or Reporter(), cache)
         spec = network.resolve_model(context)

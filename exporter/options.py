@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from export_zoo.base.errors import UsageError
-from export_zoo.engines.targets.target import MAX_BATCH, PRECISIONS, TARGETS, BuildOptions, Precision
+from export_zoo.engines.precision.registry import BASELINE, PRECISIONS
+from export_zoo.engines.targets.base import MAX_BATCH
+from export_zoo.engines.targets.options import BuildOptions
+from export_zoo.engines.targets.registry import TARGETS
 
 STEPS = ("equalize", "round", "bias", "float")
 """What may be tried to make INT8 better, in this order."""
@@ -237,7 +240,7 @@ class ExportOptions:
     """
 
     model: str
-    precisions: tuple[str, ...] = ("fp32",)
+    precisions: tuple[str, ...] = (BASELINE.name,)
     targets: tuple[str, ...] = ("auto",)
     calib: Path | None = None
     calib_images: int = DEFAULT_CALIB_IMAGES
@@ -314,11 +317,13 @@ class ExportOptions:
             raise UsageError(
                 f"--require {self.require}: unknown", hint=f"choose from {', '.join(REQUIREMENTS)}"
             )
-        if self.ranges is not None and set(self.precisions) == {"fp32"}:
-            raise UsageError("--ranges has no effect on fp32", hint="add --precision int8")
-        if "int8" in self.precisions and self.calib is None and self.ranges is None:
+        if self.ranges is not None and not self.uses_ranges:
             raise UsageError(
-                "--precision int8 needs --calib DIR, or --ranges FILE",
+                f"--ranges has no effect on {', '.join(self.precisions)}", hint="add --precision int8"
+            )
+        if self.quantizes and self.calib is None and self.ranges is None:
+            raise UsageError(
+                f"--precision {self.quantizes[0]} needs --calib DIR, or --ranges FILE",
                 hint="pass a folder of 300 to 1,000 images like those the network will see",
             )
         for option, value in (
@@ -359,5 +364,16 @@ class ExportOptions:
         """Input size that images are cropped to: OPT where it is dynamic; None for the weights' own."""
         return self.dynamic_size.opt if self.dynamic_size is not None else self.input_size
 
-    def unique_precisions(self) -> tuple[Precision, ...]:
+    @property
+    def uses_ranges(self) -> bool:
+        """A precision asked for depends on activation ranges."""
+        return any(PRECISIONS[name].uses_ranges for name in self.precisions)
+
+    @property
+    def quantizes(self) -> tuple[str, ...]:
+        """Precisions asked for that have Q/DQ pairs: they need images, histograms and tuning."""
+        return tuple(name for name in self.precisions if PRECISIONS[name].quantized)
+
+    def unique_precisions(self) -> tuple[str, ...]:
+        """Those asked for, each once, the most exact first."""
         return tuple(p for p in PRECISIONS if p in self.precisions)

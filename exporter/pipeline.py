@@ -19,8 +19,8 @@ from export_zoo.calibration.ranges import Ranges
 from export_zoo.engines.bundle import manifest
 from export_zoo.engines.bundle.manifest import Engine
 from export_zoo.engines.bundle.reader import HeldOut
-from export_zoo.engines.targets import target
-from export_zoo.engines.targets.tensorrt.build import check_capabilities
+from export_zoo.engines.precision.registry import BASELINE
+from export_zoo.engines.targets import registry
 from export_zoo.exporter import publish
 from export_zoo.exporter.options import ExportOptions
 from export_zoo.exporter.run.cache import StageCache, StageResult, default_root
@@ -163,7 +163,7 @@ def _engine(
     contents: _Contents,
 ) -> manifest.Engine:
     graph_weights = [contents.add(path) for path in graph_io.external_files(built.graph)]
-    stem = model if built.precision == "fp32" else f"{model}-{built.name}"
+    stem = model if built.precision == BASELINE.name else f"{model}-{built.name}"
     graph = contents.add(built.graph, stem)
     return manifest.Engine(
         name=built.name,
@@ -237,10 +237,9 @@ def _refuse_overlap(ranges: Ranges, reference: StageResult) -> None:
 def _run(context: Context) -> ExportResult:
     options = context.options
     publish.check_destination(options.out_dir)
-    chosen_targets = target.choose(options.targets)
-    names = [t.name for t in chosen_targets]
-    options.build.check(names)
-    check_capabilities(options.build, names)
+    chosen_targets = registry.choose(options.targets)
+    registry.check_options(options.build, chosen_targets)
+    registry.check_precisions(options.precisions, chosen_targets)
     if options.ranges is not None:
         Ranges.read(options.ranges)  # refused before any work
     for option, folder in (("--calib", options.calib), ("--verify", options.verify)):
@@ -258,13 +257,13 @@ def _run(context: Context) -> ExportResult:
     reference, held = network.run_reference(context, spec, model, chosen)
     del model  # gigabytes that the sessions of the next stages need
     calibrated: tuple[Path, Ranges] | None = None
-    if set(options.precisions) != {"fp32"}:
+    if options.uses_ranges:
         obtain = ranges_stage.calibrate if options.ranges is None else ranges_stage.read_ranges
         calibrated = obtain(context, spec, graph, chosen)
         _refuse_overlap(calibrated[1], reference)
     ranges = calibrated[1] if calibrated is not None else None
     tuned: dict[str, Tuned] = {}
-    if ranges is not None and "int8" in options.precisions:
+    if ranges is not None and options.quantizes:
         random = spec.weights_kind == "random"
         tuned = tune(context, graph, ranges, chosen, spec.preprocess, chosen_targets, random=random)
     built = [

@@ -57,10 +57,10 @@ def _shared_cache(tmp_path_factory: pytest.TempPathFactory):
 
     `--target auto` is ONNX Runtime here, whatever is installed: tests of other targets name them.
     """
-    from export_zoo.engines.targets import target
+    from export_zoo.engines.targets import registry
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(target, "AUTOMATIC", ("onnxruntime",))
+        patch.setattr(registry, "AUTOMATIC", ("onnxruntime",))
         patch.setenv("EXPORT_ZOO_CACHE", str(shared_directory(tmp_path_factory) / "cache"))
         patch.setenv("TORCH_HOME", str(tmp_path_factory.mktemp("torch-home")))
         patch.setenv("NO_COLOR", "1")

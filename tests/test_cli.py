@@ -490,9 +490,9 @@ def test_an_unexpected_error_asks_for_a_report_and_shows_its_traceback_only_with
 
 @pytest.mark.parametrize("target", ["tensorrt", "tensorrt-rtx"])
 def test_an_unavailable_target_is_refused_before_anything_else_is_looked_at(target, cli, tmp_path):
-    from export_zoo.engines.targets.target import targets
+    from export_zoo.engines.targets.registry import TARGETS
 
-    if not targets()[target].unavailable:
+    if not TARGETS[target].unavailable:
         pytest.skip(f"{target} is available here")
     arguments = ["no_such_model", "--weights", "absent.pth", "--target", "onnxruntime", "--target", target]
     done = cli(*arguments, "--out", tmp_path / "out")
@@ -511,17 +511,17 @@ def test_an_unavailable_target_is_refused_before_pytorch_is_loaded(tmp_path):
 
 
 def test_the_embedded_target_is_unavailable_without_onnxruntime(cli, monkeypatch):
-    from export_zoo.engines.targets import target
+    from export_zoo.engines.targets import base
 
-    monkeypatch.setattr(target, "library_versions", lambda *names: dict.fromkeys(names, "absent"))
+    monkeypatch.setattr(base, "library_versions", lambda *names: dict.fromkeys(names, "absent"))
     error = _refused(cli(*RANDOM, "--target", "onnxruntime"), 4, "target")
     assert "install onnxruntime" in error["message"]
 
 
 def test_auto_is_unavailable_where_no_target_is(cli, tmp_path, monkeypatch):
-    from export_zoo.engines.targets import target
+    from export_zoo.engines.targets import base
 
-    monkeypatch.setattr(target, "library_versions", lambda *names: dict.fromkeys(names, "absent"))
+    monkeypatch.setattr(base, "library_versions", lambda *names: dict.fromkeys(names, "absent"))
     _refused(cli(*RANDOM, "--out", tmp_path / "out"), 4, "target")
 
 

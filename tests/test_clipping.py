@@ -13,6 +13,7 @@ from export_zoo.calibration.histogram import Accumulator
 from export_zoo.calibration.ranges import Ranges, TensorRange
 from export_zoo.engines.precision.int8.clipping import worth_clipping
 from export_zoo.engines.precision.int8.qdq import quantize
+from export_zoo.engines.targets.registry import TARGETS
 
 
 def tensor(values: np.ndarray) -> TensorRange:
@@ -53,7 +54,7 @@ def case(tmp_path):
 )
 def test_those_that_save_most_come_first_and_those_that_save_nothing_not_at_all(case, target, tensors):
     graph, ranges = case
-    assert worth_clipping(graph_io.load(graph).graph, ranges, target, ()) == tensors
+    assert worth_clipping(graph_io.load(graph).graph, ranges, TARGETS[target].int8, ()) == tensors
 
 
 @pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])
@@ -61,7 +62,7 @@ def test_a_clipped_tensor_alone_has_the_range_of_least_error(case, target, tmp_p
     graph, ranges = case
 
     def scales(**options) -> dict[str, np.ndarray]:
-        quantize(graph, ranges, tmp_path / "int8.onnx", target=target, **options)
+        quantize(graph, ranges, tmp_path / "int8.onnx", rules=TARGETS[target].int8, **options)
         stored = onnx.load(tmp_path / "int8.onnx").graph.initializer
         found = {
             t.name.partition("_scale")[0]: numpy_helper.to_array(t) for t in stored if "_scale" in t.name

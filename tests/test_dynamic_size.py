@@ -26,18 +26,19 @@ from export_zoo.calibration.preprocess import Preprocess, normalize
 from export_zoo.engines.bundle import reader as room
 from export_zoo.engines.bundle.manifest import Batch
 from export_zoo.engines.bundle.reader import HeldOut
-from export_zoo.engines.parity.metrics import DEFAULT_TOLERANCES, odd_size, sizes_to_check
+from export_zoo.engines.parity.metrics import odd_size, sizes_to_check
 from export_zoo.engines.precision.int8.equalize import observed
-from export_zoo.engines.precision.placement import classifier_layers, quantized_tensors
+from export_zoo.engines.precision.placement import classifier_layers
+from export_zoo.engines.precision.registry import PRECISIONS
 from export_zoo.engines.targets.onnxruntime.engine import OnnxRuntimeEngine
-from export_zoo.engines.targets.target import targets
+from export_zoo.engines.targets.registry import TARGETS, quantized_tensors
 from export_zoo.engines.targets.tensorrt.build import build_engine
 from export_zoo.engines.verification.gate import images_compared, judge
 from export_zoo.exporter.graph import simplify, to_onnx
 from export_zoo.exporter.models import dynamic_size, zoo
 from export_zoo.exporter.options import ExportOptions, SizeRange
 
-RTX = pytest.mark.skipif(bool(targets()["tensorrt-rtx"].unavailable), reason="tensorrt-rtx is not installed")
+RTX = pytest.mark.skipif(bool(TARGETS["tensorrt-rtx"].unavailable), reason="tensorrt-rtx is not installed")
 SIZES = SizeRange((8, 8), (16, 16), (32, 40))
 PREPROCESS = Preprocess(
     resize_size=20,
@@ -372,7 +373,7 @@ def test_an_engine_that_is_wrong_at_another_size_fails_with_the_size_named(sums,
         labels=None,
         preprocess=PREPROCESS,
         batch=Batch(min=1, opt=4, max=8),
-        tolerances=DEFAULT_TOLERANCES["fp32"],
+        tolerances=PRECISIONS["fp32"].tolerances,
         unfused=plain if unfused else None,
         sizes=[(held.pixels, {"logits": held.logits}) for held in further],
         progress=done.append,
@@ -412,7 +413,7 @@ def bundle(digits, tmp_path_factory) -> Path:
     given = ["resnet18", *weights, "--dynamic-size", "24:32:48", "--calib", digits.images, "--batch", "1:4:8"]
     given += ["--calib-images", "64", "--precision", "fp32", "--precision", "int8", "--target", "onnxruntime"]
     given += ["--steps", "round", "--method", "minmax"]
-    if not targets()["tensorrt-rtx"].unavailable:
+    if not TARGETS["tensorrt-rtx"].unavailable:
         given += ["--target", "tensorrt-rtx"]
     assert main([*map(str, given), "--out", str(out), "--quiet"]) == 0
     return out

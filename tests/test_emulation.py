@@ -32,9 +32,9 @@ from export_zoo.engines.emulation.engine import EmulatedEngine, qemu_version
 from export_zoo.engines.emulation.verify import FLOAT_IMAGES, IMAGES, _Beside, verify_on
 from export_zoo.engines.emulation.worker import receive, send
 from export_zoo.engines.parity.metrics import compare
-from export_zoo.engines.precision.int8 import qdq
 from export_zoo.engines.precision.int8.qdq import quantize
 from export_zoo.engines.targets.onnxruntime.engine import OnnxRuntimeEngine
+from export_zoo.engines.targets.registry import TARGETS
 from export_zoo.engines.verification.verify import verify
 
 ROOT = Path(__file__).parent.parent
@@ -166,10 +166,8 @@ def old_bundle(digits_bundle: Path, tmp_path_factory: pytest.TempPathFactory) ->
     assert manifest.recipe.calibration is not None
     ranges = Ranges.model_validate_json((copy / manifest.recipe.calibration.ranges.path).read_bytes())
     path = copy / "files" / "old.onnx"
-    with pytest.MonkeyPatch.context() as patch:
-        before = replace(qdq.SCHEMES["onnxruntime"], sums_in_16_bits=False)
-        patch.setitem(qdq.SCHEMES, "onnxruntime", before)
-        quantize(copy / manifest.recipe.graph.path, ranges, path)
+    before = replace(TARGETS["onnxruntime"].int8, sums_in_16_bits=False)
+    quantize(copy / manifest.recipe.graph.path, ranges, path, rules=before)
     held = held_out(copy, manifest)
     inputs = normalize(held.pixels[:IMAGES], manifest.recipe.preprocess)
     exact = compare(held.logits[:IMAGES], OnnxRuntimeEngine(path).run(inputs)).sqnr

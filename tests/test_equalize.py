@@ -17,8 +17,8 @@ from export_zoo.engines.parity.metrics import compare
 from export_zoo.engines.precision.fp16.twin import write_twin
 from export_zoo.engines.precision.int8.equalize import STRENGTHS, equalize, links, observed, scale
 from export_zoo.engines.precision.int8.qdq import quantize
-from export_zoo.engines.precision.placement import quantized_tensors
 from export_zoo.engines.targets.onnxruntime.engine import OnnxRuntimeEngine
+from export_zoo.engines.targets.registry import TARGETS, quantized_tensors
 
 PREPROCESS = Preprocess(
     resize_size=16,
@@ -300,7 +300,7 @@ def int8_sqnr(path: Path, fp32: Path, pixels: np.ndarray, target: str) -> float:
     """Of the INT8 graph of `path` to the float logits of `fp32`, in dB, on images not calibrated on."""
     ranges = collect(path, Pixels(pixels[:400]), histograms=quantized_tensors(graph_io.load(path).graph))
     out = path.with_name(f"{path.stem}-{target}.onnx")
-    quantize(path, ranges, out, target=target)
+    quantize(path, ranges, out, rules=TARGETS[target].int8)
     if target == "tensorrt":
         write_twin(out, out.with_suffix(".twin.onnx"))
         out = out.with_suffix(".twin.onnx")

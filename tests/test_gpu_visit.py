@@ -178,9 +178,10 @@ def test_each_step_writes_what_it_found_and_that_it_ended(rehearsed):
 
 
 def test_what_a_machine_without_a_gpu_cannot_do_is_skipped_by_name(rehearsed):
-    from export_zoo.engines.targets.target import has_cuda_device, targets
+    from export_zoo.base.cuda import has_cuda_device
+    from export_zoo.engines.targets.registry import TARGETS
 
-    if has_cuda_device() or targets()["tensorrt-rtx"].unavailable:
+    if has_cuda_device() or TARGETS["tensorrt-rtx"].unavailable:
         pytest.skip("for machines with TensorRT-RTX and without a GPU")
     lines = [json.loads(line) for line in (rehearsed / "lines.jsonl").read_text().splitlines()]
     found = [line for line in lines if line["step"] == "convolutions" and "ended" not in line]

@@ -12,6 +12,7 @@ from export_zoo.base.graph_io import load
 from export_zoo.calibration.ranges import Ranges
 from export_zoo.engines.precision.int8.keep_float import kept_float
 from export_zoo.engines.precision.int8.qdq import quantize
+from export_zoo.engines.targets.registry import TARGETS
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,7 @@ def _float_layers(path: Path) -> set[str]:
     ],
 )
 def test_what_a_pattern_names_stays_float_and_nothing_else(graph, ranges, tmp_path, target, patterns, count):
-    quantize(graph, ranges, tmp_path / "int8.onnx", target=target, keep_float=patterns)
+    quantize(graph, ranges, tmp_path / "int8.onnx", rules=TARGETS[target].int8, keep_float=patterns)
     kept = kept_float(load(graph).graph, patterns)
     assert len(kept) == count
     assert _float_layers(tmp_path / "int8.onnx") == kept
@@ -67,16 +68,18 @@ def test_identity_of_a_residual_add_stays_float_beside_a_convolution_that_does(g
     def quantizers(path: Path) -> int:
         return sum(node.op_type == "QuantizeLinear" for node in onnx.load(path).graph.node)
 
-    quantize(graph, ranges, tmp_path / "all.onnx", target="tensorrt")
+    quantize(graph, ranges, tmp_path / "all.onnx", rules=TARGETS["tensorrt"].int8)
     # The projection that ends block 3 is added to the block's input; float, it fuses with no int8 identity.
-    quantize(graph, ranges, tmp_path / "one.onnx", target="tensorrt", keep_float=["features.3.conv.2"])
+    quantize(
+        graph, ranges, tmp_path / "one.onnx", rules=TARGETS["tensorrt"].int8, keep_float=["features.3.conv.2"]
+    )
     # Its own input is quantized no more; the identity is the input of the block's first convolution, too.
     assert quantizers(tmp_path / "one.onnx") == quantizers(tmp_path / "all.onnx") - 1
     quantize(
         graph,
         ranges,
         tmp_path / "both.onnx",
-        target="tensorrt",
+        rules=TARGETS["tensorrt"].int8,
         keep_float=["features.3.conv.2", "features.3.conv.0"],
     )
     assert quantizers(tmp_path / "both.onnx") == quantizers(tmp_path / "all.onnx") - 2
@@ -91,7 +94,7 @@ def test_a_pattern_that_names_nothing_is_refused_with_some_names(graph, pattern)
 
 def test_keeping_everything_is_refused(graph, ranges, tmp_path):
     with pytest.raises(UsageError, match="nothing to quantize"):
-        quantize(graph, ranges, tmp_path / "int8.onnx", keep_float=["*"])
+        quantize(graph, ranges, tmp_path / "int8.onnx", keep_float=["*"], rules=TARGETS["onnxruntime"].int8)
     assert not (tmp_path / "int8.onnx").exists()
 
 

@@ -15,6 +15,7 @@ from export_zoo.calibration.preprocess import Preprocess, normalize
 from export_zoo.calibration.ranges import Ranges, TensorRange
 from export_zoo.engines.precision.int8.qdq import quantize
 from export_zoo.engines.targets.onnxruntime.engine import OnnxRuntimeEngine
+from export_zoo.engines.targets.registry import TARGETS
 
 PREPROCESS = Preprocess(
     resize_size=12,
@@ -100,7 +101,7 @@ def test_means_of_output_channels_are_those_of_the_float_layer(kind, target, tmp
 
     def rounded(corrected: bool) -> np.ndarray:
         out = tmp_path / f"{corrected}.onnx"
-        quantize(graph, ranges, out, target=target, means=means if corrected else None)
+        quantize(graph, ranges, out, rules=TARGETS[target].int8, means=means if corrected else None)
         stored = {t.name: numpy_helper.to_array(t) for t in onnx.load(out).graph.initializer}
         integers = next(a for n, a in stored.items() if n == "layer_weight_quantized")
         scales = next(a for n, a in stored.items() if n.startswith("layer_weight_scale")).astype(np.float32)

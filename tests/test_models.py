@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from export_zoo.engines.targets.target import PRECISIONS, has_cuda_device, targets
+from export_zoo.base.cuda import has_cuda_device
+from export_zoo.engines.precision.registry import PRECISIONS
+from export_zoo.engines.targets.registry import TARGETS
 
 # The least input size that each architecture is defined for keeps this affordable; what is exported is the same.
 SIZES = {
@@ -29,7 +31,7 @@ COMPILED = ("densenet121", "mobilenet_v2", "resnet18", "squeezenet1_1", "vit_b_3
 def test_model_reaches_a_verified_bundle(model, cli, photos, tmp_path):
     arguments = [model, "--weights", "none", "--input-size", str(SIZES[model]), "--batch", "1:4:8"]
     built = ["onnxruntime"]
-    if model in COMPILED and not targets()["tensorrt-rtx"].unavailable:
+    if model in COMPILED and not TARGETS["tensorrt-rtx"].unavailable:
         built.append("tensorrt-rtx")
     arguments += [word for precision in PRECISIONS for word in ("--precision", precision)]
     arguments += [word for target in built for word in ("--target", target)]

@@ -13,13 +13,13 @@ from export_zoo.calibration.preprocess import Preprocess, normalize
 from export_zoo.engines.bundle.manifest import Batch
 from export_zoo.engines.parity import metrics as parity
 from export_zoo.engines.parity.metrics import (
-    DEFAULT_TOLERANCES,
     Limit,
     batches_to_check,
     check_reference,
     compare,
     failures,
 )
+from export_zoo.engines.precision.registry import PRECISIONS
 from export_zoo.engines.verification.gate import images_compared, judge, run_in_batches
 
 PREPROCESS = Preprocess(
@@ -32,7 +32,8 @@ PREPROCESS = Preprocess(
     source="a test",
 )
 
-UNLABELLED = {p: {m: v for m, v in t.items() if "accuracy" not in m} for p, t in DEFAULT_TOLERANCES.items()}
+TOLERANCES = {name: precision.tolerances for name, precision in PRECISIONS.items()}
+UNLABELLED = {p: {m: v for m, v in t.items() if "accuracy" not in m} for p, t in TOLERANCES.items()}
 
 
 def _logits(images: int, classes: int, seed: int = 0) -> np.ndarray:
@@ -194,12 +195,12 @@ def test_constant_vector_scores_nothing(constant):
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("where", ["one logit", "all"])
-@pytest.mark.parametrize("precision", sorted(DEFAULT_TOLERANCES))
+@pytest.mark.parametrize("precision", sorted(TOLERANCES))
 def test_logits_that_are_not_finite_fail_every_default_tolerance(precision, where, poison):
     reference = _logits(40, 10)
     engine = reference.copy()
     engine[np.s_[:] if where == "all" else (3, 4)] = poison
-    measured = {m: v for m, v in DEFAULT_TOLERANCES[precision].items() if m != "accuracy_drop"}
+    measured = {m: v for m, v in TOLERANCES[precision].items() if m != "accuracy_drop"}
     for metric, value in measured.items():
         assert failures(compare(reference, engine), {metric: value}), metric
 
@@ -241,7 +242,7 @@ def test_two_swapped_classes_that_are_much_alike_are_caught_in_spite_of_noise():
     assert compare(reference, engine).misplaced == 2
 
 
-@pytest.mark.parametrize("precision", sorted(DEFAULT_TOLERANCES))
+@pytest.mark.parametrize("precision", sorted(TOLERANCES))
 def test_no_permutation_of_classes_holds_the_defaults_however_many_are_permuted(precision):
     for classes in (2, 3, 4, 5, 8, 20, 100):
         reference = _logits(64, classes, seed=classes)
@@ -416,7 +417,7 @@ def _judged(engine, count: int = 70, batch: tuple[int, int, int] = (1, 8, 32), *
         "labels": None,
         "preprocess": PREPROCESS,
         "batch": Batch(min=low, opt=best, max=high),
-        "tolerances": DEFAULT_TOLERANCES["fp32"],
+        "tolerances": TOLERANCES["fp32"],
         **changes,
     }
     return judge(engine, **given)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import export_zoo
-from export_zoo.engines.targets.target import targets
+from export_zoo.engines.targets.registry import TARGETS
 
 
 def test_fp32_fp16_and_int8_are_verified_against_eager(digits, cli, tmp_path):
@@ -248,7 +248,7 @@ def _rescaled(weights: Path, path: Path) -> Path:
 
 @pytest.mark.parametrize("target", ["onnxruntime", "tensorrt-rtx"])
 def test_int8_of_a_rescaled_network_is_as_good_as_before(target, digits, cli, tmp_path):
-    if why := targets()[target].unavailable:
+    if why := TARGETS[target].unavailable:
         pytest.skip(why)
     twin = _rescaled(digits.weights["resnet18"], tmp_path / "twin.safetensors")
     common = ["--precision", "int8", "--calib", digits.images, "--target", target]
@@ -305,7 +305,7 @@ def test_what_was_tried_stands_in_the_manifest_and_the_best_is_taken(digits, cli
     ],
 )
 def test_what_a_step_chooses_is_in_the_engine(target, step, concerned, digits, cli, tmp_path, monkeypatch):
-    if why := targets()[target].unavailable:
+    if why := TARGETS[target].unavailable:
         pytest.skip(why)
     from export_zoo.engines.bundle import reader
     from export_zoo.exporter.stages.tuning import candidates

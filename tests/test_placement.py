@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -33,6 +33,7 @@ from export_zoo.engines.precision.int8.saturation.channel_order import choose_or
 from export_zoo.engines.precision.int8.scales import activation_scale, half_scale, symmetric_scale
 from export_zoo.engines.precision.rewrites import average_pool_instead_of_mean, plain_einsum
 from export_zoo.engines.targets.onnxruntime.engine import OnnxRuntimeEngine
+from export_zoo.engines.targets.registry import TARGETS
 
 PREPROCESS = Preprocess(
     resize_size=64,
@@ -150,7 +151,7 @@ def case(tmp_path_factory):
             simplify.simplify(exported, directory, inputs[:3])
         fp32, int8 = directory / "graph.onnx", directory / "int8.onnx"
         ranges = collect(fp32, images.ImageStream(files, PREPROCESS, 8, folder))
-        quantize(fp32, ranges, int8)
+        quantize(fp32, ranges, int8, rules=TARGETS["onnxruntime"].int8)
         nets = [Net(onnx.load(path)) for path in (fp32, int8)]
         return Case(fp32, int8, *nets, _optimized(int8), inputs, ranges)
 
@@ -519,7 +520,12 @@ def test_all_zero_channel_keeps_its_bias_in_onnxruntime(tmp_path):
     }
     graph = _graph(tmp_path / "graph.onnx", nodes, constants)
     covers_one = (0.0, 2.55)  # step 0.01
-    quantize(graph, _ranges(graph, relu=covers_one, pool=covers_one, flat=covers_one), tmp_path / "int8.onnx")
+    quantize(
+        graph,
+        _ranges(graph, relu=covers_one, pool=covers_one, flat=covers_one),
+        tmp_path / "int8.onnx",
+        rules=TARGETS["onnxruntime"].int8,
+    )
     assert _optimized(tmp_path / "int8.onnx").counts["QLinearConv"] == 1
     for fused in (True, False):
         logits = OnnxRuntimeEngine(tmp_path / "int8.onnx", fused=fused).run(_random(3, 3, 8, 8))
@@ -539,7 +545,12 @@ def test_output_channels_of_a_dense_layer_are_found(tmp_path, op_type, transpose
     ]
     stored = np.ascontiguousarray(weight if transposed else weight.T)
     graph = _graph(tmp_path / "graph.onnx", nodes, {"weight": stored})
-    quantize(graph, _ranges(graph, input=(-4.0, 4.0), flat=(-4.0, 4.0)), tmp_path / "int8.onnx")
+    quantize(
+        graph,
+        _ranges(graph, input=(-4.0, 4.0), flat=(-4.0, 4.0)),
+        tmp_path / "int8.onnx",
+        rules=TARGETS["onnxruntime"].int8,
+    )
     net = Net(onnx.load(tmp_path / "int8.onnx"))
     (dense,) = net.all(op_type)
     assert net.attribute(net.dequantizer_of(dense.input[1]), "axis") == axis
@@ -564,7 +575,7 @@ def test_gemm_that_does_more_than_multiply_and_add_stays_float(tmp_path, attribu
         "bias": _random(10, seed=2),
     }
     graph = _graph(tmp_path / "graph.onnx", nodes, constants)
-    quantize(graph, _ranges(graph), tmp_path / "int8.onnx")
+    quantize(graph, _ranges(graph), tmp_path / "int8.onnx", rules=TARGETS["onnxruntime"].int8)
     net = Net(onnx.load(tmp_path / "int8.onnx"))
     (dense,) = net.all("Gemm")
     assert list(dense.input)[1:] == ["weight", "bias"]
@@ -572,7 +583,12 @@ def test_gemm_that_does_more_than_multiply_and_add_stays_float(tmp_path, attribu
 
 def test_ranges_of_another_graph_are_refused(case, tmp_path):
     with pytest.raises(BadInputError, match="another graph") as raised:
-        quantize(case("resnet18").fp32_path, case("mobilenet_v2").ranges, tmp_path / "int8.onnx")
+        quantize(
+            case("resnet18").fp32_path,
+            case("mobilenet_v2").ranges,
+            tmp_path / "int8.onnx",
+            rules=TARGETS["onnxruntime"].int8,
+        )
     assert "calibrate" in raised.value.hint
     assert not list(tmp_path.iterdir())
 
@@ -583,7 +599,10 @@ def test_missing_range_is_named(case, tmp_path):
     tensors.pop("input")
     with pytest.raises(BadInputError, match="'input'"):
         quantize(
-            found.fp32_path, found.ranges.model_copy(update={"tensors": tensors}), tmp_path / "int8.onnx"
+            found.fp32_path,
+            found.ranges.model_copy(update={"tensors": tensors}),
+            tmp_path / "int8.onnx",
+            rules=TARGETS["onnxruntime"].int8,
         )
 
 
@@ -592,12 +611,12 @@ def test_graph_without_anything_to_quantize_is_refused(tmp_path):
         tmp_path / "graph.onnx", [helper.make_node("Flatten", ["input"], ["logits"], name="f")], {}
     )
     with pytest.raises(BadInputError, match="no Conv, Gemm or MatMul"):
-        quantize(graph, _ranges(graph), tmp_path / "int8.onnx")
+        quantize(graph, _ranges(graph), tmp_path / "int8.onnx", rules=TARGETS["onnxruntime"].int8)
 
 
 def test_int8_graph_is_the_same_bytes_every_time(case, tmp_path):
     found = case("squeezenet1_1")
-    quantize(found.fp32_path, found.ranges, tmp_path / "again.onnx")
+    quantize(found.fp32_path, found.ranges, tmp_path / "again.onnx", rules=TARGETS["onnxruntime"].int8)
     assert (tmp_path / "again.onnx").read_bytes() == found.int8_path.read_bytes()
 
 
@@ -642,12 +661,12 @@ def _with_and_without_blocks(graph: Path, monkeypatch) -> tuple[Path, Path]:
     """The INT8 graph as `quantize` makes it, and without the rewrite of the first convolution."""
     ranges = _ranges(graph, input=(-2.1, 2.6), relu=(0.0, 12.0), flat=(0.0, 12.0))
     blocked, plain = graph.with_name("blocked.onnx"), graph.with_name("plain.onnx")
-    quantize(graph, ranges, blocked)
+    rules = TARGETS["onnxruntime"].int8
+    quantize(graph, ranges, blocked, rules=rules)
     with monkeypatch.context() as patch:
-        patch.setattr(qdq, "block_first_convolution", lambda _: False)
         # Its weights are made for the pairs of the blocked convolution; sessions are exact all the same.
         patch.setattr(qdq, "saturating_layers", lambda _: [])
-        quantize(graph, ranges, plain)
+        quantize(graph, ranges, plain, rules=replace(rules, finish=None))
     return blocked, plain
 
 
@@ -986,7 +1005,7 @@ def tensorrt(case, tmp_path_factory):
     def make(name: str) -> Path:
         path = tmp_path_factory.mktemp("tensorrt") / "int8.onnx"
         made = case(name)
-        assert quantize(made.fp32_path, made.ranges, path, target="tensorrt") == [path]
+        assert quantize(made.fp32_path, made.ranges, path, rules=TARGETS["tensorrt"].int8) == [path]
         return path
 
     return make
@@ -1137,7 +1156,7 @@ def test_tensors_that_overflow_half_on_the_calibration_images_stay_float(tmp_pat
     if precision_ == "fp16":
         to_half(graph, tmp_path / "mended.onnx", ranges)
     else:
-        quantize(graph, ranges, tmp_path / "mended.onnx", target="tensorrt")
+        quantize(graph, ranges, tmp_path / "mended.onnx", rules=TARGETS["tensorrt"].int8)
     write_twin(tmp_path / "mended.onnx", tmp_path / "twin.onnx")
     found = OnnxRuntimeEngine(tmp_path / "twin.onnx", fused=False).run(batch)
     assert compare(OnnxRuntimeEngine(graph).run(batch), found).sqnr > (50 if precision_ == "fp16" else 20)

@@ -19,6 +19,7 @@ from export_zoo.calibration.preprocess import normalize
 from export_zoo.engines.precision.int8.qdq import quantize
 from export_zoo.engines.precision.int8.rounding import output_error, round_to_least_error, rounding
 from export_zoo.engines.precision.int8.saturation.pairs import NONE, overflowing, within_pairs
+from export_zoo.engines.targets.registry import TARGETS
 
 
 def correlated(size: int, seed: int) -> np.ndarray:
@@ -130,7 +131,10 @@ def test_how_many_cores_there_are_does_not_show(tmp_path, monkeypatch):
         with threadpool_limits(limits=cores, user_api="blas"):
             moments = list(layer_moments(graph, PIXELS.repeat(20, axis=0), PREPROCESS, ["layer"]))
             found.append(
-                (moments[0][1].tobytes(), rounding(graph_io.load(graph).graph, moments, "onnxruntime"))
+                (
+                    moments[0][1].tobytes(),
+                    rounding(graph_io.load(graph).graph, moments, TARGETS["onnxruntime"].int8),
+                )
             )
     (first, one), (second, four) = found
     assert first == second
@@ -152,13 +156,13 @@ def test_the_graph_has_the_rounded_weights_and_its_layer_is_nearer(kind, target,
     coarse = np.random.default_rng(2).integers(0, 256, (120, 4, 4, 3), dtype=np.uint8)
     pixels = coarse.repeat(3, axis=1).repeat(3, axis=2)  # neighbours resemble each other
     moments = layer_moments(graph, pixels[:80], PREPROCESS, ["layer"])
-    steps = rounding(graph_io.load(graph).graph, moments, target)
+    steps = rounding(graph_io.load(graph).graph, moments, TARGETS[target].int8)
     ranges = wide_ranges(graph)
 
     def error(**options) -> float:
         """Mean squared error of the layer's output, of inputs that it was not rounded for, and of float ones."""
         out = tmp_path / "int8.onnx"
-        quantize(graph, ranges, out, target=target, **options)
+        quantize(graph, ranges, out, rules=TARGETS[target].int8, **options)
         stored = {t.name: numpy_helper.to_array(t) for t in onnx.load(out).graph.initializer}
         integers = stored["layer_weight_quantized"].astype(np.float64)
         scales = next(a for n, a in stored.items() if n.startswith("layer_weight_scale")).astype(np.float64)

@@ -45,6 +45,7 @@ from export_zoo.engines.precision.int8.scales import TINY
 from export_zoo.engines.precision.placement import weight_of
 from export_zoo.engines.targets.onnxruntime import engine as onnxruntime_engine
 from export_zoo.engines.targets.onnxruntime.engine import OnnxRuntimeEngine
+from export_zoo.engines.targets.registry import TARGETS
 
 PREPROCESS = Preprocess(
     resize_size=8,
@@ -195,7 +196,7 @@ def int8_graph(path: Path, layer: Layer, *, safe: bool, weight: np.ndarray | Non
     largest = FULL * float(np.maximum(weight, 0).sum() / weight.shape[layer.axis])  # few sums are larger
     known = ranges_of(graph, relu=largest)
     if safe:
-        quantize(graph, known, path)
+        quantize(graph, known, path, rules=TARGETS["onnxruntime"].int8)
     else:
         quantize_as_before(graph, known, path)
     return path
@@ -203,10 +204,7 @@ def int8_graph(path: Path, layer: Layer, *, safe: bool, weight: np.ndarray | Non
 
 def quantize_as_before(graph: Path, ranges: Ranges, path: Path) -> None:
     """`quantize` of versions that did not know of saturation."""
-    with pytest.MonkeyPatch.context() as patch:
-        before = replace(qdq.SCHEMES["onnxruntime"], sums_in_16_bits=False)
-        patch.setitem(qdq.SCHEMES, "onnxruntime", before)
-        quantize(graph, ranges, path)
+    quantize(graph, ranges, path, rules=replace(TARGETS["onnxruntime"].int8, sums_in_16_bits=False))
 
 
 def constants_of(path: Path) -> dict[str, np.ndarray]:
@@ -794,7 +792,12 @@ def with_one_dequantize(shared: Path) -> Path:
 
 def test_tied_layers_share_no_int8_constant_after_quantize(tmp_path):
     fp32 = tied_layers(tmp_path / "tied.onnx")
-    quantize(fp32, ranges_of(fp32, hidden=5.0, relu=10.0), tmp_path / "int8.onnx")
+    quantize(
+        fp32,
+        ranges_of(fp32, hidden=5.0, relu=10.0),
+        tmp_path / "int8.onnx",
+        rules=TARGETS["onnxruntime"].int8,
+    )
     assert uses_of_int8_constants(tmp_path / "int8.onnx") == [1, 1, 1, 1]
 
 

@@ -15,6 +15,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import export_zoo
+from export_zoo.base.cuda import has_cuda_device
 from export_zoo.base.errors import (
     BadInputError,
     EnvironmentFailureError,
@@ -22,13 +23,14 @@ from export_zoo.base.errors import (
     TargetUnavailableError,
 )
 from export_zoo.engines.bundle.reader import read_manifest
-from export_zoo.engines.targets.target import BuildOptions, choose, has_cuda_device, targets
+from export_zoo.engines.targets.options import BuildOptions
+from export_zoo.engines.targets.registry import TARGETS, choose
 from export_zoo.engines.targets.tensorrt import build
 from export_zoo.engines.targets.tensorrt.build import build_engine
 from export_zoo.engines.targets.tensorrt.engine import TensorRTEngine
 
 pytestmark = pytest.mark.skipif(
-    bool(targets()["tensorrt-rtx"].unavailable), reason="tensorrt-rtx is not installed"
+    bool(TARGETS["tensorrt-rtx"].unavailable), reason="tensorrt-rtx is not installed"
 )
 
 
@@ -192,7 +194,7 @@ def test_what_the_builder_refuses_is_named_with_its_module(tmp_path):
 
 def test_compute_capabilities_count_once():
     given = BuildOptions(compute_capabilities=("8.9", "12.1", "8.9"))
-    assert given.of("tensorrt-rtx").compute_capabilities == ("8.9", "12.1")
+    assert TARGETS["tensorrt-rtx"].own_options(given).compute_capabilities == ("8.9", "12.1")
 
 
 # -- the main job ----------------------------------------------------------------------------------
@@ -363,11 +365,11 @@ def test_what_rtx_does_on_a_gpu_only_is_refused_without_one(option, cli, tmp_pat
 
 
 def test_auto_is_onnxruntime_and_rtx_where_there_is_no_gpu(monkeypatch):
-    from export_zoo.engines.targets import target
+    from export_zoo.engines.targets import registry
 
-    monkeypatch.setattr(target, "AUTOMATIC", target.TARGETS)
+    monkeypatch.setattr(registry, "AUTOMATIC", tuple(TARGETS))
     names = [t.name for t in choose(("auto",))]
-    assert names == ["onnxruntime", "tensorrt" if not targets()["tensorrt"].unavailable else "tensorrt-rtx"]
+    assert names == ["onnxruntime", "tensorrt" if not TARGETS["tensorrt"].unavailable else "tensorrt-rtx"]
 
 
 @pytest.mark.skipif(has_cuda_device(), reason="there is a GPU here")
@@ -387,7 +389,7 @@ gpu = pytest.mark.skipif(not has_cuda_device(), reason="there is no CUDA device 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
 @pytest.mark.parametrize("target", ["tensorrt", "tensorrt-rtx"])
 def test_engines_are_verified_and_timed_on_a_gpu(target, precision, digits, cli, tmp_path):
-    if why := targets()[target].unavailable:
+    if why := TARGETS[target].unavailable:
         pytest.skip(why)
     arguments = [*digits.arguments(), "--target", target, "--precision", precision, "--calib", digits.images]
     done = cli(*arguments, "--batch", "1:8:64", "--require", "verified", "--out", tmp_path / "out")
@@ -404,7 +406,7 @@ def test_engines_are_verified_and_timed_on_a_gpu(target, precision, digits, cli,
 @gpu
 @pytest.mark.parametrize("target", ["tensorrt", "tensorrt-rtx"])
 def test_a_plan_without_weights_gets_them_from_its_graph_on_a_gpu(target, digits, cli, tmp_path):
-    if why := targets()[target].unavailable:
+    if why := TARGETS[target].unavailable:
         pytest.skip(why)
     arguments = [*digits.arguments(), "--target", target, "--precision", "fp16", "--strip-weights"]
     done = cli(*arguments, "--calib", digits.images, "--require", "verified", "--out", tmp_path / "out")
@@ -438,8 +440,6 @@ def test_a_bundle_built_elsewhere_is_promoted_by_verify_on_a_gpu(bundle, digits,
     """Built with a default of several compute capabilities; skipped where this GPU has another."""
     import shutil
 
-    from export_zoo.engines.bundle.loading import why_not_here
-
     copy = shutil.copytree(bundle, tmp_path / "bundle")
     document = json.loads((copy / "manifest.json").read_text())
     for engine in document["artifacts"]["engines"]:
@@ -447,7 +447,7 @@ def test_a_bundle_built_elsewhere_is_promoted_by_verify_on_a_gpu(bundle, digits,
             engine["state"] = "graph verified"
     (copy / "manifest.json").write_text(json.dumps(document))
     engine = next(e for e in read_manifest(copy).artifacts.engines if e.name == "tensorrt-rtx-int8")
-    if why := why_not_here(engine.target, engine.plan):
+    if why := TARGETS[engine.target].why_not_run(engine.plan):
         pytest.skip(why)
     done = cli("verify", copy)
     assert done.code == 0, done.err
@@ -509,12 +509,13 @@ def test_an_engine_that_only_an_attestation_calls_verified_is_chosen(bundle, tmp
     """As on a GPU machine that verified a bundle built without one; up to the missing driver."""
     import shutil
 
-    from export_zoo.engines.bundle import loading, selection
+    from export_zoo.engines.bundle import selection
+    from export_zoo.engines.targets.tensorrt import engine, target
     from export_zoo.engines.verification import verify
 
     def is_here(capability: str) -> None:  # there is no GPU to ask
-        for room in (loading, selection):
-            monkeypatch.setattr(room, "device_capability", lambda: capability)
+        for module in (target, selection):
+            monkeypatch.setattr(module, "device_capability", lambda: capability)
 
     copy = shutil.copytree(bundle, tmp_path / "bundle")
     attestation, path = verify.verify(copy)
@@ -532,7 +533,7 @@ def test_an_engine_that_only_an_attestation_calls_verified_is_chosen(bundle, tmp
         opened.append(plan)
         return SimpleNamespace(output_names=["logits"])
 
-    monkeypatch.setattr(loading, "TensorRTEngine", opening)
+    monkeypatch.setattr(engine, "TensorRTEngine", opening)
     loaded = export_zoo.load(copy)
     assert (loaded.name, loaded.state) == ("tensorrt-rtx-fp16", "verified")
     assert "-tensorrt-rtx-fp16." in opened[0].name
@@ -541,17 +542,18 @@ def test_an_engine_that_only_an_attestation_calls_verified_is_chosen(bundle, tmp
 
 
 def test_an_old_driver_is_told_before_an_engine_is_loaded(bundle, monkeypatch):
-    from export_zoo.engines.bundle import loading, selection
-    from export_zoo.engines.targets import target
+    from export_zoo.base import cuda
+    from export_zoo.engines.bundle import selection
+    from export_zoo.engines.targets.tensorrt import target
 
     class Old:
         def cuDriverGetVersion(self, pointer):  # noqa: N802 (the driver's name)
             pointer._obj.value = 12040
             return 0
 
-    monkeypatch.setattr(target, "_driver", Old)
-    for room in (loading, selection):
-        monkeypatch.setattr(room, "device_capability", lambda: "8.9")
+    monkeypatch.setattr(cuda, "_driver", Old)
+    for module in (target, selection):
+        monkeypatch.setattr(module, "device_capability", lambda: "8.9")
     with pytest.raises(TargetUnavailableError, match=r"supports CUDA 12\.4, 13\.0 is needed"):
         export_zoo.load(bundle, engine="tensorrt-rtx-fp16")
     assert export_zoo.load(bundle).name.startswith("onnxruntime")
@@ -609,10 +611,10 @@ def test_load_says_why_an_engine_cannot_run_here(bundle):
 def test_plans_of_other_gpus_and_versions_are_told_before_they_are_loaded(
     bundle, monkeypatch, change, capability, says
 ):
-    from export_zoo.engines.bundle import loading as room
+    from export_zoo.engines.targets.tensorrt import target
 
-    monkeypatch.setattr(room, "device_capability", lambda: capability)  # there is no GPU to ask
+    monkeypatch.setattr(target, "device_capability", lambda: capability)  # there is no GPU to ask
     engine = next(e for e in read_manifest(bundle).artifacts.engines if e.name == "tensorrt-rtx-int8")
     plan = engine.plan.model_copy(update=change)
-    found = room.why_not_here(engine.target, plan)
+    found = TARGETS[engine.target].why_not_run(plan)
     assert found.startswith(says) if says else found == ""

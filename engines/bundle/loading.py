@@ -10,72 +10,15 @@ import numpy as np
 import numpy.typing as npt
 
 from export_zoo.base.errors import BadInputError, ParityError, TargetUnavailableError
-from export_zoo.base.machine import library_versions
 from export_zoo.calibration.preprocess import UnreadableImageError, decode, normalize, resize_and_crop
 from export_zoo.engines.bundle import manifest as m
 from export_zoo.engines.bundle.reader import attestations, checked, named, read_manifest
 from export_zoo.engines.bundle.selection import not_verified, rank, standing
-from export_zoo.engines.targets.onnxruntime.engine import OnnxRuntimeEngine
-from export_zoo.engines.targets.target import DISTRIBUTIONS, device_capability, driver_too_old
-from export_zoo.engines.targets.tensorrt.engine import TensorRTEngine
+from export_zoo.engines.precision.registry import PRECISIONS
+from export_zoo.engines.targets.base import Opening
+from export_zoo.engines.targets.registry import TARGETS
 
 Float32Array = npt.NDArray[np.float32]
-
-
-def why_not_here(target: str, plan: m.Plan | None) -> str:
-    """Why an engine cannot run on this machine, from its description alone; empty where it can."""
-    if plan is None:
-        return ""
-    package = DISTRIBUTIONS[target]
-    version = library_versions(package)[package]
-    if version == "absent":
-        return f"the package {package} is not installed"
-    if version != plan.version and not plan.version_compatible:
-        return f"built by {package} {plan.version}, this is {version}"
-    here = device_capability()
-    if here is None:
-        return "there is no CUDA device here"
-    if reason := driver_too_old():
-        return reason
-    if here not in plan.compute_capabilities and not plan.hardware_compatible:
-        return f"built for compute capability {', '.join(plan.compute_capabilities)}, this GPU has {here}"
-    return ""
-
-
-def open_engine(
-    path: Path,
-    *,
-    target: str,
-    precision: str,
-    plan: m.Plan | None,
-    graph: Path | None = None,
-    threads: int = 0,
-    runtime_cache: Path | None = None,
-    saturating_session: Mapping[str, str],
-) -> OnnxRuntimeEngine | TensorRTEngine:
-    """An engine file, ready to run.
-
-    Args:
-        graph: the precision graph that TensorRT compiled: a plan without weights gets them from it.
-        saturating_session: of ONNX Runtime, where sums of INT8 saturate; see `bundle.manifest.Engine`.
-
-    Raises:
-        BadInputError: not an ONNX Runtime engine.
-        TargetUnavailableError: a TensorRT engine that this machine cannot load, or an INT8 engine that it cannot run
-            exactly.
-    """
-    if plan is not None:
-        weights = graph if plan.strip_weights else None
-        return TensorRTEngine(
-            path,
-            target=target,
-            weights=weights,
-            runtime_cache=runtime_cache,
-            host_code=plan.version_compatible,
-        )
-    return OnnxRuntimeEngine(
-        path, threads=threads, half=precision == "fp16", saturating_session=saturating_session
-    )
 
 
 class LoadedEngine:
@@ -94,7 +37,7 @@ class LoadedEngine:
     ) -> None:
         path, graph = checked(bundle, engine.file), None
         externals = list(engine.external_data)
-        if engine.graph is not None and engine.plan is not None and engine.plan.strip_weights:
+        if engine.graph is not None and engine.without_weights:
             graph = checked(bundle, engine.graph)
             externals += engine.graph_external_data
         for external in externals:
@@ -104,15 +47,16 @@ class LoadedEngine:
         self.state = state
         self.why = why
         self.labels = manifest.recipe.labels
-        self._backend = open_engine(
-            path,
-            target=engine.target,
-            precision=engine.precision,
-            plan=engine.plan,
-            graph=graph,
-            threads=threads,
-            runtime_cache=Path(runtime_cache) if runtime_cache is not None else None,
-            saturating_session=engine.session_where_saturating(),
+        self._backend = TARGETS[engine.target].open(
+            Opening(
+                path,
+                PRECISIONS[engine.precision],
+                plan=engine.plan,
+                graph=graph,
+                threads=threads,
+                runtime_cache=Path(runtime_cache) if runtime_cache is not None else None,
+                saturating_session=engine.session_where_saturating(),
+            )
         )
         names = [port.name for port in manifest.recipe.outputs]
         if self._backend.output_names != names:
@@ -242,14 +186,14 @@ def load(
     if engine is not None:
         best, found = named(root, manifest, engine), standings[engine]
         why = f"asked for{f'; {found.state} ({found.source})' if found.source else ''}{unreadable}"
-        if reason := why_not_here(best.target, best.plan):
+        if reason := TARGETS[best.target].why_not_run(best.plan):
             raise TargetUnavailableError(
                 f"{root}: {engine} cannot run here: {reason}",
                 hint="load another engine of the bundle, or export again on this machine",
             )
     else:
         reasons = {
-            name: why_not_here(e.target, e.plan)
+            name: TARGETS[e.target].why_not_run(e.plan)
             or ("" if states[name] == "verified" or allow_failed else not_verified(standings[name]))
             for name, e in engines.items()
         }

@@ -13,7 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator,
 
 from export_zoo.calibration.preprocess import Preprocess
 from export_zoo.engines.parity.metrics import METRICS
-from export_zoo.engines.targets.target import MAX_BATCH, PRECISIONS, TARGETS, Precision, TargetName
+from export_zoo.engines.precision.registry import PRECISIONS
+from export_zoo.engines.targets.base import MAX_BATCH
+from export_zoo.engines.targets.plan import Plan
+from export_zoo.engines.targets.registry import TARGETS
 
 SCHEMA_VERSION: Literal[1] = 1
 WeightsKind = Literal["torchvision", "timm", "factory", "file", "random"]
@@ -220,18 +223,6 @@ class Latency(_Model):
     machine: str
 
 
-class Plan(_Model):
-    """What a TensorRT engine runs with."""
-
-    version: str = Field(description="Of the TensorRT (RTX) that built it.")
-    compute_capabilities: list[str] = Field(description="GPUs that it was built for, `8.9` say.")
-    hardware_compatible: bool
-    version_compatible: bool
-    refittable: bool
-    strip_weights: bool
-    workspace_mb: int | None
-
-
 StepName = Literal["equalize", "relu6", "round", "bias", "method", "float"]
 
 
@@ -266,8 +257,8 @@ class Tuning(_Model):
 
 class Engine(_Model):
     name: str = Field(description="`<target>-<precision>`.")
-    target: TargetName
-    precision: Precision
+    target: str = Field(json_schema_extra={"enum": list(TARGETS)})
+    precision: str = Field(json_schema_extra={"enum": list(PRECISIONS)})
     file: File
     external_data: list[File] = Field(description="Weights files that the engine refers to (over 2 GiB).")
     graph: File | None = Field(description="The precision graph that TensorRT compiled; else null.")
@@ -302,7 +293,9 @@ class Engine(_Model):
     def _true(self) -> Engine:
         if self.name != f"{self.target}-{self.precision}":
             raise ValueError(f"engine {self.name} is not {self.target}-{self.precision}")
-        compiled = self.target != "onnxruntime"
+        if _is_unknown({"target": self.target, "precision": self.precision}):
+            raise ValueError(f"{self.name}: unknown target or precision")
+        compiled = TARGETS[self.target].compiled
         if compiled != (self.plan is not None) or compiled != (self.graph is not None):
             raise ValueError(
                 f"{self.name}: a plan and the graph it was compiled from are TensorRT's, and only its"
@@ -318,7 +311,12 @@ class Engine(_Model):
         """Session configuration that ONNX Runtime needs where sums of INT8 saturate. Older bundles do not say it."""
         if self.saturating_cpu_session is not None:
             return self.saturating_cpu_session
-        return {"session.x64quantprecision": "1"} if self.precision == "int8" else {}
+        return {"session.x64quantprecision": "1"} if PRECISIONS[self.precision].integer_sums else {}
+
+    @property
+    def without_weights(self) -> bool:
+        """Its file has no weights: they come from its graph."""
+        return self.plan is not None and self.plan.strip_weights
 
     @property
     def size_bytes(self) -> int:

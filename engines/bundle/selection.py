@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from export_zoo.base.cuda import device_capability
 from export_zoo.base.machine import instruction_set
 from export_zoo.engines.bundle import manifest as m
 from export_zoo.engines.bundle.reader import Attested
-from export_zoo.engines.targets.target import PRECISIONS, device_capability
+from export_zoo.engines.precision.registry import PRECISIONS
+from export_zoo.engines.targets.registry import TARGETS
 
 
 class Standing(NamedTuple):
@@ -29,7 +31,7 @@ def standing(engine: m.Engine, attested: Attested) -> Standing:
     for name, attestation in real_first:
         alike = (
             attestation.compute_capability == device_capability()
-            if engine.plan is not None
+            if TARGETS[engine.target].device == "gpu"
             else attestation.instruction_set == instruction_set()
         )
         gate = attestation.engines.get(engine.name)
@@ -50,6 +52,6 @@ def not_verified(found: Standing) -> str:
 
 def rank(engine: m.Engine) -> tuple[bool, float, int]:
     """The fastest last. A GPU's engine that was never timed is taken before the CPU's, the lower precision first."""
-    untimed = engine.plan is not None and engine.latency is None
+    untimed = TARGETS[engine.target].device == "gpu" and engine.latency is None
     speedup = engine.latency.speedup if engine.latency is not None else 0.0
-    return untimed, speedup, PRECISIONS.index(engine.precision)
+    return untimed, speedup, list(PRECISIONS).index(engine.precision)

@@ -30,6 +30,8 @@ from export_zoo.engines.bundle.reader import attestations, checked, named, read_
 from export_zoo.engines.bundle.selection import not_verified, rank, standing
 from export_zoo.engines.precision.int8.saturation.pairs import saturating_layers
 from export_zoo.engines.precision.int8.saturation.unsigned import unsigned_weights
+from export_zoo.engines.precision.registry import PRECISIONS
+from export_zoo.engines.targets.registry import TARGETS
 
 CpuGraph = Literal["safe", "exact", "vnni"]
 
@@ -39,11 +41,6 @@ QUEUE_DELAY_US = 1000
 _MAX_VERSION = 2**63 - 1
 """Triton reads it into 64 bits."""
 
-_PLATFORMS = {
-    "onnxruntime": ("onnxruntime_onnx", "model.onnx", "KIND_CPU"),
-    "tensorrt": ("tensorrt_plan", "model.plan", "KIND_GPU"),
-}
-
 
 def _quoted(text: str) -> str:
     """A string literal of protobuf's text format."""
@@ -52,17 +49,20 @@ def _quoted(text: str) -> str:
 
 def config(manifest: m.Manifest, engine: m.Engine, name: str, *, delay_us: int = QUEUE_DELAY_US) -> str:
     """config.pbtxt: shapes without the batch, which Triton adds, and dynamic batching up to the verified batch."""
-    recipe, (platform, _, kind) = manifest.recipe, _PLATFORMS[engine.target]
+    recipe, backend = manifest.recipe, TARGETS[engine.target].triton
+    assert backend is not None
 
     def port(port: m.Port, more: str = "") -> str:
         dims = ", ".join("-1" if isinstance(size, str) else str(size) for size in port.shape[1:])
         return f"  {{\n    name: {_quoted(port.name)}\n    data_type: TYPE_FP32\n    dims: [ {dims} ]\n{more}  }}\n"
 
     labels = '    label_filename: "labels.txt"\n' if recipe.labels else ""
-    text = f"name: {_quoted(name)}\nplatform: {_quoted(platform)}\nmax_batch_size: {recipe.batch.max}\n"
+    text = (
+        f"name: {_quoted(name)}\nplatform: {_quoted(backend.platform)}\nmax_batch_size: {recipe.batch.max}\n"
+    )
     outputs = [port(recipe.output, labels), *map(port, recipe.further_outputs)]
     text += f"input [\n{port(recipe.input)}]\noutput [\n{','.join(outputs)}]\n"
-    text += f"instance_group [\n  {{\n    count: 1\n    kind: {kind}\n  }}\n]\n"
+    text += f"instance_group [\n  {{\n    count: 1\n    kind: {backend.kind}\n  }}\n]\n"
     if recipe.batch.max > 1:
         text += (
             f"dynamic_batching {{\n  preferred_batch_size: [ {recipe.batch.opt} ]\n"
@@ -71,9 +71,9 @@ def config(manifest: m.Manifest, engine: m.Engine, name: str, *, delay_us: int =
     return text
 
 
-def _stripped(engine: m.Engine) -> bool:
-    """A plan without weights: Triton does not refit it."""
-    return engine.plan is not None and engine.plan.strip_weights
+def _served() -> str:
+    """Targets whose engines Triton runs, for messages."""
+    return " or ".join(target.name for target in TARGETS.values() if target.triton)
 
 
 def _chosen(bundle: Path, manifest: m.Manifest, wanted: str | None) -> m.Engine:
@@ -89,25 +89,25 @@ def _chosen(bundle: Path, manifest: m.Manifest, wanted: str | None) -> m.Engine:
             engine = named(bundle, manifest, wanted)
         except BadInputError as error:
             raise UsageError(f"--engine {wanted}: {bundle} has none of that name", hint=error.hint) from error
-        if engine.target not in _PLATFORMS:
+        if TARGETS[engine.target].triton is None:
             raise TargetUnavailableError(
                 f"--engine {wanted}: Triton has no backend for {engine.target}",
-                hint="use an engine of onnxruntime or tensorrt",
+                hint=f"use an engine of {_served()}",
             )
-        if _stripped(engine):
+        if engine.without_weights:
             raise TargetUnavailableError(
                 f"--engine {wanted}: its plan has no weights, and Triton does not refit it",
                 hint="export without --strip-weights, or use an engine of onnxruntime",
             )
         return engine
     attested = attestations(bundle)
-    served = [e for e in manifest.artifacts.engines if e.target in _PLATFORMS and not _stripped(e)]
+    served = [e for e in manifest.artifacts.engines if TARGETS[e.target].triton and not e.without_weights]
     standings = {e.name: standing(e, attested) for e in served}
     verified = [e for e in served if standings[e.name].state == "verified"]
     if not verified:
         listed = "; ".join(f"{name}: {not_verified(found)}" for name, found in standings.items())
         raise TargetUnavailableError(
-            f"{bundle}: no verified engine of onnxruntime or tensorrt that has its weights"
+            f"{bundle}: no verified engine of {_served()} that has its weights"
             + (f": {listed}" if listed else ""),
             hint="name one with --engine, or export with --target onnxruntime",
         )
@@ -121,7 +121,7 @@ def _for_cpus(bundle: Path, engine: m.Engine, graph: Path, cpu_graph: CpuGraph) 
         UsageError: there is nothing to make exact.
         TargetUnavailableError: it can saturate.
     """
-    int8 = engine.target == "onnxruntime" and engine.precision == "int8"
+    int8 = TARGETS[engine.target].int8.sums_in_16_bits and PRECISIONS[engine.precision].integer_sums
     if cpu_graph == "exact":
         if not int8:
             raise UsageError(
@@ -180,7 +180,9 @@ def write_repository(
         )
     if not 1 <= version <= _MAX_VERSION:
         raise UsageError(f"--version {version}: must be 1 to {_MAX_VERSION}", hint="leave it out for 1")
-    model_file = _PLATFORMS[chosen.target][1]
+    backend = TARGETS[chosen.target].triton
+    assert backend is not None
+    model_file = backend.file
     files = {model_file: checked(bundle, chosen.file)}
     # Weights beside an ONNX file keep the name that it refers to.
     files |= {Path(file.path).name: checked(bundle, file) for file in chosen.external_data}

@@ -13,11 +13,13 @@ from export_zoo.base.errors import TargetUnavailableError
 from export_zoo.base.machine import cpu_model, library_versions
 from export_zoo.calibration.images import Progress
 from export_zoo.engines.bundle import manifest as m
-from export_zoo.engines.bundle.loading import open_engine
 from export_zoo.engines.bundle.reader import HeldOut, checked, held_out, read_manifest
 from export_zoo.engines.emulation.cpus import Cpu
 from export_zoo.engines.emulation.engine import Emulated, EmulatedEngine
-from export_zoo.engines.verification.gate import MIN_LABELLED, SUBSET, Runnable, judge
+from export_zoo.engines.precision.registry import PRECISIONS
+from export_zoo.engines.targets.base import Opening, Runner
+from export_zoo.engines.targets.registry import TARGETS
+from export_zoo.engines.verification.gate import MIN_LABELLED, SUBSET, judge
 from export_zoo.engines.verification.verify import attested, plain_outputs, with_claim, write_attestation
 
 Float32Array = npt.NDArray[np.float32]
@@ -38,7 +40,7 @@ _MIN_MISPLACED = 8
 class _Beside:
     """Runs an emulated engine and this machine's on the same batches, and keeps how far they differ."""
 
-    def __init__(self, emulated: Runnable, here: Runnable) -> None:
+    def __init__(self, emulated: Runner, here: Runner) -> None:
         self._emulated, self._here = emulated, here
         self.difference = 0.0
 
@@ -56,13 +58,13 @@ class _Beside:
 
 
 def runnable(manifest: m.Manifest) -> list[m.Engine]:
-    """The engines that emulation can run: ONNX Runtime's."""
-    return [engine for engine in manifest.artifacts.engines if engine.target == "onnxruntime"]
+    """The engines that emulation can run."""
+    return [engine for engine in manifest.artifacts.engines if TARGETS[engine.target].emulated]
 
 
 def _count(engine: m.Engine, images: int) -> int:
     """How many images an engine runs."""
-    return images if engine.precision == "int8" else min(images, FLOAT_IMAGES)
+    return images if PRECISIONS[engine.precision].integer_sums else min(images, FLOAT_IMAGES)
 
 
 def images_run(manifest: m.Manifest, images: int) -> int:
@@ -131,14 +133,10 @@ def verify_on(
         held = _first(everything, _count(engine, images))
         size = max(recipe.batch.min, min(recipe.batch.opt, len(held.pixels)))
         path = root / engine.file.path
-        here = open_engine(
-            path,
-            target=engine.target,
-            precision=engine.precision,
-            plan=None,
-            saturating_session=engine.session_where_saturating(),
-        )
-        half = engine.precision == "fp16"
+        precision = PRECISIONS[engine.precision]
+        session = engine.session_where_saturating()
+        here = TARGETS[engine.target].open(Opening(path, precision, saturating_session=session))
+        half = precision.float16
         unfused = plain_outputs(path, recipe, half=half) if engine.gate.reference != "eager" else None
         gate = partial(
             judge,
@@ -150,7 +148,6 @@ def verify_on(
             tolerances=_tolerances(engine, len(held.pixels)),
             unfused=unfused,
         )
-        session = engine.session_where_saturating()
         with EmulatedEngine(path, cpu, half=half, saturating_session=session) as there:
             emulated = there.emulated
             both = _Beside(there, here)

@@ -89,15 +89,6 @@ AT_LEAST = frozenset({"sqnr", "cosine", "top1", "top5", "accuracy"})
 AT_MOST = frozenset({"max_abs", "max_rel", "misplaced", "accuracy_drop"})
 METRICS = AT_LEAST | AT_MOST
 
-DEFAULT_TOLERANCES: Mapping[str, Mapping[str, float]] = {
-    # FP32 differs from eager by the order of summation only: 100 dB and more on well-scaled networks.
-    "fp32": {"sqnr": 60.0, "top1": 0.99, "misplaced": 0},
-    # Half has 11 significant bits (66 dB a rounding); tens of layers leave 40 dB and more.
-    "fp16": {"sqnr": 35.0, "top1": 0.97, "misplaced": 0},
-    # 8 bits on every tensor: trained networks keep 15 to 30 dB; under 10 dB predictions start to move.
-    "int8": {"sqnr": 10.0, "top1": 0.90, "accuracy_drop": 0.02, "misplaced": 0},
-}
-
 MIN_UNFUSED_COSINE = 0.5
 """Least cosine to eager of a random network's engine (1 dB of SQNR): a wrong precision graph has none."""
 

@@ -9,14 +9,14 @@ import numpy as np
 import numpy.typing as npt
 
 from export_zoo.engines.bundle.manifest import Latency
-from export_zoo.engines.verification.gate import Runnable
+from export_zoo.engines.targets.base import Runner
 
 ROUNDS_MIN, ROUNDS_MAX = 5, 50
 SECONDS = 2.0
 
 
 def measure(
-    engines: Mapping[str, Runnable], batch: npt.NDArray[np.float32], *, baseline: str, machine: str
+    engines: Mapping[str, Runner], batch: npt.NDArray[np.float32], *, baseline: str, machine: str
 ) -> dict[str, Latency]:
     """Time engines in turn (A B C A B C ...) on one batch, float32 [N, 3, H, W].
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,7 @@ from export_zoo.engines.parity.metrics import (
     unfused_tolerances,
 )
 from export_zoo.engines.parity.outputs import as_rows, sampled
+from export_zoo.engines.targets.base import Runner
 
 Float32Array = npt.NDArray[np.float32]
 
@@ -32,12 +33,8 @@ MIN_LABELLED = 100
 """Fewer labelled images do not resolve an accuracy of one point: the default accuracy limit is left out."""
 
 
-class Runnable(Protocol):
-    def run_all(self, batch: Float32Array) -> tuple[Float32Array, ...]: ...
-
-
 def run_in_batches(
-    engine: Runnable,
+    engine: Runner,
     pixels: UInt8Array,
     preprocess: Preprocess,
     batch: int,
@@ -95,7 +92,7 @@ def _judges(
 
 
 def _judge_size(
-    engine: Runnable,
+    engine: Runner,
     pixels: UInt8Array,
     eager: Mapping[str, Float32Array],
     preprocess: Preprocess,
@@ -121,7 +118,7 @@ def _of_output(name: str, eager: Mapping[str, Float32Array]) -> str:
 
 
 def judge(
-    engine: Runnable,
+    engine: Runner,
     *,
     pixels: UInt8Array,
     eager: Mapping[str, Float32Array],

@@ -12,20 +12,23 @@ import numpy as np
 import numpy.typing as npt
 
 from export_zoo.base import graph_io
+from export_zoo.base.cuda import device_capability
 from export_zoo.base.files import replacing
 from export_zoo.base.graph_io import sha256_of
 from export_zoo.base.machine import cpu_model, instruction_set, library_versions
 from export_zoo.calibration.images import Progress
 from export_zoo.calibration.preprocess import UInt8Array
 from export_zoo.engines.bundle import manifest as m
-from export_zoo.engines.bundle.loading import open_engine, why_not_here
 from export_zoo.engines.bundle.reader import ATTESTATIONS, MANIFEST, HeldOut, checked, held_out, read_manifest
 from export_zoo.engines.precision.fp16.twin import write_twin
 from export_zoo.engines.precision.int8.saturation.pairs import saturating_layers
 from export_zoo.engines.precision.int8.saturation.probe import saturates
+from export_zoo.engines.precision.registry import PRECISIONS
+from export_zoo.engines.targets.base import Opening, Runner
 from export_zoo.engines.targets.onnxruntime.engine import OnnxRuntimeEngine
-from export_zoo.engines.targets.target import DISTRIBUTIONS, device_capability
-from export_zoo.engines.verification.gate import Runnable, judge, run_in_batches
+from export_zoo.engines.targets.plan import Plan
+from export_zoo.engines.targets.registry import TARGETS
+from export_zoo.engines.verification.gate import judge, run_in_batches
 
 Float32Array = npt.NDArray[np.float32]
 
@@ -48,7 +51,7 @@ def judge_engine(
     *,
     target: str,
     precision: str,
-    plan: m.Plan | None,
+    plan: Plan | None,
     saturating_session: Mapping[str, str],
     unfused: bool,
     recipe: m.Recipe,
@@ -65,21 +68,16 @@ def judge_engine(
         unfused: gate against the unfused graph (see `verification.gate.judge`).
     """
 
-    only_graph = bool(why_not_here(target, plan))
-    engine: Runnable
+    only_graph = bool(TARGETS[target].why_not_run(plan))
+    engine: Runner
     if only_graph:
         with tempfile.TemporaryDirectory(prefix="export-zoo-") as directory:
             twin = Path(directory) / "twin.onnx"
             write_twin(graph, twin)
             engine = OnnxRuntimeEngine(twin, fused=False)
     else:
-        engine = open_engine(
-            file,
-            target=target,
-            precision=precision,
-            plan=plan,
-            graph=graph,
-            saturating_session=saturating_session,
+        engine = TARGETS[target].open(
+            Opening(file, PRECISIONS[precision], plan, graph, saturating_session=saturating_session)
         )
     return judge(
         engine,
@@ -90,7 +88,7 @@ def judge_engine(
         preprocess=recipe.preprocess,
         batch=recipe.batch,
         tolerances=tolerances,
-        unfused=plain_outputs(graph, recipe, half=precision == "fp16") if unfused else None,
+        unfused=plain_outputs(graph, recipe, half=PRECISIONS[precision].float16) if unfused else None,
         sizes=[(part.pixels, part.outputs(recipe)) for part in held.sizes],
         progress=progress,
     )
@@ -118,7 +116,7 @@ def verify(bundle: Path | str, *, progress: Progress = lambda _: None) -> tuple[
         session = engine.session_where_saturating()
         if (
             session
-            and engine.target == "onnxruntime"
+            and TARGETS[engine.target].int8.sums_in_16_bits
             and saturates()
             and can_saturate(root / engine.file.path)
         ):
@@ -149,7 +147,7 @@ def verify(bundle: Path | str, *, progress: Progress = lambda _: None) -> tuple[
         machine=cpu_model(),
         instruction_set=instruction_set(),
         compute_capability=device_capability(),
-        versions=library_versions(*DISTRIBUTIONS.values(), "numpy", "pillow"),
+        versions=library_versions(*(target.distribution for target in TARGETS.values()), "numpy", "pillow"),
         warnings=warnings,
     )
     return attestation, write_attestation(root, attestation)
@@ -160,9 +158,8 @@ def with_claim(gate: m.Gate, engine: m.Engine, graph: Path) -> m.Gate:
 
     On this CPU its logits may be right: not on others.
     """
-    claims = (
-        engine.target == "onnxruntime" and engine.precision == "int8" and engine.saturating_cpu_session == {}
-    )
+    integer_sums = PRECISIONS[engine.precision].integer_sums and TARGETS[engine.target].int8.sums_in_16_bits
+    claims = integer_sums and engine.saturating_cpu_session == {}
     if not claims or not can_saturate(graph):
         return gate
     failure = (

@@ -144,6 +144,7 @@ def _verify_emulated(
 ) -> None:
     from export_zoo.engines.emulation import cpus
     from export_zoo.engines.emulation import verify as emulation
+    from export_zoo.engines.precision.registry import PRECISIONS
     from export_zoo.engines.verification.verify import can_saturate
 
     chosen = [cpus.named(name) for name in dict.fromkeys(names)]
@@ -179,7 +180,7 @@ def _verify_emulated(
         saturating |= any(
             attestation.engines[engine.name].failures and can_saturate(bundle / engine.file.path)
             for engine in emulation.runnable(manifest)
-            if engine.precision == "int8"
+            if PRECISIONS[engine.precision].integer_sums
         )
     if failures:
         raise ParityError(

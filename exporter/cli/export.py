@@ -26,7 +26,7 @@ from export_zoo.exporter.run.report import ConsoleReporter, show_log
 
 def chosen_options(given: Mapping[str, Any]) -> options.ExportOptions:
     """From the command's parameters. Raises UsageError."""
-    from export_zoo.engines.targets import target
+    from export_zoo.engines.targets.options import BuildOptions
 
     return options.ExportOptions(
         model=given["model"],
@@ -40,7 +40,7 @@ def chosen_options(given: Mapping[str, Any]) -> options.ExportOptions:
         method=given["method"],
         steps=options.parse_steps(given["steps"]),
         keep_float=tuple(given["keep_float"]),
-        build=target.BuildOptions(
+        build=BuildOptions(
             workspace_mb=given["workspace_mb"],
             refittable=given["refittable"],
             strip_weights=given["strip_weights"],
@@ -142,7 +142,7 @@ def export(model: str, json_path: Path | None, quiet: bool, verbose: bool, **giv
     """Export MODEL, build its engines, and check their logits against eager PyTorch."""
     if verbose:
         show_log()
-    from export_zoo.engines.targets import target
+    from export_zoo.engines.targets import registry
 
     chosen = chosen_options({"model": model, **given})
     if json_path is not None and chosen.out_dir.resolve() in json_path.resolve().parents:
@@ -154,7 +154,9 @@ def export(model: str, json_path: Path | None, quiet: bool, verbose: bool, **giv
             given_options() & {"method", "steps"}
         ):  # the pipeline cannot tell them from their defaults
             now.reporter.warn(f"{option_name(name)} has no effect without --precision int8")
-    chosen.build.check([t.name for t in target.choose(chosen.targets)])  # before PyTorch is loaded
+    chosen_targets = registry.choose(chosen.targets)
+    registry.check_options(chosen.build, chosen_targets)  # before PyTorch is loaded
+    registry.check_precisions(chosen.precisions, chosen_targets)
     from export_zoo.exporter import pipeline
     from export_zoo.exporter.run.report import print_table
 

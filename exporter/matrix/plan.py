@@ -15,7 +15,8 @@ from export_zoo.base import yaml_text
 from export_zoo.base.errors import UsageError, first_of
 from export_zoo.engines.emulation.cpus import CPUS
 from export_zoo.engines.emulation.verify import IMAGES
-from export_zoo.engines.targets.target import PRECISIONS, TARGETS
+from export_zoo.engines.precision.registry import PRECISIONS
+from export_zoo.engines.targets.registry import TARGETS
 
 HOST = "host"
 """This machine's CPU, which exports. The other CPUs are emulated, and run the bundle that the export made."""
@@ -137,9 +138,10 @@ class Cell:
     @property
     def skipped(self) -> str:
         """Why an emulated CPU does not run this engine; empty where it does."""
-        if self.cpu == HOST or self.target == "onnxruntime":
+        if self.cpu == HOST or TARGETS[self.target].emulated:
             return ""
-        return f"not run on {self.cpu}: emulation runs engines of onnxruntime only"
+        names = " and ".join(target.name for target in TARGETS.values() if target.emulated)
+        return f"not run on {self.cpu}: emulation runs engines of {names} only"
 
 
 def read(path: Path) -> MatrixFile:

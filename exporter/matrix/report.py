@@ -8,6 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from export_zoo.base.errors import EnvironmentFailureError
+from export_zoo.engines.precision.registry import BASELINE
 from export_zoo.exporter.matrix.run import CellResult
 
 COLUMNS = (
@@ -190,7 +191,7 @@ def html(results: Sequence[CellResult], title: str) -> str:
     from jinja2 import Environment
 
     models = list(dict.fromkeys(r.model for r in results))
-    engines = list(dict.fromkeys(r.engine_name for r in results if r.precision != "fp32"))
+    engines = list(dict.fromkeys(r.engine_name for r in results if r.precision != BASELINE.name))
     columns = columns_of(results)
     plots = []
     for label, path, unit in (
@@ -200,7 +201,7 @@ def html(results: Sequence[CellResult], title: str) -> str:
         points = [
             (models.index(r.model), engines.index(r.engine_name), value)
             for r in results
-            if r.precision != "fp32"
+            if r.precision != BASELINE.name
             and not r.emulated
             and r.status == "ok"
             and (value := r.figure(*path)) is not None

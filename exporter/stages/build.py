@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from export_zoo.base.graph_io import sha256_of
 from export_zoo.base.machine import library_versions
 from export_zoo.calibration.ranges import Ranges
-from export_zoo.engines.bundle.loading import why_not_here
-from export_zoo.engines.bundle.manifest import Plan, Tuning
-from export_zoo.engines.precision.fp16.half import to_half
-from export_zoo.engines.targets.target import (
-    CURRENT,
-    DISTRIBUTIONS,
-    Precision,
-    Target,
-    TargetName,
-    device_name,
-)
-from export_zoo.engines.targets.tensorrt.build import build_engine
+from export_zoo.engines.bundle.manifest import Tuning
+from export_zoo.engines.precision.base import Precision
+from export_zoo.engines.precision.registry import BASELINE, PRECISIONS
+from export_zoo.engines.targets.base import BuildRequest, Target
+from export_zoo.engines.targets.plan import Plan
+from export_zoo.engines.targets.registry import TARGETS
 from export_zoo.engines.targets.tensorrt.worker import TIMING_SUFFIX
 from export_zoo.exporter.run.cache import StageResult
 from export_zoo.exporter.run.context import Context
-from export_zoo.exporter.stages.tuning.int8_parts import Int8Parts
 from export_zoo.exporter.stages.tuning.tune import Tuned
 
 
@@ -32,8 +25,8 @@ from export_zoo.exporter.stages.tuning.tune import Tuned
 class EngineFiles:
     """An engine that was built, and not yet compared with anything."""
 
-    target: TargetName
-    precision: Precision
+    target: str
+    precision: str
     file: Path
     graph: Path
     """The precision graph: what TensorRT compiled; for ONNX Runtime, the engine itself."""
@@ -58,29 +51,35 @@ class EngineFiles:
     @property
     def runs_here(self) -> bool:
         """Whether the engine itself can be run, or only its graph."""
-        return not why_not_here(self.target, self.plan)
+        return not TARGETS[self.target].why_not_run(self.plan)
 
 
-def _int8_graph(context: Context, target: str, parts: Int8Parts) -> tuple[Path, bool]:
-    """The INT8 graph of a target, and whether it was cached."""
+def _precision_graph(
+    context: Context,
+    graph: Path,
+    target: Target,
+    precision: Precision,
+    ranges: Ranges | None,
+    tuned: Tuned | None,
+) -> tuple[Path, bool]:
+    """The graph of a precision, and whether it was cached. Only those of quantized ones depend on the target."""
+    if precision is BASELINE:
+        return graph, True
+    if precision.quantized:
+        assert tuned is not None
+        parts = tuned.parts
 
-    def make(directory: Path) -> None:
-        parts.write(directory / "engine.onnx", target, context.options)
+        def make(directory: Path) -> None:
+            parts.write(directory / "engine.onnx", target, context.options)
 
-    key = context.key("onnx_ir", "numpy", **parts.key(target, context.options))
-    result = context.cache.run("int8", key, make)
-    return result.directory / "engine.onnx", result.cached
+        inputs = parts.key(target, context.options)
+    else:
 
+        def make(directory: Path) -> None:
+            precision.write(graph, directory / "engine.onnx", ranges)
 
-def _half_graph(context: Context, graph: Path, ranges: Ranges | None) -> tuple[Path, bool]:
-    """The FP16 graph, the same for all targets, and whether it was cached."""
-
-    def make(directory: Path) -> None:
-        to_half(graph, directory / "engine.onnx", ranges)
-
-    found = ranges.digest() if ranges is not None else None
-    key = context.key("onnx_ir", "numpy", graph=sha256_of(graph), ranges=found)
-    result = context.cache.run("fp16", key, make)
+        inputs = {"graph": sha256_of(graph), "ranges": ranges.digest() if ranges is not None else None}
+    result = context.cache.run(precision.name, context.key("onnx_ir", "numpy", **inputs), make)
     return result.directory / "engine.onnx", result.cached
 
 
@@ -88,84 +87,78 @@ def build(
     context: Context,
     graph: Path,
     target: Target,
-    precision: Precision,
+    precision_name: str,
     ranges: Ranges | None,
     tuned: Tuned | None,
 ) -> EngineFiles:
-    """Build one engine. For ONNX Runtime the precision graph is the engine; TensorRT compiles it.
+    """Build one engine: write its precision graph, and compile that where the target does.
 
     Args:
-        tuned: what INT8 is made of.
+        tuned: what a quantized precision is made of.
 
     Raises:
-        ExportDefectError: TensorRT refuses the graph; names node and module.
-        EnvironmentFailureError: TensorRT's builder crashed or was killed.
+        ExportDefectError: the builder refuses the graph; names node and module.
+        EnvironmentFailureError: the builder crashed or was killed.
     """
-    name = f"{target.name}-{precision}"
+    precision = PRECISIONS[precision_name]
+    name = f"{target.name}-{precision.name}"
+    tuning = tuned.tuning if tuned is not None and precision.quantized else None
+    built_by = library_versions(target.distribution, "onnx_ir", "numpy")
     with context.reporter.stage("build") as stage:
-        tuning = None
-        if precision == "fp32":
-            precise, stage.cached = graph, True
-        elif precision == "fp16":
-            precise, stage.cached = _half_graph(context, graph, ranges)
-        else:
-            assert tuned is not None
-            tuning = tuned.tuning
-            precise, stage.cached = _int8_graph(context, target.name, tuned.parts)
-        if target.name == "onnxruntime":
-            stage.detail = f"{name}: the simplified graph itself" if precision == "fp32" else name
-            stage.cached = stage.cached and precision != "fp32"
-            built_by = library_versions("onnxruntime", "onnx_ir", "numpy")
-            # `quantize` refuses to write an INT8 graph for ONNX Runtime that can saturate.
+        precise, cached = _precision_graph(context, graph, target, precision, ranges, tuned)
+        stage.detail = name
+        if not target.compiled:
+            unchanged = precision is BASELINE
+            stage.detail += ": the simplified graph itself" if unchanged else ""
+            stage.cached = cached and not unchanged
+            session = dict(target.saturating_session) if target.saturating_session is not None else None
             return EngineFiles(
-                target.name, precision, precise, precise, built_by, tuning, saturating_cpu_session={}
+                target.name,
+                precision.name,
+                precise,
+                precise,
+                built_by,
+                tuning,
+                saturating_cpu_session=session,
             )
         compiled = _compile(context, precise, target)
         stage.cached, warnings = compiled.cached, compiled.data["warnings"]
-        stage.detail = name
         if warnings:
             stage.detail += f"; {sum(warnings.values())} warnings by TensorRT (-v shows them)"
-    built_by = library_versions(DISTRIBUTIONS[target.name], "onnx_ir", "numpy")
-    plan = Plan.model_validate(compiled.data["plan"])
     file = compiled.directory / "engine.plan"
     timings = file.with_suffix(TIMING_SUFFIX)
     return EngineFiles(
-        target.name, precision, file, precise, built_by, tuning, plan, timings if timings.is_file() else None
+        target.name,
+        precision.name,
+        file,
+        precise,
+        built_by,
+        tuning,
+        Plan.model_validate(compiled.data["plan"]),
+        timings if timings.is_file() else None,
     )
 
 
 def _compile(context: Context, graph: Path, target: Target) -> StageResult:
-    """TensorRT's `engine.plan` of a precision graph, and the builder's warnings."""
+    """`engine.plan` of a precision graph, and the builder's warnings."""
     batch, sizes = context.options.batch, context.options.dynamic_size
-    build_options = context.options.build.of(target.name)
-    described = {name: value for name, value in asdict(build_options).items() if name != "timing_cache"}
-    timings = build_options.timing_cache
+    request = BuildRequest(
+        graph,
+        (batch.min, batch.opt, batch.max),
+        (sizes.min, sizes.opt, sizes.max) if sizes is not None else None,
+        context.options.build,
+    )
 
     def make(directory: Path) -> dict[str, Any]:
         with context.reporter.bar("build", None) as advance:
-            built = build_engine(
-                graph,
-                directory / "engine.plan",
-                target=target.name,
-                batch=(batch.min, batch.opt, batch.max),
-                sizes=(sizes.min, sizes.opt, sizes.max) if sizes is not None else None,
-                options=build_options,
-                steps=lambda done, total: advance(1, total),
-            )
-        known = {"version": built.version, "compute_capabilities": built.compute_capabilities}
-        return {"warnings": built.warnings, "plan": {**described, **known}}
+            compiled = target.build(request, directory / "engine.plan", lambda done, total: advance(1, total))
+        return {"warnings": dict(compiled.warnings), "plan": compiled.plan.model_dump(mode="json")}
 
     key = context.key(
         graph=sha256_of(graph),
         target=target.name,
-        versions=library_versions(DISTRIBUTIONS[target.name]),
-        batch=[batch.min, batch.opt, batch.max],
+        batch=request.batch,
         sizes=str(sizes),
-        options=described,
-        timing_cache=sha256_of(timings) if timings is not None else None,
-        # Its kernels are chosen on the GPU that is here; TensorRT-RTX chooses when it runs, unless built for this one.
-        gpu=device_name()
-        if target.name == "tensorrt" or CURRENT in build_options.compute_capabilities
-        else None,
+        **target.build_key(request),
     )
-    return context.cache.run("tensorrt", key, make)
+    return context.cache.run(target.name, key, make)

@@ -86,7 +86,7 @@ def _check_memory(context: Context, spec: ModelSpec) -> None:
 
     found = zoo.footprint(spec)
     if found is not None:
-        calibrated = set(context.options.precisions) != {"fp32"}
+        calibrated = context.options.uses_ranges
         expected = memory.expected_bytes(found, calibrated=calibrated, batch=context.options.batch.max)
         memory.check(spec.name, expected)
 

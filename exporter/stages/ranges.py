@@ -16,7 +16,7 @@ from export_zoo.calibration.near_duplicates import FingerprintedStream
 from export_zoo.calibration.range_warnings import doubts
 from export_zoo.calibration.ranges import Ranges
 from export_zoo.engines.precision.int8.keep_float import kept_float
-from export_zoo.engines.precision.placement import quantized_tensors
+from export_zoo.engines.targets.registry import quantized_tensors
 from export_zoo.exporter.run.context import IMAGE_BATCH, Context
 from export_zoo.exporter.stages.images import ChosenImages
 
@@ -35,7 +35,7 @@ def calibrate(
     files, root = chosen.splits["calibrate"][shard[0] - 1 :: shard[1]], context.options.calib
     seed = spec.seed + 3
     histograms: list[str] = []
-    if "int8" in context.options.precisions:
+    if context.options.quantizes:
         histograms = _quantized(context, graph)
 
     def make(directory: Path) -> dict[str, Any]:
@@ -123,14 +123,14 @@ def read_ranges(context: Context, spec: ModelSpec, graph: Path, chosen: ChosenIm
                 f"--ranges {path}: of {len(used)} images, at least {images.MIN_CALIBRATE} are needed",
                 hint="merge all shards (`export-zoo calibrate --merge`), or calibrate on more images",
             )
-        if "int8" in context.options.precisions:
+        if context.options.quantizes:
             _check_tensors(context, ranges, _quantized(context, graph))
         stage.detail = f"--ranges {path}: {len(ranges.tensors)} tensors over {len(used)} images"
     if context.options.calib is not None and len(used) < len(wanted) - len(ranges.unreadable):
         context.reporter.warn(
             f"--ranges {path}: of {len(used)} of the {len(wanted)} images that calibrate: is a shard missing?"
         )
-    if "int8" in context.options.precisions:
+    if context.options.quantizes:
         for text in doubts(ranges, {file.sha256: file.name for file in chosen.splits["calibrate"]}):
             context.reporter.warn(text)
     return path, ranges

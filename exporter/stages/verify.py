@@ -8,17 +8,19 @@ from typing import Any
 
 import numpy as np
 
+from export_zoo.base.cuda import device_name
 from export_zoo.base.graph_io import sha256_of
 from export_zoo.base.machine import cpu_model, instruction_set
 from export_zoo.calibration.preprocess import normalize
-from export_zoo.engines.bundle.loading import open_engine
 from export_zoo.engines.bundle.manifest import Gate, Latency, Recipe
 from export_zoo.engines.bundle.reader import HeldOut
-from export_zoo.engines.parity.metrics import DEFAULT_TOLERANCES, MIN_UNFUSED_COSINE
+from export_zoo.engines.parity.metrics import MIN_UNFUSED_COSINE
+from export_zoo.engines.precision.registry import BASELINE, PRECISIONS
+from export_zoo.engines.targets.base import Opening, Runner
 from export_zoo.engines.targets.onnxruntime.engine import OnnxRuntimeEngine
-from export_zoo.engines.targets.target import device_name
+from export_zoo.engines.targets.registry import TARGETS
 from export_zoo.engines.verification import bench
-from export_zoo.engines.verification.gate import MIN_LABELLED, Runnable, images_compared
+from export_zoo.engines.verification.gate import MIN_LABELLED, images_compared
 from export_zoo.engines.verification.verify import judge_engine
 from export_zoo.exporter.run.cache import StageResult
 from export_zoo.exporter.run.context import Context
@@ -34,13 +36,13 @@ def tolerances_for(
         random: the weights are random.
         labelled: verify images with a label; too few leave the accuracy's default limit out.
     """
-    unfused = random and engine.precision != "fp32" and engine.is_graph
+    unfused = random and engine.precision != BASELINE.name and engine.is_graph
     if unfused:
         chosen: dict[str, float] = {}  # the unfused graph brings its own
-    elif random and engine.precision != "fp32":
+    elif random and engine.precision != BASELINE.name:
         chosen = {"cosine": MIN_UNFUSED_COSINE}
     else:
-        chosen = dict(DEFAULT_TOLERANCES[engine.precision])
+        chosen = dict(PRECISIONS[engine.precision].tolerances)
     if labelled < MIN_LABELLED:
         chosen.pop("accuracy_drop", None)
     # The general first, so that the specific has the last word, whatever their order.
@@ -59,7 +61,7 @@ def judge_engines(
             context.reporter.warn(
                 f"--tolerance {tolerance.selector}:{tolerance.metric}: no such engine in this run"
             )
-    if context.options.keep_float and not any(engine.precision == "int8" for engine in engines):
+    if context.options.keep_float and not context.options.quantizes:
         context.reporter.warn("--keep-float has no effect without --precision int8")
     return {engine.name: _judge(context, engine, recipe, held, reference) for engine in engines}
 
@@ -139,24 +141,29 @@ def time_engines(
         return {}
 
     def make(_: Path) -> dict[str, Any]:
-        sessions: dict[str, Runnable] = {"fp32": OnnxRuntimeEngine(fp32, saturating_session={})}
+        baseline = BASELINE.name
+        sessions: dict[str, Runner] = {baseline: OnnxRuntimeEngine(fp32, saturating_session={})}
         for name, engine in timed.items():
             if engine.file != fp32:
-                sessions[name] = open_engine(
-                    engine.file,
-                    target=engine.target,
-                    precision=engine.precision,
-                    plan=engine.plan,
-                    graph=engine.graph,
-                    saturating_session=engine.saturating_cpu_session or {},
+                sessions[name] = TARGETS[engine.target].open(
+                    Opening(
+                        engine.file,
+                        PRECISIONS[engine.precision],
+                        engine.plan,
+                        engine.graph,
+                        saturating_session=engine.saturating_cpu_session or {},
+                    )
                 )
         index = np.arange(recipe.batch.opt) % len(held.pixels)
         batch = normalize(held.pixels[index], recipe.preprocess)
-        found = bench.measure(sessions, batch, baseline="fp32", machine=cpu_model())
-        return {name: found[name if name in sessions else "fp32"].model_dump(mode="json") for name in timed}
+        found = bench.measure(sessions, batch, baseline=baseline, machine=cpu_model())
+        return {name: found[name if name in sessions else baseline].model_dump(mode="json") for name in timed}
 
     with context.reporter.stage("bench") as stage:
-        hashes = {"fp32": sha256_of(fp32), **{name: sha256_of(engine.file) for name, engine in timed.items()}}
+        hashes = {
+            BASELINE.name: sha256_of(fp32),
+            **{name: sha256_of(engine.file) for name, engine in timed.items()},
+        }
         key = context.key(
             "onnxruntime", engines=hashes, batch=recipe.batch.opt, machine=[cpu_model(), device_name()]
         )
@@ -165,7 +172,7 @@ def time_engines(
         stage.detail = f"{len(timed)} engine(s) in turn with FP32 at batch {recipe.batch.opt}"
     latencies = {name: Latency.model_validate(data) for name, data in result.data.items()}
     for name, latency in latencies.items():
-        if timed[name].precision != "fp32" and latency.speedup < 1.0:
+        if timed[name].precision != BASELINE.name and latency.speedup < 1.0:
             context.reporter.warn(
                 f"{name} is slower than FP32 here ({latency.speedup:.2f}x at batch {latency.batch})"
             )

@@ -10,20 +10,21 @@ from export_zoo.calibration.histogram import Histogram
 from export_zoo.calibration.methods import minmax, mse, squared_error
 from export_zoo.calibration.ranges import Ranges
 from export_zoo.engines.precision.int8.keep_float import kept_float
-from export_zoo.engines.precision.int8.qdq import SCHEMES
-from export_zoo.engines.precision.placement import POLICIES
+from export_zoo.engines.precision.int8.rules import Int8Rules
 
 
-def worth_clipping(graph: ir.Graph, ranges: Ranges, target: str, keep_float: tuple[str, ...]) -> list[str]:
+def worth_clipping(
+    graph: ir.Graph, ranges: Ranges, rules: Int8Rules, keep_float: tuple[str, ...]
+) -> list[str]:
     """One tensor of each scale group, in order of how much of its power the range of least squared error saves, beside
     that of minimum and maximum. Those of whose error it saves less than a tenth are left out.
 
     Args:
         ranges: with histograms of what the target quantizes.
     """
-    symmetric = SCHEMES[target].symmetric
+    symmetric = rules.symmetric
     saved: dict[str, float] = {}
-    for members in POLICIES[target](graph, kept_float(graph, keep_float)).groups().values():
+    for members in rules.place(graph, kept_float(graph, keep_float)).groups().values():
         tensors = [ranges.tensors[name] for name in members]
         if not all(tensor.histogram for tensor in tensors):
             continue

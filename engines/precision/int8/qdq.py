@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
 
@@ -18,9 +17,9 @@ from export_zoo.calibration.histogram import Histogram
 from export_zoo.calibration.methods import METHODS
 from export_zoo.calibration.ranges import Ranges, TensorRange
 from export_zoo.engines.precision.fp16.half import halve
-from export_zoo.engines.precision.int8.first_conv import block_first_convolution
 from export_zoo.engines.precision.int8.int8_weights import blocks_of_rows, quantize_weight, rounded_otherwise
 from export_zoo.engines.precision.int8.keep_float import kept_float
+from export_zoo.engines.precision.int8.rules import Int8Rules
 from export_zoo.engines.precision.int8.saturation.channel_order import ChannelOrder, choose_order, reorder
 from export_zoo.engines.precision.int8.saturation.pairs import (
     IndexArray,
@@ -30,34 +29,11 @@ from export_zoo.engines.precision.int8.saturation.pairs import (
 from export_zoo.engines.precision.int8.scales import ActivationScale, activation_scale, symmetric_scale
 from export_zoo.engines.precision.placement import (
     LAYOUT,
-    POLICIES,
     Placement,
     QuantizedWeight,
     ends_in_output,
 )
 from export_zoo.engines.precision.rewrites import add_constant, remove_unused_initializers
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """How a target's kernels represent numbers."""
-
-    symmetric: bool
-    """Activations are int8 around 0; else uint8 with a zero point."""
-    int32_bias: bool
-    """The bias is quantized by us; else it stays float, which TensorRT wants."""
-    half: bool
-    """What is not quantized runs in FP16, and so must the scales beside it."""
-    sums_in_16_bits: bool
-    """On some CPUs two products are added in 16 bits, which must not overflow: see `saturation.pairs`."""
-
-
-_TENSORRT = Scheme(symmetric=True, int32_bias=False, half=True, sums_in_16_bits=False)
-SCHEMES = {
-    "onnxruntime": Scheme(symmetric=False, int32_bias=True, half=False, sums_in_16_bits=True),
-    "tensorrt": _TENSORRT,
-    "tensorrt-rtx": _TENSORRT,
-}
 
 
 def _range_of(method: str, tensors: Mapping[str, TensorRange], symmetric: bool) -> tuple[float, float]:
@@ -103,7 +79,7 @@ class _Quantizer:
         graph: ir.Graph,
         placement: Placement,
         ranges: Ranges,
-        scheme: Scheme,
+        rules: Int8Rules,
         method: str,
         means: Mapping[str, npt.NDArray[np.float64]],
         rounding: Mapping[str, npt.NDArray[np.int8]],
@@ -112,7 +88,7 @@ class _Quantizer:
     ) -> None:
         self.graph = graph
         self.placement = placement
-        self.scheme = scheme
+        self.rules = rules
         self.partners = partners
         self.means = means
         self.rounding = rounding
@@ -129,8 +105,8 @@ class _Quantizer:
                 )
             tensors = {name: ranges.tensors[name] for name in members}
             chosen = method if tensors.keys().isdisjoint(clipped) else "mse"
-            low, high = _range_of(chosen, tensors, self.scheme.symmetric)
-            shared = symmetric_scale(low, high) if self.scheme.symmetric else activation_scale(low, high)
+            low, high = _range_of(chosen, tensors, self.rules.symmetric)
+            shared = symmetric_scale(low, high) if self.rules.symmetric else activation_scale(low, high)
             scales.update(dict.fromkeys(members, shared))
         return scales
 
@@ -165,7 +141,7 @@ class _Quantizer:
             metadata_props={graph_io.MODULE_KEY: module} if module else {},
         )
         quantize.outputs[0].name = f"{name}_quantized"
-        quantize.outputs[0].dtype = ir.DataType.INT8 if self.scheme.symmetric else ir.DataType.UINT8
+        quantize.outputs[0].dtype = ir.DataType.INT8 if self.rules.symmetric else ir.DataType.UINT8
         quantize.outputs[0].shape = value.shape
         dequantize = _dequantize(
             [quantize.outputs[0], scale_value, zero], f"{name}_DequantizeLinear", value, module
@@ -186,7 +162,7 @@ class _Quantizer:
         array = weight.const_value.numpy().astype(np.float32)
         if rule.bias_index is not None and node.name in self.means:
             self._correct_bias(node, rule, array, input_scale)
-        with_bias = rule.bias_index is not None and self.scheme.int32_bias
+        with_bias = rule.bias_index is not None and self.rules.int32_bias
         bias = node.inputs[rule.bias_index] if with_bias and rule.bias_index is not None else None
         bias_array = None
         if bias is not None and bias.const_value is not None:
@@ -228,7 +204,7 @@ class _Quantizer:
     ) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32], npt.NDArray[np.int32] | None]:
         partners = self.partners.get(str(node.name))
         quantized, scales, int_bias = quantize_weight(
-            weight, rule.axis, bias, input_scale, partners=partners, half=self.scheme.half
+            weight, rule.axis, bias, input_scale, partners=partners, half=self.rules.half
         )
         if (steps := self.rounding.get(str(node.name))) is not None:
             quantized = rounded_otherwise(quantized, steps, rule.axis, partners)
@@ -267,7 +243,7 @@ def quantize(
     ranges: Ranges,
     out: Path,
     *,
-    target: str = "onnxruntime",
+    rules: Int8Rules,
     keep_float: Sequence[str] = (),
     method: str = "minmax",
     clipped: Collection[str] = (),
@@ -275,9 +251,10 @@ def quantize(
     rounding: Mapping[str, npt.NDArray[np.int8]] | None = None,
     order: ChannelOrder | None = None,
 ) -> list[Path]:
-    """Write the INT8 precision graph of an FP32 graph for a target and return the files written.
+    """Write the INT8 precision graph of an FP32 graph and return the files written.
 
     Args:
+        rules: the target's, `TARGETS[name].int8`.
         keep_float: patterns of layers to leave unquantized, see `int8.keep_float`.
         method: how ranges are chosen, see `calibration.methods`.
         clipped: tensors whose range, and that of all which share their scale, the method `mse` chooses instead.
@@ -296,30 +273,29 @@ def quantize(
         )
     model = graph_io.load(graph)
     kept = kept_float(model.graph, keep_float)
-    placement = POLICIES[target](model.graph, kept)
+    placement = rules.place(model.graph, kept)
     if kept and not placement.weights:
         raise UsageError(
             f"--keep-float {', '.join(keep_float)}: leaves nothing to quantize", hint="use --precision fp16"
         )
     if not placement.weights:
         raise BadInputError("INT8: no Conv, Gemm or MatMul with constant weights in the graph")
-    scheme = SCHEMES[target]
     partners: Mapping[str, IndexArray] = {}
-    if scheme.sums_in_16_bits:
+    if rules.sums_in_16_bits:
         order = choose_order(model.graph) if order is None else order
         partners = layers_with_partners(model.graph, order.read)
     with one_blas_thread():
         _Quantizer(
-            model.graph, placement, ranges, scheme, method, means or {}, rounding or {}, clipped, partners
+            model.graph, placement, ranges, rules, method, means or {}, rounding or {}, clipped, partners
         ).run()
-    if scheme.half:
+    if rules.half:
         halve(model.graph, ranges)
-    if scheme.sums_in_16_bits and order is not None:
+    if rules.sums_in_16_bits and order is not None:
         reorder(model.graph, order)
-    if target == "onnxruntime":
-        block_first_convolution(model.graph)
+    if rules.finish is not None:
+        rules.finish(model.graph)
     remove_unused_initializers(model.graph)
-    if scheme.sums_in_16_bits and (layers := saturating_layers(model.graph)):
+    if rules.sums_in_16_bits and (layers := saturating_layers(model.graph)):
         raise ExportDefectError(
             f"INT8: sums of {layers[0]} can saturate on CPUs without VNNI", hint="please report it"
         )

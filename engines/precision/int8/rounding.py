@@ -20,7 +20,7 @@ import onnx_ir as ir
 
 from export_zoo.base.machine import one_blas_thread, usable_cores
 from export_zoo.engines.precision.int8.int8_weights import MAX_WEIGHT, quantize_weight
-from export_zoo.engines.precision.int8.qdq import SCHEMES
+from export_zoo.engines.precision.int8.rules import Int8Rules
 from export_zoo.engines.precision.int8.saturation.channel_order import ChannelOrder, choose_order
 from export_zoo.engines.precision.int8.saturation.pairs import (
     LARGEST_SUM,
@@ -139,7 +139,7 @@ def output_error(difference: Float64Array, moments: Float64Array) -> Float64Arra
 def rounding(
     graph: ir.Graph,
     moments: Iterable[tuple[str, Float64Array]],
-    target: str,
+    rules: Int8Rules,
     *,
     order: ChannelOrder | None = None,
     progress: Callable[[int], None] = lambda _: None,
@@ -150,14 +150,13 @@ def rounding(
 
     Args:
         moments: of layers' inputs, [groups, K, K] by node name, see `calibration.layer_inputs.layer_moments`.
-        target: whose scales the weights have.
+        rules: of the target whose scales the weights have.
         order: as of `int8.qdq.quantize`.
         progress: called with 1 for each layer done.
     """
     nodes = {str(node.name): node for node in graph}
-    scheme = SCHEMES[target]
     partners: dict[str, IndexArray] = {}
-    if scheme.sums_in_16_bits:
+    if rules.sums_in_16_bits:
         partners = layers_with_partners(graph, (order or choose_order(graph)).read)
 
     def steps(name: str, matrices: Float64Array) -> Int8Array:
@@ -168,7 +167,7 @@ def rounding(
         assert value.const_value is not None
         weight = value.const_value.numpy().astype(np.float32)
         nearest, scales, _ = quantize_weight(
-            weight, rule.axis, None, np.float32(1), partners=partners.get(name), half=scheme.half
+            weight, rule.axis, None, np.float32(1), partners=partners.get(name), half=rules.half
         )
         channels = np.moveaxis(weight, rule.axis, 0)
         rows = channels.reshape(len(scales), -1) / scales.astype(np.float64)[:, None]

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -19,7 +19,7 @@ from export_zoo.base import graph_io
 from export_zoo.base.errors import EnvironmentFailureError, ExportDefectError, UsageError
 from export_zoo.base.package import IMPORT_ROOT
 from export_zoo.engines.parity.metrics import Size
-from export_zoo.engines.targets.target import CURRENT, BuildOptions
+from export_zoo.engines.targets.options import CURRENT, BuildOptions
 from export_zoo.engines.targets.tensorrt.worker import FATAL_WARNINGS, TIMING_SUFFIX
 
 log = logging.getLogger("export_zoo.tensorrt")
@@ -104,15 +104,13 @@ def _worker(
     return final, warnings, logged, code, tail
 
 
-def check_capabilities(options: BuildOptions, targets: Collection[str]) -> None:
+def check_capabilities(options: BuildOptions) -> None:
     """Ask TensorRT-RTX, before any work, whether it knows the compute capabilities that are to be built for.
 
     Raises:
         UsageError: one is unknown; names those there are.
         EnvironmentFailureError: TensorRT-RTX cannot be loaded.
     """
-    if not options.compute_capabilities or "tensorrt-rtx" not in targets:
-        return
     request = {"what": "capabilities", "target": "tensorrt-rtx"}
     final, _, _, code, tail = _worker(request, lambda done, total: None)
     if "capabilities" not in final:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from export_zoo.base.errors import BadInputError, EnvironmentFailureError, TargetUnavailableError
 from export_zoo.base.files import replacing
-from export_zoo.engines.targets.target import MODULES
+from export_zoo.engines.targets.tensorrt.worker import MODULES
 
 log = logging.getLogger("export_zoo.tensorrt")
 Float32Array = npt.NDArray[np.float32]

@@ -13,7 +13,11 @@ import sys
 from pathlib import Path
 from typing import Any, TextIO
 
-from export_zoo.engines.targets.target import CURRENT, MODULES, device_capability
+from export_zoo.base.cuda import device_capability
+from export_zoo.engines.targets.options import CURRENT
+
+MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+"""Python modules by target."""
 
 RTX_DEFAULT_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0")
 """What TensorRT-RTX builds for unless told otherwise (NVIDIA, TensorRT-RTX documentation; 1.7)."""

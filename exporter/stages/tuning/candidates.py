@@ -27,12 +27,14 @@ from export_zoo.engines.precision.fp16.twin import write_twin
 from export_zoo.engines.precision.int8.clipping import worth_clipping
 from export_zoo.engines.precision.int8.equalize import STRENGTHS, equalize, observed
 from export_zoo.engines.precision.int8.keep_float import kept_float
-from export_zoo.engines.precision.int8.qdq import SCHEMES
+from export_zoo.engines.precision.int8.precision import INT8
 from export_zoo.engines.precision.int8.rounding import LARGEST, rounding
 from export_zoo.engines.precision.int8.saturation.channel_order import ChannelOrder, choose_order
-from export_zoo.engines.precision.placement import classifier_layers, quantized_tensors, weight_of
+from export_zoo.engines.precision.placement import classifier_layers, weight_of
+from export_zoo.engines.targets.base import Opening, Runner, Target
 from export_zoo.engines.targets.onnxruntime.engine import OnnxRuntimeEngine
-from export_zoo.engines.verification.gate import Runnable, run_in_batches
+from export_zoo.engines.targets.registry import quantized_tensors
+from export_zoo.engines.verification.gate import run_in_batches
 from export_zoo.exporter.run.context import IMAGE_BATCH, Context
 from export_zoo.exporter.stages.images import ChosenImages
 from export_zoo.exporter.stages.tuning.gain import Float64Array
@@ -83,9 +85,9 @@ class Store:
     def means(self, strength: str) -> Path:
         return self.directory / f"means-{_file(strength)}.safetensors"
 
-    def rounding(self, strength: str, target: str) -> Path:
+    def rounding(self, strength: str, target: Target) -> Path:
         """Targets differ only in how scales are rounded."""
-        scales = "half" if SCHEMES[target].half else "float"
+        scales = "half" if target.int8.half else "float"
         return self.directory / f"rounding-{_file(strength)}-{scales}.safetensors"
 
     def graph_of(self, strength: str) -> Path:
@@ -96,7 +98,7 @@ class Store:
             self._read[strength] = Ranges.read(self.equalized(strength).with_suffix(".json"))
         return self._read[strength]
 
-    def keep(self, chosen: Iterable[tuple[Candidate, str]]) -> None:
+    def keep(self, chosen: Iterable[tuple[Candidate, Target]]) -> None:
         """Delete what no chosen candidate (with its target) is made of."""
         kept = set()
         for candidate, target in chosen:
@@ -106,7 +108,7 @@ class Store:
             if path not in kept and path.name.startswith(("equalized-", "means-", "rounding-")):
                 path.unlink()
 
-    def parts(self, candidate: Candidate, target: str) -> Int8Parts:
+    def parts(self, candidate: Candidate, target: Target) -> Int8Parts:
         return Int8Parts(
             self.graph_of(candidate.strength),
             self.ranges_of(candidate.strength),
@@ -145,7 +147,7 @@ class Workshop:
         rows = as_rows(self._reference).astype(np.float64)
         check_reference(as_rows(self._reference))
         self._signal = float(((rows - rows.mean(axis=0)) ** 2).sum())
-        self._known: dict[tuple[Candidate, str], Float64Array] = {}
+        self._known: dict[tuple[Candidate, Target], Float64Array] = {}
         self._made = {graph_io.sha256_of(store.graph)}
         self._decoded: dict[int, UInt8Array] = {}
         self._orders: dict[str, ChannelOrder] = {}
@@ -156,11 +158,11 @@ class Workshop:
             self._decoded[count] = stream.all()
         return self._decoded[count]
 
-    def _outputs(self, engine: Runnable, start: int, stop: int) -> npt.NDArray[np.float32]:
+    def _outputs(self, engine: Runner, start: int, stop: int) -> npt.NDArray[np.float32]:
         """First outputs of some images."""
         return run_in_batches(engine, self._select[start:stop], self._preprocess, IMAGE_BATCH)[0]
 
-    def _noise(self, engine: Runnable, start: int, stop: int) -> Float64Array:
+    def _noise(self, engine: Runner, start: int, stop: int) -> Float64Array:
         if len(self._reference) < stop:
             precise = OnnxRuntimeEngine(self._store.graph, saturating_session={})
             more = self._outputs(precise, len(self._reference), stop)
@@ -169,14 +171,14 @@ class Workshop:
         squares: Float64Array = (difference.reshape(len(difference), -1) ** 2).sum(axis=1)
         return squares
 
-    def sqnr(self, candidate: Candidate, target: str) -> float:
+    def sqnr(self, candidate: Candidate, target: Target) -> float:
         """Of a candidate whose parts have been made, on the few first images, in dB."""
         noise = float(self.noise(candidate, target, self.few).sum())
         if not np.isfinite(noise):
             return -WITHOUT_NOISE
         return WITHOUT_NOISE if noise == 0 else min(WITHOUT_NOISE, 10 * math.log10(self._signal / noise))
 
-    def noise(self, candidate: Candidate, target: str, count: int) -> Float64Array:
+    def noise(self, candidate: Candidate, target: Target, count: int) -> Float64Array:
         """Squared errors of the first images' logits, [count], of a candidate whose parts have been made."""
         known = self._known.get((candidate, target), np.empty(0))
         if len(known) < count:
@@ -184,12 +186,12 @@ class Workshop:
                 graph, twin = Path(directory) / "candidate.onnx", Path(directory) / "twin.onnx"
                 parts, options = self._store.parts(candidate, target), self._context.options
                 parts.write(graph, target, options, self._order(candidate.strength, target))
-                if target == "onnxruntime":
-                    # It cannot saturate, so it needs no exact session, which is slower.
-                    engine = OnnxRuntimeEngine(graph, saturating_session={})
-                else:
+                engine: Runner
+                if target.compiled:
                     write_twin(graph, twin)
                     engine = OnnxRuntimeEngine(twin, fused=False)
+                else:  # it cannot saturate, so it needs no exact session, which is slower
+                    engine = target.open(Opening(graph, INT8))
                 known = np.concatenate([known, self._noise(engine, len(known), count)])
             self._known[candidate, target] = known
         return known[:count]
@@ -238,7 +240,7 @@ class Workshop:
             graph = self._store.graph_of(strength)
             save_file(layer_means(graph, self._pixels(FEW_IMAGES), self._preprocess, _layers(graph)), path)
 
-    def rounding(self, strength: str, target: str) -> None:
+    def rounding(self, strength: str, target: Target) -> None:
         """Have weights rounded; the longest of all steps."""
         path = self._store.rounding(strength, target)
         if path.exists():
@@ -249,21 +251,23 @@ class Workshop:
         moments = layer_moments(graph, self._pixels(MOMENT_IMAGES), self._preprocess, layers)
         with self._context.reporter.bar("tune rounding", len(layers)) as progress:
             order = self._order(strength, target)
-            steps = rounding(graph_io.load(graph).graph, moments, target, order=order, progress=progress)
+            steps = rounding(graph_io.load(graph).graph, moments, target.int8, order=order, progress=progress)
         save_file(steps, path)
 
-    def _order(self, strength: str, target: str) -> ChannelOrder | None:
+    def _order(self, strength: str, target: Target) -> ChannelOrder | None:
         """The order of channels of a graph for a target, chosen once."""
-        if not SCHEMES[target].sums_in_16_bits:
+        if not target.int8.sums_in_16_bits:
             return None
         if strength not in self._orders:
             self._orders[strength] = choose_order(graph_io.load(self._store.graph_of(strength)).graph)
         return self._orders[strength]
 
-    def clipped(self, strength: str, target: str) -> list[str]:
+    def clipped(self, strength: str, target: Target) -> list[str]:
         """Tensors that gain by clipping, most first."""
         graph, ranges = self._store.graph_of(strength), self._store.ranges_of(strength)
-        return worth_clipping(graph_io.load(graph).graph, ranges, target, self._context.options.keep_float)
+        return worth_clipping(
+            graph_io.load(graph).graph, ranges, target.int8, self._context.options.keep_float
+        )
 
     def classifiers(self) -> list[tuple[str, ...]]:
         """Patterns of the layer that makes the logits, and of it with all behind the last convolution."""

@@ -13,6 +13,7 @@ from export_zoo.base.graph_io import sha256_of
 from export_zoo.calibration.ranges import Ranges
 from export_zoo.engines.precision.int8.qdq import quantize
 from export_zoo.engines.precision.int8.saturation.channel_order import ChannelOrder
+from export_zoo.engines.targets.base import Target
 from export_zoo.exporter.options import ExportOptions
 
 
@@ -33,14 +34,14 @@ class Int8Parts:
     """Patterns of layers that stay float, beside those of --keep-float."""
 
     def write(
-        self, out: Path, target: str, options: ExportOptions, order: ChannelOrder | None = None
+        self, out: Path, target: Target, options: ExportOptions, order: ChannelOrder | None = None
     ) -> list[Path]:
         """The INT8 graph of a target; raises what `int8.qdq.quantize` does, which says what `order` is."""
         return quantize(
             self.graph,
             self.ranges,
             out,
-            target=target,
+            rules=target.int8,
             keep_float=(*options.keep_float, *self.kept),
             method=self.method,
             clipped=self.clipped,
@@ -49,11 +50,11 @@ class Int8Parts:
             order=order,
         )
 
-    def key(self, target: str, options: ExportOptions) -> dict[str, Any]:
+    def key(self, target: Target, options: ExportOptions) -> dict[str, Any]:
         """All that `write`'s result depends on, but for library versions."""
         return {
             "graph": sha256_of(self.graph),
-            "target": target,
+            "target": target.name,
             "ranges": self.ranges.digest(),
             "keep_float": [*options.keep_float, *self.kept],
             "method": self.method,

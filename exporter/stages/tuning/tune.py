@@ -16,8 +16,8 @@ from export_zoo.calibration.methods import METHODS
 from export_zoo.calibration.preprocess import Preprocess
 from export_zoo.calibration.ranges import Ranges
 from export_zoo.engines.bundle.manifest import StepName, Tuning, TuningStep
-from export_zoo.engines.precision.int8.qdq import SCHEMES
-from export_zoo.engines.targets.target import Target
+from export_zoo.engines.targets.base import Target
+from export_zoo.engines.targets.registry import TARGETS
 from export_zoo.exporter.run.context import IMAGE_BATCH, Context
 from export_zoo.exporter.stages.images import ChosenImages
 from export_zoo.exporter.stages.tuning.candidates import APPROXIMATE, OFF, Candidate, Store, Workshop
@@ -61,7 +61,7 @@ class Tuned:
 class _Choosing:
     """Goes through the steps for one target, each from what the last one left."""
 
-    def __init__(self, workshop: Workshop, target: str, candidate: Candidate) -> None:
+    def __init__(self, workshop: Workshop, target: Target, candidate: Candidate) -> None:
         self._workshop, self._target = workshop, target
         self.candidate = candidate
         self.steps: list[TuningStep] = []
@@ -100,7 +100,7 @@ class _Choosing:
         )
 
 
-def _tune(workshop: Workshop, target: str, steps: Sequence[str], method: str) -> _Choosing:
+def _tune(workshop: Workshop, target: Target, steps: Sequence[str], method: str) -> _Choosing:
     """The choices for one target, step by step, each with the figures of its candidates."""
     choosing = _Choosing(workshop, target, Candidate(method="minmax" if method == "auto" else method))
 
@@ -123,7 +123,7 @@ def _tune(workshop: Workshop, target: str, steps: Sequence[str], method: str) ->
         counts = [2**i for i in range(len(clipped).bit_length()) if 2**i < len(clipped)]
         some = {f"mse on {count}": now(clipped=clipped[:count]) for count in counts}
         choosing.step("method", "minmax", {**{name: now(method=name) for name in METHODS}, **some})
-    if "float" in steps and SCHEMES[target].half:  # on the CPU they would cost four times the memory traffic
+    if "float" in steps and target.int8.half:  # on the CPU they would cost four times the memory traffic
         layers = {_count(kept): now(kept=kept) for kept in workshop.classifiers()}
         choosing.step("float", OFF, {OFF: now(), **layers})
     return choosing
@@ -161,13 +161,13 @@ def tune(
         store = Store(directory, graph, ranges)
         pixels = ImageStream(files, preprocess, IMAGE_BATCH, options.calib).all()
         workshop = Workshop(context, store, chosen, preprocess, pixels, few)
-        found = {t.name: _tune(workshop, t.name, options.steps, options.method) for t in targets}
-        store.keep([(choosing.candidate, name) for name, choosing in found.items()])
+        found = {t: _tune(workshop, t, options.steps, options.method) for t in targets}
+        store.keep([(choosing.candidate, target) for target, choosing in found.items()])
         return {
             "images": workshop.few,
             "targets": {
-                name: [choosing.candidate.model_dump(), [step.model_dump() for step in choosing.steps]]
-                for name, choosing in found.items()
+                target.name: [choosing.candidate.model_dump(), [step.model_dump() for step in choosing.steps]]
+                for target, choosing in found.items()
             },
         }
 
@@ -193,7 +193,7 @@ def tune(
             tuning = Tuning(
                 images=result.data["images"], steps=[TuningStep.model_validate(step) for step in steps]
             )
-            tuned[name] = Tuned(store.parts(Candidate.model_validate(candidate), name), tuning)
+            tuned[name] = Tuned(store.parts(Candidate.model_validate(candidate), TARGETS[name]), tuning)
         stage.detail = "; ".join(
             f"{name}-int8 {_describe(found.tuning)}" for name, found in tuned.items() if found.tuning
         )

@@ -1,0 +1,1 @@
+"""FP32: the simplified graph itself."""

@@ -1,0 +1,117 @@
+"""Where Q/DQ pairs go for ONNX Runtime on a CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Set
+
+import onnx_ir as ir
+
+from export_zoo.engines.precision.int8.first_conv import block_first_convolution
+from export_zoo.engines.precision.int8.rules import Int8Rules
+from export_zoo.engines.precision.placement import (
+    AVERAGES,
+    SAME_SCALE,
+    Placement,
+    activated,
+    constant,
+    ends_in_output,
+    input_of,
+    name_of,
+    readers,
+    weight_of,
+)
+
+
+class _Groups:
+    """Union-find over tensor names."""
+
+    def __init__(self) -> None:
+        self._parent: dict[str, str] = {}
+
+    def find(self, name: str) -> str:
+        while (parent := self._parent.get(name, name)) != name:
+            name = parent
+        return name
+
+    def join(self, first: str, second: str) -> None:
+        self._parent[self.find(second)] = self.find(first)
+
+
+def place_onnxruntime(graph: ir.Graph, kept: Set[str] = frozenset()) -> Placement:
+    """The `onnxruntime` (CPU) column: what its kernels fuse into QLinearConv, QLinearAdd and their kin.
+
+    | operator         | rule                                                                             |
+    |------------------|----------------------------------------------------------------------------------|
+    | Conv             | input; weight; output after Relu/Clip, else directly                             |
+    | Gemm, MatMul     | input; weight; the output only where a quantized reader asks for it              |
+    | Add              | all inputs and the output (after Relu), where every input is quantized           |
+    | MaxPool, layout  | in and out share one scale, where the input is quantized and a reader wants it   |
+    | average pooling  | input and output, where the input is quantized                                   |
+    | Concat           | inputs and output share one scale, unless a BatchNormalization reads it (DenseNet)|
+    | all else, `kept` | FP32, as is everything between which and the logits there is only layout         |
+    """
+    placement = Placement()
+    groups = _Groups()
+    wanted: set[str] = set()
+
+    def want(value: ir.Value, *, needed: bool = False) -> bool:
+        """Quantize a tensor, for its readers; an output, and what it is a view of, only where a layer reads it, too."""
+        if constant(value) or value.name is None or (ends_in_output(value) and not needed):
+            return False
+        wanted.add(value.name)
+        return True
+
+    for node in graph:
+        weight = None if node.name in kept else weight_of(node)
+        if weight is None:
+            continue
+        placement.weights[name_of(node)] = weight
+        want(input_of(node, 0), needed=True)
+        if node.op_type == "Conv":
+            want(activated(node.outputs[0]))
+
+    def quantized(values: Iterator[ir.Value]) -> bool:
+        return all(value.name in wanted for value in values)
+
+    # Operators without weights follow their neighbours; in graph order one pass settles each chain.
+    for node in graph:
+        inputs = [value for value in node.inputs if value is not None and not constant(value)]
+        output = node.outputs[0]
+        if not inputs or not quantized(iter(inputs)):
+            continue
+        if node.op_type == "Add" and len(inputs) == 2:
+            want(activated(output))
+        elif node.op_type in AVERAGES:
+            want(output)
+        elif node.op_type in SAME_SCALE:
+            if node.op_type == "MaxPool" or _asked_for(output, wanted):
+                _share(groups, [*inputs, output], want(output))
+        elif node.op_type == "Concat" and len(inputs) == len(node.inputs):
+            pre_activation = any(reader.op_type == "BatchNormalization" for reader in readers(output))
+            if not pre_activation:
+                _share(groups, [*inputs, output], want(output))
+    placement.activations = {name: groups.find(name) for name in sorted(wanted)}
+    return placement
+
+
+def _share(groups: _Groups, values: list[ir.Value], quantized: bool) -> None:
+    if quantized:
+        for value in values[1:]:
+            groups.join(str(values[0].name), str(value.name))
+
+
+def _asked_for(value: ir.Value, wanted: set[str]) -> bool:
+    """A reader behind any chain of layout operators wants `value` quantized."""
+    return value.name in wanted or any(
+        node.op_type in SAME_SCALE and _asked_for(node.outputs[0], wanted) for node in readers(value)
+    )
+
+
+INT8_RULES = Int8Rules(
+    place_onnxruntime,
+    symmetric=False,
+    int32_bias=True,
+    half=False,
+    sums_in_16_bits=True,
+    finish=block_first_convolution,
+)

@@ -1,0 +1,68 @@
+"""Where Q/DQ pairs go for TensorRT and TensorRT-RTX."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Set
+
+import onnx_ir as ir
+
+from export_zoo.engines.precision.int8.rules import Int8Rules
+from export_zoo.engines.precision.placement import Placement, constant, input_of, name_of, readers, weight_of
+
+
+def place_tensorrt(graph: ir.Graph, kept: Set[str] = frozenset()) -> Placement:
+    """The `tensorrt` column: Q/DQ where TensorRT's builder fuses it into int8 kernels, float everywhere else.
+
+    | operator         | rule                                                                             |
+    |------------------|----------------------------------------------------------------------------------|
+    | Conv, Gemm,      | input; weight; never the output by itself: Conv + activation (+ Add) fuse, and    |
+    | MatMul           | the next layer's input quantizer becomes their output                            |
+    | Add of a Conv    | its other input, the identity, so that Conv + Add + Relu is one int8 kernel; of two |
+    |                  | convolutions the shallower is the shortcut and counts as identity               |
+    | MaxPool, Concat, | nothing of their own: the builder moves a reader's quantizer up through them      |
+    | layout           |                                                                                  |
+    | average pooling  | nothing of its own: it sums, and does not commute with a quantizer                |
+    | all else, `kept` | float                                                                            |
+
+    Source: NVIDIA, TensorRT documentation, "Working with Quantized Types", section "Q/DQ Layer-Placement
+    Recommendations".
+    """
+    placement = Placement()
+    depth: dict[int, int] = {}
+    """Weighted layers on the longest way from the input to a value, by id."""
+
+    def want(value: ir.Value | None) -> None:
+        if value is not None and not constant(value) and value.name is not None:
+            placement.activations[value.name] = value.name
+
+    for node in graph:
+        weight = None if node.name in kept else weight_of(node)
+        deepest = max((depth.get(id(value), 0) for value in node.inputs), default=0)
+        depth.update((id(value), deepest + (weight is not None)) for value in node.outputs)
+        if weight is not None:
+            placement.weights[name_of(node)] = weight
+            want(input_of(node, 0))
+        elif node.op_type == "Add" and len(node.inputs) == 2:
+            want(_identity(node, placement, depth))
+    placement.activations = dict(sorted(placement.activations.items()))
+    return placement
+
+
+def _identity(add: ir.Node, placement: Placement, depth: Mapping[int, int]) -> ir.Value | None:
+    """The input of a residual Add that is not straight from the int8 convolution it fuses with; None if none is."""
+
+    def fuses(value: ir.Value | None) -> bool:
+        producer = value.producer() if value is not None else None
+        if producer is None or producer.op_type != "Conv" or producer.name not in placement.weights:
+            return False
+        return len(readers(producer.outputs[0])) == 1
+
+    first, second = add.inputs
+    if not fuses(first) and not fuses(second):
+        return None
+    if fuses(first) and fuses(second):
+        return first if depth.get(id(first), 0) < depth.get(id(second), 0) else second
+    return second if fuses(first) else first
+
+
+INT8_RULES = Int8Rules(place_tensorrt, symmetric=True, int32_bias=False, half=True, sums_in_16_bits=False)

@@ -1,0 +1,158 @@
+"""TensorRT and TensorRT-RTX as targets: engines are plans that their builders compile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from export_zoo.base.cuda import device_capability, device_name, driver_version, has_cuda_device
+from export_zoo.base.errors import TargetUnavailableError
+from export_zoo.base.machine import library_versions
+from export_zoo.engines.targets.base import BuildRequest, Compiled, OpenEngine, Opening, Target, TritonBackend
+from export_zoo.engines.targets.options import CURRENT, BuildOptions
+
+if TYPE_CHECKING:
+    from export_zoo.engines.precision.int8.rules import Int8Rules
+    from export_zoo.engines.targets.plan import Plan
+
+CUDA = 13
+"""Major version of CUDA that the driver must support: TensorRT's since 11, TensorRT-RTX's since 1.7."""
+
+
+def driver_too_old() -> str:
+    """Why the driver cannot run TensorRT; empty where it can, or where there is none."""
+    version = driver_version()
+    if version is None or version[0] >= CUDA:
+        return ""
+    return f"the NVIDIA driver supports CUDA {version[0]}.{version[1]}, {CUDA}.0 is needed"
+
+
+class _Plans(Target):
+    """Shared by both."""
+
+    device: Literal["cpu", "gpu"] = "gpu"
+    compiled = True
+
+    @property
+    def int8(self) -> Int8Rules:
+        from export_zoo.engines.targets.tensorrt.placement import INT8_RULES
+
+        return INT8_RULES
+
+    def why_not_run(self, plan: Plan | None) -> str:
+        assert plan is not None
+        package, version = self.distribution, self.version
+        if version == "absent":
+            return f"the package {package} is not installed"
+        if version != plan.version and not plan.version_compatible:
+            return f"built by {package} {plan.version}, this is {version}"
+        here = device_capability()
+        if here is None:
+            return "there is no CUDA device here"
+        if reason := driver_too_old():
+            return reason
+        if here not in plan.compute_capabilities and not plan.hardware_compatible:
+            return f"built for compute capability {', '.join(plan.compute_capabilities)}, this GPU has {here}"
+        return ""
+
+    def open(self, opening: Opening) -> OpenEngine:
+        from export_zoo.engines.targets.tensorrt.engine import TensorRTEngine
+
+        assert opening.plan is not None
+        return TensorRTEngine(
+            opening.file,
+            target=self.name,
+            weights=opening.graph if opening.plan.strip_weights else None,
+            runtime_cache=opening.runtime_cache,
+            host_code=opening.plan.version_compatible,
+        )
+
+    def _gpu(self, options: BuildOptions) -> str | None:
+        """The GPU that kernels are chosen on while building; None where they are chosen when the engine runs."""
+        del options
+        return device_name()
+
+    def build_key(self, request: BuildRequest) -> dict[str, Any]:
+        from export_zoo.base.graph_io import sha256_of
+
+        options = self.own_options(request.options)
+        timings = options.timing_cache
+        described = {name: value for name, value in asdict(options).items() if name != "timing_cache"}
+        return {
+            "versions": library_versions(self.distribution),
+            "options": described,
+            "timing_cache": sha256_of(timings) if timings is not None else None,
+            "gpu": self._gpu(options),
+        }
+
+    def build(self, request: BuildRequest, out: Path, steps: Callable[[int, int], None]) -> Compiled:
+        from export_zoo.engines.targets.plan import Plan
+        from export_zoo.engines.targets.tensorrt.build import build_engine
+
+        options = self.own_options(request.options)
+        built = build_engine(
+            request.graph,
+            out,
+            target=self.name,
+            batch=request.batch,
+            sizes=request.sizes,
+            options=options,
+            steps=steps,
+        )
+        described = {name: value for name, value in asdict(options).items() if name != "timing_cache"}
+        known = {"version": built.version, "compute_capabilities": built.compute_capabilities}
+        return Compiled(Plan.model_validate({**described, **known}), built.warnings)
+
+
+class TensorRT(_Plans):
+    """TensorRT: builds on the GPU that it builds for."""
+
+    name = distribution = "tensorrt"
+    install = "install it with `pip install 'export-zoo[tensorrt]'`"
+    build_options = frozenset(
+        "workspace_mb refittable strip_weights hardware_compatible version_compatible timing_cache".split()
+    )
+    triton = TritonBackend("tensorrt_plan", "model.plan", "KIND_GPU")
+
+    @property
+    def unavailable(self) -> str:
+        if reason := super().unavailable:
+            return reason
+        if not has_cuda_device():
+            return "it builds on the GPU that it builds for, and there is no CUDA device here"
+        return driver_too_old()
+
+
+class TensorRTRTX(_Plans):
+    """TensorRT-RTX: builds for GPUs that are not there, and compiles kernels when it runs."""
+
+    name = distribution = "tensorrt-rtx"
+    install = "install it with `pip install 'export-zoo[tensorrt-rtx]'`"
+    build_options = frozenset("workspace_mb refittable strip_weights compute_capabilities".split())
+    preferred = "tensorrt"
+
+    def check(self, options: BuildOptions) -> None:
+        if (options.refittable or options.strip_weights) and not has_cuda_device():
+            # Its builder ends in an internal error (1.7.1, any convolution).
+            raise TargetUnavailableError(
+                "--refittable and --strip-weights: tensorrt-rtx does this only where there is a GPU",
+                hint="leave them out, or build where the GPU is",
+            )
+        if CURRENT in options.compute_capabilities and not has_cuda_device():
+            raise TargetUnavailableError(
+                f"--compute-capability {CURRENT}: there is no CUDA device here",
+                hint="name what to build for, 8.9 for example, or build where the GPU is",
+            )
+        if options.compute_capabilities:
+            from export_zoo.engines.targets.tensorrt.build import check_capabilities
+
+            check_capabilities(options)
+
+    def own_options(self, options: BuildOptions) -> BuildOptions:
+        options = super().own_options(options)
+        return replace(options, compute_capabilities=tuple(dict.fromkeys(options.compute_capabilities)))
+
+    def _gpu(self, options: BuildOptions) -> str | None:
+        return device_name() if CURRENT in options.compute_capabilities else None
