@@ -11,6 +11,7 @@
 #include "checksum.hpp"
 #include "cpu.hpp"
 #include "files.hpp"
+#include "targets.hpp"
 
 namespace export_zoo::detail {
 
@@ -105,7 +106,7 @@ Attested apply_attestations(const fs::path& bundle, const std::optional<std::str
     const bool gpu = compute_capability && entry(document, "compute_capability") == *compute_capability;
     for (std::size_t i = 0; i < engines.size(); ++i) {
       auto& engine = engines[i];
-      if (!(engine.target == "onnxruntime" ? cpu : gpu) || settled.contains({engine.name, ""})) continue;
+      if (!(target_of(engine).on_gpu ? gpu : cpu) || settled.contains({engine.name, ""})) continue;
       if (const auto state = state_of(document, engine.name)) {
         // Nothing is verified by emulation, but an engine that failed on an emulated CPU, when it last ran there, is
         // not verified any more.

@@ -10,6 +10,7 @@
 #include "attestation.hpp"
 #include "backend.hpp"
 #include "manifest.hpp"
+#include "targets.hpp"
 
 namespace export_zoo {
 
@@ -38,11 +39,9 @@ namespace {
 // state comes from, empty for the manifest. `capability` is that of the GPU here.
 std::string why_not(const EngineInfo& info, const std::string& source, const std::optional<std::string>& capability,
                     const Options& options) {
-  if (info.target != "onnxruntime") {
-#ifndef EXPORT_ZOO_WITH_TENSORRT
-    static_cast<void>(capability);
-    return "this library was built without TensorRT";
-#else
+  const auto& target = detail::target_of(info);
+  if (target.open == nullptr) return "this library was built without " + std::string(target.library);
+  if (target.on_gpu) {
     if (!info.has_weights) return "its plan has no weights: refit it in Python";
     // One that was asked for by name is opened, which tells more.
     if (options.engine.empty()) {
@@ -52,7 +51,6 @@ std::string why_not(const EngineInfo& info, const std::string& source, const std
         return "it was not built for this GPU, of compute capability " + *capability;
       }
     }
-#endif
   }
   if (info.state < options.least) {
     return std::string(name(info.state)) + ", not " + name(options.least) + (source.empty() ? "" : " (" + source + ")");
@@ -64,9 +62,9 @@ std::string text(InputSize size) { return std::to_string(size.height) + "x" + st
 
 // What was run and compared comes before what is faster. A GPU's engine that was never timed is taken before the CPU's, the
 // lower precision first: as in Python.
-std::tuple<State, bool, double, int> rank(const EngineInfo& info) {
-  const bool untimed = info.target != "onnxruntime" && !info.speedup;
-  return {info.state, untimed, info.speedup.value_or(0), info.precision == "int8" ? 2 : info.precision == "fp16" ? 1 : 0};
+std::tuple<State, bool, double, std::size_t> rank(const EngineInfo& info) {
+  const bool untimed = detail::target_of(info).on_gpu && !info.speedup;
+  return {info.state, untimed, info.speedup.value_or(0), detail::order_of(detail::precision_of(info))};
 }
 
 // An engine that cannot be loaded here.
@@ -112,10 +110,7 @@ std::unique_ptr<detail::Backend> open(const std::filesystem::path& bundle, const
                                       const EngineInfo& info, const Metadata& metadata, const Options& options) {
   for (const auto& file : files.beside) detail::checked(bundle, file);
   const auto path = detail::checked(bundle, files.engine);
-#ifdef EXPORT_ZOO_WITH_TENSORRT
-  if (info.target != "onnxruntime") return detail::open_tensorrt(path, info, metadata, options);
-#endif
-  return detail::open_onnxruntime(path, info, metadata, options);
+  return detail::target_of(info).open(path, info, metadata, options);
 }
 
 // Whether another engine may run where one failed like this.
@@ -149,7 +144,7 @@ Engine Engine::load(const std::filesystem::path& bundle, const Options& options)
   std::optional<std::string> capability;
 #ifdef EXPORT_ZOO_WITH_TENSORRT
   const auto on_gpu = [&](const EngineInfo& info) {
-    return info.target != "onnxruntime" && (options.engine.empty() || info.name == options.engine);
+    return detail::target_of(info).on_gpu && (options.engine.empty() || info.name == options.engine);
   };
   if (std::any_of(manifest.metadata.engines.begin(), manifest.metadata.engines.end(), on_gpu)) {
     capability = detail::compute_capability(options);

@@ -1,19 +1,18 @@
 #include "manifest.hpp"
 
 #include <algorithm>
-#include <array>
 #include <charconv>
 #include <cmath>
 #include <limits>
 #include <set>
 #include <string>
-#include <string_view>
 
 #include <nlohmann/json.hpp>
 
 #include <export_zoo/error.hpp>
 
 #include "files.hpp"
+#include "targets.hpp"
 
 namespace export_zoo {
 
@@ -26,8 +25,6 @@ constexpr int kSchemaVersion = 1;
 constexpr std::int64_t kMostValues = std::int64_t{1} << 31;  // of one image
 constexpr std::int64_t kMostBatch = 1 << 20;
 constexpr std::int64_t kMostSide = 65500;
-constexpr std::array<std::string_view, 3> kTargets{"onnxruntime", "tensorrt", "tensorrt-rtx"};
-constexpr std::array<std::string_view, 3> kPrecisions{"fp32", "fp16", "int8"};
 
 // Whole numbers only: 255.9 and true would be cut, and 2^32 + 1 wrapped.
 std::int64_t integer(const json& document, const char* key, std::int64_t least,
@@ -190,10 +187,8 @@ std::map<std::string, std::string> parse_session(const json& document) {
 
 // Whether an engine is of a target or precision that a later version added.
 bool is_unknown(const json& document) {
-  const auto among = [&](const auto& known, const char* key) {
-    return std::find(known.begin(), known.end(), document.at(key).get<std::string>()) != known.end();
-  };
-  return !among(kTargets, "target") || !among(kPrecisions, "precision");
+  return detail::find_target(document.at("target").get<std::string>()) == nullptr ||
+         detail::find_precision(document.at("precision").get<std::string>()) == nullptr;
 }
 
 EngineInfo parse_engine(const json& document, detail::EngineFiles& files) {
@@ -214,9 +209,10 @@ EngineInfo parse_engine(const json& document, detail::EngineFiles& files) {
     files.beside.push_back(parse_file(file));
     engine.size_bytes += files.beside.back().size_bytes;
   }
-  if (engine.target == "onnxruntime") engine.built_by = document.at("built_by").at("onnxruntime");
+  const bool compiled = detail::target_of(engine).on_gpu;
+  if (!compiled) engine.built_by = document.at("built_by").at(engine.target);
   const auto& plan = document.at("plan");
-  if (plan.is_null() != (engine.target == "onnxruntime")) {
+  if (plan.is_null() == compiled) {
     throw std::invalid_argument(engine.name + ": a plan is TensorRT's, and only its");
   }
   if (!plan.is_null()) {

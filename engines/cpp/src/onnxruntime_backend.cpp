@@ -11,6 +11,7 @@
 #include "kernel_probe.hpp"
 #include "library.hpp"
 #include "onnxruntime.hpp"
+#include "targets.hpp"
 
 namespace export_zoo::detail {
 
@@ -75,7 +76,7 @@ Ort::MemoryInfo cpu_memory() {
 
 // Session entries that keep the engine's INT8 sums exact on this CPU; none where they are exact anyway.
 std::map<std::string, std::string> entries_here(const EngineInfo& info, const Ort::Env& env) {
-  if (info.precision != "int8") return {};
+  if (!precision_of(info).integer_sums) return {};
   auto entries = info.saturating_cpu_session.value_or(std::map<std::string, std::string>{{kExactEntry, "1"}});
   if (entries.empty() || !int8_sums_saturate(env)) return {};
   return entries;
@@ -166,7 +167,7 @@ class OnnxRuntimeBackend final : public Backend {
       // Or idle threads of one engine spin on the cores of the next.
       session.AddConfigEntry("session.force_spinning_stop", "1");
       // The FP16 layout pass of ONNX Runtime 1.31 crashes on transformers; Python leaves it out, too.
-      if (info.precision == "fp16") {
+      if (precision_of(info).float16) {
         session.AddConfigEntry("optimization.disable_specified_optimizers", "NchwcTransformer");
       }
       for (const auto& [key, value] : entries) session.AddConfigEntry(key.c_str(), value.c_str());
