@@ -667,7 +667,7 @@ def _precise_graph(kind: str) -> str:
     return "exact" if exact else "saturates"
 
 
-def _told(send: Connection, kind: str, layer: Layer | None) -> None:
+def _send_result(send: Connection, kind: str, layer: Layer | None) -> None:
     send.send(_precise_graph(kind) if layer is None else _precise_layer(layer))
 
 
@@ -681,7 +681,7 @@ def precision_option() -> dict[str, str]:
     cases: list[tuple[str, Layer | None]] = [(layer.name(), layer) for layer in layers(quick=True)]
     for name, layer in [*cases, *((kind, None) for kind in SHARED)]:
         receive, send = FORK.Pipe(duplex=False)
-        process = FORK.Process(target=_told, args=(send, name, layer))
+        process = FORK.Process(target=_send_result, args=(send, name, layer))
         process.start()
         send.close()
         try:

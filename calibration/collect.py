@@ -1,4 +1,4 @@
-"""Ranges and histograms of all activations in one streaming pass of ONNX Runtime, in bounded memory."""
+"""Collects ranges and histograms of all activations from a stream of images through ONNX Runtime, in bounded memory."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ _FUSING_PRODUCERS = frozenset({"Conv", "ConvTranspose", "Gemm", "Add", "BatchNor
 def activation_tensors(model: ir.Model) -> list[str]:
     """Names of the float tensors whose ranges any placement policy may ask for.
 
-    These are all floating-point activations but for those that no target quantizes: what a Conv, Gemm, Add
-    or BatchNormalization hands to its only reader, a Relu or Clip (the pair fuses).
+    These are all floating-point activations except those that no target quantizes: the output of a Conv,
+    ConvTranspose, Gemm, Add or BatchNormalization whose only reader is a Relu or Clip (the pair fuses).
     """
     names: list[str] = []
     values: list[ir.Value] = list(model.graph.inputs)
@@ -56,37 +56,38 @@ def activation_tensors(model: ir.Model) -> list[str]:
 
 
 _WORKERS = 4
-"""Copies of the network that run side by side, at most; further cores help within each."""
+"""Maximum number of copies of the network that run in parallel; each copy uses further cores."""
 
 BUDGET = 256 << 20
-"""Bytes of activations that are held at once, by each worker where they are those of one image. A network that has more
-with one image is run several times, each time for some of its tensors; what is fused, and so the last bit, depends on
-that, and so it depends on nothing else."""
+"""Bytes of activations that all workers together hold at once. Each worker may hold this many for a single image. A
+network with more activations for one image is run several times, each time for some of its tensors. This division
+affects which operators fuse, and so the last bit of the results. Therefore it depends only on the sizes of the
+activations and on this budget."""
 
 
 @dataclass
 class _Observed:
-    """A tensor that is looked at, and what was seen so far."""
+    """A tensor that is observed, and its statistics so far."""
 
     name: str
     module: str
     elements: int
-    """Of one image."""
+    """Number of elements for one image."""
     by_image: bool
-    """Its first dimension is the batch, and nothing else is in it: rows are images."""
+    """Whether the first dimension is exactly the batch, so that rows are images."""
     accumulator: Accumulator | None
     low: float = math.inf
     high: float = -math.inf
     widest: tuple[float, str] = (-1.0, "")
-    """Largest magnitude, and its image."""
+    """Largest magnitude, and the SHA-256 of its image."""
     others: float = 0.0
     lock: Lock = field(default_factory=Lock)
 
     def see(self, array: Float32Array, images: Sequence[ImageFile], worker: int) -> None:
-        """Take in the values of one batch. Several workers may, at the same time.
+        """Add the values of one batch. Several workers may call this at the same time.
 
         Raises:
-            BadInputError: they are not all finite.
+            BadInputError: a value is not finite.
         """
         rows = array.reshape(len(images), -1) if self.by_image else array.reshape(1, -1)
         lows, highs = extremes(rows)
@@ -94,7 +95,7 @@ class _Observed:
             raise BadInputError(
                 f"calibration: tensor {self.name!r} (module {self.module or 'unknown'}) is not finite on the "
                 "calibration images",
-                hint="check the weights and the preprocessing: FP32 itself overflows or makes NaN there",
+                hint="check the weights and the preprocessing: the FP32 model itself computes infinity or NaN there",
             )
         with self.lock:
             self.low, self.high = min(self.low, float(lows.min())), max(self.high, float(highs.max()))
@@ -118,7 +119,7 @@ class _Observed:
 
 
 def _at_size(model: ir.Model, crop: tuple[int, int]) -> ir.Model:
-    """Where height and width are dynamic: the graph with the shapes that activations have at one size."""
+    """The graph with activation shapes for one input size, where height or width is dynamic; otherwise unchanged."""
     feed = model.graph.inputs[0]
     if feed.shape is not None and any(isinstance(size, ir.SymbolicDim) for size in list(feed.shape)[2:]):
         feed.shape = ir.Shape([*list(feed.shape)[:2], *crop])
@@ -144,7 +145,7 @@ def _observe(
             _Observed(
                 name=name,
                 module=graph_io.module_of(values[name].producer()),
-                # What is not known is taken for as large as 16 channels of the image.
+                # An unknown size is assumed to be that of 16 channels of the image.
                 elements=math.prod(known) if whole else 16 * math.prod(crop),
                 by_image=by_image,
                 accumulator=Accumulator(workers) if name in histograms else None,
@@ -154,7 +155,7 @@ def _observe(
 
 
 def _passes(observed: Sequence[_Observed], budget: int) -> Iterator[list[_Observed]]:
-    """Tensors that are looked at together: as many as fit with one image."""
+    """Groups of tensors to observe together: as many as fit in `budget` bytes with one image."""
     together: list[_Observed] = []
     for tensor in observed:
         if together and 4 * sum(t.elements for t in [*together, tensor]) > budget:
@@ -172,13 +173,13 @@ def _run(
     workers: int,
     at_once: int,
 ) -> Iterator[int]:
-    """Look at the tensors of all images, and yield the number of images as they are done.
+    """Observe the tensors on all images; yield the number of images of each batch that is done.
 
-    Each worker runs the network and counts on one core, by itself: counting does not parallelize within a batch as well
-    as batches do.
+    Each worker runs the network by itself and counts values on one core: counting parallelizes better over batches than
+    within a batch.
 
     Raises:
-        BadInputError: a tensor is not finite.
+        BadInputError: a tensor has a value that is not finite.
     """
     idle: SimpleQueue[int] = SimpleQueue()
     for worker in range(workers):
@@ -220,24 +221,24 @@ def collect(
 ) -> Ranges:
     """Run the images through the graph and record each activation's exact minimum and maximum, and histograms.
 
-    The result is the same to the bit for any batches, order and number of threads, and shards of the images merge to
-    what all of them give (`Ranges.merged`).
+    The result is bit-identical for any batch size, image order and number of threads. The merged results of shards
+    (`Ranges.merged`) are bit-identical to the result of all images.
 
     Args:
         graph: ONNX file with one float32 input [N, 3, H, W].
         images: the stream to calibrate on.
-        histograms: names of the tensors to count values of, those that will be quantized.
-        threads: threads of ONNX Runtime and of counting, 0 for all cores.
-        budget: bytes of activations to hold at once, see BUDGET.
-        progress: called with the number of images done.
+        histograms: names of the tensors to collect histograms of: those that will be quantized.
+        threads: number of threads for ONNX Runtime and for counting; 0 for all cores.
+        budget: bytes of activations to hold at once; see BUDGET.
+        progress: called with the number of images done since the last call.
 
     Raises:
-        BadInputError: a tensor is not finite, or is to be quantized and 0 on all images (named with its module path);
-            or no image could be used.
+        BadInputError: a tensor has a value that is not finite, or is to be quantized and is 0 on all images (the
+            message names its module path); or no image could be used.
     """
     threads = threads or usable_cores()
     workers = min(threads, _WORKERS)
-    kernels()  # compiled once, before there are threads
+    kernels()  # compiled once, before threads start
     p = images.preprocess
     crop = (p.crop_height, p.crop_width)
     observed = _observe(_at_size(graph_io.load(graph), crop), histograms, crop, workers)
@@ -259,7 +260,7 @@ def collect(
         if tensor.accumulator is not None and tensor.low == tensor.high == 0:
             raise BadInputError(
                 f"calibration: tensor {tensor.name!r} (module {tensor.module or 'unknown'}) is 0 on all calibration "
-                "images: eight bits cannot be fitted to it",
+                "images: no 8-bit scale can be chosen for it",
                 hint="check the weights and the images, or leave the layers that write and read it unquantized: "
                 f"--keep-float {tensor.module.rpartition('.')[0] or 'PATTERN'}",
             )
@@ -277,10 +278,10 @@ def collect(
 def channel_magnitudes(
     graph: Path, pixels: UInt8Array, preprocess: Preprocess, names: Collection[str]
 ) -> dict[str, Float32Array]:
-    """Largest magnitude of each channel of some activations, over all images and places.
+    """Largest magnitude of each channel of some activations, over all images and positions.
 
     Args:
-        pixels: uint8 [N, H, W, 3]; they are run one by one, so memory is that of one image.
+        pixels: uint8 [N, H, W, 3]; images are run one at a time, so that memory is needed for one image only.
         names: activations [N, C, H, W], or [N, C].
 
     Returns float32 [C] by name.

@@ -1,8 +1,8 @@
-"""Histograms whose bins need no range: the leading bits of a float32.
+"""Histograms with fixed bins that need no range: a bin is the leading bits of a float32.
 
-Sign, exponent and the upper 10 bits of the mantissa are 2^19 bins, 1,024 to each power of two. They are the same for
-every tensor, batch and machine, so histograms merge by addition: the order, batches and shards of the images do not
-matter, to the bit.
+Sign, exponent and the upper 10 bits of the mantissa give 2^19 bins, 1,024 per power of two. The bins are the same for
+every tensor, batch and machine, so histograms merge by addition. The result is bit-identical for any order, batches and
+shards of the images.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ import numpy as np
 import numpy.typing as npt
 
 SHIFT = 13
-"""Bits of the mantissa that are dropped. With 16 bits left, bins near a tensor's maximum are 1/64 of it, too coarse to
-search a threshold by; with 19 they are below the steps of 8 bits."""
+"""Number of mantissa bits that are dropped. With 16 bits left, bins near a tensor's maximum are 1/64 of it, too coarse
+for a threshold search. With 19 bits left, bins are smaller than the steps of 8-bit quantization."""
 
 BINS = 1 << (32 - SHIFT)
 _SIGN = BINS >> 1
 _INFINITY = 0x7F800000
 
 SAMPLES = 16384
-"""Elements of one image that are counted at most. Larger tensors are sampled at a stride: 300 images still give five
-million. Minimum and maximum are always of all elements."""
+"""Maximum number of elements that are counted per image. Larger tensors are sampled at a stride: 300 images still give
+five million values. Minimum and maximum always cover all elements."""
 
 Float32Array = npt.NDArray[np.float32]
 Float64Array = npt.NDArray[np.float64]
@@ -49,27 +49,27 @@ class Histogram:
 
     @classmethod
     def summed(cls, keys: npt.NDArray[np.uint32], counts: Int64Array) -> Histogram:
-        """From keys in any order, also several times."""
+        """Build a histogram from keys in any order; a key may occur several times."""
         unique, inverse = np.unique(keys, return_inverse=True)
         total = np.zeros(len(unique), dtype=np.int64)
         np.add.at(total, inverse, counts)
         return cls(unique, total)
 
     def merged(self, other: Histogram) -> Histogram:
-        """Of both sets of values."""
+        """The histogram of both sets of values."""
         return self.summed(
             np.concatenate([self.keys, other.keys]), np.concatenate([self.counts, other.counts])
         )
 
     def values(self) -> tuple[Float64Array, Float64Array]:
-        """The middles of the bins in ascending order, float64 [K], and their counts, float64 [K]."""
+        """Midpoints of the bins in ascending order, float64 [K], and their counts, float64 [K]."""
         bits = (self.keys << np.uint32(SHIFT)) | np.uint32(1 << (SHIFT - 1))
         middle = np.where(self.keys == 0, 0.0, bits.view(np.float32).astype(np.float64))
         order = np.argsort(middle)
         return middle[order], self.counts[order].astype(np.float64)
 
     def encode(self) -> str:
-        """As text: base64 of the zlib-compressed differences of the keys, and the counts."""
+        """Encode as text: base64 of the zlib-compressed key differences and counts."""
         steps = np.diff(self.keys.astype(np.int64), prepend=0).astype("<u4")
         return base64.b64encode(
             zlib.compress(steps.tobytes() + self.counts.astype("<i8").tobytes(), 1)
@@ -77,7 +77,7 @@ class Histogram:
 
     @classmethod
     def decode(cls, text: str) -> Histogram:
-        """From `encode`'s text. Raises ValueError where it is none."""
+        """Decode the text that `encode` returns. Raises ValueError if the text is not valid."""
         try:
             data = zlib.decompress(base64.b64decode(text, validate=True))
         except zlib.error as error:
@@ -91,7 +91,7 @@ class Histogram:
 
 
 def _find_extremes(bits: Bits, signed: npt.NDArray[np.int32], most: Bits, least: Bits) -> None:
-    """Of each row: the largest as int32, the largest and the smallest as uint32. Vector instructions come of this."""
+    """Write each row's largest value as int32, and its largest and smallest as uint32; gives vector instructions."""
     for row in range(bits.shape[0]):
         s, u, m = np.int32(-(2**31)), np.uint32(0), np.uint32(0xFFFFFFFF)
         for i in range(bits.shape[1]):
@@ -101,7 +101,11 @@ def _find_extremes(bits: Bits, signed: npt.NDArray[np.int32], most: Bits, least:
 
 
 def _count(bits: Bits, counts: npt.NDArray[np.uint64], stride: int) -> None:
-    """Zeros, the most frequent value, take turns as +0 and -0: adding to one address again waits for the last time."""
+    """Count each row's values by bin.
+
+    Zero is the most frequent value; every second zero is counted as -0: repeated additions to one address wait for each
+    other.
+    """
     for row in range(bits.shape[0]):
         i, n = 0, bits.shape[1]
         while i + stride < n:
@@ -115,7 +119,10 @@ def _count(bits: Bits, counts: npt.NDArray[np.uint64], stride: int) -> None:
 
 @cache
 def kernels() -> tuple[Any, Any]:
-    """Both loops as machine code, which lets other threads run, in 0.5 s. NumPy's bincount takes four times as long."""
+    """Compile both loops to machine code that lets other threads run; takes 0.5 s.
+
+    NumPy's bincount takes four times as long as the compiled count.
+    """
     import numba
 
     extremes = numba.njit("void(uint32[:,::1], int32[::1], uint32[::1], uint32[::1])", nogil=True)
@@ -124,7 +131,7 @@ def kernels() -> tuple[Any, Any]:
 
 
 def _stride(size: int) -> int:
-    """Of the sample of an image's `size` elements: coprime with it, so that no row or column is left out."""
+    """Sampling stride for an image's `size` elements: coprime with `size`, so that no row or column is left out."""
     stride = -(-size // SAMPLES)
     while gcd(stride, size) != 1:
         stride += 1
@@ -134,7 +141,8 @@ def _stride(size: int) -> int:
 def extremes(rows: Float32Array) -> tuple[Float32Array, Float32Array]:
     """Minimum and maximum of each row of float32 [R, N], float32 [R] each; NaN for a row that is not all finite.
 
-    Found among the bits as integers: floats order like them but for the sign, and what is not finite has the largest.
+    The bits are compared as integers: apart from the sign, floats have the same order, and values that are not finite
+    have the largest bits.
     """
     bits = np.ascontiguousarray(rows).view(np.uint32)
     signed = np.empty(len(bits), np.int32)
@@ -150,10 +158,10 @@ def extremes(rows: Float32Array) -> tuple[Float32Array, Float32Array]:
 
 
 class Accumulator:
-    """Counts one tensor's values. Memory is taken for the powers of two that occurred: untouched pages cost nothing.
+    """Counts one tensor's values. Only the powers of two that occur take memory: untouched pages take none.
 
     Args:
-        workers: threads that count at the same time, each for itself.
+        workers: number of threads that count at the same time, each in its own array.
     """
 
     def __init__(self, workers: int) -> None:
@@ -164,16 +172,17 @@ class Accumulator:
 
         Args:
             worker: index of the thread.
-            sampled: rows are images: count at most SAMPLES of each, at places that depend on N only.
+            sampled: whether rows are images. If so, at most SAMPLES values of each are counted, at positions that
+                depend on N only.
         """
         bits = np.ascontiguousarray(rows).view(np.uint32)
         kernels()[1](bits, self._counts[worker], _stride(bits.shape[1]) if sampled else 1)
 
     def histogram(self, low: float, high: float) -> Histogram:
-        """Of all values counted; they lie in [low, high]."""
+        """The histogram of all values counted; they lie in [low, high]."""
         keys, counts = [], []
-        for sign, end in ((0, high), (_SIGN, -low)):  # what cannot be occupied is not looked at
-            last = int(np.float32(abs(max(end, 0.0))).view(np.uint32) >> SHIFT)  # of -0.0, too
+        for sign, end in ((0, high), (_SIGN, -low)):  # skip bins that cannot be occupied
+            last = int(np.float32(abs(max(end, 0.0))).view(np.uint32) >> SHIFT)  # also for -0.0
             found = self._counts[:, sign : sign + last + 1].sum(axis=0, dtype=np.int64)
             occupied = np.flatnonzero(found)
             keys.append(np.where(occupied == 0, 0, occupied + sign))

@@ -48,7 +48,7 @@ IMAGE_SUFFIXES = frozenset(
 )
 
 MAX_UNREADABLE_SHARE = 0.10
-"""Above this share of unreadable files a folder is refused: it is probably the wrong one, or damaged."""
+"""Maximum share of unreadable files. A folder with more is refused: it is probably the wrong one, or damaged."""
 
 DECODE_THREADS = 2
 
@@ -74,7 +74,7 @@ class Unreadable:
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """What a scan found: unique images sorted by name, and everything that was left out, named."""
+    """Result of a scan: unique images sorted by name, and the names of all files that were left out."""
 
     root: Path
     images: tuple[ImageFile, ...]
@@ -99,13 +99,13 @@ def refuse_if_too_many_unreadable(where: str, unreadable: Sequence[Unreadable], 
 
 
 def _printable(name: str) -> str:
-    """Names with line breaks, or that are not UTF-8, must not break reports and JSON."""
+    """Escape line breaks and bytes that are not UTF-8 in a name: they must not break reports and JSON."""
     text = name.encode("utf-8", "backslashreplace").decode()
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _visible_files(root: Path, option: str) -> Iterator[Path]:
-    """All files below a folder but hidden ones; linked folders are followed, each once."""
+    """All files below a folder except hidden ones. Linked folders are followed, each once."""
 
     def refuse(error: OSError) -> None:
         raise BadInputError(
@@ -125,10 +125,10 @@ def _visible_files(root: Path, option: str) -> Iterator[Path]:
 
 
 def check_folder(root: Path, option: str) -> None:
-    """Refuse what cannot be scanned, before anything costly is done.
+    """Refuse a folder that cannot be scanned, before any costly work.
 
     Raises:
-        BadInputError: no such folder, not a folder, or not readable; names `option`.
+        BadInputError: no such folder, not a folder, or not readable; the message names `option`.
     """
     if not root.exists():
         raise BadInputError(f"{option} {root}: no such folder", hint="pass a folder of JPEG or PNG images")
@@ -141,8 +141,8 @@ def check_folder(root: Path, option: str) -> None:
 def scan(root: Path, *, option: str, progress: Progress = lambda _: None) -> ImageFolder:
     """List a folder's images, nested or not, with the hash of each file's bytes.
 
-    Files with the same bytes are kept once (they must not fall into two splits). `option` is the name of
-    the command line option to blame in messages.
+    Files with the same bytes are kept once (they must not fall into two splits). `option` is the command
+    line option to name in messages.
 
     Raises:
         BadInputError: no such folder, not a folder, no image in it, or too many unreadable files.
@@ -189,12 +189,12 @@ def scan(root: Path, *, option: str, progress: Progress = lambda _: None) -> Ima
 
 
 def shuffled(images: Sequence[ImageFile], seed: int) -> list[ImageFile]:
-    """Order images by a hash of content and seed: the same bytes give the same order wherever they lie."""
+    """Order images by a hash of content and seed: the same bytes give the same order wherever they are stored."""
     return sorted(images, key=lambda i: hashlib.sha256(f"{seed}:{i.sha256}".encode()).hexdigest())
 
 
 MIN_CALIBRATE, MIN_SELECT, MIN_VERIFY = 16, 8, 32
-"""Fewest images a split may have: calibration needs a range, and the gate something to compare."""
+"""Minimum number of images of each split: calibration needs a range, and the gate needs images to compare."""
 
 MAX_SELECT = 256
 
@@ -203,7 +203,7 @@ def split(folder: ImageFolder, *, calibrate: int, verify: int, seed: int, with_v
     """Divide a folder into disjoint `calibrate`, `select` and `verify` sets, by content hash and seed.
 
     A quarter goes to *verify* (32 to `verify` images), an eighth to *select* (8 to 256), the rest, up to
-    `calibrate` images, to *calibrate*. With `with_verify=False` (a folder of its own is given for it) the
+    `calibrate` images, to *calibrate*. With `with_verify=False` (a separate verify folder is given) the
     verify set is empty.
 
     Raises:
@@ -305,11 +305,11 @@ class ImageStream:
 
 
 class SyntheticStream(ImageStream):
-    """A stream of `synthetic_images`, for those who gave no folder.
+    """A stream of `synthetic_images`, used when no image folder is given.
 
     Args:
-        count: images in all.
-        seed: of the images.
+        count: number of images.
+        seed: seed of the images.
     """
 
     def __init__(self, count: int, seed: int, preprocess: Preprocess, batch_size: int) -> None:
@@ -328,8 +328,8 @@ class SyntheticStream(ImageStream):
 def synthetic_images(count: int, height: int, width: int, seed: int) -> UInt8Array:
     """Seeded images with the 1/f spectrum of photographs; uint8 [count, height, width, 3].
 
-    White noise hardly moves a network's logits; the amplitude spectrum of natural images falls as 1/f
-    (Field 1987, J. Opt. Soc. Am. A 4:2379), and contrast and colour differ from image to image.
+    White noise hardly changes a network's logits. The amplitude spectrum of natural images falls as 1/f
+    (Field 1987, J. Opt. Soc. Am. A 4:2379). Contrast and colour differ from image to image.
     """
     rng = np.random.default_rng(seed)
     fy = np.fft.fftfreq(height)[:, None]

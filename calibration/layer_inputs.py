@@ -1,4 +1,4 @@
-"""What layers read: the mean of their inputs, and how inputs vary together. Bias correction and rounding ask for it."""
+"""Statistics of layer inputs for bias correction and rounding: means and second moments."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ Float32Array = npt.NDArray[np.float32]
 Float64Array = npt.NDArray[np.float64]
 
 PLACES = 16
-"""Of an image, at which the input of a convolution is looked at for its second moments."""
+"""Number of positions per image at which a convolution's input is sampled for its second moments."""
 
 MOMENTS = 512 << 20
-"""Bytes of second moments that are held at once; a network with more is run several times."""
+"""Bytes of second moments that are held at once. A network with more is run several times."""
 
 _AT_ONCE = 1024
-"""Inputs of a layer that are multiplied at once."""
+"""Number of input samples of a layer that are multiplied at once."""
 
 
 class _Windows:
@@ -53,12 +53,12 @@ class _Windows:
 
 
 def _mean(node: ir.Node, array: Float32Array) -> Float64Array:
-    """Of one batch, over all its images and places."""
+    """Mean layer input of one batch, over all its images and positions."""
     if node.op_type != "Conv":
         return np.asarray(array.reshape(-1, array.shape[-1]).mean(axis=0, dtype=np.float64))
     view = _Windows(node).of(array)
     means = np.empty((view.shape[1], *view.shape[4:]))
-    # One place of the kernel after the other: the view is never copied.
+    # One kernel position at a time, so that the view is never copied.
     for y, x in np.ndindex(*view.shape[4:]):
         means[:, y, x] = view[..., y, x].mean(axis=(0, 2, 3), dtype=np.float64)
     return means
@@ -67,13 +67,13 @@ def _mean(node: ir.Node, array: Float32Array) -> Float64Array:
 def layer_means(
     graph: Path, pixels: UInt8Array, preprocess: Preprocess, layers: Collection[str]
 ) -> dict[str, Float64Array]:
-    """Mean input of each layer, over the images and all places at which its weight is applied.
+    """Mean input of each layer, over the images and all positions at which its weight is applied.
 
     Args:
-        pixels: uint8 [N, H, W, 3]; run one by one, so that memory is that of one image.
+        pixels: uint8 [N, H, W, 3]; images are run one at a time, so that memory is needed for one image only.
         layers: names of Conv (explicit pads), Gemm and MatMul nodes.
 
-    Returns float64 by node name: [C, kH, kW] for a Conv, with zeros where it pads; [K] for the others.
+    Returns float64 by node name: [C, kH, kW] for a Conv, with padding counted as zeros; [K] for the others.
     """
     nodes = _nodes(graph, layers)
     totals: dict[str, Float64Array] = {}
@@ -85,14 +85,14 @@ def layer_means(
 
 
 def _samples(node: ir.Node, array: Float32Array) -> Float32Array:
-    """Inputs of a layer at PLACES places of each image: [groups, samples, K]."""
+    """Input samples of a layer, [groups, samples, K]: of a Conv, at up to PLACES positions of each image."""
     if node.op_type != "Conv":
-        return array.reshape(1, -1, array.shape[-1]).copy()  # it will be overwritten before it is used
+        return array.reshape(1, -1, array.shape[-1]).copy()  # a copy: the next run overwrites the array
     view = _Windows(node).of(array)
     groups = node.attributes.get_int("group", 1)
     count = view.shape[2] * view.shape[3]
     step = max(1, count // PLACES)
-    while gcd(step, count) != 1:  # no row or column is left out
+    while gcd(step, count) != 1:  # so that no row or column is left out
         step += 1
     rows, columns = np.divmod(np.arange(0, count, step)[:PLACES], view.shape[3])
     chosen = np.moveaxis(view[:, :, rows, columns], 2, 1)  # [N, places, C, kH, kW]
@@ -101,7 +101,7 @@ def _samples(node: ir.Node, array: Float32Array) -> Float32Array:
 
 
 class _Moments:
-    """Sums up x xᵀ, of many samples at once."""
+    """Sums up x xᵀ, for many samples at once."""
 
     def __init__(self, groups: int, size: int) -> None:
         self._total = np.zeros((groups, size, size))
@@ -109,13 +109,13 @@ class _Moments:
         self._count = 0
 
     def look(self, node: ir.Node, arrays: Mapping[str, Float32Array]) -> None:
-        """Take in what the layer reads of one image."""
+        """Add the layer's input samples of one image."""
         self._waiting.append(_samples(node, arrays[_input_name(node)]))
         if sum(x.shape[1] for x in self._waiting) >= _AT_ONCE:
             self.take()
 
     def take(self) -> None:
-        """Add up what was waiting."""
+        """Multiply the waiting samples and add them to the sum."""
         if not self._waiting:
             return
         x = np.concatenate(self._waiting, axis=1)
@@ -128,7 +128,10 @@ class _Moments:
 
 
 def input_sizes(graph: Path, layers: Collection[str]) -> dict[str, tuple[int, int]]:
-    """Groups of each layer, and inputs of one output channel: `layer_moments` has as many matrices of that size."""
+    """Number of groups of each layer, and number of inputs K of one output channel.
+
+    `layer_moments` yields one K x K matrix per group.
+    """
     sizes = {}
     for name, node in _nodes(graph, layers).items():
         weight = node.inputs[1]
@@ -150,16 +153,16 @@ def layer_moments(
     *,
     budget: int = MOMENTS,
 ) -> Iterator[tuple[str, Float64Array]]:
-    """Second moments E[x xᵀ] of each layer's inputs x, over the images and at PLACES places of each.
+    """Second moments E[x xᵀ] of each layer's inputs x, over the images and PLACES positions of each.
 
     Args:
-        pixels: uint8 [N, H, W, 3]; run one by one.
+        pixels: uint8 [N, H, W, 3]; images are run one at a time.
         layers: names of Conv (explicit pads), Gemm and MatMul nodes.
         budget: bytes of moments to hold at once; one layer may need more.
 
-    As many layers at a time as there are cores, each on one: the bits do not depend on how many those are.
+    Layers are computed in parallel, each on one core, so that the bits do not depend on the number of cores.
 
-    Yields a layer's name and float64 [groups, K, K], K as the weight's operands lie in one row: C, kH, kW of a Conv.
+    Yields a layer's name and float64 [groups, K, K]. K is ordered like one row of the weight: C, kH, kW for a Conv.
     """
     nodes, sizes = _nodes(graph, layers), input_sizes(graph, layers)
     together: list[str] = []

@@ -1,7 +1,7 @@
-"""From a histogram to a range: what part of a tensor's values eight bits are spent on.
+"""Methods that choose a quantization range from a histogram of a tensor's values.
 
-The searches try candidates in closed form: sums over the values of one quantization level are differences of running
-sums, so a candidate costs its levels, not its values.
+The searches evaluate candidates in closed form. Sums over the values of one quantization level are differences of
+running sums, so the cost of a candidate depends on the number of levels, not on the number of values.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import numpy as np
 from export_zoo.calibration.histogram import SHIFT, Float64Array, Histogram
 
 PERCENTILE = 99.99
-"""Share of the values that is kept, in percent. Wu et al. 2020 (arXiv 2004.09602) compare 99.9 to 99.9999."""
+"""Percentage of the values that is kept. Wu et al. 2020 (arXiv 2004.09602) compare 99.9 to 99.9999."""
 
 UNIFORM = 2048
-"""Equal bins of the entropy search, as in NVIDIA's talk."""
+"""Number of equal bins of the entropy search, as in NVIDIA's talk."""
 
 _COARSE, _FINE = 64, 16
 
@@ -26,12 +26,12 @@ Range = tuple[float, float]
 
 
 class Method(Protocol):
-    """A way to choose a range.
+    """A method that chooses a range.
 
     Args:
-        histogram: of the tensor's values; not empty.
-        low, high: exact minimum and maximum of the tensor; low <= 0 <= high is not asked for.
-        symmetric: the range is [-t, t] (int8); else [low, high] with a zero point (uint8).
+        histogram: histogram of the tensor's values; not empty.
+        low, high: exact minimum and maximum of the tensor; low <= 0 <= high is not required.
+        symmetric: whether the range is [-t, t] (int8); otherwise it is [low, high] with a zero point (uint8).
 
     Returns the range, within [low, high] extended to 0 (asymmetric), or [-max abs, max abs].
     """
@@ -48,7 +48,7 @@ def minmax(histogram: Histogram, low: float, high: float, symmetric: bool) -> Ra
 
 
 def percentile(histogram: Histogram, low: float, high: float, symmetric: bool) -> Range:
-    """The range that keeps PERCENTILE of the magnitudes (symmetric), or of the values, cutting as many at each end.
+    """The range that keeps PERCENTILE of the magnitudes (symmetric), or of the values, with equal cuts at each end.
 
     Wu et al. 2020, "Integer Quantization for Deep Learning Inference" (arXiv 2004.09602), section 3.2.
     """
@@ -72,9 +72,9 @@ def _quantile(values: Float64Array, counts: Float64Array, share: float) -> float
 
 
 def mse(histogram: Histogram, low: float, high: float, symmetric: bool) -> Range:
-    """The range of least mean squared error between the values and what 8 bits make of them.
+    """The range with the least mean squared error between the values and their 8-bit quantization.
 
-    Sung et al. 2015 (arXiv 1511.06488). Of an asymmetric range one end is searched after the other, each twice.
+    Sung et al. 2015 (arXiv 1511.06488). The ends of an asymmetric range are searched in turn, each twice.
     """
     low, high = minmax(histogram, low, high, symmetric)
     error = _SquaredError(histogram)
@@ -89,7 +89,7 @@ def mse(histogram: Histogram, low: float, high: float, symmetric: bool) -> Range
 
 
 def squared_error(histogram: Histogram, low: float, high: float, symmetric: bool) -> float:
-    """Mean squared error between the values and what 8 bits of a range make of them; of [0, 0], their mean square."""
+    """Mean squared error of quantizing the values to 8 bits in a range; for [0, 0], their mean square."""
     error = _SquaredError(histogram)
     return float(error(np.array([low]), np.array([high]), 254 if symmetric else 255)[0])
 
@@ -103,7 +103,7 @@ class _SquaredError:
         self._sums = np.concatenate([np.zeros((3, 1)), np.cumsum(moments, axis=1)], axis=1)
 
     def __call__(self, lows: Float64Array, highs: Float64Array, steps: int) -> Float64Array:
-        """Of each range [low, high], float64 [C], in so many steps (254 of them have zero in their middle)."""
+        """Error for each range [low, high], float64 [C], in `steps` steps (254 steps have zero in the middle)."""
         step = np.maximum((highs - lows) / steps, np.finfo(np.float64).tiny)
         zero = np.rint(-lows / step)
         levels = (np.arange(steps + 1) - zero[:, None]) * step[:, None]
@@ -123,9 +123,9 @@ class _SquaredError:
 
 
 def _least(error: Callable[[Float64Array], Float64Array], top: float) -> float:
-    """The end in (0, top] of least error: all 64ths of `top`, then 16 between the best one's neighbours.
+    """The end in (0, top] with the least error: tries all 64ths of `top`, then 16ths of that step around the best one.
 
-    Where the smallest is the best, as with an outlier far beyond all else, again from there.
+    If the smallest candidate is the best, as with an extreme outlier, the search restarts with it as `top`.
     """
     if not top > 0:
         return top
@@ -142,13 +142,13 @@ def _least(error: Callable[[Float64Array], Float64Array], top: float) -> float:
 
 
 def entropy(histogram: Histogram, low: float, high: float, symmetric: bool) -> Range:
-    """The range that loses least information: the least Kullback-Leibler divergence of the quantized distribution from
-    the clipped one.
+    """The range that loses the least information: the least Kullback-Leibler divergence of the quantized distribution
+    from the clipped one.
 
-    Migacz 2017, "8-bit Inference with TensorRT" (NVIDIA GTC). As there, what lies beyond a candidate is added to its
-    last bin, and a level spreads its count over those of its bins that are occupied. Zeros, which are always exact, are
-    left out. Magnitudes are searched over 128 levels; of an asymmetric range each end by itself, over 128 or, where it
-    is the only one, 256.
+    Migacz 2017, "8-bit Inference with TensorRT" (NVIDIA GTC). As there, counts beyond a candidate are added to its last
+    bin, and a level spreads its count over its occupied bins. Zeros, which are always exact, are left out. The end of a
+    symmetric range is searched over the magnitudes with 128 levels. The ends of an asymmetric range are searched
+    separately, with 128 levels each, or with 256 if there is only one end.
     """
     low, high = minmax(histogram, low, high, symmetric)
     values, counts = histogram.values()
@@ -160,7 +160,7 @@ def entropy(histogram: Histogram, low: float, high: float, symmetric: bool) -> R
 
 
 def _entropy_end(values: Float64Array, counts: Float64Array, top: float, levels: int) -> float:
-    """The end in (0, top] of least divergence, for the values above zero, in `levels` levels."""
+    """The end in (0, top] with the least divergence, for the values above zero in `levels` levels."""
     kept = values > 0
     values, counts = values[kept], counts[kept]
     if not top > 0 or not len(values):
@@ -172,7 +172,7 @@ def _entropy_end(values: Float64Array, counts: Float64Array, top: float, levels:
     heights = np.stack([running - counts[order], running], axis=1).ravel()
     while True:
         edges = top * np.arange(1, UNIFORM + 1) / UNIFORM
-        # The bins of the histogram lie across equal ones, to which they give their counts in proportion.
+        # The histogram's bins overlap the equal bins: their counts are distributed in proportion to the overlap.
         below = np.interp(edges, corners, heights)
         bins = np.diff(below, prepend=0.0)
         bins[-1] += running[-1] - below[-1]
@@ -200,7 +200,7 @@ def _divergence(
     slots = np.diff(used[bounds], axis=1)
     beyond = sums[-1] - sums[candidates]
     last = bins[candidates - 1]
-    slots[:, -1] += (beyond > 0) & ~occupied[candidates - 1]  # the last bin holds what is beyond it
+    slots[:, -1] += (beyond > 0) & ~occupied[candidates - 1]  # the last bin also holds the counts beyond it
     average = inside / np.maximum(slots, 1)
     with np.errstate(divide="ignore", invalid="ignore"):
         own = logs[candidates] - np.where(last > 1e-9, last * np.log(last), 0.0)

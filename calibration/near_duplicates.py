@@ -1,4 +1,4 @@
-"""Which images look alike: they count twice and tell once, though their bytes differ."""
+"""Finds near-duplicate images. Their bytes differ, but the second one adds no information to a calibration."""
 
 from __future__ import annotations
 
@@ -14,24 +14,25 @@ from export_zoo.calibration.preprocess import UInt8Array
 Float32Array = npt.NDArray[np.float32]
 
 CELLS = 8
-"""Rows and columns that an image's brightness is averaged over."""
+"""Number of rows and of columns of cells over which an image's brightness is averaged."""
 
 ALIKE = 0.995
-"""Correlation from which two images look alike: the same one compressed, darkened, or a frame later. Of 1,797
-handwritten digits, scaled up from 8x8, two reach it."""
+"""Correlation from which two images look alike: the same image compressed or darkened, or the next video frame. Of
+1,797 handwritten digits, scaled up from 8x8, two reach it."""
 
 _FLAT = 0.1
-"""Length of a fingerprint, in levels of brightness, below which an image is of one colour."""
+"""Length of a fingerprint before scaling, in brightness levels, below which an image counts as one colour."""
 
 
 def fingerprints(pixels: UInt8Array) -> Float32Array:
-    """Brightness of CELLS x CELLS cells, less its mean and of length 1: no matter how bright. Images of one colour are
-    all alike.
+    """Brightness of CELLS x CELLS cells minus its mean, scaled to length 1: independent of overall brightness.
+
+    Images of one colour are all alike.
 
     Args:
         pixels: uint8 [N, H, W, 3].
 
-    Returns float32 [N, 1 + up to CELLS²]; the first is 1 for an image of one colour.
+    Returns float32 [N, 1 + up to CELLS²]; the first column is 1 for an image of one colour.
     """
     grey = pixels.mean(axis=3, dtype=np.float32)
     edges = [np.unique(np.linspace(0, size, CELLS, endpoint=False).astype(int)) for size in grey.shape[1:]]
@@ -47,7 +48,7 @@ def fingerprints(pixels: UInt8Array) -> Float32Array:
 
 
 def alike(found: Float32Array) -> dict[int, int]:
-    """Images that look like an earlier one, by index, each with the one that it resembles most.
+    """Index of each image that looks like an earlier one, with the index of the earlier image it resembles most.
 
     Args:
         found: fingerprints of all images.
@@ -62,10 +63,10 @@ def alike(found: Float32Array) -> dict[int, int]:
 
 @dataclass
 class FingerprintedStream(ImageStream):
-    """A stream that takes fingerprints of `images` as they pass."""
+    """A stream that computes the fingerprints of `images` while they are read."""
 
     fingerprints: list[Float32Array] = field(default_factory=list, init=False)
-    """Of each batch."""
+    """Fingerprints of each batch."""
 
     def __iter__(self) -> Iterator[UInt8Array]:
         self.fingerprints.clear()
@@ -74,6 +75,6 @@ class FingerprintedStream(ImageStream):
             yield pixels
 
     def alike(self) -> list[tuple[str, str]]:
-        """Names of images that look like an earlier one, and of that one."""
+        """Pairs of names: an image that looks like an earlier one, and that earlier image."""
         pairs = alike(np.concatenate(self.fingerprints)) if self.fingerprints else {}
         return [(self.images[index].name, self.images[first].name) for index, first in pairs.items()]

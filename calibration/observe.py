@@ -1,4 +1,4 @@
-"""Run a graph and look at tensors inside it."""
+"""Runs a graph and returns tensors inside it."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Observer:
     """A graph in ONNX Runtime with some of its tensors as outputs. Several threads may run it.
 
     Args:
-        names: of the tensors; the graph's input may be one of them.
-        threads: of ONNX Runtime, 0 for all usable cores.
+        names: names of the tensors; the graph's input may be one of them.
+        threads: number of ONNX Runtime threads; 0 for all usable cores.
     """
 
     def __init__(self, graph: Path, names: Iterable[str], *, threads: int = 0) -> None:
@@ -51,8 +51,8 @@ class Observer:
     def run(self, batch: Float32Array) -> Mapping[str, Float32Array]:
         """The tensors, and the input, by name, for one batch of preprocessed images, float32 [N, 3, H, W].
 
-        They are valid until the same thread's next call: ONNX Runtime writes them into the same memory again, for new
-        memory, and its copy, would take up to an eighth of the time.
+        They are valid until the same thread's next call, because ONNX Runtime reuses their memory. New memory for each
+        call, and the copy, would take up to an eighth of the time.
         """
         if not self._names:
             return {self._feed: batch}
@@ -73,7 +73,9 @@ class Observer:
         return {self._feed: batch, **self._own.found}
 
     def one_by_one(self, pixels: UInt8Array, preprocess: Preprocess) -> Iterator[Mapping[str, Float32Array]]:
-        """`run` on each image of uint8 [N, H, W, 3] by itself, so that memory is that of one, and each valid until the
-        next."""
+        """Yield `run` on each image of uint8 [N, H, W, 3] separately, so that memory is needed for one image only.
+
+        Each result is valid until the next one.
+        """
         for index in range(len(pixels)):
             yield self.run(normalize(pixels[index : index + 1], preprocess))

@@ -46,11 +46,11 @@ class Preprocess(BaseModel):
     source: str = Field(description="Where the parameters come from, for people.")
 
     def figures(self) -> dict[str, Any]:
-        """All that counts: where they come from is for people."""
+        """All parameters that affect the pixels: all except `source`, which is for people."""
         return self.model_dump(exclude={"source"})
 
     def at_size(self, height: int, width: int) -> Preprocess:
-        """The same for another input size, in pixels: the resize keeps its proportion to the crop."""
+        """This preprocessing for another input size, in pixels; the resize keeps its proportion to the crop."""
         ratio = self.resize_size / min(self.crop_height, self.crop_width)
         changes = {"resize_size": max(1, round(min(height, width) * ratio))}
         return self.model_copy(update={**changes, "crop_height": height, "crop_width": width})
@@ -90,7 +90,7 @@ def decode(data: bytes) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Apply the EXIF orientation; metadata that cannot be parsed says nothing about the pixels."""
+    """Apply the EXIF orientation; metadata that cannot be parsed is ignored."""
     try:
         return ImageOps.exif_transpose(image)
     except Exception:
@@ -98,7 +98,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def check_header(data: bytes) -> None:
-    """Parse only the header: cheap, and finds most files that are no images.
+    """Parse only the header: cheap, and finds most files that are not images.
 
     Raises:
         UnreadableImageError: the header is not that of an image.
@@ -119,7 +119,7 @@ def resize_and_crop(image: Image.Image, preprocess: Preprocess) -> UInt8Array:
     `center_crop`), including its truncation of the long side and its rounding of offsets.
 
     Raises:
-        UnreadableImageError: so narrow that the resize would make it longer than 65,500 pixels.
+        UnreadableImageError: the image is so narrow that the resize would make it longer than 65,500 pixels.
     """
     width, height = image.size
     short, long = min(width, height), max(width, height)

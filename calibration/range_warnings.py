@@ -1,4 +1,4 @@
-"""What makes a calibration doubtful, though nothing is wrong with it."""
+"""Warnings about calibrations that are valid but may be poor."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from collections.abc import Mapping, Sequence
 from export_zoo.calibration.ranges import Ranges
 
 FEW = 100
-"""Images below which min/max still moves a lot from one set to another."""
+"""Number of images below which min/max still varies a lot from one set to another."""
 
 MANY_ALIKE = 0.05
-"""Share of images that look like another one from which the others are outweighed."""
+"""Share of images that look like another one, above which they outweigh the others."""
 
 ALONE = 2.0
-"""A range so many times as wide as without one image costs all others a bit."""
+"""Ratio of a tensor's range to its range without one image, above which that image costs all others a bit."""
 
 
-def doubts(
+def warnings_of(
     ranges: Ranges, names: Mapping[str, str], alike: Sequence[Sequence[str]] = (), *, whole: bool = True
 ) -> list[str]:
-    """Warnings for people: too few images, many that look alike, those that alone widen ranges of quantized tensors.
+    """Warnings for people: too few images, many that look alike, single images that widen ranges of quantized tensors.
 
     Args:
-        names: of the images, by SHA-256.
-        alike: names of images that look like another one, and of that one.
-        whole: not a shard, whose images need not be enough.
+        names: image names by SHA-256.
+        alike: pairs of names: an image that looks like another one, and that other image.
+        whole: whether this is a whole calibration; a shard may have few images.
     """
     found = []
     count = len(ranges.image_sha256)
@@ -33,8 +33,8 @@ def doubts(
         found.append(f"calibrated on {count} image{'s' if count > 1 else ''} only: 300 to 1,000 are usual")
     if len(alike) > MANY_ALIKE * count:
         found.append(
-            f"{len(alike)} of {count} images look like another one, {alike[0][0]} like {alike[0][1]} for example: "
-            "they calibrate as fewer would. Frames of a video, or copies?"
+            f"{len(alike)} of {count} images look like another image, for example {alike[0][0]} like {alike[0][1]}: "
+            "they add little to the calibration. Check for video frames and copies"
         )
     widened: dict[str, list[tuple[float, str]]] = defaultdict(list)
     for name, tensor in ranges.tensors.items():
@@ -45,6 +45,6 @@ def doubts(
         factor, module = max(tensors)
         found.append(
             f"{names.get(sha256, sha256[:16])} alone widens the range of {len(tensors)} tensor(s), {factor:.1f} times "
-            f"at {module}: is it like the others? A --method other than minmax is less moved by it"
+            f"at {module}: check that it resembles the others. A --method other than minmax is less affected by it"
         )
     return found

@@ -1,4 +1,7 @@
-"""The ranges file: what calibration found, with its provenance. Any method can choose from it, and shards merge."""
+"""The ranges file: activation ranges and histograms with their provenance.
+
+Any method can choose ranges from it, and shards can be merged.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ class TensorRange(BaseModel):
     widest: str = Field(
         "", description="SHA-256 of the image with the largest magnitude; empty if not known."
     )
-    others: float = Field(0.0, description="Largest magnitude on all images but that one.")
+    others: float = Field(0.0, description="Largest magnitude on all other images.")
     histogram: str = Field("", description="See `calibration.histogram`; empty where none was collected.")
 
     @model_validator(mode="after")
@@ -37,7 +40,7 @@ class TensorRange(BaseModel):
         return self
 
     def merged(self, other: TensorRange) -> TensorRange:
-        """Of both sets of images."""
+        """The range over both sets of images."""
         first, second = sorted((self, other), key=lambda t: (max(-t.min, t.max), t.widest), reverse=True)
         histogram = ""
         if self.histogram and other.histogram:
@@ -67,7 +70,7 @@ class Ranges(BaseModel):
     tensors: dict[str, TensorRange]
 
     def write(self, path: Path) -> None:
-        """Write as JSON with one tensor a line; floats are exact (shortest round-trip)."""
+        """Write as JSON with one tensor per line; floats are exact (shortest round-trip)."""
         document = self.model_dump()
         tensors = document.pop("tensors")
         head = json.dumps(document, indent=1, sort_keys=True)
@@ -75,14 +78,15 @@ class Ranges(BaseModel):
         path.write_text(head[:-2] + ',\n "tensors": {\n' + lines + "\n }\n}\n", encoding="utf-8")
 
     def digest(self) -> str:
-        """Hex SHA-256 of all that it holds."""
+        """Hex SHA-256 of all fields."""
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
 
     def merged(self, other: Ranges) -> Ranges:
-        """Of both sets of images: the same bits as one calibration on all of them.
+        """Ranges over both sets of images: the same bits as one calibration on all of them.
 
         Raises:
-            BadInputError: they are of other graphs, preprocessing or libraries, or share images.
+            BadInputError: the graph, preprocessing, instruction set, library versions or tensors differ, or some
+                images are in both sets.
         """
         for what in ("graph_sha256", "preprocess", "instruction_set", "versions"):
             have, want = getattr(self, what), getattr(other, what)
@@ -90,11 +94,12 @@ class Ranges(BaseModel):
             if not same:
                 raise BadInputError(
                     f"ranges cannot be merged: {what} differs",
-                    hint="calibrate all shards with one graph and machine",
+                    hint="calibrate all shards with the same graph, preprocessing, machine and library versions",
                 )
         if self.tensors.keys() != other.tensors.keys():
             raise BadInputError(
-                "ranges cannot be merged: they have other tensors", hint="calibrate them alike"
+                "ranges cannot be merged: the tensor sets differ",
+                hint="calibrate all shards with the same options",
             )
         if shared := set(self.image_sha256) & set(other.image_sha256):
             raise BadInputError(
@@ -111,16 +116,18 @@ class Ranges(BaseModel):
 
     @classmethod
     def read(cls, path: Path) -> Ranges:
-        """Raises BadInputError when the file is not a ranges file."""
+        """Read a ranges file; raises BadInputError if the file is not one."""
         again = "run `export-zoo calibrate` again"
         try:
             found = cls.model_validate_json(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise BadInputError(f"{path}: cannot be read: {error.strerror}", hint=again) from error
         except UnicodeDecodeError as error:
-            raise BadInputError(f"{path}: not a ranges file: not text", hint=again) from error
+            raise BadInputError(f"{path}: not a ranges file: it is not UTF-8 text", hint=again) from error
         except ValidationError as error:
             raise BadInputError(f"{path}: not a ranges file: {first_of(error)}", hint=again) from error
         if not found.image_sha256 or len(set(found.image_sha256)) < len(found.image_sha256):
-            raise BadInputError(f"{path}: no images, or one of them twice: edited by hand?", hint=again)
+            raise BadInputError(
+                f"{path}: lists no images, or one of them twice; it may have been edited by hand", hint=again
+            )
         return found

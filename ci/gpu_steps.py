@@ -417,7 +417,7 @@ def _engine_contests(bundle: Path) -> Iterator[tuple[str, Contest | str]]:
                 try:
                     opened = TensorRTEngine(path, target=engine.target, cuda_graphs=graphs)
                 except Exception as error:  # of whatever library: it is told, and the others go on
-                    yield name, _told(error)
+                    yield name, _message(error)
                     continue
 
                 def on_gpu(count: int, opened: TensorRTEngine = opened) -> Contestant:
@@ -491,7 +491,7 @@ def _session_contests(bundle: Path, provider: str) -> Iterator[tuple[str, Contes
         try:
             session = _session(graph, provider)
         except Exception as error:  # as above
-            yield f"ONNX Runtime {provider}, {name}", _told(error)
+            yield f"ONNX Runtime {provider}, {name}", _message(error)
             continue
 
         def at(count: int, session: Any = session) -> Contestant:
@@ -513,10 +513,10 @@ def _contests(visit: Visit, name: str, bundle: Path) -> Iterator[tuple[str, Cont
         try:
             yield from source
         except Exception as error:  # as above
-            yield what, _told(error)
+            yield what, _message(error)
 
 
-def _told(error: Exception) -> str:
+def _message(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"[:500]
 
 
@@ -568,7 +568,7 @@ def _speed(visit: Visit, name: str) -> None:
                     step,
                     batch=count,
                     contestant=contest,
-                    error=_told(error),
+                    error=_message(error),
                 )
         lone: dict[str, list[float]] = {contest: [] for contest in ready}
         flown: dict[str, list[float]] = {contest: [] for contest in ready}
@@ -614,7 +614,7 @@ def _providers(visit: Visit) -> None:
                     metrics = compare(held.logits[:32], logits)
                     say(visit.out, "providers", **told, sqnr=round(metrics.sqnr, 2), top1=metrics.top1)
                 except Exception as error:  # as above
-                    say(visit.out, "providers", **told, error=_told(error))
+                    say(visit.out, "providers", **told, error=_message(error))
 
 
 # -- TensorRT-RTX itself ---------------------------------------------------------------------------------------

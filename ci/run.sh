@@ -35,7 +35,7 @@ step "a visit to a GPU, rehearsed"
 rm -rf demo/gpu-visit
 
 step "wheel"
-bash ci/wheel.sh
+bash ci/wheel.sh demo/resnet18-digits.bundle
 
 step "C++ library and ctest"
 bash ci/cpp.sh

@@ -1,1 +1,1 @@
-"""From a graph and ranges to engines: build, run, compare, bundle. Never imports torch."""
+"""Builds engines from a graph and activation ranges; runs, compares and bundles them. Never imports torch."""

@@ -1,4 +1,4 @@
-"""Calibrate alone: from a zoo model and images to a ranges file, whole or in shards that merge."""
+"""Calibration without an export: a zoo model and images give a ranges file, whole or in shards to merge."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from export_zoo.base.errors import EnvironmentFailureError, UsageError
 from export_zoo.base.files import replacing
 from export_zoo.calibration.images import check_folder
-from export_zoo.calibration.range_warnings import doubts
+from export_zoo.calibration.range_warnings import warnings_of
 from export_zoo.calibration.ranges import Ranges
 from export_zoo.engines.precision.int8.precision import INT8
 from export_zoo.exporter.options import ExportOptions
@@ -35,7 +35,7 @@ def _write(ranges: Ranges, out: Path) -> None:
 def _check_out(out: Path) -> None:
     if out.is_dir() or not out.absolute().parent.is_dir():
         raise UsageError(
-            f"--out {out}: not a file in a directory that is there", hint="for example ranges.json"
+            f"--out {out}: must be a file in an existing directory", hint="for example --out ranges.json"
         )
 
 
@@ -45,11 +45,11 @@ def calibrate(
     """Calibrate a zoo model on the images that `export` would calibrate it on, and write the ranges file.
 
     Args:
-        options: which network on which images; what is built of it does not matter.
-        shard: (i, n): only the i-th of n parts of these images.
+        options: the network and its images; options for building engines have no effect.
+        shard: (i, n): calibrate on only the i-th of n parts of these images.
 
     Raises:
-        ExportZooError: as `export`.
+        ExportZooError: see `export`.
     """
     if options.calib is None:
         raise UsageError("calibrate needs --calib DIR", hint="pass a folder of 300 to 1,000 images")
@@ -62,7 +62,7 @@ def calibrate(
         chosen = choose_images(context, spec)
         if shard[1] > len(chosen.splits["calibrate"]):
             raise UsageError(
-                f"--shard {shard[0]}/{shard[1]}: there are {len(chosen.splits['calibrate'])} images only",
+                f"--shard {shard[0]}/{shard[1]}: there are only {len(chosen.splits['calibrate'])} images",
                 hint="use fewer shards",
             )
         exported = network.export_graph(context, spec, network.EagerModel(spec))
@@ -73,15 +73,15 @@ def calibrate(
 
 
 def merge(files: Sequence[Path], out: Path, *, reporter: Reporter | None = None) -> Ranges:
-    """Merge the ranges files of shards: the same bits as one calibration on all their images.
+    """Merge the ranges files of shards. The result is bit-identical to one calibration on all their images.
 
     Raises:
-        UsageError: `out` is no file in a directory that is there.
-        BadInputError: one is no ranges file, or they do not belong together.
+        UsageError: `out` is not a file in an existing directory.
+        BadInputError: one of them is not a ranges file, or they do not belong together.
     """
     _check_out(out)
     ranges = reduce(Ranges.merged, (Ranges.read(path) for path in files))
     _write(ranges, out)
-    for text in doubts(ranges, {}):
+    for text in warnings_of(ranges, {}):
         (reporter or Reporter()).warn(text)
     return ranges

@@ -1,4 +1,4 @@
-"""Options of an export: one typed model for the command line and the Python API. Imports nothing heavy."""
+"""Options of an export, typed, for the command line and the Python API. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from export_zoo.engines.targets.options import BuildOptions
 from export_zoo.engines.targets.registry import TARGETS
 
 STEPS = ("equalize", "round", "bias", "float")
-"""What may be tried to make INT8 better, in this order."""
+"""Steps that may improve INT8, tried in this order."""
 
 METHODS = ("auto", "minmax", "percentile", "entropy", "mse")
-"""Those of `calibration.methods`, which loads NumPy."""
+"""`auto`, and the names in `calibration.methods`, which is not imported because it loads NumPy."""
 MAX_SEED = 2**31 - 1
 MAX_SIDE = 8192
 REQUIREMENTS = ("graph", "verified")
@@ -47,7 +47,7 @@ _NOT_NEGATIVE = ("max_abs", "max_rel", "misplaced")
 
 @dataclass(frozen=True)
 class BatchRange:
-    """Batch sizes an engine must accept: `min` <= `opt` <= `max`, `opt` being the one tuned for."""
+    """Batch sizes an engine must accept: `min` <= `opt` <= `max`. The engine is tuned for `opt`."""
 
     min: int = 1
     opt: int = 8
@@ -62,12 +62,12 @@ class BatchRange:
         if self.max > MAX_BATCH:
             raise UsageError(
                 f"--batch {self.min}:{self.opt}:{self.max}: MAX must be at most {MAX_BATCH}",
-                hint="MAX is run and compared, too: give what you will use",
+                hint="give the largest MAX that you will use: it is run and compared, too",
             )
 
     @classmethod
     def parse(cls, text: str) -> BatchRange:
-        """`MIN:OPT:MAX`, or one number for a fixed batch."""
+        """Parse `MIN:OPT:MAX`, or one number for a fixed batch size."""
         match = re.fullmatch(r"(\d+)(?::(\d+):(\d+))?", text)
         if match is None:
             raise UsageError(f"--batch {text!r}: not MIN:OPT:MAX", hint="for example --batch 1:8:32")
@@ -91,11 +91,11 @@ class SizeRange:
                     hint="for example --dynamic-size 128:224:320",
                 )
         if self.min == self.max:
-            raise UsageError(f"--dynamic-size {self}: is one size", hint="use --input-size")
+            raise UsageError(f"--dynamic-size {self}: MIN and MAX are the same size", hint="use --input-size")
         if max(self.max) > MAX_SIDE:
             raise UsageError(
                 f"--dynamic-size {self}: MAX must be at most {MAX_SIDE}",
-                hint="MAX is run and compared, too: give what you will use",
+                hint="give the largest MAX that you will use: it is run and compared, too",
             )
 
     def __str__(self) -> str:
@@ -103,7 +103,7 @@ class SizeRange:
 
     @classmethod
     def parse(cls, text: str) -> SizeRange:
-        """`MIN:OPT:MAX`, each `N` or `HxW`."""
+        """Parse `MIN:OPT:MAX`, each `N` or `HxW`."""
         parts = text.split(":")
         if len(parts) != 3:
             raise UsageError(
@@ -116,7 +116,7 @@ class SizeRange:
 
 @dataclass(frozen=True)
 class Tolerance:
-    """A limit from the command line; `selector` is a target, a precision, an engine's name, or all engines."""
+    """A limit from the command line. `selector` is a target, a precision or an engine's name; None: all engines."""
 
     metric: str
     value: float
@@ -124,7 +124,7 @@ class Tolerance:
 
     @classmethod
     def parse(cls, text: str) -> Tolerance:
-        """`[TARGET:]METRIC=VALUE`."""
+        """Parse `[TARGET:]METRIC=VALUE`."""
         match = re.fullmatch(r"(?:([\w-]+):)?(\w+)=([^=]+)", text)
         if match is None:
             raise UsageError(
@@ -146,12 +146,12 @@ class Tolerance:
                 f"--tolerance {text!r}: {number!r} is not a finite number", hint="for example sqnr=20"
             )
         if (metric in _SHARES and value > 1) or (metric in _NOT_NEGATIVE and value < 0):
-            raise UsageError(f"--tolerance {text!r}: nothing can satisfy that", hint="see docs/parity.md")
+            raise UsageError(f"--tolerance {text!r}: no engine can satisfy this", hint="see docs/parity.md")
         known = {*TARGETS, *PRECISIONS, *(f"{t}-{p}" for t in TARGETS for p in PRECISIONS)}
         if selector is not None and selector not in known:
             raise UsageError(
                 f"--tolerance {text!r}: no target, precision or engine {selector!r}",
-                hint=f"choose from {', '.join([*TARGETS, *PRECISIONS])}, or both joined: onnxruntime-int8",
+                hint=f"choose from {', '.join([*TARGETS, *PRECISIONS])}, or TARGET-PRECISION: onnxruntime-int8",
             )
         return cls(metric, value, selector)
 
@@ -167,7 +167,7 @@ class Tolerance:
 
 
 def parse_size(text: str, option: str = "--input-size") -> tuple[int, int]:
-    """`N` or `HxW` in pixels -> (height, width)."""
+    """Parse `N` or `HxW`, in pixels, into (height, width)."""
     match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
     if match is None or int(match[1]) < 1 or int(match[2] or 1) < 1:
         raise UsageError(
@@ -177,7 +177,7 @@ def parse_size(text: str, option: str = "--input-size") -> tuple[int, int]:
 
 
 def model_options(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the command line's options, those that say which network on which images, as `ExportOptions` takes them."""
+    """Convert the command line's options for the network and its images to arguments of `ExportOptions`."""
     same = (
         "calib calib_images verify verify_images weights transforms preprocess num_classes transform_input "
         "resize_size seed"
@@ -199,7 +199,7 @@ def model_options(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def parse_model_args(texts: Sequence[str]) -> tuple[tuple[str, str], ...]:
-    """`KEY=VALUE` each; the last of several of one key counts."""
+    """Parse `KEY=VALUE` texts. If a key is repeated, its last value counts."""
     found = {}
     for text in texts:
         key, equals, value = text.partition("=")
@@ -212,7 +212,7 @@ def parse_model_args(texts: Sequence[str]) -> tuple[tuple[str, str], ...]:
 
 
 def parse_renames(texts: Sequence[str]) -> tuple[tuple[str, str], ...]:
-    """`OLD=NEW` each; NEW may be empty."""
+    """Parse `OLD=NEW` texts. NEW may be empty."""
     found = []
     for text in texts:
         old, equals, new = text.partition("=")
@@ -225,7 +225,7 @@ def parse_renames(texts: Sequence[str]) -> tuple[tuple[str, str], ...]:
 
 
 def parse_steps(text: str) -> tuple[str, ...]:
-    """`equalize`, several with commas between, or `none`."""
+    """Parse step names separated by commas, or `none`."""
     return () if text == "none" else tuple(dict.fromkeys(part.strip() for part in text.split(",")))
 
 
@@ -284,19 +284,19 @@ class ExportOptions:
                 )
         if ":" in self.model and self.preprocess is None:
             raise UsageError(
-                f"{self.model}: needs --preprocess FILE: nobody else knows what it was trained with",
+                f"{self.model}: user models need --preprocess FILE: their preprocessing cannot be inferred",
                 hint='for example {"resize_size": 256, "crop_height": 224, "crop_width": 224, "interpolation": '
                 '"bilinear", "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}',
             )
         if self.preprocess is not None and self.transforms is not None:
-            raise UsageError("--preprocess and --transforms: both say the same", hint="leave one out")
+            raise UsageError("--preprocess and --transforms exclude each other", hint="leave one out")
         if self.weights == "none" and self.init_missing:
-            raise UsageError("--init-missing: --weights none has nothing to miss", hint="leave one out")
+            raise UsageError("--init-missing cannot be used with --weights none", hint="leave one out")
         if self.weights == "none" and (
             self.weights_key or self.renames or self.skip_weights or self.allow_pickle
         ):
             raise UsageError(
-                "--weights none: no file to apply --weights-key, --rename, --skip-weights or --allow-pickle to",
+                "--weights-key, --rename, --skip-weights and --allow-pickle cannot be used with --weights none",
                 hint="leave them out",
             )
         if self.dynamic_size is not None and self.input_size is not None:
@@ -346,34 +346,34 @@ class ExportOptions:
         if self.calib_images < 16:
             raise UsageError(
                 f"--calib-images {self.calib_images}: at least 16 are needed for a range",
-                hint="300 to 1,000 are usual",
+                hint="use 300 to 1,000 images",
             )
 
     @property
     def out_dir(self) -> Path:
-        """Where the bundle goes: `out`, or `<model>.bundle` in the current directory."""
+        """Directory of the bundle: `out`, or `<model>.bundle` in the current directory."""
         return self.out if self.out is not None else Path(f"{self.short_name}.bundle")
 
     @property
     def short_name(self) -> str:
-        """The model's, without what a file cannot be called: `vit` of `nets/vit.py:vit`."""
+        """The model's name without the parts that a file name cannot hold: `vit` for `nets/vit.py:vit`."""
         return self.model.removeprefix("timm/").rpartition(":")[2]
 
     @property
     def crop_size(self) -> tuple[int, int] | None:
-        """Input size that images are cropped to: OPT where it is dynamic; None for the weights' own."""
+        """Input size that images are cropped to: OPT if the size is dynamic, None for the weights' own size."""
         return self.dynamic_size.opt if self.dynamic_size is not None else self.input_size
 
     @property
     def uses_ranges(self) -> bool:
-        """A precision asked for depends on activation ranges."""
+        """Whether a requested precision depends on activation ranges."""
         return any(PRECISIONS[name].uses_ranges for name in self.precisions)
 
     @property
     def quantizes(self) -> tuple[str, ...]:
-        """Precisions asked for that have Q/DQ pairs: they need images, histograms and tuning."""
+        """Requested precisions that have Q/DQ pairs: they need images, histograms and tuning."""
         return tuple(name for name in self.precisions if PRECISIONS[name].quantized)
 
     def unique_precisions(self) -> tuple[str, ...]:
-        """Those asked for, each once, the most exact first."""
+        """Requested precisions, each once, the most exact first."""
         return tuple(p for p in PRECISIONS if p in self.precisions)

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from export_zoo.exporter.models.spec import ModelSpec
 
 MAX_HELD_OUT = 512
-"""A bundle carries at most so many held-out inputs (77 MB at 224x224)."""
+"""Maximum number of held-out inputs in a bundle (77 MB at 224x224)."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class ExportResult:
 
 
 class KeptError(ExportZooError):
-    """The run ended badly, but with engines; `result` is the bundle kept under `OUT.failed/`."""
+    """The run failed after engines were built; `result` is the bundle kept under `OUT.failed/`."""
 
     def __init__(self, message: str, *, hint: str, result: ExportResult) -> None:
         super().__init__(message, hint=hint)
@@ -61,16 +61,16 @@ class KeptError(ExportZooError):
 
 
 class GateFailedError(KeptError, ParityError):
-    """Engines outside their tolerance."""
+    """Engines are outside their tolerance."""
 
 
 class RequirementMissedError(KeptError, StateNotReachedError):
-    """Engines that did not reach the state that `--require` asks for."""
+    """Engines did not reach the state that `--require` asks for."""
 
 
 @dataclass
 class _Contents:
-    """Files of the bundle to be: where the bytes of each bundle path lie now."""
+    """Files of the future bundle: maps each bundle path to the file that now holds its bytes."""
 
     sources: dict[str, Path] = field(default_factory=dict)
 
@@ -203,7 +203,7 @@ def _held_out_size(
 def _held_out(
     reference: StageResult, spec: ModelSpec, held: HeldOut, chosen: ChosenImages, contents: _Contents
 ) -> manifest.HeldOut:
-    """The reference's files, cut to the first MAX_HELD_OUT images where there are more."""
+    """The reference's files, cut to the first MAX_HELD_OUT images if there are more."""
     files = {}
     for name in ("inputs", *network.reference_files(spec)):
         path = reference.directory / f"{name}.npy"
@@ -229,7 +229,7 @@ def _refuse_overlap(ranges: Ranges, reference: StageResult) -> None:
     shared = set(ranges.image_sha256) & set(reference.data["sha256"])
     if shared:
         raise ParityError(
-            f"{len(shared)} verify images were calibrated on: the comparison would prove nothing",
+            f"{len(shared)} verify images are also in the calibration set: the comparison would prove nothing",
             hint="this is a defect of the splits; please report it",
         )
 
@@ -241,7 +241,7 @@ def _run(context: Context) -> ExportResult:
     registry.check_options(options.build, chosen_targets)
     registry.check_precisions(options.precisions, chosen_targets)
     if options.ranges is not None:
-        Ranges.read(options.ranges)  # refused before any work
+        Ranges.read(options.ranges)  # a wrong file is refused before any work
     for option, folder in (("--calib", options.calib), ("--verify", options.verify)):
         if folder is not None:
             check_folder(folder, option)  # before weights are downloaded
@@ -255,7 +255,7 @@ def _run(context: Context) -> ExportResult:
     simplified = network.simplify_graph(context, spec, exported)
     graph = simplified.directory / "graph.onnx"
     reference, held = network.run_reference(context, spec, model, chosen)
-    del model  # gigabytes that the sessions of the next stages need
+    del model  # frees gigabytes that the sessions of the next stages need
     calibrated: tuple[Path, Ranges] | None = None
     if options.uses_ranges:
         obtain = ranges_stage.calibrate if options.ranges is None else ranges_stage.read_ranges
@@ -306,14 +306,14 @@ def _run(context: Context) -> ExportResult:
     if failed:
         raise GateFailedError(
             f"parity gate failed: {'; '.join(failed)}",
-            hint=f"everything is kept in {place}; look at it with `export-zoo inspect {place}`, then try more "
-            "--calib images, another --precision, or a --tolerance you can live with",
+            hint=f"everything is kept in {place}; see `export-zoo inspect {place}`, then try more --calib images, "
+            "another --precision or a --tolerance that you can accept",
             result=ExportResult(place, result),
         )
     if short:
         raise RequirementMissedError(
-            f"--require {options.require}: {', '.join(short)} did not get there",
-            hint=f"everything is kept in {place}; run it where the engines can run",
+            f"--require {options.require}: {', '.join(short)} did not reach the required state",
+            hint=f"everything is kept in {place}; export on a machine that can run the engines",
             result=ExportResult(place, result),
         )
     return ExportResult(out, result)
@@ -324,7 +324,7 @@ def export(options: ExportOptions, *, reporter: Reporter | None = None) -> Expor
 
     Args:
         options: what to do; see `ExportOptions`.
-        reporter: told about stages, progress and warnings; silent by default.
+        reporter: receives stages, progress and warnings; silent by default.
 
     Raises:
         ExportZooError: see `base.errors` for its kinds and exit codes.

@@ -1,7 +1,7 @@
-"""Put a bundle in place: a kill at any moment leaves the old one or the new one.
+"""Publish a bundle. A process that is killed at any moment leaves either the old bundle or the new one.
 
-Files are named by their hash and written first, manifest.json is replaced last, files that no manifest refers
-to are removed after that. A first bundle is made beside its place and renamed as a whole.
+Files are named by their hash and written first. manifest.json is replaced last. Files that no manifest refers to are
+removed after that. A first bundle is written to a directory beside its final place, then renamed as a whole.
 """
 
 from __future__ import annotations
@@ -34,16 +34,17 @@ def describe(path: Path, stem: str) -> File:
 
 
 def failed_place(out: Path) -> Path:
-    """`OUT.failed`, where everything is kept when a gate does not hold."""
+    """Path `OUT.failed`, where everything is kept if an engine fails its gate or misses the required state."""
     out = Path(os.path.abspath(out))  # noqa: PTH100 (links are kept)
     return out.with_name(f"{out.name}.failed")
 
 
 def check_destination(out: Path) -> None:
-    """Refuse to write where something else lies; called before any work.
+    """Refuse a destination that holds something other than a bundle. Called before any work.
 
     Raises:
-        UsageError: `out`, its `.failed` neighbour, or a directory above is a file, or holds something else.
+        UsageError: `out` is the root directory. `out`, its `.failed` neighbour or a directory above is a file. `out` or
+            its neighbour holds something other than a bundle.
     """
     absolute = Path(os.path.abspath(out))  # noqa: PTH100 (links are kept)
     if not absolute.name:
@@ -62,13 +63,13 @@ def check_destination(out: Path) -> None:
 
 
 def check_same_network(out: Path, source: Mapping[str, Any]) -> None:
-    """Refuse to put a bundle in the place of another network's, where the place was not chosen but by default.
+    """Refuse to replace a bundle of another network. Called only if --out was not given.
 
     Args:
-        source: what must be equal in the manifest's `recipe.source`.
+        source: entries that must be equal in the `recipe.source` of the bundle's manifest.
 
     Raises:
-        UsageError: it is another's.
+        UsageError: `out` holds the bundle of another network.
     """
     found = (_manifest(out) or {}).get("recipe", {}).get("source", {})
     for key, value in source.items():
@@ -84,7 +85,7 @@ def _is_bundle(directory: Path) -> bool:
 
 
 def _manifest(directory: Path) -> dict[str, Any] | None:
-    """A manifest of ours, of whatever version; `manifest.json` is a common name."""
+    """The manifest if export-zoo wrote it, of any version, else None: `manifest.json` is a common file name."""
     try:
         document = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -95,10 +96,10 @@ def _manifest(directory: Path) -> dict[str, Any] | None:
 
 @contextlib.contextmanager
 def _locked(directory: Path) -> Iterator[None]:
-    """One publisher at a time in a directory; the lock goes with the process."""
+    """Allow one publisher at a time in a directory. The lock ends with the process."""
     try:
         import fcntl
-    except ImportError:  # not on Windows: last one wins
+    except ImportError:  # Windows has no fcntl: the last publisher wins
         yield
         return
     descriptor = os.open(directory, os.O_RDONLY)
@@ -122,7 +123,7 @@ def _copy(source: Path, target: Path) -> None:
         with replacing(target) as temporary:
             shutil.copyfile(source, temporary)
             _sync(temporary)
-    except OSError as error:  # Python names the source, the disk that is full is the target's
+    except OSError as error:  # Python names the source, but the full disk is the target's
         raise OSError(error.errno, error.strerror or str(error), str(target)) from error
 
 
@@ -145,7 +146,7 @@ _ATTESTATION = re.compile(r"\d{8}T\d{12}Z\.json")
 
 
 def _is_ours(path: Path) -> bool:
-    """Left by a killed run, or named by the hash that its content has."""
+    """Whether a file was left by a killed run, or is named by the hash of its content."""
     if _TEMPORARY.fullmatch(path.name):
         return True
     match = _NAMED_BY_HASH.fullmatch(path.name)
@@ -153,14 +154,14 @@ def _is_ours(path: Path) -> bool:
 
 
 def _collect_garbage(directory: Path, manifest: Manifest) -> None:
-    """Remove what only an earlier manifest, or a killed run, needed; never a file that is not ours.
+    """Remove files that only an earlier manifest or a killed run needed. Never remove a file that is not ours.
 
-    The new bundle is in place: what cannot be removed is left, and no reason to fail.
+    The new bundle is already in place, so a file that cannot be removed is left and is not an error.
     """
     kept = {Path(file.path).name for file in manifest.files()}
     garbage = [p for p in (directory / FILES).iterdir() if p.name not in kept and _is_ours(p)]
     garbage += [p for p in directory.glob(f".{MANIFEST}.*") if _TEMPORARY.fullmatch(p.name)]
-    # Attestations are of the old manifest.
+    # The attestations belong to the old manifest.
     garbage += [p for p in (directory / ATTESTATIONS).glob("*.json") if _ATTESTATION.fullmatch(p.name)]
     for path in garbage:
         with contextlib.suppress(OSError):
@@ -173,7 +174,7 @@ def publish(out: Path, manifest: Manifest, sources: dict[str, Path]) -> None:
     """Write or replace the bundle at `out`.
 
     Args:
-        sources: where the bytes of each of the manifest's files lie now, by bundle path.
+        sources: current path of each of the manifest's files, by bundle path.
 
     Raises:
         OSError: the disk is full or not writable; the old bundle stays as it was.

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 from filelock import FileLock
+from support.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "benchmarks")]
 
 WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")

@@ -25,12 +25,12 @@ import export_zoo
 from export_zoo.base.errors import BadInputError, ParityError, TargetUnavailableError, UsageError
 from export_zoo.base.graph_io import sha256_of
 from export_zoo.calibration.preprocess import normalize
-from export_zoo.engines.bundle import manifest as manifest_room
+from export_zoo.engines.bundle import manifest as manifest_module
 from export_zoo.engines.bundle.manifest import Attestation, File, Manifest
 from export_zoo.engines.bundle.reader import checked, held_out, read_manifest
 from export_zoo.engines.parity.metrics import compare
 from export_zoo.engines.verification.verify import verify
-from export_zoo.exporter import publish as publish_room
+from export_zoo.exporter import publish as publish_module
 from export_zoo.exporter.publish import check_destination, describe, failed_place, publish
 
 ROOT = Path(__file__).parent.parent
@@ -740,8 +740,8 @@ SCHEMA = ROOT / "docs" / "manifest.schema.json"
 
 def test_schema_in_the_docs_is_that_of_the_models(capsys):
     """If this fails: python -m export_zoo.engines.bundle.manifest > docs/manifest.schema.json"""
-    assert json.loads(SCHEMA.read_text()) == manifest_room.json_schema()
-    manifest_room.main()
+    assert json.loads(SCHEMA.read_text()) == manifest_module.json_schema()
+    manifest_module.main()
     assert SCHEMA.read_text() == capsys.readouterr().out
 
 
@@ -999,7 +999,7 @@ def test_full_disk_while_writing_the_manifest_leaves_the_old_bundle(versions, tm
 def test_full_disk_at_the_first_time_leaves_nothing(versions, tmp_path, monkeypatch, after):
     out = tmp_path / "place" / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(publish_room.shutil, "copyfile", _failing(shutil.copyfile, after, _write_half))
+        patch.setattr(publish_module.shutil, "copyfile", _failing(shutil.copyfile, after, _write_half))
         with pytest.raises(OSError, match="No space left"):
             publish(out, *versions[0])
     assert list(out.parent.iterdir()) == []

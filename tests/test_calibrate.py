@@ -85,8 +85,8 @@ def test_without_calib_ranges_are_enough_to_build_and_verify_elsewhere(cli, digi
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (["--seed", "1"], "images are not among those of --calib"),
-        (["--calib-images", "100"], "images are not among those of --calib"),
+        (["--seed", "1"], "images are not in the calibration set (--calib"),
+        (["--calib-images", "100"], "images are not in the calibration set (--calib"),
         (["--input-size", "64"], "another graph"),
         (["--resize-size", "40"], "another preprocessing"),
     ],
@@ -106,7 +106,7 @@ def test_a_shard_alone_is_warned_of_and_one_of_too_few_images_refused(cli, argum
     export = [*arguments, "--precision", "int8", "--steps", "none", "--method", "minmax"]
     done = cli(*export, "--ranges", quarter, "--out", tmp_path / "out")
     assert done.code == 0, done.err
-    assert any("128 of the 512 images" in warning for warning in done.json["warnings"])
+    assert any("128 of the 512 calibration images" in warning for warning in done.json["warnings"])
     few = calibrated(cli, arguments, tmp_path / "few.json", "--shard", "1/50")
     refused = cli(*export, "--ranges", few, "--out", tmp_path / "few")
     assert refused.code == 5
@@ -200,7 +200,7 @@ def test_wrong_uses_are_usage_errors(cli, given, says):
 def test_more_shards_than_images_are_refused(cli, arguments, tmp_path):
     done = cli("calibrate", *arguments, "--shard", "600/600", "--out", tmp_path / "r.json")
     assert done.code == 2
-    assert "512 images only" in done.json["error"]["message"]
+    assert "only 512 images" in done.json["error"]["message"]
 
 
 def test_keeping_all_in_float_leaves_nothing_to_calibrate(cli, arguments, tmp_path):

@@ -930,7 +930,7 @@ def test_list_takes_capitals(cli):
 def test_a_resize_below_the_input_is_warned_of(cli, tmp_path):
     done = cli(*RANDOM, "--resize-size", "10", "--out", tmp_path / "out")
     assert done.code == 0, done.err
-    assert any("the resize to 10 is less than the input" in warning for warning in done.json["warnings"])
+    assert any("the resize to 10 is smaller than the input" in warning for warning in done.json["warnings"])
 
 
 def test_running_out_of_memory_is_no_defect(cli, tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper
-from test_equalize import PREPROCESS, network
+from support.networks import PREPROCESS, network
 
 from export_zoo.base import graph_io
 from export_zoo.calibration.histogram import Accumulator

@@ -17,12 +17,12 @@ from onnx import TensorProto, helper, numpy_helper
 
 from export_zoo.base import graph_io
 from export_zoo.base.errors import BadInputError
-from export_zoo.calibration import collect as room
+from export_zoo.calibration import collect as collect_module
 from export_zoo.calibration.collect import activation_tensors
 from export_zoo.calibration.histogram import Histogram
 from export_zoo.calibration.images import ImageFile, ImageStream, scan, shuffled
 from export_zoo.calibration.preprocess import Preprocess, decode, normalize, resize_and_crop
-from export_zoo.calibration.range_warnings import doubts
+from export_zoo.calibration.range_warnings import warnings_of
 from export_zoo.calibration.ranges import Ranges, TensorRange
 
 PREPROCESS = Preprocess(
@@ -105,7 +105,9 @@ def images(photos: Path) -> list[ImageFile]:
 
 def collect(graph: Path, images, batch_size: int = 8, **options) -> Ranges:
     root = images[0].path.parent
-    return room.collect(graph, ImageStream(images, PREPROCESS, batch_size, root), threads=1, **options)
+    return collect_module.collect(
+        graph, ImageStream(images, PREPROCESS, batch_size, root), threads=1, **options
+    )
 
 
 def session_of(model: onnx.ModelProto | Path) -> ort.InferenceSession:
@@ -163,7 +165,7 @@ def test_ranges_are_the_same_bits_in_any_order_of_images(network, images):
 
 def test_ranges_are_the_same_bits_with_more_threads(network, images):
     stream = ImageStream(images, PREPROCESS, 8, images[0].path.parent)
-    assert bits(room.collect(network, stream, threads=2)) == bits(collect(network, images))
+    assert bits(collect_module.collect(network, stream, threads=2)) == bits(collect(network, images))
 
 
 def test_another_image_can_only_widen_the_ranges(network, images):
@@ -187,7 +189,7 @@ def test_histograms_are_the_same_bits_for_any_batches_and_passes(network, images
 @pytest.mark.parametrize("threads", [1, 2, 3, 8])
 def test_histograms_are_the_same_bits_for_any_threads(network, images, threads):
     stream = ImageStream(images, PREPROCESS, 8, images[0].path.parent)
-    found = room.collect(network, stream, histograms=QUANTIZED, threads=threads)
+    found = collect_module.collect(network, stream, histograms=QUANTIZED, threads=threads)
     assert found == collect(network, images, 8, histograms=QUANTIZED)
 
 
@@ -238,9 +240,9 @@ def test_an_image_that_alone_widens_ranges_is_named(network, images, tmp_path):
         gray.save(path)
         dim.append(ImageFile(path, path.name, f"{index:064}", None))
     few = [f"calibrated on {count} images only: 300 to 1,000 are usual" for count in (6, 7)]
-    assert doubts(collect(network, dim, histograms=QUANTIZED), {}) == few[:1]
+    assert warnings_of(collect(network, dim, histograms=QUANTIZED), {}) == few[:1]
     ranges = collect(network, [*dim, images[7]], histograms=QUANTIZED)
-    first, second = doubts(ranges, {images[7].sha256: "the bright one.jpg"})
+    first, second = warnings_of(ranges, {images[7].sha256: "the bright one.jpg"})
     assert first == few[1]
     assert second.startswith("the bright one.jpg alone widens the range of ")
 
@@ -283,7 +285,7 @@ def test_a_graph_with_external_weights_gives_the_same_ranges(network, images, tm
 
 def test_no_usable_image_is_an_error(network, tmp_path):
     with pytest.raises(BadInputError, match="no image could be used") as caught:
-        room.collect(network, ImageStream([], PREPROCESS, 8, tmp_path))
+        collect_module.collect(network, ImageStream([], PREPROCESS, 8, tmp_path))
     assert str(tmp_path) in caught.value.message
 
 

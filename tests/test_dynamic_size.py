@@ -23,7 +23,7 @@ from export_zoo.base.graph_io import sha256_of
 from export_zoo.calibration.collect import collect
 from export_zoo.calibration.images import SyntheticStream, synthetic_images
 from export_zoo.calibration.preprocess import Preprocess, normalize
-from export_zoo.engines.bundle import reader as room
+from export_zoo.engines.bundle import reader
 from export_zoo.engines.bundle.manifest import Batch
 from export_zoo.engines.bundle.reader import HeldOut
 from export_zoo.engines.parity.metrics import odd_size, sizes_to_check
@@ -174,7 +174,7 @@ def test_sizes_are_parsed():
         ("96:64:160", "MIN <= OPT <= MAX"),
         ("64x96:64:160", "MIN <= OPT <= MAX"),
         ("64:96:160x80", "MIN <= OPT <= MAX"),
-        ("96:96:96", "is one size"),
+        ("96:96:96", "MIN and MAX are the same size"),
         ("64:96:9000", "at most 8192"),
     ],
 )
@@ -263,7 +263,9 @@ def test_a_size_that_the_network_does_not_run_at_is_named(tmp_path):
 def test_what_the_exporter_cannot_leave_open_is_one_line_with_the_module(tmp_path):
     with pytest.raises(UsageError) as error:
         to_onnx.export(_made(Decides), 16, 16, tmp_path / "model.onnx", sizes=SIZES)
-    assert error.value.message.startswith("--dynamic-size: the exporter cannot leave height and width open: ")
+    assert error.value.message.startswith(
+        "--dynamic-size: the exporter cannot make height and width dynamic: "
+    )
     assert "\n" not in error.value.message
     assert not (tmp_path / "model.onnx").exists()
 
@@ -430,7 +432,7 @@ def _changed(bundle: Path, tmp_path: Path, change) -> Path:
 
 
 def test_every_engine_is_compared_at_all_sizes(bundle):
-    manifest = room.read_manifest(bundle)
+    manifest = reader.read_manifest(bundle)
     recipe, held = manifest.recipe, manifest.artifacts.held_out
     assert recipe.input.shape == ["batch", 3, "height", "width"]
     assert recipe.input_size is not None
@@ -450,15 +452,15 @@ def test_every_engine_is_compared_at_all_sizes(bundle):
 def test_the_first_convolution_of_int8_stays_one_that_takes_odd_sizes(bundle, digits_bundle):
     operators = []
     for root in (bundle, digits_bundle):
-        engine = room.named(root, room.read_manifest(root), "onnxruntime-int8")
+        engine = reader.named(root, reader.read_manifest(root), "onnxruntime-int8")
         operators.append({node.op_type for node in onnx.load(root / engine.file.path).graph.node})
     assert "SpaceToDepth" not in operators[0]
     assert operators[1] - operators[0] == {"SpaceToDepth"}
 
 
 def test_held_out_images_of_other_sizes_are_the_first_ones_resized(bundle, digits):
-    manifest = room.read_manifest(bundle)
-    held = room.held_out(bundle, manifest)
+    manifest = reader.read_manifest(bundle)
+    held = reader.held_out(bundle, manifest)
     by_hash = {sha256_of(path): path for path in digits.images.rglob("*.png")}
     first = [by_hash[sha256] for sha256 in manifest.artifacts.held_out.image_sha256[:32]]
     engine = export_zoo.load(bundle, engine="onnxruntime-fp32")
@@ -537,7 +539,7 @@ def test_sizes_that_do_not_belong_together_are_a_damaged_manifest(bundle, tmp_pa
         document[last] = value
 
     with pytest.raises(BadInputError, match="damaged manifest"):
-        room.read_manifest(_changed(bundle, tmp_path, change))
+        reader.read_manifest(_changed(bundle, tmp_path, change))
 
 
 def test_manifests_from_before_are_valid(digits_bundle, tmp_path):
@@ -547,7 +549,7 @@ def test_manifests_from_before_are_valid(digits_bundle, tmp_path):
         for engine in document["artifacts"]["engines"]:
             del engine["gate"]["sizes"]
 
-    assert room.read_manifest(_changed(digits_bundle, tmp_path, older)).recipe.input_size is None
+    assert reader.read_manifest(_changed(digits_bundle, tmp_path, older)).recipe.input_size is None
 
 
 def test_ranges_are_calibrated_at_opt_for_the_same_graph(cli, digits, bundle, tmp_path):
@@ -556,6 +558,6 @@ def test_ranges_are_calibrated_at_opt_for_the_same_graph(cli, digits, bundle, tm
     done = cli("calibrate", "resnet18", *given, "--out", tmp_path / "ranges.json")
     assert done.code == 0, done.json["error"]
     ranges = json.loads((tmp_path / "ranges.json").read_text())
-    recipe = room.read_manifest(bundle).recipe
+    recipe = reader.read_manifest(bundle).recipe
     assert ranges["graph_sha256"] == recipe.graph.sha256
     assert ranges["preprocess"]["crop_height"] == 32

@@ -269,7 +269,7 @@ def test_cpus_are_listed_alone_and_nothing_is_verified_without_a_bundle(cli, tmp
     for beside in ([tmp_path], ["--cpu", "haswell"], ["--images", "4"]):
         done = cli("verify", "--cpu", "list", *beside)
         assert done.code == 2
-        assert done.json["error"]["message"].startswith("--cpu list: stands alone")
+        assert done.json["error"]["message"].startswith("--cpu list: cannot be combined")
     done = cli("verify")
     assert done.code == 2
     assert "BUNDLE" in done.json["error"]["message"]
@@ -381,7 +381,9 @@ def test_another_version_of_onnx_runtime_is_warned_of(int8_bundle, cli, qemu, mo
     done = cli("verify", int8_bundle, "--cpu", "haswell", "--images", "2")
     assert done.code == 0
     (warning,) = done.json["warnings"]
-    assert warning.startswith(f"--cpu haswell: ONNX Runtime {ort.__version__} ran there, 1.99.0 here")
+    assert warning.startswith(
+        f"--cpu haswell: the emulated CPU ran ONNX Runtime {ort.__version__}, this machine ran 1.99.0"
+    )
     assert done.json["emulated"][0]["warnings"] == [warning]
 
 

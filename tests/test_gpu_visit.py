@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from support.paths import ROOT
 
 SCRIPT, STEPS = ROOT / "ci" / "gpu_visit.py", ROOT / "ci" / "gpu_steps.py"
 MIB = 1 << 20

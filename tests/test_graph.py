@@ -201,8 +201,9 @@ def test_two_exports_are_the_same_bytes(exported, tmp_path):
 
 def test_export_in_another_process_and_folder_is_the_same_bytes(exported, tmp_path):
     script = (
-        "import sys; from pathlib import Path; from test_graph import Tiny, _made; from exporter import graph\n"
-        "graph.export(_made(Tiny), 8, 8, Path(sys.argv[1]))"
+        "import sys; from pathlib import Path; from test_graph import Tiny, _made\n"
+        "from export_zoo.exporter.graph import to_onnx\n"
+        "to_onnx.export(_made(Tiny), 8, 8, Path(sys.argv[1]))"
     )
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": "12345"}

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from export_zoo.calibration import histogram as room
+from export_zoo.calibration import histogram
 from export_zoo.calibration.histogram import Accumulator, Histogram, extremes
 from export_zoo.calibration.methods import METHODS
 from export_zoo.exporter import options
@@ -52,11 +52,11 @@ def test_extremes_of_a_row_that_is_not_finite_are_nan(value, rest):
 @given(ROWS)
 def test_every_value_is_counted_in_the_bin_of_its_leading_bits(rows):
     found = histogram_of(rows)
-    keys = rows.reshape(-1).view(np.uint32) >> room.SHIFT
-    expected = np.bincount(np.where(rows.reshape(-1) == 0, 0, keys), minlength=room.BINS)
+    keys = rows.reshape(-1).view(np.uint32) >> histogram.SHIFT
+    expected = np.bincount(np.where(rows.reshape(-1) == 0, 0, keys), minlength=histogram.BINS)
     # What is below float32's normal numbers may share bin 0 with zero, of either sign.
-    expected[0] += expected[room.BINS >> 1]
-    expected[room.BINS >> 1] = 0
+    expected[0] += expected[histogram.BINS >> 1]
+    expected[histogram.BINS >> 1] = 0
     assert np.array_equal(found.keys, np.flatnonzero(expected))
     assert np.array_equal(found.counts, expected[expected > 0])
 
@@ -98,8 +98,8 @@ def test_a_large_image_is_sampled_in_every_row_and_column():
     size = 3 * 224 * 224
     marks = np.arange(size, dtype=np.float32).reshape(1, -1)  # every value tells its place
     values, counts = histogram_of(marks, sampled=True).values()
-    assert room.SAMPLES / 2 < counts.sum() <= room.SAMPLES
-    stride = room._stride(size)
+    assert histogram.SAMPLES / 2 < counts.sum() <= histogram.SAMPLES
+    stride = histogram._stride(size)
     places = np.arange(0, size, stride)
     assert counts.sum() == len(places)
     assert len(np.unique(places % 224)) == len(np.unique(places // 224 % 224)) == 224

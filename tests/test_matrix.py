@@ -114,7 +114,7 @@ jobs:
     assert len(gpu) == 4
     assert all("--require=verified" in cell.arguments for cell in gpu)
     assert len(planned(tmp_path, text, "*pu")) == 6
-    with pytest.raises(UsageError, match=r"--job tpu: .*m\.yaml has none") as error:
+    with pytest.raises(UsageError, match=r"--job tpu: .*m\.yaml has no such job") as error:
         planned(tmp_path, text, "tpu")
     assert "cpu, gpu" in error.value.hint
 
@@ -155,7 +155,7 @@ def test_cpus_are_off_by_default_and_follow_the_cell_that_exports(tmp_path):
     ("text", "message"),
     [
         ("models: [", "not YAML"),
-        ("", "the whole"),
+        ("", "the whole file"),
         ("models: [resnet18]", "precisions: Field required"),
         (MINIMAL + "timeout: 0", "timeout"),
         (MINIMAL + "memory: much", "memory"),
@@ -169,10 +169,13 @@ def test_cpus_are_off_by_default_and_follow_the_cell_that_exports(tmp_path):
         (MINIMAL + "exclude: [{reason: x, modles: y}]", "modles"),
         (MINIMAL + "options: {wieghts: none}", "No such option"),
         (MINIMAL + "options: {batch: many}", "--batch 'many'"),
-        (MINIMAL + "options: {out: elsewhere}", "--out=elsewhere: the matrix says that itself"),
-        (MINIMAL + "options: {precision: int8}", "--precision=int8: the matrix says that itself"),
+        (MINIMAL + "options: {out: elsewhere}", "--out=elsewhere: the matrix sets this option itself"),
+        (MINIMAL + "options: {precision: int8}", "--precision=int8: the matrix sets this option itself"),
         (MINIMAL.replace("fp32", "int8"), "--precision int8 needs --calib"),
-        (MINIMAL + "jobs: [{name: a, runs-on: [x]}, {name: a, runs-on: [y]}]", "two are called 'a'"),
+        (
+            MINIMAL + "jobs: [{name: a, runs-on: [x]}, {name: a, runs-on: [y]}]",
+            "jobs: two jobs are called 'a'",
+        ),
         (MINIMAL + "cpus: pentium", "cpus: unknown 'pentium'"),
         (
             MINIMAL + "jobs: [{name: a, runs-on: [x], cpus: [host, pentium]}]",
@@ -241,7 +244,7 @@ def test_segmentation_timm_and_the_users_own_are_named_beside_the_classifiers(tm
         "nets-my-net.py-build-onnxruntime-fp32",
     ]
     assert found[-2].arguments == ("--input-size=64",)
-    with pytest.raises(UsageError, match=r"'timm/res\*': globs are over torchvision's models"):
+    with pytest.raises(UsageError, match=r"'timm/res\*': globs match torchvision's models only"):
         planned(tmp_path, 'models: "timm/res*"\nprecisions: fp32\ntargets: onnxruntime\n')
 
 
@@ -549,15 +552,17 @@ def test_stored_results_are_told_without_running_anything(ran, tmp_path, monkeyp
     page = tmp_path / "page.md"
     assert main(["matrix", str(path), "--out", str(out), "--stored", "--markdown", str(page)]) == 0
     assert "1 ok, 1 not run" in capsys.readouterr().out
-    assert "1 ok, 1 not run so far." in page.read_text()
+    assert "1 ok, 1 not run yet." in page.read_text()
     assert str(out / "results") in page.read_text()
     assert f"| {cell.model} | {cell.engine} | ok | verified | 64x64 |" in page.read_text()
     assert result.date[:10] in page.read_text()
     assert main(["matrix", str(path), "--out", str(tmp_path / "none"), "--stored"]) == 2
     other = write(tmp_path / "other.yaml", SMALL.replace("1:2:3", "1:2:4"))
     assert main(["matrix", str(other), "--out", str(out), "--stored", "--markdown", str(page)]) == 0
-    assert "1 result(s) are of other options" in capsys.readouterr().err
-    assert "Of other options than the file has now: squeezenet1_1-onnxruntime-fp32." in page.read_text()
+    assert "1 result(s) were made with other options" in capsys.readouterr().err
+    assert (
+        "Made with other options than the file has now: squeezenet1_1-onnxruntime-fp32." in page.read_text()
+    )
     excluded = path.read_text() + "exclude: [{models: squeezenet1_1, precisions: fp16, reason: slow}]\n"
     assert main(["matrix", str(write(path, excluded)), "--out", str(out), "--stored"]) == 0
     assert "1 ok, 1 excluded" in capsys.readouterr().out
@@ -566,7 +571,7 @@ def test_stored_results_are_told_without_running_anything(ran, tmp_path, monkeyp
 
 def test_an_output_directory_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(EnvironmentFailureError, match="cannot be made"):
+    with pytest.raises(EnvironmentFailureError, match="cannot be created"):
         matrix_run.run([], tmp_path / "file" / "out", seconds=1)
 
 

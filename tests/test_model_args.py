@@ -78,9 +78,9 @@ def test_what_is_neither_value_nor_layer_is_refused(key, text):
         ("a-b=1", "not KEY=VALUE"),
         ("num_classes=10", "use --num-classes"),
         ("weights=DEFAULT", "use --weights"),
-        ("norm_layer=os.system", "no class of torch.nn"),
-        ("norm_layer=Parameter", "no class of torch.nn"),
-        ("norm_layer=functional", "no class of torch.nn"),
+        ("norm_layer=os.system", "not a class of torch.nn"),
+        ("norm_layer=Parameter", "not a class of torch.nn"),
+        ("norm_layer=functional", "not a class of torch.nn"),
         ("groups=[1", "not a number"),
         ("groups=!!python/object:os.system {}", "not a number"),
     ],
@@ -94,7 +94,9 @@ def test_what_is_no_argument_is_refused(text, message):
 
 @pytest.mark.parametrize("text", ["colour=red", "groups=0", "width_per_group=wide"])
 def test_what_the_function_does_not_take_is_refused_with_its_words(text):
-    with pytest.raises(BadInputError, match=f"--model-arg {text}: resnet50 cannot be built with that"):
+    with pytest.raises(
+        BadInputError, match=f"--model-arg {text}: resnet50 cannot be built with these arguments"
+    ):
         built("resnet50", text)
 
 

@@ -182,7 +182,7 @@ def test_a_project_may_have_folders_called_as_ours(preprocess, tmp_path):
         ("{}:leaves", "raises SystemExit", "--model-arg"),
         ("{}:text", "returns str, not a torch.nn.Module", "network"),
         ("{}:Sum", r"output 'logits' is \[3\] for 3 images", "logits"),
-        ("{}:Argmax", "other than tensors of floating point", "logits"),
+        ("{}:Argmax", "something other than floating-point tensors", "logits"),
         ("{}:Gray", r"does not run on float32 \[3, 3, 64, 64\]", "RGB"),
         ("{}:Two", r"output 'logits' is \[2, 3\] for 3 images", "logits"),
         ("{}:Noisy", "output 'logits' differs between two runs", "dropout"),
@@ -191,9 +191,9 @@ def test_a_project_may_have_folders_called_as_ours(preprocess, tmp_path):
         ("{}:scripted", "returns RecursiveScriptModule", "not scripted"),
         ("{}:Double", "output 'logits' is float64, not float32", ".float()"),
         ("{}:Masked", "output 'logits' is not finite", "-inf"),
-        ("{}:unseeded", "has other weights each time that it is made", "seed"),
+        ("{}:unseeded", "has different weights each time it is built", "seed"),
         ("{}:Clashes", "output 'input' has the name of the input", "another name"),
-        ("no.such.package:build", "no module 'no' here", "FILE.py"),
+        ("no.such.package:build", "module 'no' was not found", "FILE.py"),
         ("json:nothing", "has no function", "network"),
     ],
 )
@@ -210,17 +210,17 @@ def test_what_is_no_network_is_refused_with_the_reason(cli, preprocess, tmp_path
     [
         ("{}:", {}, "not FILE.py:FUNCTION"),
         (":build", {}, "not FILE.py:FUNCTION"),
-        ("{}", {}, "which function of it"),
+        ("{}", {}, "names a file but no function"),
         ("{}:padded", {"model_args": (("num_classes", "9"),)}, "use --num-classes"),
-        ("{}:padded", {"preprocess": None}, "needs --preprocess FILE"),
-        ("{}:padded", {"preprocess": None, "transforms": "DEFAULT"}, "needs --preprocess FILE"),
+        ("{}:padded", {"preprocess": None}, "user models need --preprocess FILE"),
+        ("{}:padded", {"preprocess": None, "transforms": "DEFAULT"}, "user models need --preprocess FILE"),
         ("timm/resnet18", {"preprocess": None, "transforms": "DEFAULT"}, "--transforms: timm/resnet18 is no"),
         ("{}:padded", {"transform_input": True}, "--transform-input"),
-        ("{}:padded", {"weights_key": "ema"}, "--weights-key: .* reads no weights file"),
-        ("{}:padded", {"renames": (("a", "b"),)}, "--rename: .* reads no weights file"),
-        ("{}:padded", {"skip_weights": ("a*",)}, "--skip-weights: .* reads no weights file"),
-        ("{}:padded", {"init_missing": ("a*",)}, "--init-missing: .* reads no weights file"),
-        ("{}:padded", {"allow_pickle": True}, "--allow-pickle: .* reads no weights file"),
+        ("{}:padded", {"weights_key": "ema"}, "--weights-key: .* is exported without a weights file"),
+        ("{}:padded", {"renames": (("a", "b"),)}, "--rename: .* is exported without a weights file"),
+        ("{}:padded", {"skip_weights": ("a*",)}, "--skip-weights: .* is exported without a weights file"),
+        ("{}:padded", {"init_missing": ("a*",)}, "--init-missing: .* is exported without a weights file"),
+        ("{}:padded", {"allow_pickle": True}, "--allow-pickle: .* is exported without a weights file"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(preprocess, model, given, message):
@@ -388,7 +388,9 @@ def test_what_compile_and_data_parallel_wrap_is_exported(preprocess):
 
 def test_half_precision_is_exported_as_float32_with_a_warning(preprocess):
     spec = resolved("half", preprocess)
-    assert spec.notes == (f"{NETWORKS}:half: its weights are float16: exported, and compared, as float32",)
+    assert spec.notes == (
+        f"{NETWORKS}:half: its weights are float16; they are exported and compared as float32",
+    )
     assert zoo.build(spec)[0].head.weight.dtype is torch.float32
     assert resolved("padded", preprocess).notes == ()
 

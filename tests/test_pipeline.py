@@ -179,7 +179,7 @@ def test_gate_refuses_overlapping_splits(digits, cli, tmp_path, monkeypatch):
     arguments = [*digits.arguments(), "--precision", "int8", "--calib", digits.images]
     done = cli(*arguments, "--out", tmp_path / "out", "--no-cache")
     assert done.code == 3, done.err
-    assert "calibrated on" in done.err
+    assert "verify images are also in the calibration set" in done.err
 
 
 def test_random_weights_are_marked_everywhere_and_gated_against_the_unfused_graph(cli, photos, tmp_path):

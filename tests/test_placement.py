@@ -14,6 +14,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
+from support.weights import awkward_weights
 from torch import nn
 
 from export_zoo.base.errors import BadInputError
@@ -381,27 +382,10 @@ def test_biases_are_int32_in_units_of_input_times_weight_scale(case, reordered, 
         )
 
 
-def _awkward_weights(seed: int):
-    """Weights, biases and input scales as they come: channels of zeros, of almost nothing, of a great deal."""
-    rng = np.random.default_rng(seed)
-    channels = int(rng.integers(1, 9))
-    shape = [channels, int(rng.integers(1, 5)), 3, 3] if seed % 2 else [channels, int(rng.integers(1, 20))]
-    axis = 0 if len(shape) == 4 else int(rng.integers(0, 2))
-    weight = rng.normal(size=shape) * 10.0 ** rng.uniform(-30, 4)
-    size = shape[axis]
-    factor = rng.choice([0.0, 1e-30, 1e-8, 1.0, 1e3], size=size).reshape(
-        [-1 if i == axis else 1 for i in range(len(shape))]
-    )
-    bias = rng.normal(size=size) * 10.0 ** rng.uniform(-6, 6)
-    bias[rng.random(size) < 0.2] = 0.0
-    input_scale = np.float32(10.0 ** rng.uniform(-20, 3))
-    return (weight * factor).astype(np.float32), axis, bias.astype(np.float32), input_scale
-
-
 @pytest.mark.parametrize("block", range(4))
 def test_quantized_weights_keep_their_bounds_whatever_the_numbers(block):
     for seed in range(100 * block, 100 * block + 100):
-        weight, axis, bias, input_scale = _awkward_weights(seed)
+        weight, axis, bias, input_scale = awkward_weights(seed)
         quantized, scale, integers = quantize_weight(weight, axis, bias, input_scale)
         assert (quantized.dtype, scale.dtype, integers.dtype) == (np.int8, np.float32, np.int32)
         assert np.abs(quantized.astype(int)).max() <= 127

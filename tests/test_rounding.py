@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import numpy_helper
-from test_layer_inputs import LAYERS, PIXELS, PREPROCESS, network, wide_ranges
+from support.layers import LAYERS, PIXELS, PREPROCESS, network, wide_ranges
 from threadpoolctl import threadpool_limits
 
 from export_zoo.base import graph_io

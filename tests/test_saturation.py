@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, compose, helper, numpy_helper
-from test_placement import _awkward_weights
+from support.weights import awkward_weights
 
 import export_zoo
 from export_zoo.base import graph_io
@@ -422,7 +422,7 @@ def rows_of(array: np.ndarray, axis: int) -> np.ndarray:
 def test_weights_with_partners_keep_their_bounds_whatever_the_numbers(block):
     changed = 0
     for seed in range(100 * block, 100 * block + 100):
-        weight, axis, bias, input_scale = _awkward_weights(seed)
+        weight, axis, bias, input_scale = awkward_weights(seed)
         partners = neighbours(rows_of(weight, axis).shape[1])
         plain, plain_scale, _ = quantize_weight(weight, axis, bias, input_scale)
         found, scale, integers = quantize_weight(weight, axis, bias, input_scale, partners=partners)

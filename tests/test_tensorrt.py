@@ -97,7 +97,10 @@ def test_a_file_that_is_no_graph_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("code", "says"),
     [
-        (f"import os; os.kill(os.getpid(), {int(signal.SIGKILL)})", "killed, most likely for want of memory"),
+        (
+            f"import os; os.kill(os.getpid(), {int(signal.SIGKILL)})",
+            "killed, most likely because memory ran out",
+        ),
         (f"import os; os.kill(os.getpid(), {int(signal.SIGSEGV)})", r"crashed \(SIGSEGV\)"),
         ("import sys; sys.exit('no libnvinfer here')", r"crashed \(exit code 1\): no libnvinfer here"),
     ],

@@ -111,7 +111,7 @@ def test_a_crop_that_cannot_be_reproduced_is_refused_until_a_file_says_what_to_d
 
 @pytest.mark.parametrize("given", [{"transforms": "DEFAULT"}, {"transform_input": True}])
 def test_torchvisions_options_are_refused(given):
-    with pytest.raises(UsageError, match="no model of torchvision"):
+    with pytest.raises(UsageError, match="is not a torchvision model"):
         zoo.resolve(ExportOptions("timm/resnet18", weights="none", **given))
 
 

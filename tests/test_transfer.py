@@ -146,7 +146,7 @@ def test_the_manifest_and_the_run_tell_what_was_loaded(cli, state, tmp_path):
     export = next(stage for stage in done.json["stages"] if stage["name"] == "export")
     assert "weights: state_dict of the checkpoint" in export["detail"]
     warned = " ".join(done.json["warnings"])
-    assert "took state_dict; the file has ema, too: --weights-key" in warned
+    assert "read state_dict; the file also has ema: --weights-key" in warned
     assert "left out of the file: loss.weight" in warned
     recorded = read_manifest(Path(done.json["bundle"])).recipe.source.weights
     assert (recorded.entry, recorded.skipped, recorded.initialized) == ("state_dict", ["loss.weight"], [])

@@ -103,10 +103,10 @@ def test_versions_share_a_configuration(cli, digits_bundle, tmp_path):
     assert first.stat().st_size > 3 * second.stat().st_size
     again = cli("triton", digits_bundle, models, "--version", "2")
     assert again.code == 2
-    assert "is there already" in again.json["error"]["message"]
+    assert "already exists" in again.json["error"]["message"]
     other = cli("triton", digits_bundle, models, "--version", "3", "--queue-delay", "0")
     assert other.code == 2
-    assert "another configuration" in other.json["error"]["message"]
+    assert "differs from this engine's configuration" in other.json["error"]["message"]
     named = cli("triton", digits_bundle, models, "--name", "digits", "--queue-delay", "0")
     assert named.code == 0
     assert read(models / "digits").dynamic_batching.max_queue_delay_microseconds == 0
@@ -146,7 +146,7 @@ def test_a_folder_that_is_no_model_is_left_alone(cli, digits_bundle, tmp_path):
     (tmp_path / "models" / "resnet18").mkdir(parents=True)
     done = cli("triton", digits_bundle, tmp_path / "models")
     assert done.code == 2
-    assert "no model of Triton's" in done.json["error"]["message"]
+    assert "exists, but is not a Triton model" in done.json["error"]["message"]
     assert not list((tmp_path / "models" / "resnet18").iterdir())
 
 

@@ -1,1 +1,1 @@
-"""A bundle on disk: read it, choose its best engine here, load and serve it."""
+"""Reads a bundle, chooses its best engine for this machine, loads the engine and serves it."""

@@ -1,4 +1,4 @@
-"""Load an engine of a bundle and run it. Needs neither PyTorch nor the zoo."""
+"""Loads an engine of a bundle and runs it. Needs neither PyTorch nor the zoo."""
 
 from __future__ import annotations
 
@@ -68,14 +68,14 @@ class LoadedEngine:
     def preprocess(
         self, images: Sequence[Path | str | bytes], *, size: tuple[int, int] | None = None
     ) -> Float32Array:
-        """Image files (paths, or their bytes) to the input batch, float32 [N, 3, H, W].
+        """Make the input batch, float32 [N, 3, H, W], from image files (paths, or their bytes).
 
         Args:
-            size: another height and width than the bundle's own, where they are dynamic; the resize keeps its
-                proportion to them.
+            size: height and width, if other than the bundle's own; they must be dynamic. The resize is scaled in
+                proportion.
 
         Raises:
-            BadInputError: one of them cannot be decoded; the message names it. Or the engine does not take this size.
+            BadInputError: an image cannot be decoded (the message names it), or the engine does not accept `size`.
         """
         preprocess = self.manifest.recipe.preprocess
         if isinstance(images, (str, bytes, Path)):
@@ -102,15 +102,17 @@ class LoadedEngine:
         return normalize(np.stack(pixels), preprocess)
 
     def run(self, batch: Float32Array) -> Float32Array:
-        """The first output, logits float32 [N, classes] or [N, classes, H, W], of a batch float32 [N, 3, H, W].
+        """Run a batch, float32 [N, 3, H, W], and return the first output, float32.
+
+        The first output is the logits, [N, classes] or [N, classes, H, W].
 
         Raises:
-            BadInputError: wrong dtype or shape, or N, H or W outside the range that was verified.
+            BadInputError: the batch has a wrong dtype or shape, or N, H or W is outside the verified range.
         """
         return self.run_all(batch)[self.manifest.recipe.output.name]
 
     def run_all(self, batch: Float32Array) -> dict[str, Float32Array]:
-        """All outputs by name, the first one first; arguments and errors as of `run`."""
+        """Run a batch and return all outputs by name, in order. Arguments and errors are those of `run`."""
         batch = np.asarray(batch)
         allowed = self.manifest.recipe.batch
         if batch.ndim > 0 and not allowed.min <= batch.shape[0] <= allowed.max:
@@ -154,19 +156,20 @@ def load(
 ) -> LoadedEngine:
     """Load the best engine of a bundle, or the one named, after checking its hashes.
 
-    The best is the fastest *verified* one that runs here, by the latencies recorded in the manifest. What `verify`
-    attested on a machine like this one (instruction set; for a GPU, compute capability) overrules the manifest.
+    The best engine is the fastest *verified* one that runs on this machine, by the latencies in the manifest. An
+    attestation of `verify` on a machine like this one (same instruction set; for a GPU, same compute capability)
+    overrules the manifest.
 
     Args:
         bundle: the directory that `export-zoo export` wrote.
-        engine: a name such as `onnxruntime-int8`.
-        threads: intra-op threads of ONNX Runtime, 0 for all cores.
-        allow_failed: load from a bundle whose parity gate failed, to look into it.
-        runtime_cache: a file in which TensorRT-RTX keeps the kernels that it compiles for this GPU; made if it is not
-            there. Without it they are compiled again in each process.
+        engine: name of an engine, for example `onnxruntime-int8`.
+        threads: number of intra-op threads of ONNX Runtime; 0 means all cores.
+        allow_failed: whether to load from a bundle whose parity gate failed, for inspection.
+        runtime_cache: file in which TensorRT-RTX keeps the kernels that it compiles for this GPU. The file is created
+            if it does not exist. Without it, each process compiles the kernels again.
 
     Raises:
-        BadInputError: not a bundle, damaged, or no such engine.
+        BadInputError: `bundle` is not a bundle or is damaged, or it has no such engine.
         ParityError: the bundle failed its parity gate.
         TargetUnavailableError: no engine of the bundle can run here.
     """
@@ -175,7 +178,7 @@ def load(
     if manifest.status != "ok" and not allow_failed:
         raise ParityError(
             f"{root}: this bundle failed its parity gate, or an engine did not reach the state asked for",
-            hint="export again; allow_failed=True loads it to look into it",
+            hint="export again, or pass allow_failed=True to load it for inspection",
         )
     opening: _Opening = {"threads": threads, "runtime_cache": runtime_cache}
     engines = {e.name: e for e in manifest.artifacts.engines}
@@ -204,7 +207,7 @@ def load(
             listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
             raise TargetUnavailableError(
                 f"{root}: no verified engine that runs here: {listed}",
-                hint="export again here, or `export-zoo verify` it where it runs",
+                hint="export again on this machine, or run `export-zoo verify` where an engine runs",
             )
         ranked = sorted(runnable, key=rank, reverse=True)
         return _first_that_opens(root, manifest, ranked, states, beside + unreadable, opening)
@@ -219,18 +222,18 @@ def _first_that_opens(
     beside: str,
     opening: _Opening,
 ) -> LoadedEngine:
-    """The first of some engines, the fastest first, that this machine can run.
+    """Load the first engine that this machine can run. Engines are tried in the given order, fastest first.
 
     Args:
-        beside: what `why` says of other engines and of attestations.
+        beside: text that `why` ends with, about other engines and attestations.
 
     Raises:
-        TargetUnavailableError: of the first, where none can.
+        TargetUnavailableError: no engine can run; the error is the first engine's.
     """
     left_out: list[TargetUnavailableError] = []
     reasons = ""
     for engine in engines:
-        speed = f", {engine.latency.speedup:.2f}x of FP32" if engine.latency is not None else ""
+        speed = f", {engine.latency.speedup:.2f}x the speed of FP32" if engine.latency is not None else ""
         why = f"fastest verified engine as measured at export{speed}{reasons}{beside}"
         try:
             return LoadedEngine(root, manifest, engine, state=states[engine.name], why=why, **opening)

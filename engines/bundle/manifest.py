@@ -1,7 +1,7 @@
-"""manifest.json: what a bundle holds. The JSON Schema in docs/manifest.schema.json is made from these models.
+"""Models of manifest.json, which describes a bundle. docs/manifest.schema.json is generated from them.
 
-`recipe` is the same for the same inputs, instruction set and library versions; `artifacts` holds what
-differs from run to run (times, engines that are not reproducible).
+`recipe` is the same for the same inputs, instruction set and library versions. `artifacts` holds what differs from run
+to run: times, and engines that are not reproducible.
 """
 
 from __future__ import annotations
@@ -23,19 +23,23 @@ WeightsKind = Literal["torchvision", "timm", "factory", "file", "random"]
 ZooName = Literal["torchvision", "timm", "python"]
 State = Literal["built", "graph verified", "verified"]
 STATES: tuple[State, ...] = ("built", "graph verified", "verified")
-"""Weakest first. *built*: not run, or outside its tolerance. *graph verified*: the precision graph was run and
-compared. *verified*: the engine itself was run and compared."""
+"""States of an engine, weakest first.
+
+*built*: the engine was not run, or is outside its tolerance. *graph verified*: the precision graph was run and
+compared. *verified*: the engine itself was run and compared.
+"""
 
 
 class _Model(BaseModel):
-    # A later version of this schema may add fields. Those of `preprocess` are not ignored: they would change logits.
+    # A later version of this schema may add fields: unknown fields are ignored. `preprocess` forbids unknown fields,
+    # because they would change the logits.
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False, protected_namespaces=())
 
 
 class File(_Model):
-    """A file of the bundle; its name holds the beginning of its hash."""
+    """A file of the bundle. Its name contains the beginning of its hash."""
 
-    path: str = Field(description="Relative to the bundle, with forward slashes.")
+    path: str = Field(description="Path relative to the bundle, with forward slashes.")
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     size_bytes: int = Field(ge=0)
 
@@ -43,30 +47,39 @@ class File(_Model):
 class Weights(_Model):
     kind: WeightsKind
     name: str = Field(description="`ResNet50_Weights.IMAGENET1K_V2`, a file's name, or `random`.")
-    sha256: str = Field(description="Of the weights file; empty for random weights.")
-    random: bool = Field(description="No trained weights at all: figures say nothing about accuracy.")
-    initialized: list[str] = Field(description="Parameters that were initialized at random (another head).")
-    entry: str = Field(
-        default="", description="Of the training checkpoint that was loaded; empty for a bare one."
+    sha256: str = Field(description="SHA-256 of the weights file; empty for random weights.")
+    random: bool = Field(
+        description="Whether there are no trained weights. Then the metrics say nothing about accuracy."
     )
-    skipped: list[str] = Field(default=[], description="Names of the file that were left out.")
-    seed: int = Field(description="Seed of everything random.")
+    initialized: list[str] = Field(
+        description="Names of parameters that were initialized at random, for example those of a new head."
+    )
+    entry: str = Field(
+        default="",
+        description="Entry of the training checkpoint that was loaded; empty for a bare state dict.",
+    )
+    skipped: list[str] = Field(default=[], description="Names in the weights file that were left out.")
+    seed: int = Field(description="Seed of all random numbers.")
 
 
 class Source(_Model):
-    """The network, as it was built."""
+    """The network that was exported, and how it was built."""
 
-    zoo: ZooName = Field(description="`python`: the user's own.")
+    zoo: ZooName = Field(description="Source of the network. `python` is the user's own code.")
     name: str
     factory: str = Field(
-        default="", description="`FILE.py:FUNCTION` or `package.module:FUNCTION` of the user's own."
+        default="",
+        description="Function that makes the user's own network: `FILE.py:FUNCTION` or `package.module:FUNCTION`.",
     )
     num_classes: int
-    transform_input: bool | None = Field(description="googlenet and inception_v3 only; else null.")
-    arguments: dict[str, str] = Field(default={}, description="Further ones of the model's function.")
+    transform_input: bool | None = Field(
+        description="Value of the model's `transform_input`, for googlenet and inception_v3 only; otherwise null."
+    )
+    arguments: dict[str, str] = Field(default={}, description="Further arguments of the model's function.")
     fully_convolutional: bool = Field(
         default=False,
-        description="Linear layers made convolutions, scores averaged over all places (arXiv 1409.1556, 3.2).",
+        description="Whether Linear layers became convolutions. Scores are averaged over all positions "
+        "(arXiv 1409.1556, 3.2).",
     )
     weights: Weights
 
@@ -77,12 +90,12 @@ class Port(_Model):
     name: str
     dtype: Literal["float32"]
     shape: list[int | str] = Field(
-        description="`batch` is dynamic; so are `height` and `width`, where the recipe has an `input_size`."
+        description="`batch` is dynamic. `height` and `width` are dynamic too, if the recipe has an `input_size`."
     )
     layout: str
 
     def of_image(self, height: int, width: int) -> tuple[int, ...]:
-        """The shape of one image's part, where the input is height x width pixels."""
+        """The shape for one image, without the batch, if the input is height x width pixels."""
         named = {"height": height, "width": width}
         return tuple(named[size] if isinstance(size, str) else size for size in self.shape[1:])
 
@@ -100,7 +113,7 @@ class Batch(_Model):
 
 
 class SizeRange(_Model):
-    """Height and width of the input that an engine takes, in pixels: anything from `min` to `max`."""
+    """Range of input heights and widths that an engine accepts, in pixels: any size from `min` to `max`."""
 
     min: tuple[int, int]
     opt: tuple[int, int]
@@ -118,37 +131,39 @@ class SizeRange(_Model):
 
 
 class Calibration(_Model):
-    """Where the activation ranges come from."""
+    """Origin of the activation ranges."""
 
     method: str
     images: int
-    synthetic: bool = Field(description="Seeded synthetic images: only overflow of FP16 was looked for.")
+    synthetic: bool = Field(
+        description="Whether the images are seeded synthetic images. Then they serve only to find FP16 overflow."
+    )
     unreadable: list[str]
     ranges: File
 
 
 class Recipe(_Model):
-    """Identical for identical inputs, instruction set and versions."""
+    """The part of the manifest that is identical for identical inputs, instruction set and library versions."""
 
     source: Source
     input: Port
     output: Port = Field(description="The logits: [batch, classes], or [batch, classes, height, width].")
     further_outputs: list[Port] = Field(
-        default=[], description="Of networks with several, auxiliary ones say."
+        default=[], description="Outputs after the first, for example auxiliary outputs."
     )
     batch: Batch
     input_size: SizeRange | None = Field(
         default=None,
-        description="Sizes that the input may have; null: the one in `input`. `opt` is `preprocess`'s.",
+        description="Range of input sizes; `opt` is the size of `preprocess`. Null: only the size of `input`.",
     )
     preprocess: Preprocess
-    labels: list[str] = Field(description="Class names by index; empty where they are not known.")
+    labels: list[str] = Field(description="Class names by index; empty if they are not known.")
     graph: File = Field(description="The simplified FP32 graph.")
-    external_data: list[File] = Field(description="Weights files that the graph refers to (over 2 GiB).")
-    simplified: str = Field(description="What simplifying did, or why it was skipped.")
+    external_data: list[File] = Field(description="Files with the graph's weights, if they exceed 2 GiB.")
+    simplified: str = Field(description="Result of simplifying the graph, or the reason why it was skipped.")
     calibration: Calibration | None
     reduce_range: bool = Field(
-        default=False, description="Weights have 7 bits: an option of earlier versions."
+        default=False, description="Whether weights have 7 bits, an option of earlier versions."
     )
     keep_float: list[str] = Field(description="Patterns of the layers that INT8 leaves unquantized.")
     instruction_set: str
@@ -156,7 +171,7 @@ class Recipe(_Model):
 
     @property
     def outputs(self) -> list[Port]:
-        """All, in the graph's order."""
+        """All outputs, in the graph's order."""
         return [self.output, *self.further_outputs]
 
     @model_validator(mode="after")
@@ -166,7 +181,7 @@ class Recipe(_Model):
         if len({port.name for port in self.outputs}) < len(self.outputs):
             raise ValueError("two outputs have the same name")
         if self.input.shape[2:] != wanted or (self.input_size is not None and self.input_size.opt != crop):
-            raise ValueError("sizes of input, input_size and preprocess do not belong together")
+            raise ValueError("the sizes of input, input_size and preprocess do not match")
         return self
 
 
@@ -174,27 +189,28 @@ MetricValues = dict[str, float | int | None]
 
 
 class FurtherMetrics(_Model):
-    """Figures of an output beside the first, as those of `Gate`."""
+    """Metrics of an output after the first, as in `Gate`."""
 
     metrics: MetricValues
     eager_metrics: MetricValues
 
 
 class Gate(_Model):
-    """What an engine was compared with, and the figures."""
+    """Comparison of an engine with its reference, and the resulting metrics."""
 
-    ran: Literal["engine", "precision graph"] = Field(description="What was run to be compared.")
+    ran: Literal["engine", "precision graph"] = Field(description="What was run and compared.")
     reference: Literal["eager", "unfused precision graph"]
     tolerances: dict[str, float]
     batches: list[int] = Field(description="Batch sizes that were run and compared.")
     sizes: list[tuple[int, int]] = Field(
-        default=[], description="Further heights and widths, where dynamic; each at batches opt and max."
+        default=[],
+        description="Further heights and widths, if dynamic. Each was compared at batches opt and max.",
     )
     metrics: MetricValues = Field(
-        description="The first output of all images at batch opt, against the reference."
+        description="Metrics of the first output against the reference, for all images at batch opt."
     )
-    eager_metrics: MetricValues = Field(description="The same, against eager PyTorch.")
-    further: dict[str, FurtherMetrics] = Field(default={}, description="Further outputs by name.")
+    eager_metrics: MetricValues = Field(description="The same metrics, against eager PyTorch.")
+    further: dict[str, FurtherMetrics] = Field(default={}, description="Metrics of further outputs, by name.")
     failures: list[str]
 
     @field_validator("tolerances")
@@ -206,19 +222,21 @@ class Gate(_Model):
 
 
 def state_after(gate: Gate) -> State:
-    """What an engine may be called after its gate."""
+    """The strongest state that an engine may have after its gate."""
     if gate.failures:
         return "built"
     return "verified" if gate.ran == "engine" else "graph verified"
 
 
 class Latency(_Model):
-    """Latency of one engine, measured in turn with the FP32 engine of the same run."""
+    """Latency of one engine, measured alternately with the FP32 engine of the same run."""
 
     batch: int
-    median_ms: float = Field(description="Median milliseconds of one run of the whole batch.")
+    median_ms: float = Field(description="Median latency of one run of the whole batch, in milliseconds.")
     fp32_median_ms: float
-    speedup: float = Field(description="Median of the rounds' ratios FP32 / this engine; over 1 is faster.")
+    speedup: float = Field(
+        description="Median over rounds of the latency ratio FP32 / this engine. Over 1 is faster than FP32."
+    )
     rounds: int
     machine: str
 
@@ -227,29 +245,34 @@ StepName = Literal["equalize", "relu6", "round", "bias", "method", "float"]
 
 
 class TuningStep(_Model):
-    """One choice, by the SQNR of its candidates on the select images."""
+    """One choice among candidates, by their SQNR on the select images."""
 
     name: StepName
     chosen: str
     sqnr: dict[str, float] = Field(
-        description="Of each candidate, in dB to the FP32 graph's logits, on the tuning's `images`."
+        description="SQNR of each candidate against the FP32 graph's logits, in dB, on the tuning's `images`."
     )
-    best: str | None = Field(default=None, description="Of the candidates beside the default.")
+    best: str | None = Field(default=None, description="Best candidate other than the default.")
     gain: float | None = Field(
-        default=None, description="Of the best over the default, in dB, on the step's `images`."
+        default=None,
+        description="Gain of the best candidate over the default, in dB, on the step's `images`.",
     )
-    standard_error: float | None = Field(default=None, description="Of the gain, over images, in dB.")
+    standard_error: float | None = Field(
+        default=None, description="Standard error of the gain over images, in dB."
+    )
     images: int | None = Field(
-        default=None, description="That the best was compared on: more where it was close."
+        default=None,
+        description="Number of images that the best candidate was compared on. It is larger if the result was close.",
     )
     names: list[str] = Field(
         default_factory=list,
-        description="`method`: tensors whose range is `mse`'s; `float`: layers (globs over nodes) left unquantized.",
+        description="For `method`: tensors with the range of `mse`. For `float`: layers left unquantized, as globs "
+        "over nodes.",
     )
 
 
 class Tuning(_Model):
-    """How INT8 was made better, on images that neither calibrate nor verify."""
+    """Tuning of INT8, on images that are used neither to calibrate nor to verify."""
 
     images: int
     steps: list[TuningStep]
@@ -260,24 +283,28 @@ class Engine(_Model):
     target: str = Field(json_schema_extra={"enum": list(TARGETS)})
     precision: str = Field(json_schema_extra={"enum": list(PRECISIONS)})
     file: File
-    external_data: list[File] = Field(description="Weights files that the engine refers to (over 2 GiB).")
-    graph: File | None = Field(description="The precision graph that TensorRT compiled; else null.")
-    plan: Plan | None = Field(description="TensorRT only; else null.")
-    timing_cache: File | None = Field(
-        description="`tensorrt` only: the kernel timings that it was built with, for `--timing-cache`."
+    external_data: list[File] = Field(description="Files with the engine's weights, if they exceed 2 GiB.")
+    graph: File | None = Field(
+        description="The precision graph that TensorRT compiled; null for ONNX Runtime."
     )
-    graph_external_data: list[File] = Field(description="Weights files of that graph (over 2 GiB).")
-    tuning: Tuning | None = Field(description="INT8 only, where anything was tried; else null.")
+    plan: Plan | None = Field(description="For TensorRT only; otherwise null.")
+    timing_cache: File | None = Field(
+        description="Kernel timings that the engine was built with, for `--timing-cache`. For `tensorrt` only."
+    )
+    graph_external_data: list[File] = Field(
+        description="Files with the weights of `graph`, if they exceed 2 GiB."
+    )
+    tuning: Tuning | None = Field(description="For INT8 only, if any choice was tried; otherwise null.")
     state: State
     built_by: dict[str, str] = Field(description="Library versions that built it.")
-    instruction_set: str = Field(description="Of the machine that it was verified on.")
+    instruction_set: str = Field(description="Instruction set of the machine that verified the engine.")
     gate: Gate
     latency: Latency | None
     saturating_cpu_session: dict[str, str] | None = Field(
         default=None,
-        description="ONNX Runtime: session configuration that the engine needs on CPUs where sums of uint8 x int8 "
-        "products saturate (x86-64 without VNNI); empty where it cannot saturate. Null: TensorRT, and bundles of "
-        "earlier versions, whose INT8 engines need `session.x64quantprecision` = `1` there.",
+        description="Session configuration of ONNX Runtime that the engine needs on CPUs where sums of uint8 x int8 "
+        "products saturate (x86-64 without VNNI). Empty if the engine cannot saturate. Null for TensorRT, and for "
+        "bundles of earlier versions, whose INT8 engines need `session.x64quantprecision` = `1` on such CPUs.",
     )
 
     @field_validator("saturating_cpu_session")
@@ -286,7 +313,7 @@ class Engine(_Model):
         for key in entries or {}:
             # Some entries name files that ONNX Runtime writes: a manifest must not choose those.
             if not key.startswith("session.") or "file" in key or "path" in key:
-                raise ValueError(f"{key!r} is no configuration of a session that a manifest may give")
+                raise ValueError(f"{key!r} is a session configuration that a manifest may not set")
         return entries
 
     @model_validator(mode="after")
@@ -298,7 +325,7 @@ class Engine(_Model):
         compiled = TARGETS[self.target].compiled
         if compiled != (self.plan is not None) or compiled != (self.graph is not None):
             raise ValueError(
-                f"{self.name}: a plan and the graph it was compiled from are TensorRT's, and only its"
+                f"{self.name}: TensorRT engines need a plan and a precision graph; others must have neither"
             )
         if compiled and self.file.path.endswith(".onnx"):
             raise ValueError(f"{self.name}: {self.file.path} is not an engine of {self.target}")
@@ -308,29 +335,32 @@ class Engine(_Model):
         return self
 
     def session_where_saturating(self) -> dict[str, str]:
-        """Session configuration that ONNX Runtime needs where sums of INT8 saturate. Older bundles do not say it."""
+        """Session configuration that ONNX Runtime needs on CPUs where sums of INT8 saturate.
+
+        Older bundles do not contain it; it is derived from the precision there.
+        """
         if self.saturating_cpu_session is not None:
             return self.saturating_cpu_session
         return {"session.x64quantprecision": "1"} if PRECISIONS[self.precision].integer_sums else {}
 
     @property
     def without_weights(self) -> bool:
-        """Its file has no weights: they come from its graph."""
+        """Whether the engine's file has no weights. Then the weights come from its graph."""
         return self.plan is not None and self.plan.strip_weights
 
     @property
     def size_bytes(self) -> int:
-        """Of the engine with its weights."""
+        """Size of the engine with its weights, in bytes."""
         return self.file.size_bytes + sum(file.size_bytes for file in self.external_data)
 
 
 class _HeldOutImages(_Model):
     inputs: File = Field(description="NumPy .npy, uint8 [N, H, W, 3], RGB after resize and crop.")
     logits: File = Field(
-        description="NumPy .npy, float32 [N, classes], eager PyTorch FP32. Dense ones [N, classes, h, w]: at most "
-        "64 rows and columns, spread evenly."
+        description="NumPy .npy, float32 [N, classes], eager PyTorch FP32. Dense logits are [N, classes, h, w], with "
+        "at most 64 rows and columns, spread evenly."
     )
-    further: list[File] = Field(default=[], description="The same of each further output.")
+    further: list[File] = Field(default=[], description="Files like `logits`, one for each further output.")
     count: int
 
     def files(self) -> list[File]:
@@ -338,23 +368,27 @@ class _HeldOutImages(_Model):
 
 
 class HeldOutSize(_HeldOutImages):
-    """The first held-out inputs at another size, made by the same preprocessing: the resize in proportion."""
+    """The first held-out inputs at another size. The preprocessing is the same; the resize is scaled in proportion."""
 
     height: int
     width: int
 
 
 class HeldOut(_HeldOutImages):
-    """Inputs and eager logits that were never calibrated on: the reference on machines without PyTorch."""
+    """Inputs that were never used to calibrate, and their eager logits: the reference on machines without PyTorch."""
 
-    synthetic: bool = Field(description="Seeded synthetic images, because no folder was given.")
+    synthetic: bool = Field(
+        description="Whether the images are seeded synthetic images, because no folder was given."
+    )
     labels: list[int] | None
-    image_sha256: list[str] = Field(description="Hashes of the image files, in order; empty if synthetic.")
-    sizes: list[HeldOutSize] = Field(default=[], description="Where height and width are dynamic.")
+    image_sha256: list[str] = Field(description="SHA-256 of the image files, in order; empty if synthetic.")
+    sizes: list[HeldOutSize] = Field(
+        default=[], description="Held-out images at further sizes, if height and width are dynamic."
+    )
 
 
 class Artifacts(_Model):
-    created: str = Field(description="UTC, ISO 8601.")
+    created: str = Field(description="Time of creation, UTC, ISO 8601.")
     engines: list[Engine] = Field(min_length=1)
     held_out: HeldOut
 
@@ -383,7 +417,7 @@ class Manifest(_Model):
     schema_version: Literal[1]
     tool: str = Field(description="`export-zoo <version>`.")
     status: Literal["ok", "failed"] = Field(
-        description="`failed`: a gate did not hold, or a state was not reached; do not serve."
+        description="`failed` if a gate failed or a required state was not reached. Do not serve a failed bundle."
     )
     warnings: list[str]
     recipe: Recipe
@@ -392,11 +426,11 @@ class Manifest(_Model):
 
     @classmethod
     def of(cls, document: dict[str, Any]) -> Manifest:
-        """Of JSON, without the engines of targets and precisions that this version does not know.
+        """Make a manifest from JSON, without the engines whose target or precision this version does not know.
 
         Raises:
-            ValidationError: it is no manifest.
-            NoKnownEngineError: nothing is left.
+            ValidationError: `document` is not a valid manifest.
+            NoKnownEngineError: this version knows none of the engines.
         """
         artifacts = document.get("artifacts")
         engines = artifacts.get("engines") if isinstance(artifacts, dict) else None
@@ -413,7 +447,7 @@ class Manifest(_Model):
 
     @property
     def unknown_engines(self) -> tuple[str, ...]:
-        """Names of engines that a later version made, and that this one leaves out."""
+        """Names of engines that a later version made and that this version leaves out."""
         return self._unknown
 
     @model_validator(mode="after")
@@ -421,7 +455,7 @@ class Manifest(_Model):
         held = self.artifacts.held_out
         counts = {len(held.further), *(len(part.further) for part in held.sizes)}
         if counts != {len(self.recipe.further_outputs)}:
-            raise ValueError("held-out logits are not those of the outputs")
+            raise ValueError("the held-out logits do not match the outputs")
         return self
 
     @model_validator(mode="after")
@@ -432,11 +466,11 @@ class Manifest(_Model):
         if not wanted <= held:
             raise ValueError("held-out images of the smallest or the largest size are missing")
         if held and (sizes is None or not all(sizes.holds(*size) for size in held)):
-            raise ValueError("held-out images of sizes outside the range")
+            raise ValueError("held-out images have sizes outside the range")
         return self
 
     def files(self) -> list[File]:
-        """Every file of the bundle, each once."""
+        """All files of the bundle, each once."""
         recipe, artifacts = self.recipe, self.artifacts
         files = [recipe.graph, *recipe.external_data]
         for engine in artifacts.engines:
@@ -451,37 +485,43 @@ class Manifest(_Model):
 
 
 class HostFigures(_Model):
-    """An engine on the machine that emulated another CPU, with the same images."""
+    """Results of an engine, on the same images, on the machine that emulated another CPU."""
 
-    sqnr: float | None = Field(description="In dB, to eager PyTorch.")
-    max_difference: float = Field(description="Largest between logits of both; 0: equal to the bit.")
+    sqnr: float | None = Field(description="SQNR against eager PyTorch, in dB.")
+    max_difference: float = Field(
+        description="Largest difference between the logits of both CPUs; 0 means equal to the bit."
+    )
 
 
 class Emulation(_Model):
-    """That an attestation is of a CPU that was emulated by qemu-user."""
+    """The CPU that qemu-user emulated for an attestation."""
 
-    cpu: str = Field(description="As of `--cpu`.")
+    cpu: str = Field(description="Name of the CPU, as in `--cpu`.")
     saturates: bool = Field(
-        description="Whether ONNX Runtime's sums of uint8 x int8 products saturate there."
+        description="Whether ONNX Runtime's sums of uint8 x int8 products saturate on this CPU."
     )
-    host: dict[str, HostFigures] = Field(description="By engine.")
+    host: dict[str, HostFigures] = Field(description="Results on the emulating machine, by engine.")
 
 
 class Attestation(_Model):
-    """What `verify` found on some machine; written beside the manifest, in attestations/."""
+    """Results of `verify` on one machine, written to the bundle's attestations/ folder."""
 
     schema_version: Literal[1]
     manifest_sha256: str
     created: str
     machine: str
     instruction_set: str
-    compute_capability: str | None = Field(description="Of the first CUDA device; null without one.")
+    compute_capability: str | None = Field(
+        description="Compute capability of the first CUDA device; null without one."
+    )
     versions: dict[str, str]
     status: Literal["ok", "failed"]
     warnings: list[str]
     engines: dict[str, Gate]
-    states: dict[str, State] = Field(description="By engine; empty for an emulated CPU.")
-    emulation: Emulation | None = Field(default=None, description="Null: this machine's own CPU.")
+    states: dict[str, State] = Field(description="State of each engine; empty for an emulated CPU.")
+    emulation: Emulation | None = Field(
+        default=None, description="Null if `verify` ran on the machine's own CPU."
+    )
 
 
 def json_schema() -> dict[str, Any]:

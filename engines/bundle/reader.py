@@ -1,4 +1,4 @@
-"""Read a bundle: its manifest, its files, its held-out inputs, and what was attested of it."""
+"""Reads a bundle: its manifest, files, held-out inputs and attestations."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def read_manifest(bundle: Path) -> m.Manifest:
     """Read and validate a bundle's manifest.
 
     Raises:
-        BadInputError: not a bundle, a manifest of another version, or one that does not validate.
+        BadInputError: `bundle` is not a bundle, or its manifest has another schema version or does not validate.
     """
     path = bundle / MANIFEST
     if not path.is_file():
@@ -44,8 +44,8 @@ def read_manifest(bundle: Path) -> m.Manifest:
         version = document.get("schema_version") if isinstance(document, dict) else None
         if version != m.SCHEMA_VERSION:
             raise BadInputError(
-                f"{path}: schema version {version!r}, this export-zoo reads {m.SCHEMA_VERSION}",
-                hint="use the export-zoo that wrote it, or export again",
+                f"{path}: schema version {version!r}, but this export-zoo reads {m.SCHEMA_VERSION}",
+                hint="use the export-zoo version that wrote the bundle, or export again",
             )
         found = m.Manifest.of(document)
     except ValidationError as error:
@@ -58,15 +58,18 @@ def read_manifest(bundle: Path) -> m.Manifest:
         raise BadInputError(f"{path}: damaged manifest: {error}", hint="export the bundle again") from error
     for file in found.files():
         if file.path.startswith("/") or ".." in Path(file.path).parts:
-            raise BadInputError(f"{path}: {file.path!r} points outside the bundle", hint="do not use it")
+            raise BadInputError(
+                f"{path}: {file.path!r} points outside the bundle",
+                hint="do not use this bundle: a path that escapes the bundle directory is unsafe",
+            )
     return found
 
 
 def checked(bundle: Path, file: m.File) -> Path:
-    """The path of a bundle's file, after checking size and SHA-256.
+    """Check the size and SHA-256 of a bundle's file, and return its path.
 
     Raises:
-        BadInputError: missing, or not the bytes that the manifest promises.
+        BadInputError: the file is missing, or its size or SHA-256 differs from the manifest's.
     """
     path = bundle / file.path
     if not path.is_file():
@@ -81,18 +84,21 @@ def checked(bundle: Path, file: m.File) -> Path:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Held-out inputs of one size, uint8 [N, H, W, 3], and eager's logits, float32, as `parity.outputs.sampled`."""
+    """Held-out inputs of one size, uint8 [N, H, W, 3], and eager PyTorch's logits for them, float32.
+
+    The logits are reduced as by `parity.outputs.sampled`.
+    """
 
     pixels: npt.NDArray[np.uint8]
     logits: Float32Array
     labels: list[int] | None = None
     further: tuple[Float32Array, ...] = ()
-    """Of the outputs beside the first."""
+    """Values of the outputs after the first."""
     sizes: tuple[HeldOut, ...] = ()
-    """The first images at other sizes, where the input's is dynamic."""
+    """The first images at other sizes; empty if the input size is fixed."""
 
     def outputs(self, recipe: m.Recipe) -> dict[str, Float32Array]:
-        """Eager's logits by the name of the output, the first one first."""
+        """Eager PyTorch's logits by output name, in the order of the outputs."""
         names = [port.name for port in recipe.outputs]
         return dict(zip(names, (self.logits, *self.further), strict=True))
 
@@ -111,7 +117,10 @@ def _array(path: Path, dtype: type[np.generic], shape: tuple[int, ...]) -> npt.N
 
 
 def held_out(bundle: Path, manifest: m.Manifest) -> HeldOut:
-    """Read a bundle's held-out inputs, uint8 [N, H, W, 3], and eager logits, float32, see `parity.outputs.sampled`."""
+    """Read a bundle's held-out inputs, uint8 [N, H, W, 3], and eager PyTorch's logits for them, float32.
+
+    The logits are reduced as by `parity.outputs.sampled`.
+    """
     described = manifest.artifacts.held_out
     recipe, p = manifest.recipe, manifest.recipe.preprocess
 
@@ -135,40 +144,43 @@ def held_out(bundle: Path, manifest: m.Manifest) -> HeldOut:
 
 
 def named(bundle: Path, manifest: m.Manifest, name: str) -> m.Engine:
-    """A bundle's engine of this name.
+    """The engine of a bundle that has this name.
 
     Raises:
-        BadInputError: it has none.
+        BadInputError: the bundle has no engine of this name, or this version does not know the engine's target or
+            precision.
     """
     engines = {engine.name: engine for engine in manifest.artifacts.engines}
     if name in manifest.unknown_engines:
         raise BadInputError(
             f"{bundle}: engine {name!r} is of a target or precision that this version does not know",
-            hint=f"update export-zoo; it knows: {', '.join(engines)}",
+            hint=f"update export-zoo, or choose one of: {', '.join(engines)}",
         )
     if name not in engines:
-        raise BadInputError(f"{bundle}: no engine {name!r}", hint=f"it has: {', '.join(engines) or 'none'}")
+        raise BadInputError(
+            f"{bundle}: no engine {name!r}", hint=f"the bundle has: {', '.join(engines) or 'none'}"
+        )
     return engines[name]
 
 
 @dataclass(frozen=True)
 class Attested:
-    """What `verify` found of a bundle with the manifest that it has now, on whatever machines."""
+    """Results of `verify` for a bundle's current manifest, on all machines that ran it."""
 
     by_file: dict[str, m.Attestation]
-    """By path within the bundle, newest first."""
+    """Attestations by path within the bundle, newest first."""
     unreadable: list[str]
-    """Paths of what is no attestation that this version can read."""
+    """Paths of files that this version cannot read as attestations."""
 
 
 def attestations(bundle: Path) -> Attested:
-    """Read all attestations of a bundle. Those of another manifest are left out."""
+    """Read all attestations of a bundle. Attestations for another manifest are left out."""
     sha256 = sha256_of(bundle / MANIFEST)
     found = Attested({}, [])
     for path in sorted((bundle / ATTESTATIONS).glob("*.json"), reverse=True):  # named by time
         name = path.relative_to(bundle).as_posix()
         try:
-            if not path.is_file():  # a pipe would be waited for
+            if not path.is_file():  # reading a pipe would block
                 raise ValueError("not a file")
             attestation = m.Attestation.model_validate_json(path.read_bytes())
         except (OSError, ValueError):

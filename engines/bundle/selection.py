@@ -1,4 +1,4 @@
-"""Which engine of a bundle is best on this machine: one answer, for loading and for serving."""
+"""Chooses the best engine of a bundle for this machine. Loading and serving use the same rules."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from export_zoo.engines.targets.registry import TARGETS
 
 
 class Standing(NamedTuple):
-    """An engine's state here, and where that comes from."""
+    """An engine's state on this machine, and the source of that state."""
 
     state: m.State
     source: str
-    """The attestation and its machine; empty for the manifest."""
+    """The attestation's file and its machine; empty if the state is the manifest's."""
 
 
 def standing(engine: m.Engine, attested: Attested) -> Standing:
-    """An engine's state by the newest attestation of a machine like this one that ran it, else by the manifest.
+    """An engine's state on this machine.
 
-    A real machine's attestation goes before those of emulated CPUs. Nothing is verified by emulation, but an engine
-    that failed on an emulated CPU like this machine's, when it last ran there, is not verified any more.
+    The newest attestation of a machine like this one that ran the engine decides. Without one, the manifest decides.
+    Attestations of real machines take precedence over those of emulated CPUs. Emulation never makes an engine verified.
+    However, an engine that failed its last run on an emulated CPU like this machine's is no longer verified.
     """
     real_first = sorted(attested.by_file.items(), key=lambda item: item[1].emulation is not None)
     emulated: set[str] = set()
@@ -46,12 +47,16 @@ def standing(engine: m.Engine, attested: Attested) -> Standing:
 
 
 def not_verified(found: Standing) -> str:
-    """Why an engine is left out for its state."""
+    """The reason, for messages, why an engine is left out because of its state."""
     return f"{found.state}, not verified" + (f" ({found.source})" if found.source else "")
 
 
 def rank(engine: m.Engine) -> tuple[bool, float, int]:
-    """The fastest last. A GPU's engine that was never timed is taken before the CPU's, the lower precision first."""
+    """Sort key: the best engine has the largest key.
+
+    GPU engines that were never timed are preferred to CPU engines; among them, the lowest precision is preferred.
+    Otherwise, the engine with the largest speedup is preferred.
+    """
     untimed = TARGETS[engine.target].device == "gpu" and engine.latency is None
     speedup = engine.latency.speedup if engine.latency is not None else 0.0
     return untimed, speedup, list(PRECISIONS).index(engine.precision)

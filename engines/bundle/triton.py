@@ -1,4 +1,4 @@
-"""A bundle's engine as a model of a Triton Inference Server repository.
+"""Writes a bundle's engine as a model of a Triton Inference Server repository.
 
     REPOSITORY/<name>/config.pbtxt
     REPOSITORY/<name>/labels.txt
@@ -36,19 +36,22 @@ from export_zoo.engines.targets.registry import TARGETS
 CpuGraph = Literal["safe", "exact", "vnni"]
 
 QUEUE_DELAY_US = 1000
-"""Microseconds that a request waits for others to make a batch with."""
+"""Microseconds that a request waits for other requests to form a batch."""
 
 _MAX_VERSION = 2**63 - 1
-"""Triton reads it into 64 bits."""
+"""Largest version number; Triton stores it in 64 bits."""
 
 
 def _quoted(text: str) -> str:
-    """A string literal of protobuf's text format."""
+    """Quote text as a string literal of protobuf's text format."""
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
 
 
 def config(manifest: m.Manifest, engine: m.Engine, name: str, *, delay_us: int = QUEUE_DELAY_US) -> str:
-    """config.pbtxt: shapes without the batch, which Triton adds, and dynamic batching up to the verified batch."""
+    """The text of config.pbtxt.
+
+    Shapes have no batch dimension, because Triton adds it. Dynamic batching goes up to the largest verified batch.
+    """
     recipe, backend = manifest.recipe, TARGETS[engine.target].triton
     assert backend is not None
 
@@ -72,23 +75,25 @@ def config(manifest: m.Manifest, engine: m.Engine, name: str, *, delay_us: int =
 
 
 def _served() -> str:
-    """Targets whose engines Triton runs, for messages."""
+    """Names of the targets whose engines Triton can run, for messages."""
     return " or ".join(target.name for target in TARGETS.values() if target.triton)
 
 
 def _chosen(bundle: Path, manifest: m.Manifest, wanted: str | None) -> m.Engine:
-    """The engine that is asked for, or the fastest verified one that Triton can run."""
+    """The engine named `wanted`. Without a name, the fastest verified engine that Triton can run."""
     batch = manifest.recipe.batch
     if batch.min > 1:
         raise TargetUnavailableError(
-            f"{bundle}: verified at batches {batch.min} to {batch.max}, and Triton runs a lone request at 1",
+            f"{bundle}: verified at batches {batch.min} to {batch.max}, but Triton runs a single request at batch 1",
             hint=f"export with --batch 1:{batch.opt}:{batch.max}",
         )
     if wanted is not None:
         try:
             engine = named(bundle, manifest, wanted)
         except BadInputError as error:
-            raise UsageError(f"--engine {wanted}: {bundle} has none of that name", hint=error.hint) from error
+            raise UsageError(
+                f"--engine {wanted}: {bundle} has no engine of that name", hint=error.hint
+            ) from error
         if TARGETS[engine.target].triton is None:
             raise TargetUnavailableError(
                 f"--engine {wanted}: Triton has no backend for {engine.target}",
@@ -96,7 +101,7 @@ def _chosen(bundle: Path, manifest: m.Manifest, wanted: str | None) -> m.Engine:
             )
         if engine.without_weights:
             raise TargetUnavailableError(
-                f"--engine {wanted}: its plan has no weights, and Triton does not refit it",
+                f"--engine {wanted}: its plan has no weights, and Triton does not refit plans",
                 hint="export without --strip-weights, or use an engine of onnxruntime",
             )
         return engine
@@ -107,25 +112,26 @@ def _chosen(bundle: Path, manifest: m.Manifest, wanted: str | None) -> m.Engine:
     if not verified:
         listed = "; ".join(f"{name}: {not_verified(found)}" for name, found in standings.items())
         raise TargetUnavailableError(
-            f"{bundle}: no verified engine of {_served()} that has its weights"
+            f"{bundle}: no verified engine of {_served()} that contains its weights"
             + (f": {listed}" if listed else ""),
-            hint="name one with --engine, or export with --target onnxruntime",
+            hint="choose an engine with --engine, or export with --target onnxruntime",
         )
     return max(verified, key=rank)
 
 
 def _for_cpus(bundle: Path, engine: m.Engine, graph: Path, cpu_graph: CpuGraph) -> ir.Model | None:
-    """What is written instead of an engine; None where it is written as it is.
+    """The graph to write in place of the engine's; None if the engine is written unchanged.
 
     Raises:
-        UsageError: there is nothing to make exact.
-        TargetUnavailableError: it can saturate.
+        UsageError: `cpu_graph` is `exact`, and the engine is not ONNX Runtime's INT8.
+        TargetUnavailableError: `cpu_graph` is `safe`, and the engine can saturate.
     """
     int8 = TARGETS[engine.target].int8.sums_in_16_bits and PRECISIONS[engine.precision].integer_sums
     if cpu_graph == "exact":
         if not int8:
             raise UsageError(
-                f"--cpu-graph exact: is for INT8 of onnxruntime, not for {engine.name}", hint="leave it out"
+                f"--cpu-graph exact: only for INT8 of onnxruntime, not for {engine.name}",
+                hint="leave out --cpu-graph",
             )
         model = graph_io.load(graph)
         unsigned_weights(model.graph)
@@ -134,8 +140,8 @@ def _for_cpus(bundle: Path, engine: m.Engine, graph: Path, cpu_graph: CpuGraph) 
         raise TargetUnavailableError(
             f"{bundle}: {engine.name} was made by an earlier version: on CPUs without VNNI its sums saturate, and its "
             "logits are wrong",
-            hint="export the bundle again; or --cpu-graph exact (uint8 weights, slower where there is VNNI), or "
-            "--cpu-graph vnni where all servers have it",
+            hint="export the bundle again; otherwise use --cpu-graph exact (uint8 weights, slower on CPUs with VNNI), "
+            "or --cpu-graph vnni if all servers have VNNI",
         )
     return None
 
@@ -150,23 +156,24 @@ def write_repository(
     delay_us: int = QUEUE_DELAY_US,
     cpu_graph: CpuGraph = "safe",
 ) -> Path:
-    """Add an engine to a Triton model repository, whole or not at all; returns the model's directory.
+    """Add an engine to a Triton model repository, completely or not at all. Returns the model's directory.
 
     Args:
-        engine: its name; default the fastest verified one, by the manifest and what `verify` attested on a machine
-            like this one.
-        name: of the model; default the network's.
-        version: its folder. Another version of a model that is there must have the same configuration.
-        delay_us: microseconds that a request waits for others.
-        cpu_graph: what ONNX Runtime's INT8 engine becomes, for Triton gives sessions no configuration: `safe`, the
-            engine itself, refused where it can saturate; `exact`, with uint8 weights, which no CPU saturates; `vnni`,
-            the engine itself, for CPUs that do not saturate.
+        engine: name of the engine. Default: the fastest verified engine, by the manifest and by attestations of
+            `verify` on a machine like this one.
+        name: name of the model. Default: the network's name.
+        version: version number of the model, and name of its folder. All versions of a model must have the same
+            configuration.
+        delay_us: microseconds that a request waits for other requests.
+        cpu_graph: graph to write for ONNX Runtime's INT8 engine, because Triton gives sessions no configuration. `safe`
+            writes the engine itself, and refuses an engine that can saturate. `exact` writes uint8 weights, which do
+            not saturate on any CPU. `vnni` writes the engine itself, for CPUs that do not saturate.
 
     Raises:
-        UsageError: a name or version that Triton does not take, or that is there already; or no such engine.
-        BadInputError: not a bundle, or damaged.
+        UsageError: Triton does not accept the name or version, the version already exists, or there is no such engine.
+        BadInputError: `bundle` is not a bundle, or is damaged.
         ParityError: the bundle failed its parity gate.
-        TargetUnavailableError: no engine that Triton can serve, or one that can saturate.
+        TargetUnavailableError: Triton can serve no engine of the bundle, or the engine can saturate.
         EnvironmentFailureError: the repository cannot be written to.
     """
     manifest = read_manifest(bundle)
@@ -176,15 +183,18 @@ def write_repository(
     name = name if name is not None else manifest.recipe.source.name
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{,199}", name):
         raise UsageError(
-            f"--name {name!r}: at most 200 letters, digits, _, - and .", hint="for example resnet50-int8"
+            f"--name {name!r}: must be 1 to 200 letters, digits, _, - and ., and not begin with - or .",
+            hint="use a name such as resnet50-int8",
         )
     if not 1 <= version <= _MAX_VERSION:
-        raise UsageError(f"--version {version}: must be 1 to {_MAX_VERSION}", hint="leave it out for 1")
+        raise UsageError(
+            f"--version {version}: must be 1 to {_MAX_VERSION}", hint="leave out --version to use 1"
+        )
     backend = TARGETS[chosen.target].triton
     assert backend is not None
     model_file = backend.file
     files = {model_file: checked(bundle, chosen.file)}
-    # Weights beside an ONNX file keep the name that it refers to.
+    # External weights of an ONNX file keep their file name, because the ONNX file refers to it.
     files |= {Path(file.path).name: checked(bundle, file) for file in chosen.external_data}
     rewritten = _for_cpus(bundle, chosen, files[model_file], cpu_graph)
     described = {"config.pbtxt": config(manifest, chosen, name, delay_us=delay_us)}
@@ -208,7 +218,7 @@ def write_repository(
             temporary.rename(model)
     except OSError as error:
         raise EnvironmentFailureError(
-            f"{repository}: cannot be written: {error.strerror}", hint="give a directory that is writable"
+            f"{repository}: cannot be written: {error.strerror}", hint="give a writable directory"
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -219,12 +229,12 @@ def _refuse_other(model: Path, described: dict[str, str], version: int) -> None:
     if not model.exists():
         return
     if (model / str(version)).exists():
-        raise UsageError(f"{model}/{version}: is there already", hint="give another --version or --name")
+        raise UsageError(f"{model}/{version}: already exists", hint="give another --version or --name")
     if not (model / "config.pbtxt").is_file():
-        raise UsageError(f"{model}: is there, and is no model of Triton's", hint="give another --name")
+        raise UsageError(f"{model}: exists, but is not a Triton model", hint="give another --name")
     for file, text in described.items():
         if not (model / file).is_file() or (model / file).read_text(encoding="utf-8") != text:
             raise UsageError(
-                f"{model}/{file}: of another configuration than this engine's",
-                hint="versions of a model share it: give another --name",
+                f"{model}/{file}: differs from this engine's configuration",
+                hint="give another --name: all versions of a model share one configuration",
             )

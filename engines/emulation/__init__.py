@@ -1,1 +1,1 @@
-"""Running an engine on another CPU, emulated by qemu-user."""
+"""Runs an engine on another CPU, emulated by qemu-user."""

@@ -1,17 +1,17 @@
-"""Makes an ARM64 root for qemu-aarch64: Debian's Python, numpy and ONNX Runtime, in a folder of its own.
+"""Makes an ARM64 root for qemu-aarch64: a folder with Debian's Python, numpy and ONNX Runtime.
 
     python -m export_zoo.engines.emulation.arm64_root [DIR]
 
-Nothing is installed on this machine. apt-get reads and writes folders of its own, dpkg-deb unpacks the packages, and
-the wheels of numpy and ONNX Runtime are unzipped. The folder holds:
+Nothing is installed on this machine. apt-get reads and writes separate folders, dpkg-deb unpacks the packages, and the
+wheels of numpy and ONNX Runtime are unzipped. The folder holds:
 
     root/          Debian 12: libc, libstdc++, Python 3.11
-    cpu/NAME/      what qemu-aarch64 takes as `/` for `-cpu NAME`: links into root/, and a /proc/cpuinfo of that CPU
+    cpu/NAME/      the `/` of qemu-aarch64 for `-cpu NAME`: links into root/, and a /proc/cpuinfo of that CPU
     site/          numpy and ONNX Runtime
-    root.json      the versions; it is written last
+    root.json      the versions; written last
 
-qemu-user 7.2 shows programs the /proc/cpuinfo of this machine. If that is not an ARM CPU's, ONNX Runtime from 1.28 on
-crashes while it is imported. So each CPU has a file of its own here. ONNX Runtime also chooses some kernels by it.
+qemu-user 7.2 shows programs the /proc/cpuinfo of this machine. If this machine's CPU is not ARM, ONNX Runtime 1.28 and
+later crash on import. So each CPU has its own /proc/cpuinfo here. ONNX Runtime also chooses some kernels by it.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ from export_zoo.base.errors import EnvironmentFailureError, ExportZooError, Targ
 from export_zoo.base.machine import library_versions
 
 RELEASE = "bookworm"
-"""Debian's release. Its Python decides the wheels."""
+"""Debian release. Its Python version determines the wheels."""
 PYTHON = "3.11"
 MIRROR_VARIABLE = "DEBIAN_MIRROR"
-"""URL of a mirror of Debian, `http://HOST/debian`, where apt here knows none, as on Ubuntu."""
+"""Environment variable: URL of a Debian mirror, `http://HOST/debian`, if apt here has none, for example on Ubuntu."""
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
-"""Keys that sign Debian's lists of packages."""
+"""Keys that check the signatures of Debian's package lists."""
 PACKAGES = (
     "libc6",
     "libgcc-s1",
@@ -55,7 +55,10 @@ PACKAGES = (
     f"libpython{PYTHON}-minimal",
     f"libpython{PYTHON}-stdlib",
 )
-"""The packages that Python, numpy and ONNX Runtime need. Without OpenSSL, SQLite, bzip2 and xz hashlib still works."""
+"""Packages that Python, numpy and ONNX Runtime need.
+
+OpenSSL, SQLite, bzip2 and xz are left out; hashlib still works.
+"""
 UNUSED = (
     "root/usr/share",
     "root/usr/lib/aarch64-linux-gnu/gconv",
@@ -63,29 +66,33 @@ UNUSED = (
     "site/onnxruntime/tools",
     "site/onnxruntime/quantization",
 )
-"""Folders that running an engine does not read."""
+"""Folders that are removed because running an engine does not read them."""
 ONNXRUNTIME = "1.32.0"
-"""ONNX Runtime where none is installed here: the newest that was run under qemu-aarch64 7.2, as each of `CPUS`.
+"""Version of ONNX Runtime if none is installed here: the newest that was run under qemu-aarch64 7.2, on each of `CPUS`.
 
 1.27.0, 1.30.0 and 1.31.1 were run, too. The default is the version installed here, so that only the CPU differs.
 """
 NUMPY = "2.4.6"
-"""The last numpy for Python 3.11."""
+"""Version of numpy: the last one for Python 3.11."""
 PLATFORMS = ("manylinux_2_28_aarch64", "manylinux_2_27_aarch64", "manylinux_2_17_aarch64")
-"""Wheels that Debian 12's glibc 2.36 runs."""
+"""Platform tags of wheels that run with Debian 12's glibc 2.36."""
 CPUS = {
     "cortex-a53": ("0x41", "0x0", "0xd03", "4"),
     "neoverse-n1": ("0x41", "0x3", "0xd0c", "1"),
     "max": ("0x00", "0x0", "0x51", "0"),
 }
-"""CPUs of qemu-aarch64, and implementer, variant, part and revision as /proc/cpuinfo says them.
+"""CPUs of qemu-aarch64, with implementer, variant, part and revision as in /proc/cpuinfo.
 
-cortex-a53 has neither dot products nor FP16, neoverse-n1 has both; max has all that qemu implements, I8MM for example.
+cortex-a53 has neither dot products nor FP16, and neoverse-n1 has both. max has all features that qemu implements, for
+example I8MM.
 """
 _PROCESSORS = 512
-"""Number of processors in /proc/cpuinfo. At least this machine's: those not listed have no kernels of their own."""
+"""Number of processors in /proc/cpuinfo.
+
+At least this machine's number is needed: processors that are not listed get no kernels of their own.
+"""
 _NEEDED_BYTES = 500_000_000
-"""Free disk space while the root is made: downloads and unpacked files together."""
+"""Free disk space needed to make the root, in bytes: downloads and unpacked files together."""
 _RECORD = "root.json"
 _CHECK = """
 import hashlib, platform, sys
@@ -96,21 +103,24 @@ session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProv
 (y,) = session.run(None, {"x": numpy.full((1, 64, 2, 2), 255, numpy.uint8)})
 assert (y == 127).all(), y
 """
-"""A program that runs `_write_convolution`'s model. 64 * 255 * 127 / 2^14 is 126.5."""
+"""Python program that runs the model of `_write_convolution`. 64 * 255 * 127 / 2^14 is 126.5."""
 
 
 VARIABLE = "EXPORT_ZOO_ARM64_ROOT"
 
 
 def default_root() -> Path:
-    """$EXPORT_ZOO_ARM64_ROOT, else $XDG_CACHE_HOME/export-zoo/arm64-root, else ~/.cache/export-zoo/arm64-root."""
+    """The default folder of the ARM64 root.
+
+    $EXPORT_ZOO_ARM64_ROOT, else $XDG_CACHE_HOME/export-zoo/arm64-root, else ~/.cache/export-zoo/arm64-root.
+    """
     if chosen := os.environ.get(VARIABLE):
         return Path(chosen).absolute()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "export-zoo" / "arm64-root"
 
 
 def versions(root: Path) -> dict[str, str]:
-    """Versions of Python, numpy and ONNX Runtime in a root; empty where there is none, or where it is damaged."""
+    """Versions of Debian, Python, numpy and ONNX Runtime in a root; empty if the root is missing or damaged."""
     try:
         found = json.loads((root / _RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -121,7 +131,7 @@ def versions(root: Path) -> dict[str, str]:
 
 
 def usable(root: Path) -> bool:
-    """Whether `root` is a finished root whose parts are there. Nothing is run."""
+    """Whether `root` is a complete ARM64 root. Only checks files, runs nothing."""
     parts = (_python(root), *(root / "site" / name / "__init__.py" for name in ("numpy", "onnxruntime")))
     files = [*parts, *(root / "cpu" / cpu / "proc" / "cpuinfo" for cpu in CPUS)]
     loaders = [root / "cpu" / cpu / "lib" / "ld-linux-aarch64.so.1" for cpu in CPUS]
@@ -134,11 +144,11 @@ def site(root: Path) -> Path:
 
 
 def command(root: Path, cpu: str) -> list[str]:
-    """The command that runs the root's Python as a CPU. Its environment needs `environment(root)`.
+    """The command that runs the root's Python on a CPU. Its environment needs `environment(root)`.
 
     Raises:
         TargetUnavailableError: qemu-aarch64 is not installed.
-        UsageError: an unknown CPU.
+        UsageError: the CPU is unknown.
     """
     if cpu not in CPUS:
         raise UsageError(f"{cpu!r}: not a CPU of the ARM64 root", hint=f"use {', '.join(CPUS)}")
@@ -147,18 +157,18 @@ def command(root: Path, cpu: str) -> list[str]:
 
 
 def environment(root: Path) -> dict[str, str]:
-    """Environment variables that the root's Python needs, to be added to those of this process.
+    """Environment variables that the root's Python needs, in addition to those of this process.
 
-    A PYTHONHOME of this machine's Python would lead the root's to the wrong files.
+    PYTHONHOME is emptied: this machine's value would lead the root's Python to the wrong files.
     """
     return {"PYTHONPATH": str(root / "site"), "PYTHONHOME": "", "PYTHONDONTWRITEBYTECODE": "1"}
 
 
 def mirror_of_apt() -> str:
-    """The mirror of Debian that $DEBIAN_MIRROR names, or that this machine's own apt uses.
+    """URL of the Debian mirror: $DEBIAN_MIRROR, else the mirror that this machine's apt uses.
 
     Raises:
-        TargetUnavailableError: there is none.
+        TargetUnavailableError: there is no mirror.
     """
     if chosen := os.environ.get(MIRROR_VARIABLE):
         return chosen
@@ -167,23 +177,23 @@ def mirror_of_apt() -> str:
         if found := re.search(r"https?://\S*/debian(?=/? )", done.stdout):
             return found.group()
     raise TargetUnavailableError(
-        "ARM64 root: apt knows no mirror of Debian here (is this Ubuntu?)",
-        hint=f"set {MIRROR_VARIABLE}, or give --mirror: the URL of one, http://HOST/debian",
+        "ARM64 root: apt has no Debian mirror here (is this Ubuntu?)",
+        hint=f"set {MIRROR_VARIABLE} or --mirror to the URL of a Debian mirror, http://HOST/debian",
     )
 
 
 def make(root: Path, *, onnxruntime: str | None = None, mirror: str | None = None) -> bool:
-    """Make a root, unless it is there; False where it was.
+    """Make a root, unless it exists. Returns False if it existed.
 
-    It is made beside `root` and renamed when it has run, so `root` is a whole root or does not exist.
+    The root is made beside `root`, and renamed after it has run. So `root` is a complete root or does not exist.
 
     Args:
-        onnxruntime: version of ONNX Runtime; by default the one installed here.
-        mirror: URL of a mirror of Debian; by default `mirror_of_apt`'s.
+        onnxruntime: version of ONNX Runtime. Default: the version installed here.
+        mirror: URL of a Debian mirror. Default: that of `mirror_of_apt`.
 
     Raises:
-        UsageError: something else is at `root`, or a root with another version than asked for.
-        TargetUnavailableError: a program, or Debian's keys, are missing.
+        UsageError: `root` is something else, or a root with another version of ONNX Runtime.
+        TargetUnavailableError: a program, Debian's keys or a Debian mirror is missing.
         EnvironmentFailureError: the network or the disk failed, or the root does not run.
     """
     if usable(root):
@@ -237,7 +247,7 @@ def make(root: Path, *, onnxruntime: str | None = None, mirror: str | None = Non
 
 
 def _installed() -> str | None:
-    """The version of ONNX Runtime here."""
+    """Version of ONNX Runtime that is installed here; None without it."""
     version = library_versions("onnxruntime")["onnxruntime"]
     return None if version == "absent" else version
 
@@ -247,7 +257,7 @@ def _python(root: Path) -> Path:
 
 
 def _put(made: Path, root: Path) -> bool:
-    """Rename `made` to `root`; False where another process made it meanwhile."""
+    """Rename `made` to `root`. Returns False if another process made `root` in the meantime."""
     try:
         made.rename(root)
     except OSError:
@@ -267,11 +277,11 @@ def _program(name: str, package: str) -> str:
 
 
 def _programs() -> dict[str, str]:
-    """Paths of the programs that make a root and run it."""
+    """Paths of the programs that make a root and run it, by name."""
     if shutil.which("apt-get") is None:
         raise TargetUnavailableError(
             "ARM64 root: apt-get is not installed, so this is not Debian or Ubuntu",
-            hint="make the root on Debian or Ubuntu (a container will do), and copy the folder",
+            hint="make the root on Debian or Ubuntu (a container is enough), and copy the folder",
         )
     found = {
         name: _program(name, package)
@@ -283,17 +293,17 @@ def _programs() -> dict[str, str]:
         )
     if not KEYRING.is_file():
         raise TargetUnavailableError(
-            f"ARM64 root: {KEYRING} is missing, which checks Debian's signatures",
-            hint="apt-get install debian-archive-keyring",
+            f"ARM64 root: {KEYRING} is missing; it is needed to check Debian's signatures",
+            hint="run apt-get install debian-archive-keyring",
         )
     return found
 
 
 def _run(arguments: Sequence[str], what: str, hint: str, *, cwd: Path, **variables: str) -> str:
-    """Standard output of a program.
+    """Run a program and return its standard output.
 
     Raises:
-        EnvironmentFailureError: it fails; with the last lines that it wrote.
+        EnvironmentFailureError: the program failed. The message has the last lines that it wrote.
     """
     done = subprocess.run(
         arguments,
@@ -335,7 +345,7 @@ def _unpack_debian(target: Path, work: Path, mirror: str, programs: dict[str, st
         "Dir::State::status": "/dev/null",
     }
     apt = [programs["apt-get"], "-q", *(f"-o{key}={value}" for key, value in settings.items())]
-    hint = f"check that {mirror} can be reached, or give another with --mirror"
+    hint = f"check that {mirror} can be reached, or give another mirror with --mirror"
     _run([*apt, "update"], "apt-get update", hint, cwd=work / "packages")
     _run([*apt, "download", *PACKAGES], "apt-get download", hint, cwd=work / "packages")
     target.mkdir()
@@ -353,7 +363,7 @@ def _unpack_wheels(site: Path, work: Path, onnxruntime: str) -> None:
     _run(
         [*arguments, f"numpy=={NUMPY}", f"onnxruntime=={onnxruntime}"],
         "pip download",
-        f"check that the package index can be reached; or, if it has no onnxruntime {onnxruntime} for "
+        f"check that the package index can be reached. If it has no onnxruntime {onnxruntime} for "
         f"ARM64 and Python {PYTHON}, use --onnxruntime {ONNXRUNTIME}",
         cwd=work,
     )
@@ -377,7 +387,7 @@ def _add_cpus(made: Path) -> None:
 
 
 def _write_convolution(path: Path) -> None:
-    """Write a model of one int8 convolution. All weights are 127, and the output is the sum over 2^14."""
+    """Write a model of one int8 convolution. All weights are 127. The output is the sum divided by 2^14."""
     arrays: dict[str, npt.NDArray[np.generic]] = {
         "one": np.array(1, np.float32),
         "scale": np.array(2**14, np.float32),
@@ -398,7 +408,7 @@ def _write_convolution(path: Path) -> None:
 
 
 def _check(made: Path, cpu: str, model: Path) -> None:
-    """Import numpy and ONNX Runtime as a CPU, and run a convolution."""
+    """Import numpy and ONNX Runtime on an emulated CPU, and run a convolution."""
     hint = "use another version (--onnxruntime), or a newer qemu-user"
     program = [*command(made, cpu), "-c", _CHECK, str(model)]
     _run(program, f"running ONNX Runtime as {cpu}", hint, cwd=made, **environment(made))
@@ -411,7 +421,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("root", nargs="?", type=Path, metavar="DIR", help=f"default: {default_root()}")
     parser.add_argument("--onnxruntime", metavar="VERSION", help="default: the version installed here")
-    parser.add_argument("--mirror", metavar="URL", help="Debian's mirror (default: that of apt here)")
+    parser.add_argument("--mirror", metavar="URL", help="Debian mirror (default: $DEBIAN_MIRROR, else apt's)")
     options = parser.parse_args(arguments)
     root: Path = (options.root or default_root()).absolute()
     try:

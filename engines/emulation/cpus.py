@@ -1,4 +1,4 @@
-"""CPUs that qemu-user can be, and the command that runs Python on each."""
+"""CPUs that qemu-user can emulate, and the command that runs Python on each."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from export_zoo.engines.emulation import arm64_root
 
 @dataclass(frozen=True)
 class Cpu:
-    """A CPU by the name that `--cpu` takes."""
+    """A CPU that can be emulated. `name` is the value of `--cpu`."""
 
     name: str
     machine: str
     """`x86_64` or `aarch64`."""
     model: str
-    """What qemu calls it."""
+    """The CPU's name in qemu."""
     description: str
 
 
@@ -33,7 +33,7 @@ CPUS = {
     for cpu in (
         Cpu("haswell", "x86_64", "Haswell-v4", "Intel 2013, AVX2 without VNNI: sums of INT8 saturate"),
         Cpu("nehalem", "x86_64", "Nehalem-v1", "Intel 2008, SSE4.2 without AVX: sums do not saturate"),
-        Cpu("cortex-a53", "aarch64", "cortex-a53", "ARMv8.0: neither dot products nor FP16"),
+        Cpu("cortex-a53", "aarch64", "cortex-a53", "ARMv8.0: no dot products, no FP16"),
         Cpu(
             "neoverse-n1", "aarch64", "neoverse-n1", "ARMv8.2 with dot products: AWS Graviton 2, Ampere Altra"
         ),
@@ -43,32 +43,35 @@ CPUS = {
 
 @dataclass(frozen=True)
 class Launch:
-    """How Python is run on a CPU: the command before its arguments, variables for its environment, and where."""
+    """How to run Python on an emulated CPU.
+
+    `command` comes before Python's arguments. `environment` holds variables to add to the environment.
+    """
 
     command: Sequence[str]
     environment: dict[str, str]
     directory: Path
-    """Where this package is."""
+    """Working directory: the folder from which this package is imported."""
 
 
 def named(name: str) -> Cpu:
-    """A CPU by its name.
+    """The CPU with this name.
 
     Raises:
-        UsageError: there is no such one.
+        UsageError: the name is unknown.
     """
     if name not in CPUS:
         raise UsageError(
-            f"--cpu {name!r}: not known", hint=f"one of {', '.join(CPUS)}; --cpu list tells more"
+            f"--cpu {name!r}: unknown CPU", hint=f"use one of {', '.join(CPUS)}; --cpu list describes them"
         )
     return CPUS[name]
 
 
 def emulator(cpu: Cpu) -> str:
-    """The path of the emulator.
+    """The path of the emulator for a CPU.
 
     Raises:
-        TargetUnavailableError: it is not installed.
+        TargetUnavailableError: the emulator is not installed.
     """
     program = f"qemu-{cpu.machine}"
     if (found := shutil.which(program)) is None:
@@ -82,10 +85,11 @@ def emulator(cpu: Cpu) -> str:
 def launch(cpu: Cpu) -> Launch:
     """How to run Python, with numpy, ONNX Runtime and this package, on a CPU.
 
-    x86-64 runs this process's own Python and libraries; ARM64 those of `emulation.arm64_root`.
+    An x86-64 CPU runs this process's own Python and libraries. An ARM64 CPU runs those of `emulation.arm64_root`.
 
     Raises:
-        TargetUnavailableError: the emulator, or the ARM64 root, is not there.
+        TargetUnavailableError: the emulator or the ARM64 root is missing, or this machine has no x86-64 Python for an
+            x86-64 CPU.
     """
     qemu = emulator(cpu)
     if cpu.machine == "aarch64":
@@ -93,8 +97,8 @@ def launch(cpu: Cpu) -> Launch:
         if not arm64_root.usable(root):
             raise TargetUnavailableError(
                 f"--cpu {cpu.name}: there is no ARM64 Python with ONNX Runtime in {root}",
-                hint="make it with `python -m export_zoo.engines.emulation.arm64_root` (a minute, 130 MB), or set "
-                f"{arm64_root.VARIABLE} to where it is",
+                hint="make one with `python -m export_zoo.engines.emulation.arm64_root` (a minute, 130 MB), or set "
+                f"{arm64_root.VARIABLE} to the folder of an existing one",
             )
         environment = _environment([arm64_root.site(root), IMPORT_ROOT])
         return Launch(
@@ -102,10 +106,11 @@ def launch(cpu: Cpu) -> Launch:
         )
     if platform.machine().lower() not in ("x86_64", "amd64"):
         raise TargetUnavailableError(
-            f"--cpu {cpu.name}: needs a Python for x86-64, this machine is {platform.machine()}",
+            f"--cpu {cpu.name}: needs a Python for x86-64, but this machine is {platform.machine()}",
             hint="verify on an x86-64 machine",
         )
-    # A virtual environment's python is a link that qemu does not follow to its libraries: the base's, with their path.
+    # In a virtual environment, python is a link, and qemu does not find its libraries through it. So the base Python
+    # runs, and PYTHONPATH names the libraries.
     paths = [
         IMPORT_ROOT,
         *(Path(path) for path in sys.path if path.endswith("-packages")),

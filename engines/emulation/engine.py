@@ -27,35 +27,41 @@ from export_zoo.engines.precision.int8.saturation.probe import EXACT_SESSION
 Float32Array = npt.NDArray[np.float32]
 
 _NOISE = "TCG doesn't support requested feature"
-"""Words of a warning of qemu's about each feature that the CPU has and the emulator has not."""
+"""Text of qemu's warning about each feature that the CPU has but the emulator lacks."""
 
 
 STUCK_SECONDS = 120.0
-"""Without a tick of CPU time while an answer is awaited: threads wait for each other, as may happen in qemu."""
+"""Seconds without use of CPU time after which a process that must answer counts as stuck.
+
+Threads may wait for each other in qemu.
+"""
 
 _POLLS = 24
-"""In that time. They are counted rather than seconds, which pass while all processes are stopped."""
+"""Number of checks of the CPU time within STUCK_SECONDS.
+
+Checks are counted instead of seconds, because seconds also pass while all processes are stopped.
+"""
 
 
 @dataclass(frozen=True)
 class Emulated:
-    """What an engine ran on."""
+    """The emulated CPU and libraries that an engine ran on."""
 
     instruction_set: str
     saturates: bool
-    """Whether ONNX Runtime's int8 sums saturate there."""
+    """Whether ONNX Runtime's int8 sums saturate on this CPU."""
     session_config: dict[str, str]
-    """What the session got because they do."""
+    """Configuration that the session got because int8 sums saturate."""
     versions: dict[str, str]
-    """Of onnxruntime, numpy and qemu."""
+    """Versions of onnxruntime, numpy and qemu."""
 
 
 @cache
 def qemu_version(cpu: Cpu) -> str:
-    """`7.2.22`, say.
+    """Version of the emulator for a CPU, for example `7.2.22`; `unknown` if it is not printed.
 
     Raises:
-        TargetUnavailableError: it is not installed.
+        TargetUnavailableError: the emulator is not installed.
     """
     done = subprocess.run([emulator(cpu), "--version"], capture_output=True, text=True, check=False)
     words = done.stdout.split()
@@ -63,7 +69,7 @@ def qemu_version(cpu: Cpu) -> str:
 
 
 def _cpu_seconds(pid: int) -> float:
-    """CPU time of a process and its children."""
+    """CPU time of a process and its children, in seconds."""
     total = 0.0
     with suppress(psutil.Error):
         for process in (one := psutil.Process(pid), *one.children(recursive=True)):
@@ -78,12 +84,12 @@ class EmulatedEngine:
 
     Args:
         graph: the ONNX file.
-        cpu: which.
-        half, saturating_session: as of `onnxruntime.engine.OnnxRuntimeEngine`.
+        cpu: the CPU to emulate.
+        half, saturating_session: as in `onnxruntime.engine.OnnxRuntimeEngine`.
 
     Raises:
-        TargetUnavailableError: the emulator is not installed, or Python or ONNX Runtime do not start in it, or the
-            graph cannot be run exactly there.
+        TargetUnavailableError: the emulator is not installed, Python or ONNX Runtime does not start in it, or the
+            graph cannot be run exactly on this CPU.
         BadInputError: ONNX Runtime does not load the file.
     """
 
@@ -107,7 +113,7 @@ class EmulatedEngine:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             env={**os.environ, **how.environment},
-            cwd=how.directory,  # `-m` looks there first: not where the user happens to be
+            cwd=how.directory,  # `-m` searches this folder first, not the user's current folder
         )
         try:
             self.emulated = self._described()
@@ -150,12 +156,12 @@ class EmulatedEngine:
         return TargetUnavailableError(
             f"--cpu {self._cpu.name}: ONNX Runtime {what} under qemu {qemu_version(self._cpu)}, exit code {code}: "
             f"{said}",
-            hint="try another version of qemu-user or of ONNX Runtime; docs/cpu.md lists those that were run",
+            hint="try another version of qemu-user or of ONNX Runtime; docs/cpu.md lists versions that were tried",
         )
 
     @contextmanager
     def _awaited(self) -> Iterator[None]:
-        """Kill the process if it is stuck before this ends."""
+        """Context in which the process must answer. Kill the process if it is stuck."""
         answered = threading.Event()
         thread = threading.Thread(target=self._kill_if_stuck, args=(answered,), daemon=True)
         thread.start()
@@ -177,10 +183,10 @@ class EmulatedEngine:
                 return
 
     def run_all(self, batch: Float32Array) -> tuple[Float32Array, ...]:
-        """All outputs, float32, of a preprocessed batch float32 [N, 3, H, W].
+        """Run a preprocessed batch, float32 [N, 3, H, W], and return all outputs, float32.
 
         Raises:
-            TargetUnavailableError: the emulated process ended, or computes nothing any more.
+            TargetUnavailableError: the emulated process ended or is stuck.
         """
         try:
             with self._awaited():
@@ -198,7 +204,7 @@ class EmulatedEngine:
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout, self._errors):
             if stream is not None:
-                # stdin may hold a part of a batch that the process did not read: closing it fails.
+                # stdin may hold part of a batch that the process did not read. Then closing it fails.
                 with suppress(BrokenPipeError):
                     stream.close()
 

@@ -1,4 +1,4 @@
-"""Verify a bundle's engines on an emulated CPU, beside this machine's, and attest what was found."""
+"""Verifies a bundle's engines on an emulated CPU and on this machine, and writes an attestation."""
 
 from __future__ import annotations
 
@@ -25,20 +25,23 @@ from export_zoo.engines.verification.verify import attested, plain_outputs, with
 Float32Array = npt.NDArray[np.float32]
 
 IMAGES = 16
-"""Held-out images that an INT8 engine runs by default: one of 224x224 takes about a second."""
+"""Default number of held-out images for an INT8 engine. One image of 224x224 takes about a second."""
 
 FLOAT_IMAGES = 2
-"""Held-out images that a float engine runs at most: emulated, it is ten times slower, and it cannot saturate."""
+"""Maximum number of held-out images for a float engine. Emulated, it is ten times slower, and it cannot saturate."""
 
 _COUNTS = ("top1", "top5")
-"""Metrics that a single image of few moves by more than their tolerance."""
+"""Metrics that one image can change by more than their tolerance, if images are few."""
 
 _MIN_MISPLACED = 8
-"""Images below which some of 1000 classes are alike by chance, and INT8 appears to have swapped them."""
+"""Minimum number of images for the metric `misplaced`.
+
+With fewer images, some of 1000 classes are alike by chance, and INT8 appears to have swapped them.
+"""
 
 
 class _Beside:
-    """Runs an emulated engine and this machine's on the same batches, and keeps how far they differ."""
+    """Runs an emulated engine and this machine's on the same batches, and keeps their largest difference."""
 
     def __init__(self, emulated: Runner, here: Runner) -> None:
         self._emulated, self._here = emulated, here
@@ -47,28 +50,28 @@ class _Beside:
     def run_all(self, batch: Float32Array) -> tuple[Float32Array, ...]:
         found, here = self._emulated.run_all(batch), self._here.run_all(batch)
         for one, other in zip(found, here, strict=True):
-            # NaN and infinity are the same where they are at the same places.
+            # NaN equals NaN, and infinity equals infinity, at the same position.
             same = (one == other) | (np.isnan(one) & np.isnan(other))
             with np.errstate(invalid="ignore"):
                 apart = np.abs(one.astype(np.float64) - other)
-            # JSON holds no infinity.
+            # JSON has no infinity.
             apart = np.where(same, 0.0, np.nan_to_num(apart, nan=np.finfo(np.float64).max))
             self.difference = max(self.difference, float(apart.max()))
         return found
 
 
 def runnable(manifest: m.Manifest) -> list[m.Engine]:
-    """The engines that emulation can run."""
+    """Engines of the bundle that can be emulated."""
     return [engine for engine in manifest.artifacts.engines if TARGETS[engine.target].emulated]
 
 
 def _count(engine: m.Engine, images: int) -> int:
-    """How many images an engine runs."""
+    """Number of images that an engine runs."""
     return images if PRECISIONS[engine.precision].integer_sums else min(images, FLOAT_IMAGES)
 
 
 def images_run(manifest: m.Manifest, images: int) -> int:
-    """How many images `verify_on` runs in all, for a progress bar."""
+    """Total number of images that `verify_on` runs, for a progress bar."""
     held = manifest.artifacts.held_out.count
     return sum(_count(engine, min(images, held)) for engine in runnable(manifest))
 
@@ -85,7 +88,7 @@ def _first(held: HeldOut, images: int) -> HeldOut:
 
 
 def _tolerances(engine: m.Engine, images: int) -> dict[str, float]:
-    """The gate's limits, without those that so few images do not resolve."""
+    """The gate's tolerances, without those of metrics that need more images."""
     limits = dict(engine.gate.tolerances)
     if images < MIN_LABELLED:
         limits = {metric: value for metric, value in limits.items() if "accuracy" not in metric}
@@ -101,17 +104,18 @@ def verify_on(
 ) -> tuple[m.Attestation, Path | None]:
     """Run ONNX Runtime's engines of a bundle on an emulated CPU and on this machine, and compare both with eager.
 
-    Each engine runs the first held-out images, at batch opt or less. Nothing is called verified by it: the attestation
-    says that it was emulated, and has no states.
+    Each engine runs the first held-out images, at batch opt or less. No engine becomes verified by this: the
+    attestation says that the CPU was emulated, and has no states.
 
-    Returns the attestation, and its path: None where the bundle cannot be written to. Its `status` is `failed` where a
-    gate did not hold on the emulated CPU.
+    Returns the attestation and its path. The path is None if the bundle cannot be written to. The attestation's
+    `status` is `failed` if a gate failed on the emulated CPU.
 
     Args:
-        images: held-out images at most, 2 or more (one alone proves nothing); float engines run FLOAT_IMAGES.
+        images: maximum number of held-out images, 2 or more (one image proves nothing). Float engines run at most
+            FLOAT_IMAGES.
 
     Raises:
-        BadInputError: not a bundle, or damaged.
+        BadInputError: `bundle` is not a bundle, or is damaged.
         TargetUnavailableError: the CPU cannot be emulated here, or the bundle has no engine of ONNX Runtime.
     """
     root = Path(bundle)
@@ -120,7 +124,7 @@ def verify_on(
     engines = runnable(manifest)
     if not engines:
         raise TargetUnavailableError(
-            f"{root}: --cpu {cpu.name}: it has no engine of onnxruntime to run",
+            f"{root}: --cpu {cpu.name}: the bundle has no engine of onnxruntime",
             hint="export with --target onnxruntime",
         )
     for file in manifest.files():
@@ -170,18 +174,18 @@ def verify_on(
 
 
 def _warnings(cpu: Cpu, emulated: Emulated) -> list[str]:
-    """That another version of ONNX Runtime ran than here: then not only the CPU differs."""
+    """A warning if the emulated ONNX Runtime has another version than this machine's: then not only the CPU differs."""
     there, here = emulated.versions["onnxruntime"], library_versions("onnxruntime")["onnxruntime"]
     if there == here:
         return []
     return [
-        f"--cpu {cpu.name}: ONNX Runtime {there} ran there, {here} here, so differences are not the CPU's alone: "
-        "make the ARM64 root again, with `python -m export_zoo.engines.emulation.arm64_root`"
+        f"--cpu {cpu.name}: the emulated CPU ran ONNX Runtime {there}, this machine ran {here}, so the CPU is not the "
+        "only difference: make the ARM64 root again with `python -m export_zoo.engines.emulation.arm64_root`"
     ]
 
 
 def describe(name: str, gate: m.Gate, host: m.HostFigures, cpu: str) -> str:
-    """One line for people: an engine on the emulated CPU, beside this machine."""
+    """One line for people: an engine's result on the emulated CPU, compared with this machine's."""
 
     def decibels(value: float | None) -> str:
         return f"{value:.2f}" if isinstance(value, float) else "-"

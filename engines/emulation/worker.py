@@ -1,10 +1,10 @@
-"""The program that qemu-user runs: one ONNX Runtime engine, fed through pipes. Needs numpy and ONNX Runtime only.
+"""The program that qemu-user runs: one ONNX Runtime engine, driven through pipes. Needs numpy and ONNX Runtime only.
 
     python -m export_zoo.engines.emulation.worker GRAPH SESSION
 
-SESSION is JSON: `half`, and `saturating_session` as of `onnxruntime.engine`. The program writes a line of
-JSON, what it runs or why it cannot, and then answers each batch with all outputs. Arrays travel as .npy; each message
-is their number and their bytes, preceded by their length.
+SESSION is JSON with `half` and `saturating_session`, as in `onnxruntime.engine`. The program first writes one line of
+JSON: what it runs, or why it cannot run. Then it answers each batch with all outputs. Arrays are sent as .npy. A
+message is the number of arrays, and for each array its length in bytes and its bytes.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def receive(stream: BinaryIO) -> tuple[Array, ...] | None:
 
 
 def main() -> None:
-    # What libraries print must not get between the messages.
+    # Output that libraries print must not mix with the messages.
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     import onnxruntime

@@ -18,10 +18,10 @@ Size = tuple[int, int]
 """Height and width of the input, in pixels."""
 
 MIN_RELATIVE_SPREAD = 1e-4
-"""A reference whose logits vary between images by less than this share of their size compares nothing."""
+"""Minimum spread of a reference's logits between images, as a share of the largest logit, for a comparison."""
 
 WITHOUT_NOISE = 200.0
-"""SQNR at most, in dB: that of logits that are equal. Its negative is that of logits that are not finite."""
+"""Maximum SQNR, in dB: the value for equal logits. Its negative is the value for logits that are not finite."""
 
 MIN_SPREAD = 1e-6
 MISPLACED_FACTOR, STANDS_OUT = 4.0, 2.0
@@ -45,7 +45,7 @@ class Metrics:
     sqnr: float
     """10 log10(sum c^2 / sum (e - r)^2), in dB; capped at 200."""
     cosine: float
-    """Cosine of c and e minus the reference's means."""
+    """Cosine between c and e minus the reference's means."""
     top1: float
     """Share of images whose best class is the same."""
     top5: float
@@ -59,7 +59,7 @@ class Metrics:
     """reference_accuracy - accuracy, as a share (0.01 is one point)."""
 
     def as_dict(self) -> dict[str, float | int | None]:
-        """As JSON holds it: figures that are not finite become None."""
+        """Figures for JSON: those that are not finite become None."""
         return {k: v if v is None or np.isfinite(v) else None for k, v in asdict(self).items()}
 
 
@@ -75,7 +75,7 @@ class Limit:
         return self.metric in AT_LEAST
 
     def holds(self, metrics: Metrics) -> bool | None:
-        """None where the metric was not measured (accuracy without labels). NaN never holds."""
+        """Whether the limit holds; None if the metric was not measured (accuracy without labels). NaN never holds."""
         measured = getattr(metrics, self.metric)
         if measured is None:
             return None
@@ -90,14 +90,14 @@ AT_MOST = frozenset({"max_abs", "max_rel", "misplaced", "accuracy_drop"})
 METRICS = AT_LEAST | AT_MOST
 
 MIN_UNFUSED_COSINE = 0.5
-"""Least cosine to eager of a random network's engine (1 dB of SQNR): a wrong precision graph has none."""
+"""Minimum cosine to eager for an engine with random weights (1 dB of SQNR). A wrong precision graph is below it."""
 
 UNFUSED_SQNR_DB = (6.0, 20.0)
-"""Bounds of the limit that random weights are gated by, see `unfused_tolerances`."""
+"""Bounds of the SQNR limit for engines with random weights; see `unfused_tolerances`."""
 
 
 def unfused_tolerances(graph_sqnr: float) -> dict[str, float]:
-    """Limits for an engine of random weights against its own precision graph, run without fusing.
+    """Limits for an engine with random weights against its own precision graph, run without fusing.
 
     Engine and graph differ by rounding ties only, but a network of random weights amplifies each flipped tie
     nearly up to the quantization noise itself. So the engine must be at least as close to its graph as the graph
@@ -111,13 +111,14 @@ def limits_of(tolerances: Mapping[str, float]) -> list[Limit]:
 
 
 def check_reference(reference: Logits, where: str = "") -> None:
-    """Refuse a reference that nothing can be compared with.
+    """Refuse a reference that no comparison can use.
 
     Args:
-        where: before what is wrong in the message: "at 64x64, ".
+        where: text before the problem in the message, for example "at 64x64, ".
 
     Raises:
-        ParityError: no images, a logit that is not finite, or logits that hardly vary between images.
+        ParityError: fewer than two images or classes, a logit that is not finite, or logits that hardly vary between
+            images.
     """
     if reference.ndim != 2 or reference.shape[0] < 2 or reference.shape[1] < 2:
         raise ParityError(
@@ -135,8 +136,8 @@ def check_reference(reference: Logits, where: str = "") -> None:
         raise ParityError(
             f"nothing to compare: {where}the eager logits hardly vary between images (spread {spread:.2e}, largest "
             f"logit {size:.2e})",
-            hint="images that are all alike do this, and random or collapsed weights: look at the images, use trained "
-            "weights (--weights DEFAULT or a file)",
+            hint="check that the images differ, and use trained weights (--weights DEFAULT or a file): images that "
+            "are all alike, and random or collapsed weights, cause this",
         )
 
 
@@ -145,11 +146,11 @@ def _top(logits: Logits, count: int) -> npt.NDArray[np.intp]:
 
 
 def _misplaced(reference: Logits, engine: Logits) -> int:
-    """Classes i with |e_i - r_i|^2 > 4 |e_i - r_j|^2 for some j: swapped rows or labels.
+    """Number of classes i with |e_i - r_i|^2 > 4 |e_i - r_j|^2 for some j: swapped rows or labels.
 
-    Needed because the swap of two classes out of a thousand moves SQNR and top-1 hardly at all. Classes whose error
-    does not stand out from the engine's mean error do not count: among logits that are nearly constant, anything
-    is close to anything. (Where most classes are permuted, SQNR is below 0 dB.)
+    Needed because swapping two classes out of a thousand hardly changes SQNR and top-1. Classes whose error does not
+    stand out from the engine's mean error do not count, because nearly constant logits are all close to each other.
+    (If most classes are permuted, SQNR is below 0 dB.)
     """
     r, e = reference.astype(np.float64), engine.astype(np.float64)
     own = ((e - r) ** 2).sum(axis=0)
@@ -170,12 +171,12 @@ def compare(reference: Logits, engine: Logits, labels: Sequence[int] | None = No
     """Figures of engine logits against reference logits, both float32 [images, classes].
 
     Raises:
-        ParityError: shapes differ, or the reference is none (`check_reference`).
+        ParityError: shapes differ, the number of labels is wrong, or the reference is unusable (`check_reference`).
     """
     if reference.shape != engine.shape:
         raise ParityError(
             f"nothing to compare: reference {list(reference.shape)}, engine {list(engine.shape)}",
-            hint="the engine's output is not the model's logits",
+            hint="check that the engine's output is the model's logits",
         )
     check_reference(reference)
     images, classes = reference.shape
@@ -219,10 +220,10 @@ def compare(reference: Logits, engine: Logits, labels: Sequence[int] | None = No
 
 
 def failures(metrics: Metrics, tolerances: Mapping[str, float]) -> list[str]:
-    """The tolerances that do not hold, for people; empty where the gate passes.
+    """Descriptions of the tolerances that do not hold, for people; empty if the gate passes.
 
     Raises:
-        ParityError: a tolerance cannot be applied, or there is none (the gate would pass without looking).
+        ParityError: a tolerance cannot be applied, or there is none (the gate would pass without a check).
     """
     judged = [(limit, limit.holds(metrics)) for limit in limits_of(tolerances)]
     unmeasured = [limit.metric for limit, holds in judged if holds is None]
@@ -255,8 +256,8 @@ def batches_to_check(minimum: int, optimum: int, maximum: int) -> list[int]:
 def odd_size(least: Size, most: Size) -> Size | None:
     """An input size (height, width) in the range and unlike its ends; None if there is none.
 
-    Height and width are odd and differ, where the range has such. They divide it by the golden section: thirds of round
-    numbers lie beside multiples of 32, where strided layers round as they do at those.
+    Height and width are odd and differ if the range allows it. They divide the range by the golden section: thirds of
+    round numbers are close to multiples of 32, where strided layers round as they do at those multiples.
     """
 
     def near(axis: int, share: float, beside: int) -> int:
@@ -270,6 +271,6 @@ def odd_size(least: Size, most: Size) -> Size | None:
 
 
 def sizes_to_check(least: Size, optimum: Size, most: Size) -> list[Size]:
-    """Input sizes of the gate beside opt: min, an odd one in the range, and max; each once."""
+    """Input sizes of the gate in addition to opt: min, an odd one in the range, and max; each once."""
     sizes = (least, odd_size(least, most), most)
     return list(dict.fromkeys(size for size in sizes if size is not None and size != optimum))

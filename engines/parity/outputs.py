@@ -1,4 +1,4 @@
-"""Outputs as the gate compares them: rows of logits, one an image or, of a dense output, one a pixel looked at."""
+"""Outputs as rows of logits for the gate: one row per image or, for a dense output, one per sampled pixel."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import numpy.typing as npt
 Float32Array = npt.NDArray[np.float32]
 
 MAX_SIDE = 64
-"""Rows and columns of a dense output that are compared, spread evenly, both borders among them: all pixels of 520x520
-are 23 MB an image and class map, and neighbours say the same."""
+"""Maximum number of rows and of columns of a dense output that are compared. They are spread evenly and include both
+borders. All pixels of 520x520 are 23 MB per image, and neighbours give the same information."""
 
 
 def _kept(size: int) -> npt.NDArray[np.intp]:
@@ -17,7 +17,7 @@ def _kept(size: int) -> npt.NDArray[np.intp]:
 
 
 def sampled(output: Float32Array) -> Float32Array:
-    """[N, classes] as it is; of [N, classes, H, W] at most 64 rows and columns: [N, classes, h, w]."""
+    """[N, classes] unchanged; [N, classes, H, W] reduced to at most 64 rows and columns: [N, classes, h, w]."""
     if output.ndim != 4:
         return output
     rows, columns = _kept(output.shape[2]), _kept(output.shape[3])
@@ -25,10 +25,10 @@ def sampled(output: Float32Array) -> Float32Array:
 
 
 def sampled_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Of one image's output, after `sampled`."""
+    """Shape of one image's output after `sampled`."""
     return shape if len(shape) != 3 else (shape[0], *(min(size, MAX_SIDE) for size in shape[1:]))
 
 
 def as_rows(output: Float32Array) -> Float32Array:
-    """[N, classes] as it is; [N, classes, h, w] to [N * h * w, classes]."""
+    """[N, classes] unchanged; [N, classes, h, w] as [N * h * w, classes]."""
     return output if output.ndim != 4 else np.moveaxis(output, 1, 3).reshape(-1, output.shape[1])

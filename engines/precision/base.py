@@ -1,4 +1,4 @@
-"""Base class of precisions: what a precision is to the rest of the program."""
+"""Base class of precisions: the interface that the rest of the program uses."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ if TYPE_CHECKING:
 
 
 class Precision:
-    """One precision, such as FP16. Instances are in `precision.registry`; importing them loads nothing heavy.
+    """A precision, such as FP16. The instances are in `precision.registry`. Importing them loads no heavy libraries.
 
     Args:
-        name: as in `--precision` and in engines' names.
+        name: its name in `--precision` and in the names of engines.
         tolerances: default limits of the parity gate, by metric (see `parity.metrics`).
-        uses_ranges: its graph depends on activation ranges, of calibration images or of synthetic ones.
-        quantized: Q/DQ pairs are written: needs images to calibrate on, histograms, and tuning.
-        integer_sums: products are added as integers, which saturates on some CPUs (see `saturation.pairs`).
-        float16: the graph's tensors are float16.
-        unsupported: reasons by target, for targets that cannot build it.
+        uses_ranges: whether its graph depends on activation ranges, from calibration images or synthetic images.
+        quantized: whether its graph has Q/DQ pairs. It then needs calibration images, histograms and tuning.
+        integer_sums: whether products are added as integers. Such sums saturate on some CPUs (see `saturation.pairs`).
+        float16: whether the graph's tensors are float16.
+        unsupported: targets that cannot build it, each with the reason.
     """
 
     def __init__(
@@ -43,8 +43,8 @@ class Precision:
         self.unsupported = unsupported or {}
 
     def write(self, graph: Path, out: Path, ranges: Ranges | None) -> None:
-        """Write the precision graph of an FP32 graph, the same for all targets.
+        """Write the precision graph of an FP32 graph. It is the same for all targets.
 
-        FP32 is the graph itself; quantized precisions are written by the stage that tunes them.
+        FP32's precision graph is the FP32 graph itself. The tuning stage writes the graphs of quantized precisions.
         """
         raise NotImplementedError(self.name)

@@ -1,6 +1,6 @@
-"""What placement policies decide, and what they ask of a graph. `int8.qdq` carries a placement out.
+"""The decisions of placement policies, and the graph queries that they use. `int8.qdq` applies a placement.
 
-Each target has a policy, `placement.py` in its folder. It reads a graph and names tensors, and changes nothing.
+Each target has a policy in `placement.py` in its folder. It reads a graph and names tensors. It changes nothing.
 Tables: docs/placement.md.
 """
 
@@ -13,13 +13,13 @@ import onnx_ir as ir
 ACTIVATIONS = frozenset({"Relu", "Clip"})
 LAYOUT = frozenset({"Flatten", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Identity"})
 SAME_SCALE = LAYOUT | {"MaxPool"}
-"""Operators that only move or select values: quantized in and out with one scale, at no cost."""
+"""Operators that only move or select values. Input and output are quantized with one scale, at no cost."""
 AVERAGES = frozenset({"AveragePool", "GlobalAveragePool"})
 
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A constant operand to store as int8: its input index, its output-channel axis, and the bias beside it."""
+    """A constant operand to store as int8: its input index, its output-channel axis, and the bias's input index."""
 
     index: int
     axis: int
@@ -52,7 +52,7 @@ def readers(value: ir.Value) -> list[ir.Node]:
 
 
 def activated(value: ir.Value) -> ir.Value:
-    """The tensor after the Relu or Clip that alone reads `value`, else `value` itself."""
+    """The output of the Relu or Clip that is the only reader of `value`. Otherwise, `value` itself."""
     nodes = readers(value)
     if len(nodes) == 1 and nodes[0].op_type in ACTIVATIONS and not value.is_graph_output():
         return nodes[0].outputs[0]
@@ -60,14 +60,14 @@ def activated(value: ir.Value) -> ir.Value:
 
 
 def ends_in_output(value: ir.Value) -> bool:
-    """True where only layout operators stand between `value` and the graph's output (the logits)."""
+    """True if only layout operators are between `value` and the graph's output (the logits)."""
     return value.is_graph_output() or any(
         node.op_type in LAYOUT and ends_in_output(node.outputs[0]) for node in readers(value)
     )
 
 
 def weight_of(node: ir.Node) -> QuantizedWeight | None:
-    """The int8 weight a node can have; None where the operand is computed or the layout is not supported."""
+    """The int8 weight that a node can have; None if the operand is computed or the layout is not supported."""
     if len(node.inputs) < 2 or not constant(node.inputs[1]) or constant(node.inputs[0]):
         return None
     weight = node.inputs[1]
@@ -94,7 +94,7 @@ def _plain_gemm(node: ir.Node) -> bool:
 
 
 def classifier_layers(graph: ir.Graph) -> tuple[str, ...]:
-    """Names of the weighted layers behind the last convolution; that convolution, where it makes the logits itself."""
+    """Names of the weighted layers after the last convolution; if there are none, the name of that convolution."""
     layers = [node for node in graph if weight_of(node) is not None]
     convolutions = [i for i, node in enumerate(layers) if node.op_type == "Conv"]
     last = convolutions[-1] if convolutions else -1

@@ -1,4 +1,4 @@
-"""All precisions. A new one is a folder beside this file, and a line here."""
+"""All precisions. To add one, add a folder beside this file and a line here."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from export_zoo.engines.precision.fp32.precision import FP32
 from export_zoo.engines.precision.int8.precision import INT8
 
 PRECISIONS: Mapping[str, Precision] = {precision.name: precision for precision in (FP32, FP16, INT8)}
-"""By name, from the most exact on."""
+"""Precisions by name, the most exact first."""
 
 BASELINE = FP32
-"""The precision of the simplified graph; others are written from it, and their speed is told as a multiple of its."""
+"""The precision of the simplified graph. The other precisions are written from it. Their speeds are reported as
+multiples of its speed."""

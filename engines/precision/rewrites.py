@@ -1,4 +1,4 @@
-"""Graph rewrites that keep the function and give engines operators they have kernels for."""
+"""Graph rewrites that keep the function and use operators for which engines have kernels."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def average_pool_instead_of_mean(graph: ir.Graph) -> int:
 
 
 def plain_einsum(graph: ir.Graph) -> int:
-    """Write Einsum equations without capitals and spaces, which TensorRT's parser rejects (maxvit_t).
+    """Rewrite Einsum equations without capital letters and spaces. TensorRT's parser rejects both (maxvit_t).
 
     Returns the number of rewritten nodes.
     """
@@ -75,9 +75,9 @@ def plain_einsum(graph: ir.Graph) -> int:
 
 
 def own_int8_constants(graph: ir.Graph) -> int:
-    """Give each reader of an int8 constant a constant of its own; returns how many were copied.
+    """Give each reader of an int8 constant its own copy. Returns the number of copied constants.
 
-    Layers that read one DequantizeLinear get one each: they become integer layers that share what it reads.
+    Layers that share a DequantizeLinear get one each: as integer layers, they would share its constants.
     ONNX Runtime's `session.x64quantprecision` refuses graphs in which nodes share an int8 constant.
     """
     for node in list(graph):
@@ -99,7 +99,7 @@ def own_int8_constants(graph: ir.Graph) -> int:
 
 
 def _give_own(graph: ir.Graph, dequantize: ir.Node, reader: ir.Node, index: int) -> None:
-    """Let a node read a copy of a DequantizeLinear, of the same constants."""
+    """Let a node read its own copy of a DequantizeLinear. The copy reads the same constants."""
     read, suffix = dequantize.outputs[0], f"of_{reader.outputs[0].name}_{index}"
     copy = ir.node(
         dequantize.op_type,
@@ -115,7 +115,7 @@ def _give_own(graph: ir.Graph, dequantize: ir.Node, reader: ir.Node, index: int)
 
 
 def add_constant(graph: ir.Graph, name: str, array: npt.NDArray[np.generic]) -> ir.Value:
-    """A new initializer of a graph."""
+    """Add an initializer to a graph and return it."""
     tensor = ir.tensor(array, name=name)
     value = ir.Value(
         name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor

@@ -1,1 +1,1 @@
-"""Targets: what builds and runs the engines."""
+"""Targets: the backends that build and run the engines."""

@@ -1,4 +1,4 @@
-"""Base class of targets: what a target is to the rest of the program."""
+"""Base class of targets: the interface that the rest of the program uses."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from export_zoo.engines.targets.plan import Plan
 
 MAX_BATCH = 4096
-"""A batch is run and compared at its largest: 2.5 GB of input at 224x224."""
+"""Maximum batch size. Engines are run and compared at their largest batch: 2.5 GB of input at 224x224."""
 
 Size = tuple[int, int]
 
 
 class Runner(Protocol):
-    """Runs a batch float32 [N, 3, H, W]; gives all outputs, float32."""
+    """Runs a batch, float32 [N, 3, H, W], and returns all outputs, float32."""
 
     def run_all(self, batch: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.float32], ...]: ...
 
@@ -39,24 +39,24 @@ class OpenEngine(Runner, Protocol):
 
 @dataclass(frozen=True)
 class Opening:
-    """An engine file, and how it is to be opened."""
+    """An engine file and the options for opening it."""
 
     file: Path
     precision: Precision
     plan: Plan | None = None
     graph: Path | None = None
-    """The precision graph that was compiled: an engine without weights gets them from it."""
+    """The precision graph that was compiled. An engine without weights gets its weights from it."""
     threads: int = 0
-    """0 for all cores."""
+    """Number of threads; 0 for all cores."""
     runtime_cache: Path | None = None
-    """Where kernels that are compiled at run time are kept."""
+    """File for kernels that are compiled at run time."""
     saturating_session: Mapping[str, str] = field(default_factory=dict)
-    """Session configuration of ONNX Runtime where sums of INT8 saturate; see `bundle.manifest.Engine`."""
+    """Session configuration of ONNX Runtime on CPUs where INT8 sums saturate; see `bundle.manifest.Engine`."""
 
 
 @dataclass(frozen=True)
 class BuildRequest:
-    """What to compile. Batch and sizes are (min, opt, max); `sizes` is None where the graph fixes them."""
+    """A request to compile an engine. Batch and sizes are (min, opt, max). `sizes` is None if the graph fixes them."""
 
     graph: Path
     batch: tuple[int, int, int]
@@ -66,11 +66,11 @@ class BuildRequest:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What compiling came to, beside the file."""
+    """The result of compiling an engine, besides the file."""
 
     plan: Plan
     warnings: Mapping[str, int]
-    """The builder's, with their number."""
+    """Warnings of the builder, with their number."""
 
 
 @dataclass(frozen=True)
@@ -84,40 +84,40 @@ class TritonBackend:
 
 
 class Target(ABC):
-    """A backend that engines are built for and run by. One instance each, in `targets.registry`.
+    """A backend that builds and runs engines. Each target has one instance, in `targets.registry`.
 
-    Importing them loads nothing heavy; methods import what they need.
+    Importing targets loads no heavy libraries. Methods import what they need.
     """
 
     name: str
-    """As in `--target` and in engines' names."""
+    """Name in `--target` and in the names of engines."""
     distribution: str
     """The package that builds its engines."""
     install: str
-    """How to install it, for messages."""
+    """How to install the package, for messages."""
     device: Literal["cpu", "gpu"]
     compiled: bool = False
-    """An engine is a file compiled from its precision graph; else that graph is the engine."""
+    """Whether an engine is a file compiled from its precision graph. Otherwise, that graph is the engine."""
     build_options: frozenset[str] = frozenset()
-    """Fields of BuildOptions that it has."""
+    """Fields of BuildOptions that the target supports."""
     preferred: str | None = None
-    """Target that `auto` takes instead, where that is available."""
+    """Target that `auto` chooses instead, if it is available."""
     unsupported: Mapping[str, str] = {}
-    """Reasons by precision, for those that it cannot build."""
+    """Precisions that the target cannot build, each with the reason."""
     emulated: bool = False
-    """Its engines can be run on an emulated CPU."""
+    """Whether its engines can run on an emulated CPU."""
     saturating_session: Mapping[str, str] | None = None
-    """What a new engine's manifest says of sessions where sums saturate; None where there are no sessions."""
+    """Session configuration in a new engine's manifest, for CPUs where sums saturate; None if there are no sessions."""
     triton: TritonBackend | None = None
 
     @property
     def unavailable(self) -> str:
-        """Why nothing can be built for it here; empty where it can."""
+        """Why this machine cannot build for the target; empty if it can."""
         return self.install if self.version == "absent" else ""
 
     @property
     def version(self) -> str:
-        """Of the installed distribution; "absent" without one."""
+        """Version of the installed distribution; "absent" if it is not installed."""
         return library_versions(self.distribution)[self.distribution]
 
     @property
@@ -125,15 +125,15 @@ class Target(ABC):
     def int8(self) -> Int8Rules: ...
 
     def check(self, options: BuildOptions) -> None:
-        """Refuse build options that cannot be had here. Raises UsageError or TargetUnavailableError."""
+        """Check that this machine supports the build options. Raises UsageError or TargetUnavailableError."""
         del options
 
     def own_options(self, options: BuildOptions) -> BuildOptions:
-        """The build options that it has, the others at their default."""
+        """The build options that the target supports, with the others at their default."""
         return options.only(self.build_options)
 
     def why_not_run(self, plan: Plan | None) -> str:
-        """Why an engine cannot run on this machine, from its description alone; empty where it can."""
+        """Why an engine cannot run on this machine, judged by its description alone; empty if it can."""
         del plan
         return ""
 
@@ -144,23 +144,23 @@ class Target(ABC):
         Raises:
             BadInputError: not an engine of this target.
             TargetUnavailableError: this machine cannot load it, or cannot run it exactly.
-            EnvironmentFailureError: the device refuses.
+            EnvironmentFailureError: the device reports an error.
         """
 
     def build_key(self, request: BuildRequest) -> dict[str, Any]:
-        """What a compiled engine depends on beside its graph, for the stage cache; for `compiled` targets."""
+        """What a compiled engine depends on besides its graph, for the stage cache. Only for `compiled` targets."""
         raise NotImplementedError(self.name)
 
     def build(self, request: BuildRequest, out: Path, steps: Callable[[int, int], None]) -> Compiled:
-        """Compile an engine; for `compiled` targets.
+        """Compile an engine. Only for `compiled` targets.
 
         Args:
             out: the engine file to write.
-            steps: told how many steps are done, and of how many.
+            steps: called with the number of finished steps and their total.
 
         Raises:
             UsageError: options, batch or sizes do not fit.
-            ExportDefectError: the graph is refused; names node and module.
+            ExportDefectError: the graph is rejected; the message names node and module.
             EnvironmentFailureError: the builder crashed or was killed.
         """
         raise NotImplementedError(self.name)

@@ -12,18 +12,18 @@ from export_zoo.base.errors import UsageError
 MAX_WORKSPACE_MB = 1 << 20
 
 CURRENT = "current"
-"""The compute capability of the GPU that is here, whatever TensorRT-RTX calls it."""
+"""Stands for the compute capability of this machine's GPU, whatever TensorRT-RTX calls it."""
 
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """How TensorRT builds an engine. Each is off, or TensorRT's default, unless asked for.
+    """How TensorRT builds an engine. By default, each option is off or has TensorRT's default.
 
-    `workspace_mb` bounds the scratch memory that layers may take on the device, in MiB. `hardware_compatible` (GPUs
-    from Ampere on) and `version_compatible` are for `tensorrt` only. `compute_capabilities` ("8.9"; "current": the GPU
-    that is here) is for `tensorrt-rtx` only, which builds for GPUs that are not there; it refits and strips weights
-    only where there is one. `timing_cache` is a file of an earlier bundle, for `tensorrt` only: kernels that it holds
-    are not timed again, so that the same ones are chosen.
+    `workspace_mb` limits the scratch memory that layers may use on the device, in MiB. `hardware_compatible` (GPUs from
+    Ampere on) and `version_compatible` are for `tensorrt` only. `compute_capabilities` ("8.9", or "current" for this
+    machine's GPU) is for `tensorrt-rtx` only. `tensorrt-rtx` can build for GPUs that this machine does not have, but it
+    needs a GPU to refit or strip weights. `timing_cache` is a file of an earlier bundle, for `tensorrt` only. Kernels
+    in it are not timed again, so that the same kernels are chosen.
     """
 
     workspace_mb: int | None = field(default=None, metadata={"flag": "--workspace"})
@@ -43,7 +43,7 @@ class BuildOptions:
             if text != CURRENT and not re.fullmatch(r"[1-9][0-9]?\.[0-9]", text):
                 raise UsageError(
                     f"--compute-capability {text!r}: not MAJOR.MINOR",
-                    hint="for example 8.9, or `current` for the GPU that is here",
+                    hint="give for example 8.9, or `current` for the GPU of this machine",
                 )
         if self.timing_cache is not None and not self.timing_cache.is_file():
             raise UsageError(
@@ -52,9 +52,9 @@ class BuildOptions:
             )
 
     def given(self) -> dict[str, str]:
-        """Flags of those that were given, by field."""
+        """Flags of the options that were given, by field."""
         return {f.name: f.metadata["flag"] for f in fields(self) if getattr(self, f.name) != f.default}
 
     def only(self, names: Collection[str]) -> BuildOptions:
-        """These, with all others at their default."""
+        """These options, with all others at their default."""
         return BuildOptions(**{name: getattr(self, name) for name in names})

@@ -1,4 +1,4 @@
-"""Facts of a compiled engine."""
+"""Properties of a compiled engine."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class Plan(BaseModel):
-    """What a TensorRT engine runs with."""
+    """Properties of a compiled TensorRT engine."""
 
     # A later version of the manifest's schema may add fields.
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
-    version: str = Field(description="Of the TensorRT (RTX) that built it.")
-    compute_capabilities: list[str] = Field(description="GPUs that it was built for, `8.9` say.")
+    version: str = Field(description="Version of the TensorRT (RTX) that built the engine.")
+    compute_capabilities: list[str] = Field(
+        description="Compute capabilities that it was built for, for example `8.9`."
+    )
     hardware_compatible: bool
     version_compatible: bool
     refittable: bool

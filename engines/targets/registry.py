@@ -1,4 +1,4 @@
-"""All targets. A new one is a folder beside this file, and a line here."""
+"""All targets. To add one, add a folder beside this file and a line here."""
 
 from __future__ import annotations
 
@@ -23,43 +23,46 @@ TARGETS: Mapping[str, Target] = {
         TensorRTRTX(),
     )
 }
-"""By name."""
+"""Targets by name."""
 
 AUTO = "auto"
 AUTOMATIC: Sequence[str] = tuple(TARGETS)
-"""What `auto` chooses from."""
+"""Names of the targets that `auto` chooses from."""
 
 
 def why_not(target: Target, precision: str) -> str:
-    """Why a target cannot have a precision; empty where it can."""
+    """Why a target does not support a precision; empty if it does."""
     return target.unsupported.get(precision, "") or PRECISIONS[precision].unsupported.get(target.name, "")
 
 
 def _automatic() -> list[Target]:
-    """Those that are available here, less those that another one takes the place of."""
+    """Targets that are available here, except those whose preferred target is available too."""
     available = [TARGETS[name] for name in AUTOMATIC if not TARGETS[name].unavailable]
     names = [target.name for target in available]
     return [target for target in available if target.preferred not in names]
 
 
 def choose(names: Sequence[str]) -> list[Target]:
-    """The targets asked for, each once; `auto` is every one that is available here.
+    """The requested targets, each once. `auto` stands for the targets that are available here.
 
     Raises:
-        UsageError: unknown name, or `auto` beside others.
-        TargetUnavailableError: one that was named is not available here.
+        UsageError: unknown name, or `auto` together with others.
+        TargetUnavailableError: a named target is not available here, or `auto` finds none.
     """
     for name in names:
         if name not in TARGETS and name != AUTO:
             raise UsageError(f"--target {name}: unknown", hint=f"choose from {', '.join([*TARGETS, AUTO])}")
     if AUTO in names:
         if set(names) != {AUTO}:
-            raise UsageError("--target auto cannot be combined with other targets", hint="name them all")
+            raise UsageError(
+                "--target auto cannot be combined with other targets",
+                hint="use --target auto alone, or name each target",
+            )
         available = _automatic()
         if not available:
             reasons = "; ".join(f"{t.name}: {t.unavailable}" for t in TARGETS.values())
             raise TargetUnavailableError(
-                f"--target auto: none is available here: {reasons}", hint="install one"
+                f"--target auto: no target is available here: {reasons}", hint="install one of them"
             )
         return available
     chosen = [TARGETS[name] for name in dict.fromkeys(names)]
@@ -73,11 +76,11 @@ def choose(names: Sequence[str]) -> list[Target]:
 
 
 def check_options(options: BuildOptions, chosen: Sequence[Target]) -> None:
-    """Refuse build options that none of the chosen targets has, or that cannot be had here.
+    """Refuse build options that no chosen target supports, or that this machine does not support.
 
     Raises:
-        UsageError: names the option and the targets it is for.
-        TargetUnavailableError: needs a GPU, and there is none.
+        UsageError: no chosen target supports an option; names the option and the targets it is for.
+        TargetUnavailableError: an option needs a GPU, and there is none.
     """
     for target in chosen:
         target.check(options)
@@ -86,22 +89,22 @@ def check_options(options: BuildOptions, chosen: Sequence[Target]) -> None:
             owners = [target.name for target in TARGETS.values() if field in target.build_options]
             raise UsageError(
                 f"{flag} has no effect on {', '.join(target.name for target in chosen)}",
-                hint=f"it is for --target {' and '.join(owners)}",
+                hint=f"leave it out, or use --target {' or '.join(owners)}",
             )
 
 
 def check_precisions(precisions: Sequence[str], chosen: Sequence[Target]) -> None:
-    """Refuse a precision that a chosen target cannot have. Raises UsageError."""
+    """Refuse a precision that a chosen target does not support. Raises UsageError."""
     for target in chosen:
         for precision in precisions:
             if reason := why_not(target, precision):
                 raise UsageError(
                     f"--precision {precision}: {target.name} cannot build it: {reason}",
-                    hint="leave one of the two out",
+                    hint="leave out this precision or this target",
                 )
 
 
 def quantized_tensors(graph: ir.Graph, kept: Set[str] = frozenset()) -> frozenset[str]:
-    """Activations that any target quantizes: one calibration serves them all."""
+    """Activations that any target quantizes, so that one calibration serves all targets."""
     policies = {target.int8.place for target in TARGETS.values()}
     return frozenset(name for place in policies for name in place(graph, kept).activations)

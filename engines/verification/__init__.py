@@ -1,1 +1,1 @@
-"""The parity gate, latency, and verifying a bundle again on another machine."""
+"""The parity gate, latency measurement, and verification of a bundle on another machine."""

@@ -1,4 +1,4 @@
-"""Latency of engines side by side, as medians of runs taken in turn."""
+"""Measures the latency of several engines, as medians of runs in turn."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def measure(
 ) -> dict[str, Latency]:
     """Time engines in turn (A B C A B C ...) on one batch, float32 [N, 3, H, W].
 
-    Ratios are taken round by round, so that a drift of the machine's speed cancels. In each turn one untimed run
-    brings the engine's weights back into the processor's caches, as a service that runs one engine has them. About
-    two seconds per engine, at least five rounds.
+    Ratios are computed per round, so that a drift of the machine's speed cancels out. Before each timed run, an untimed
+    run brings the engine's weights back into the processor's caches, as in a service that runs one engine. Takes about
+    two seconds per engine, and at least five rounds.
     """
     times: dict[str, list[float]] = {name: [] for name in engines}
     begin = time.perf_counter()

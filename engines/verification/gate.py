@@ -27,10 +27,10 @@ from export_zoo.engines.targets.base import Runner
 Float32Array = npt.NDArray[np.float32]
 
 SUBSET = 32
-"""Images compared at the batch sizes other than `opt`, which gets all of them."""
+"""Number of images compared at batch sizes other than `opt`; at `opt`, all images are compared."""
 
 MIN_LABELLED = 100
-"""Fewer labelled images do not resolve an accuracy of one point: the default accuracy limit is left out."""
+"""Minimum number of labelled images for the default accuracy limit: fewer do not resolve an accuracy of one point."""
 
 
 def run_in_batches(
@@ -40,7 +40,7 @@ def run_in_batches(
     batch: int,
     progress: Progress = lambda _: None,
 ) -> tuple[Float32Array, ...]:
-    """Outputs of all images, `sampled`, run in full batches of exactly `batch` (the last is filled up by cycling)."""
+    """Outputs of all images, `sampled`, in full batches of exactly `batch` (the last is filled by repeating images)."""
     outputs = []
     for start in range(0, len(pixels), batch):
         index = np.arange(start, start + batch) % len(pixels)
@@ -52,7 +52,7 @@ def run_in_batches(
 
 
 def images_compared(count: int, batch: Batch, further: int = 0) -> int:
-    """How many images `judge` runs in all, for a progress bar; `further` are those of further sizes."""
+    """Number of images that `judge` runs in all, for a progress bar; `further` counts those of further sizes."""
     sizes = batches_to_check(batch.min, batch.opt, batch.max)
     elsewhere = further * len({batch.opt, batch.max})
     return count + sum(min(count, max(SUBSET, size)) for size in sizes if size != batch.opt) + elsewhere
@@ -69,7 +69,7 @@ def _judges(
     unfused: Unfused | None,
     where: str = "",
 ) -> dict[str, _OutputJudge]:
-    """A judge for each output. Labels, and limits on accuracy, are the first output's."""
+    """A judge for each output, by name. Labels and accuracy limits apply to the first output only."""
     for logits in eager.values():
         check_reference(as_rows(logits), where)
     references = tuple(eager.values()) if unfused is None else unfused(pixels)
@@ -101,7 +101,7 @@ def _judge_size(
     unfused: Unfused | None,
     progress: Progress,
 ) -> list[str]:
-    """What fails at one further size, at batches opt and max."""
+    """Failures at one further size, at batches opt and max."""
     height, width = pixels.shape[1:3]
     judges = _judges(pixels, eager, None, tolerances, unfused, f"at {height}x{width}, ")
     found = []
@@ -133,22 +133,22 @@ def judge(
 ) -> Gate:
     """Compare all of an engine's outputs with the reference at batches min, opt, max and an odd one.
 
-    Where the input's size is dynamic, also at further sizes, each at batches opt and max; accuracy aside, by the same
-    limits.
+    If the input size is dynamic, outputs at further sizes are also compared, each at batches opt and max. The limits
+    are the same, without accuracy.
 
     Args:
-        pixels: uint8 [N, H, W, 3], images that were not calibrated on.
-        eager: eager PyTorch's outputs of the same images by name, the logits first, float32 [N, classes] or, `sampled`,
-            [N, classes, h, w].
+        pixels: uint8 [N, H, W, 3], images that were not used for calibration.
+        eager: eager PyTorch's outputs for the same images by name, the logits first: float32 [N, classes], or
+            [N, classes, h, w] after `sampled`.
         labels: class index per image, or None.
-        tolerances: limits by metric, see `parity.metrics`.
-        ran: what `engine` is: the engine itself, or only its precision graph.
-        unfused: for random weights: makes the unfused precision graph's outputs of images, the reference to gate
-            against by `unfused_tolerances` unless overridden; figures against eager are reported all the same.
-        sizes: images of other sizes, and eager's outputs of them.
+        tolerances: limits by metric; see `parity.metrics`.
+        ran: whether `engine` is the engine itself or only its precision graph.
+        unfused: for random weights: computes the unfused precision graph's outputs for images. The gate compares with
+            these, by `unfused_tolerances` unless overridden. Figures against eager are still reported.
+        sizes: images of further sizes, and eager's outputs for them.
 
     Raises:
-        ParityError: there is nothing to compare or to judge by.
+        ParityError: there is nothing to compare, or no tolerance to apply.
     """
     counts = [len(logits) for logits in eager.values()]
     if len(pixels) == 0 or any(count != len(pixels) for count in counts):
@@ -196,7 +196,7 @@ def _without_accuracy(limits: Mapping[str, float]) -> dict[str, float]:
 
 
 class _OutputJudge:
-    """One output beside its reference."""
+    """Compares one output with its reference."""
 
     def __init__(
         self,
@@ -214,14 +214,14 @@ class _OutputJudge:
             self.limits = {**unfused_tolerances(graph.sqnr), **self.limits}
 
     def part(self, logits: Float32Array) -> list[str]:
-        """What does not hold of the first images."""
+        """Limits that do not hold on the first images; accuracy is left out."""
         limits = _without_accuracy(self.limits)
         reference = self._reference[: len(logits)]
         metrics = compare(as_rows(reference), as_rows(logits))
         return failures(metrics, limits) if limits else []
 
     def whole(self, logits: Float32Array) -> tuple[FurtherMetrics, list[str]]:
-        """Figures of all images, and what does not hold of them."""
+        """Figures over all images, and the limits that do not hold."""
         metrics = eager = compare(as_rows(self._reference), as_rows(logits), self._labels)
         counts = {} if logits.ndim == 2 else {"images": len(logits), "pixels": metrics.images}
         problems = failures(metrics, self.limits)
@@ -234,13 +234,16 @@ class _OutputJudge:
         return figures, problems
 
     def elsewhere(self, logits: Float32Array) -> list[str]:
-        """What does not hold at another size."""
+        """Limits that do not hold at another size."""
         far = _astray(compare(as_rows(self._eager), as_rows(logits))) if self._unfused else []
         return [*self.part(logits), *far]
 
 
 def _astray(eager: Metrics) -> list[str]:
-    """An engine that is judged by its own unfused graph must be near to eager, too; else that graph is wrong."""
+    """Failure text if an engine is too far from eager; empty otherwise.
+
+    An engine that is compared with its own unfused graph must also be close to eager; otherwise, that graph is wrong.
+    """
     if eager.cosine >= MIN_UNFUSED_COSINE:
         return []
     return [f"cosine to eager is {eager.cosine:.3g}, must be >= {MIN_UNFUSED_COSINE}"]

@@ -1,4 +1,4 @@
-"""Verify a bundle again on any machine: hashes, logits, and an attestation of what was found."""
+"""Verifies a bundle on any machine: checks hashes and logits, and writes an attestation of the results."""
 
 from __future__ import annotations
 
@@ -36,7 +36,10 @@ Float32Array = npt.NDArray[np.float32]
 def plain_outputs(
     graph: Path, recipe: m.Recipe, *, half: bool
 ) -> Callable[[UInt8Array], tuple[Float32Array, ...]]:
-    """What computes a precision graph's outputs unfused, Q/DQ pairs one by one; see `verification.gate.judge`."""
+    """A function that computes a precision graph's outputs unfused, Q/DQ pairs one by one.
+
+    See `verification.gate.judge`.
+    """
 
     def outputs(pixels: UInt8Array) -> tuple[Float32Array, ...]:
         plain = OnnxRuntimeEngine(graph, fused=False, half=half)
@@ -59,7 +62,7 @@ def judge_engine(
     tolerances: dict[str, float],
     progress: Progress = lambda _: None,
 ) -> m.Gate:
-    """Run one engine, or the precision graph of one that cannot run here, through the parity gate.
+    """Run the parity gate on one engine, or on its precision graph if the engine cannot run on this machine.
 
     Args:
         file: the engine.
@@ -97,12 +100,12 @@ def judge_engine(
 def verify(bundle: Path | str, *, progress: Progress = lambda _: None) -> tuple[m.Attestation, Path | None]:
     """Check every hash of a bundle and every engine's logits on this machine; write an attestation.
 
-    Returns the attestation, and its path: None where the bundle cannot be written to. Its `status` is `failed`
-    where a gate did not hold: the caller decides what to do, nothing is raised for it.
+    Returns the attestation and its path. The path is None if the bundle cannot be written to. The attestation's
+    `status` is `failed` if a gate failed. No error is raised for a failed gate: the caller decides what to do.
 
     Raises:
         BadInputError: not a bundle, or damaged.
-        TargetUnavailableError: INT8 of an earlier version saturates here, and cannot be run exactly.
+        TargetUnavailableError: an INT8 engine of an earlier version saturates on this CPU and cannot be run exactly.
     """
     root = Path(bundle)
     manifest = read_manifest(root)
@@ -122,7 +125,7 @@ def verify(bundle: Path | str, *, progress: Progress = lambda _: None) -> tuple[
         ):
             warnings.append(
                 f"{engine.name}: sums of INT8 saturate on this CPU; it runs with "
-                f"{', '.join(f'{key}={value}' for key, value in session.items())}, which is exact, and slower than a "
+                f"{', '.join(f'{key}={value}' for key, value in session.items())}, which is exact but slower than a "
                 "graph that cannot saturate: export the bundle again"
             )
         gate = judge_engine(
@@ -154,9 +157,9 @@ def verify(bundle: Path | str, *, progress: Progress = lambda _: None) -> tuple[
 
 
 def with_claim(gate: m.Gate, engine: m.Engine, graph: Path) -> m.Gate:
-    """The gate of an engine, failed where the manifest says that it cannot saturate and its weights say that it can.
+    """The gate of an engine, with a failure added if the manifest says that it cannot saturate but its weights can.
 
-    On this CPU its logits may be right: not on others.
+    Its logits may be right on this CPU and wrong on others.
     """
     integer_sums = PRECISIONS[engine.precision].integer_sums and TARGETS[engine.target].int8.sums_in_16_bits
     claims = integer_sums and engine.saturating_cpu_session == {}
@@ -169,7 +172,7 @@ def with_claim(gate: m.Gate, engine: m.Engine, graph: Path) -> m.Gate:
 
 
 def can_saturate(graph: Path) -> bool:
-    """Whether a graph has weights whose products overflow 16 bits; 7-bit ones of earlier versions do not."""
+    """Whether a graph has weights whose products overflow 16 bits; 7-bit weights of earlier versions do not."""
     return bool(saturating_layers(graph_io.load(graph).graph))
 
 
@@ -185,7 +188,7 @@ def attested(
     warnings: Sequence[str] = (),
     emulation: m.Emulation | None = None,
 ) -> m.Attestation:
-    """The attestation of a bundle as it is now; arguments as its fields."""
+    """The attestation of a bundle in its current state; the arguments are its fields."""
     return m.Attestation(
         schema_version=1,
         manifest_sha256=sha256_of(root / MANIFEST),
@@ -207,11 +210,11 @@ _CANNOT_WRITE = {
     for name in ("EROFS", "EACCES", "EPERM", "EEXIST", "ENOTDIR", "ENOSPC", "EDQUOT")
     if hasattr(errno, name)
 }
-"""Errors of storage that is read-only, or full: what was found is told all the same."""
+"""Errors of storage that is read-only or full: the results are still returned."""
 
 
 def write_attestation(root: Path, attestation: m.Attestation) -> Path | None:
-    """Write an attestation to its bundle; None where that cannot be written to, as on read-only or full storage."""
+    """Write an attestation to its bundle; None if the bundle cannot be written to, as on read-only or full storage."""
     directory = root / ATTESTATIONS
     stamp = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%S%fZ")
     path = directory / f"{stamp}.json"

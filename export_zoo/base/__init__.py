@@ -1,1 +1,1 @@
-"""Below everything: errors, files, ONNX files, and facts about this machine."""
+"""The lowest layer: errors, file writing, ONNX graph files, and facts about this machine."""

@@ -1,4 +1,4 @@
-"""The CUDA driver and the GPU of this machine, asked by ctypes: nothing else need be installed."""
+"""Facts about the CUDA driver and the GPU of this machine, queried with ctypes: no other package is needed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import ctypes
 
 
 def _driver() -> ctypes.CDLL | None:
-    """The CUDA driver, if it is here and finds a device."""
+    """The CUDA driver; None unless it is installed and finds a device."""
     for library in ("libcuda.so.1", "nvcuda.dll"):
         try:
             driver = ctypes.CDLL(library)
@@ -27,12 +27,12 @@ def driver_version() -> tuple[int, int] | None:
 
 
 def has_cuda_device() -> bool:
-    """Whether the CUDA driver is here and finds a device."""
+    """Whether the CUDA driver is installed and finds a device."""
     return _driver() is not None
 
 
 def device_capability() -> str | None:
-    """Compute capability of the first CUDA device, "9.0" say; None without one.
+    """Compute capability of the first CUDA device, for example "9.0"; None without a device.
 
     Attributes 75 and 76 of the driver API (CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR).
     """
@@ -49,7 +49,10 @@ def device_capability() -> str | None:
 
 
 def device_name() -> str | None:
-    """The first CUDA device's name and compute capability, "NVIDIA H100 80GB HBM3, 9.0" say; None without one."""
+    """Name and compute capability of the first CUDA device, for example "NVIDIA H100 80GB HBM3, 9.0".
+
+    None without a device.
+    """
     driver, capability, name = _driver(), device_capability(), ctypes.create_string_buffer(256)
     if driver is None or capability is None or driver.cuDeviceGetName(name, len(name), 0) != 0:
         return None

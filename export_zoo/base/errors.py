@@ -1,6 +1,6 @@
 """Errors a user can cause, and the exit code each one ends the program with.
 
-They live on the lowest floor because every floor raises them. Each message names the file or the option
+They are in the lowest layer because every layer raises them. Each message names the file or the option
 at fault; `hint` is the next step to take.
 """
 
@@ -25,13 +25,13 @@ class ExportZooError(Exception):
 
 
 class ExportDefectError(ExportZooError):
-    """The exporter produced a graph that is not what was asked for (a baked batch, say)."""
+    """The exporter produced a graph that is not what was asked for (for example, with a fixed batch size)."""
 
     kind = "export"
 
 
 class UsageError(ExportZooError):
-    """Options that are wrong, or that exclude each other."""
+    """Invalid options, or options that exclude each other."""
 
     exit_code = 2
     kind = "usage"
@@ -73,13 +73,13 @@ class EnvironmentFailureError(ExportZooError):
 
 
 def first_of(error: ValidationError) -> str:
-    """A fault that pydantic found in a file, in a line: the key and what is wrong with it.
+    """One-line description of a fault that pydantic found in a file: the key and what is wrong with it.
 
-    An unknown key comes first, for one that is mistyped is missing, too.
+    An unknown key is reported first: if a key is mistyped, pydantic also reports the correct key as missing.
     """
     faults = error.errors()
     first = next((fault for fault in faults if fault["type"] == "extra_forbidden"), faults[0])
-    return f"{'.'.join(map(str, first['loc'])) or 'the whole'}: {first['msg']}"
+    return f"{'.'.join(map(str, first['loc'])) or 'the whole file'}: {first['msg']}"
 
 
 INTERRUPTED = 130

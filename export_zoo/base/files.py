@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Atomic file replacement: a file is complete or absent."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file beside `path` to write to, which takes its place at the end; an error leaves what was there before.
+    """Yield a temporary path beside `path`; the temporary file replaces `path` at the end.
 
-    The name is hidden and ends in 32 hexadecimal digits, by which what a killed process leaves behind is known.
+    If an error occurs, `path` stays as it was. The temporary name is hidden and ends in 32 hexadecimal digits, so that
+    a file left behind by a killed process can be recognized.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:

@@ -9,7 +9,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 EXTERNAL_DATA_THRESHOLD = 2**31 - 2**27
-"""Weights above this many bytes go beside the graph: protobuf stops at 2 GiB, nodes need some room too."""
+"""Bytes of weights from which they go to a file of their own: protobuf's limit is 2 GiB, and nodes take some of it."""
 
 MODULE_KEY = "module"
 """Node metadata key that carries the PyTorch module path (`layer1.0.conv1`)."""
@@ -25,24 +25,25 @@ def sha256_of(path: Path) -> str:
 
 
 _PILE = 256 << 20
-"""Bytes of graphs' files after which graphs that nobody needs any more are cleared away: that takes half a second."""
+"""Bytes of loaded graph files after which unused graphs are garbage-collected; that takes half a second."""
 
 
 class _Pile:
     size = 0
-    """Bytes loaded since then."""
+    """Bytes loaded since the last collection."""
 
 
 def load(path: Path) -> ir.Model:
-    """Read a graph; its weights stay memory-mapped where they are external."""
+    """Read a graph. External weights stay memory-mapped."""
     _Pile.size += path.stat().st_size
     if _Pile.size > _PILE:
-        gc.collect()  # a graph refers to itself: Python would keep it, with its weights, until it happens to look
+        # A graph contains reference cycles: Python would keep it and its weights until the next automatic collection.
+        gc.collect()
         _Pile.size = 0
     model = ir.load(path)
     for value in model.graph.initializers.values():
         if isinstance(tensor := value.const_value, ir.ExternalTensor):
-            # As an absolute path: onnx_ir refuses files of a directory that have several hard links, as cached ones do.
+            # An absolute path: below a base directory, onnx_ir refuses files with several hard links, as in the cache.
             value.const_value = _external(tensor, str((path.parent / tensor.location).absolute()), "")
     return model
 
@@ -63,7 +64,7 @@ def _external(tensor: ir.ExternalTensor, location: str, base: Path | str) -> ir.
 def save(model: ir.Model, path: Path, *, external_threshold: int | None = None) -> list[Path]:
     """Write a graph and return the files written: the graph, and its weights when they are external.
 
-    The weights' file is named by its own hash, so that the graph's reference to it stays right when both are
+    The weights file is named by its own hash, so that the graph's reference to it stays valid when both are
     copied into a bundle.
     """
     weights = [v.const_value for v in model.graph.initializers.values() if v.const_value is not None]
@@ -100,6 +101,6 @@ def module_of(node: ir.Node | None) -> str:
 
 
 def describe(node: ir.Node) -> str:
-    """`Conv 'node_Conv_293' (module layer1.0.conv1)`, for messages."""
+    """Description of a node for messages: `Conv 'node_Conv_293' (module layer1.0.conv1)`."""
     module = module_of(node)
     return f"{node.op_type} {node.name!r}" + (f" (module {module})" if module else "")

@@ -1,4 +1,4 @@
-"""What machine and which libraries a result comes from: provenance, and keys of the stage cache."""
+"""The machine and the libraries that a result comes from, for provenance and for keys of the stage cache."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _LEAF_7, _LEAF_7_1 = 1, 6
 _EAX, _EBX, _ECX, _EDX = range(4)
 
 _INSTRUCTION_SETS = (
-    # Name, the flag of /proc/cpuinfo, and where CPUID says it: leaf, register, bit.
+    # Name, flag in /proc/cpuinfo, and position in CPUID: leaf, register, bit.
     ("amx-int8", "amx_int8", _LEAF_7, _EDX, 25),
     ("avx512-vnni", "avx512_vnni", _LEAF_7, _ECX, 11),
     ("avx-vnni", "avx_vnni", _LEAF_7_1, _EAX, 4),
@@ -41,7 +41,7 @@ _INSTRUCTION_SETS = (
 
 
 def _cpuid() -> Callable[[int, int, int], bool] | None:
-    """Asks CPUID for a bit that the operating system lets programs use; None without glibc 2.33."""
+    """A function that tests a CPUID bit and whether the operating system enables it; None without glibc 2.33."""
     import ctypes
 
     class Leaf(ctypes.Structure):
@@ -57,11 +57,11 @@ def _cpuid() -> Callable[[int, int, int], bool] | None:
 
 @cache
 def instruction_set() -> str:
-    """The widest integer instruction set of this CPU, `avx512-vnni` for example; `x86_64` or `aarch64` for all others.
+    """The widest integer instruction set of this CPU, for example `avx512-vnni`; otherwise `x86_64` or `aarch64`.
 
     It comes from CPUID: /proc/cpuinfo describes the host even where qemu-user emulates another CPU. Without glibc 2.33
-    (musl, macOS, Windows) it comes from /proc/cpuinfo. It is a name for people and for provenance; whether INT8
-    sums saturate is found by `saturation.probe`.
+    (musl, macOS, Windows) it comes from /proc/cpuinfo. The name is for people and for provenance. `saturation.probe`
+    finds out whether INT8 sums saturate.
     """
     machine = platform.machine().lower()
     if machine not in ("x86_64", "amd64"):
@@ -75,7 +75,7 @@ def instruction_set() -> str:
 
 
 def one_blas_thread() -> AbstractContextManager[object]:
-    """A context in which NumPy's matrix products use one thread: how many share a sum shows in its last bit."""
+    """A context in which NumPy's matrix products use one thread: the number of threads changes a sum's last bit."""
     import threadpoolctl
 
     limit: Callable[..., AbstractContextManager[object]] = threadpoolctl.threadpool_limits
@@ -88,10 +88,10 @@ def usable_cores() -> int:
 
 
 def session_threads(threads: int) -> int:
-    """Intra-op threads to ask ONNX Runtime for, where 0 asks for all cores: those that this process may run on.
+    """Number of intra-op threads for ONNX Runtime; `threads` 0 means all cores that this process may run on.
 
-    Left alone, ONNX Runtime takes a thread for each core of the machine and binds it to that core, whatever cores
-    taskset or a container leaves to the process.
+    By default, ONNX Runtime starts a thread for each core of the machine and binds it to that core, even where taskset
+    or a container limits the process to fewer cores.
     """
     usable = usable_cores()
     return threads or (usable if usable < (os.cpu_count() or 1) else 0)
@@ -104,7 +104,7 @@ def cpu_model() -> str:
 
 
 _CGROUPS = (
-    # Limit, usage, statistics and, of these, what is given back when it is needed: of version 2, and of version 1.
+    # Files of limit, usage and statistics, and the statistic of reclaimable memory: cgroup version 2, then version 1.
     ("memory.max", "memory.current", "memory.stat", "inactive_file"),
     (
         "memory/memory.limit_in_bytes",
@@ -116,7 +116,7 @@ _CGROUPS = (
 
 
 def available_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes that can be taken without swapping, here and in the container that this process is in.
+    """Bytes that can be allocated without swapping, within the limits of the machine and of this process's container.
 
     Args:
         cgroup: where the container's limits are mounted.
@@ -129,7 +129,7 @@ def available_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
             most = int((cgroup / limit).read_text(encoding="ascii"))
             used = int((cgroup / usage).read_text(encoding="ascii"))
             lines = (cgroup / statistics).read_text(encoding="ascii").splitlines()
-        except (OSError, ValueError):  # no such version here, or no limit: "max"
+        except (OSError, ValueError):  # this cgroup version is absent, or there is no limit: "max"
             continue
         cached = next((int(line.split()[1]) for line in lines if line.split()[0] == reclaimable), 0)
         free = min(free, max(0, most - used + cached))
@@ -137,7 +137,7 @@ def available_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
 
 
 def library_versions(*names: str) -> dict[str, str]:
-    """Installed versions by name, without importing anything; `absent` for what is not installed."""
+    """Installed versions by name, without importing anything; `absent` for packages that are not installed."""
     versions = {}
     for name in names:
         for distribution in _DISTRIBUTIONS.get(name, (name,)):

@@ -9,4 +9,4 @@ __version__ = "0.1.0"
 PACKAGE = Path(__file__).parent.parent
 """Folder of `export_zoo`."""
 IMPORT_ROOT = PACKAGE.parent
-"""The entry of sys.path that finds this package, for processes that we start."""
+"""The sys.path entry that contains this package, for processes that we start."""

@@ -1,4 +1,4 @@
-"""YAML 1.2: in 1.1, which PyYAML reads, `1:4:8` is the number 3848, `1e-6` a word and `no` false."""
+"""Reads YAML 1.2. In YAML 1.1, which PyYAML reads, `1:4:8` is the number 3848, `1e-6` a string and `no` false."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ __all__ = ["YAMLError", "load"]
 
 
 def load(text: str) -> Any:
-    """Of a document, or of a value: dicts, lists, text, numbers, booleans and None.
+    """Parse a YAML document or value to dicts, lists, strings, numbers, booleans and None.
 
     Raises:
-        YAMLError: it is none.
+        YAMLError: the text is not valid YAML.
     """
     try:
         return YAML(typ="safe", pure=True).load(text)
-    except ValueError as error:  # of 2024-13-45, say, which looks like a date
+    except ValueError as error:  # for example 2024-13-45, which looks like a date
         raise YAMLError(str(error)) from error

@@ -22,7 +22,7 @@ from export_zoo.exporter.cli.matrix import matrix
 
 
 class _Group(click.Group):
-    """`export-zoo MODEL ...` is `export-zoo export MODEL ...`; mistyped commands are answered with a guess."""
+    """`export-zoo MODEL ...` is `export-zoo export MODEL ...`. A mistyped command gets a suggestion."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         group_options = {"--help", "-h", "--version"}
@@ -35,7 +35,7 @@ class _Group(click.Group):
 
 
 def _leading_flags(args: Sequence[str]) -> list[str]:
-    """Options of every command that stand before it: `export-zoo --json out.json list`."""
+    """Options common to all commands that stand before the command: `export-zoo --json out.json list`."""
     taken = 0
     while taken < len(args):
         if args[taken] == "--json" and taken + 1 < len(args):
@@ -48,7 +48,7 @@ def _leading_flags(args: Sequence[str]) -> list[str]:
 
 
 def _refuse_mistyped(word: str, commands: Sequence[str]) -> None:
-    """A word near to a command and not near to the name of a model is a mistyped command."""
+    """Refuse a word that resembles a command and is not the name of a model."""
     near = difflib.get_close_matches(word.lower(), commands, n=1, cutoff=0.6)
     if word.startswith("-") or not near or ":" in word or "/" in word:
         return
@@ -99,11 +99,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run() -> None:
-    """Entry point of the `export-zoo` console script. Signals end it as Ctrl-C does: cleanly."""
+    """Entry point of the `export-zoo` console script. Signals end the run cleanly, as Ctrl-C does."""
     for number in outcome.SIGNALS:
         signal.signal(number, outcome.on_signal)
     code = main()
-    outcome.ignore_signals()  # libraries take most of a second to leave
+    outcome.ignore_signals()  # libraries take most of a second to shut down
     sys.exit(code)
 
 

@@ -26,14 +26,14 @@ if TYPE_CHECKING:
     "cpus",
     multiple=True,
     metavar="NAME",
-    help="Run ONNX Runtime's engines on this CPU, emulated by qemu-user, beside this machine's own; repeatable. "
-    "`--cpu list`, without BUNDLE, lists them.",
+    help="Run ONNX Runtime's engines on CPU NAME, emulated by qemu-user, and on this machine's CPU. Repeatable. "
+    "`--cpu list`, without BUNDLE, lists the CPUs.",
 )
 @click.option(
     "--images",
     type=click.IntRange(2),
     metavar="N",
-    help="Held-out images that INT8 runs on each --cpu; float engines run at most 2. Default: 16.",
+    help="Held-out images that INT8 engines run on each --cpu; float engines run at most 2. Default: 16.",
 )
 @json_option
 @quiet_option
@@ -55,14 +55,16 @@ def verify(
     if "list" in cpus:
         if bundle is not None or images is not None or cpus != ("list",):
             raise UsageError(
-                "--cpu list: stands alone, and lists CPUs", hint="leave out BUNDLE and other options"
+                "--cpu list: cannot be combined with BUNDLE or other options", hint="leave them out"
             )
         _list_cpus(quiet=quiet)
         return
     if bundle is None:
         raise click.MissingParameter(param_hint="'BUNDLE'", param_type="argument")
     if images is not None and not cpus:
-        raise UsageError("--images: counts images for --cpu", hint="add --cpu haswell, or leave --images out")
+        raise UsageError(
+            "--images has no effect without --cpu", hint="add --cpu haswell, or leave --images out"
+        )
     if cpus:
         _verify_emulated(bundle, cpus, images, reporter, quiet=quiet)
     else:
@@ -79,7 +81,7 @@ def _list_cpus(*, quiet: bool) -> None:
 
 
 def _manifest(bundle: Path, reporter: ConsoleReporter) -> Manifest:
-    """A bundle's manifest; random weights are warned of."""
+    """Read a bundle's manifest. Warns about random weights."""
     from export_zoo.engines.bundle.reader import read_manifest
 
     manifest = read_manifest(bundle)
@@ -89,13 +91,13 @@ def _manifest(bundle: Path, reporter: ConsoleReporter) -> Manifest:
 
 
 def _check_status(bundle: Path, manifest: Manifest) -> None:
-    """Raises ParityError where the bundle failed when it was exported, whatever was found now."""
+    """Raise ParityError if the bundle failed its gate when it was exported, whatever this run found."""
     if manifest.status != "ok":
         raise ParityError(f"{bundle}: failed its parity gate when it was exported", hint="export again")
 
 
 def _written(bundle: Path, attestation: Path | None) -> str:
-    """Where an attestation is, for people."""
+    """Message that says where the attestation was written."""
     from export_zoo.engines.bundle.reader import ATTESTATIONS
 
     return f"attestation: {attestation or f'not written, {bundle / ATTESTATIONS} cannot be written to'}"
@@ -149,7 +151,7 @@ def _verify_emulated(
 
     chosen = [cpus.named(name) for name in dict.fromkeys(names)]
     for cpu in chosen:
-        cpus.launch(cpu)  # what is missing is told before anything is run
+        cpus.launch(cpu)  # reports missing tools before anything is run
     manifest = _manifest(bundle, reporter)
     count = emulation.IMAGES if images is None else images
     total = emulation.images_run(manifest, count)
@@ -165,7 +167,7 @@ def _verify_emulated(
         outcome.current().document |= {
             "bundle": str(bundle),
             "emulated": found,
-        }  # if the next cannot be run, too
+        }  # kept if the next CPU cannot be run
         assert attestation.emulation is not None
         if not quiet:
             with outcome.printing():
@@ -185,15 +187,15 @@ def _verify_emulated(
     if failures:
         raise ParityError(
             f"{bundle}: logits are outside the tolerance on an emulated CPU: {'; '.join(failures)}",
-            hint="export the bundle again with this version, whose INT8 cannot saturate; docs/cpu.md says more"
+            hint="export the bundle again with this version, whose INT8 cannot saturate; see docs/cpu.md"
             if saturating
-            else "compare with `export-zoo verify` without --cpu, and with more --images; docs/cpu.md says more",
+            else "compare with `export-zoo verify` without --cpu, and with more --images; see docs/cpu.md",
         )
     _check_status(bundle, manifest)
 
 
 def _results(attestation: Attestation) -> str:
-    """What an attestation says of each engine."""
+    """State of each engine in an attestation, as text."""
     passed = "ok" if attestation.emulation is not None else None
     return ", ".join(
         f"{name} {'FAILED' if gate.failures else passed or attestation.states.get(name, 'ok')}"
@@ -209,11 +211,11 @@ def _results(attestation: Attestation) -> str:
 def inspect(bundle: Path, json_path: Path | None, quiet: bool, verbose: bool) -> None:
     """Show what a bundle holds, from its manifest. Runs nothing."""
     del json_path, verbose
-    from export_zoo.engines.bundle import reader as room
+    from export_zoo.engines.bundle import reader
     from export_zoo.exporter.run.report import print_table
 
-    manifest = room.read_manifest(bundle)
-    attested = room.attestations(bundle)
+    manifest = reader.read_manifest(bundle)
+    attested = reader.attestations(bundle)
     outcome.current().document |= {
         "bundle": str(bundle),
         "manifest": manifest.model_dump(mode="json"),
@@ -261,10 +263,19 @@ def inspect(bundle: Path, json_path: Path | None, quiet: bool, verbose: bool) ->
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("repository", type=click.Path(path_type=Path, file_okay=False))
 @click.option(
-    "--engine", metavar="NAME", help="Default: the fastest verified one of onnxruntime and tensorrt."
+    "--engine",
+    metavar="NAME",
+    help="Engine to serve. Default: the fastest verified one of onnxruntime and tensorrt.",
 )
-@click.option("--name", metavar="NAME", help="Of the model. Default: the network's.")
-@click.option("--version", type=int, default=1, show_default=True, metavar="N", help="Folder of the version.")
+@click.option("--name", metavar="NAME", help="Name of the model. Default: the network's.")
+@click.option(
+    "--version",
+    type=int,
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Version of the model: the name of its folder.",
+)
 @click.option(
     "--queue-delay",
     "delay_us",
@@ -272,15 +283,15 @@ def inspect(bundle: Path, json_path: Path | None, quiet: bool, verbose: bool) ->
     default=1000,
     show_default=True,
     metavar="US",
-    help="Microseconds that a request waits for others to make a batch with.",
+    help="Maximum time that a request waits to be batched with others, in microseconds.",
 )
 @click.option(
     "--cpu-graph",
     type=click.Choice(["safe", "exact", "vnni"]),
     default="safe",
     show_default=True,
-    help="INT8 of onnxruntime. safe: the engine, refused where it can saturate on CPUs without VNNI. exact: uint8 "
-    "weights, the same logits, slower where there is VNNI. vnni: the engine as it is.",
+    help="INT8 engine of onnxruntime. safe: the engine, refused if it can saturate on CPUs without VNNI. exact: uint8 "
+    "weights, the same logits, slower on CPUs with VNNI. vnni: the engine as it is.",
 )
 @json_option
 @quiet_option

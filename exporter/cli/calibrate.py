@@ -1,4 +1,4 @@
-"""`export-zoo calibrate`: ranges alone, in shards where wanted. Imports PyTorch only when it runs."""
+"""`export-zoo calibrate`: writes a ranges file, in shards if wanted. Imports PyTorch only when it runs."""
 
 from __future__ import annotations
 
@@ -33,13 +33,17 @@ def _shard(text: str) -> tuple[int, int]:
 
 @click.command(epilog=EXIT_CODES)
 @click.argument("what", nargs=-1, metavar="MODEL | --merge FILE FILE...")
-@click.option("--merge", "merging", is_flag=True, help="Merge ranges files of shards instead.")
-@click.option("--shard", metavar="I/N", default="1/1", help="Only the I-th of N parts of the images.")
+@click.option(
+    "--merge", "merging", is_flag=True, help="Merge the ranges files of shards, instead of calibrating."
+)
+@click.option(
+    "--shard", metavar="I/N", default="1/1", help="Calibrate on only the I-th of N parts of the images."
+)
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Default: ./MODEL.ranges.json; --merge needs it.",
+    help="Ranges file to write. Default: ./MODEL.ranges.json. Required with --merge.",
 )
 @model_options
 @keep_float_option
@@ -70,8 +74,8 @@ def calibrate(
             raise UsageError("--merge needs --out", hint="--merge A B --out C")
         if others := given_options() - {"merging", "out", "json_path", "quiet", "verbose", "what"}:
             raise UsageError(
-                f"--merge has no use for {', '.join(sorted(option_name(name) for name in others))}",
-                hint="images and weights stand in the files",
+                f"--merge cannot be combined with {', '.join(sorted(option_name(name) for name in others))}",
+                hint="leave them out: the ranges files record the images and weights",
             )
         from export_zoo.exporter.calibrate import merge
 

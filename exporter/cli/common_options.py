@@ -1,4 +1,4 @@
-"""Options and help that every command has."""
+"""Options and help texts that several commands share."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ json_option = click.option(
     type=click.Path(path_type=Path, dir_okay=False),
     help="Write the result as JSON here, on every exit code.",
 )
-quiet_option = click.option("-q", "--quiet", is_flag=True, help="Only warnings and errors.")
+quiet_option = click.option("-q", "--quiet", is_flag=True, help="Print only warnings and errors.")
 verbose_option = click.option(
-    "-v", "--verbose", is_flag=True, help="TensorRT's log, and tracebacks of unexpected errors."
+    "-v", "--verbose", is_flag=True, help="Print TensorRT's log, and tracebacks of unexpected errors."
 )
 
 
 def given_options() -> set[str]:
-    """Parameters of the running command that stand on the command line."""
+    """Parameters of the running command that were given on the command line."""
     context = click.get_current_context()
     given = click.core.ParameterSource.COMMANDLINE
     return {name for name in context.params if context.get_parameter_source(name) is given}
 
 
 def option_name(parameter: str) -> str:
-    """`--keep-float` of `keep_float`."""
+    """Option of a parameter: `--keep-float` for `keep_float`."""
     command = click.get_current_context().command
     return next((p.opts[0] for p in command.params if p.name == parameter), parameter)
 
@@ -68,7 +68,7 @@ _MODEL_OPTIONS = (
         default=options.DEFAULT_CALIB_IMAGES,
         show_default=True,
         metavar="N",
-        help="At most so many images calibrate.",
+        help="Maximum number of calibration images.",
     ),
     click.option(
         "--verify",
@@ -82,7 +82,7 @@ _MODEL_OPTIONS = (
         default=options.DEFAULT_VERIFY_IMAGES,
         show_default=True,
         metavar="N",
-        help="At most so many images verify.",
+        help="Maximum number of verification images.",
     ),
     click.option(
         "--weights",
@@ -94,31 +94,31 @@ _MODEL_OPTIONS = (
     click.option(
         "--transforms",
         metavar="NAME",
-        help="Preprocess as these torchvision weights do, for a file that does not tell.",
+        help="torchvision weights whose preprocessing is used, if it cannot be inferred from the weights file.",
     ),
     click.option(
         "--preprocess",
         type=click.Path(path_type=Path, readable=False),
         metavar="FILE",
-        help="JSON or YAML: resize, crop, mean, std that the network was trained with. Needed for your own.",
+        help="JSON or YAML: resize, crop, mean, std that the network was trained with. Required for your own networks.",
     ),
     click.option(
         "--num-classes",
         type=int,
         metavar="N",
-        help="Classes of the head. Default: that of the zoo's weights.",
+        help="Number of classes of the head. Default: that of the zoo's weights.",
     ),
     click.option(
         "--weights-key",
         metavar="KEY",
-        help="Entry of a training checkpoint to load, model_ema say. Default: state_dict, model, ... as found.",
+        help="Entry of a training checkpoint to load, such as model_ema. Default: state_dict, model, ... as found.",
     ),
     click.option(
         "--rename",
         "renames",
         multiple=True,
         metavar="OLD=NEW",
-        help="Prefix of names in the file, and what takes its place. Repeatable, in this order.",
+        help="Replace prefix OLD of names in the file with NEW. Repeatable; applied in this order.",
     ),
     click.option(
         "--skip-weights",
@@ -129,7 +129,7 @@ _MODEL_OPTIONS = (
     click.option(
         "--allow-pickle",
         is_flag=True,
-        help="Load a pickled module: runs the code in the file. Only if you trust it.",
+        help="Load a pickled module. This runs the code in the file: use it only for files that you trust.",
     ),
     click.option(
         "--model-arg",
@@ -147,24 +147,25 @@ _MODEL_OPTIONS = (
     click.option(
         "--transform-input/--no-transform-input",
         default=None,
-        help="googlenet, inception_v3: as trained. Default: on, off with --weights none.",
+        help="googlenet, inception_v3: transform the input as in training. Default: on; off with --weights none.",
     ),
     click.option(
         "--fully-convolutional",
         is_flag=True,
-        help="VGG, AlexNet: Linear layers as convolutions, scores averaged over all places: takes larger inputs.",
+        help="VGG, AlexNet: Linear layers as convolutions, scores averaged over all positions. Takes larger inputs.",
     ),
-    click.option("--input-size", metavar="N|HxW", help="Input in pixels. Default: the weights' own."),
+    click.option("--input-size", metavar="N|HxW", help="Input size in pixels. Default: the weights' own."),
     click.option(
         "--dynamic-size",
         metavar="MIN:OPT:MAX",
-        help="Instead: any height and width from MIN to MAX (N or HxW each). Preprocessing and calibration use OPT.",
+        help="Instead of --input-size: any height and width from MIN to MAX (each N or HxW). Preprocessing and "
+        "calibration use OPT.",
     ),
     click.option(
         "--resize-size",
         type=int,
         metavar="N",
-        help="Shorter side before the crop. Default: the weights' own, in proportion to --input-size.",
+        help="Shorter side in pixels, before the crop. Default: the weights' own, in proportion to --input-size.",
     ),
     click.option(
         "--seed",
@@ -172,21 +173,21 @@ _MODEL_OPTIONS = (
         default=0,
         show_default=True,
         metavar="N",
-        help="Of the splits, synthetic images and random weights.",
+        help="Seed of the splits, synthetic images and random weights.",
     ),
     click.option(
         "--no-memory-check",
         is_flag=True,
-        help="Begin though more memory is expected to be needed than is free.",
+        help="Skip the memory check: export even if more memory is expected to be needed than is free.",
     ),
-    click.option("--no-cache", is_flag=True, help="Make everything anew, and keep nothing."),
+    click.option("--no-cache", is_flag=True, help="Do not read or write the cache."),
 )
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def model_options(command: Command) -> Command:
-    """Options that say which network on which images; `options.model_options` reads them."""
+    """Add the options for the network and its images. `options.model_options` reads them."""
     for option in reversed(_MODEL_OPTIONS):
         command = option(command)
     return command

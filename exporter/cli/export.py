@@ -25,7 +25,7 @@ from export_zoo.exporter.run.report import ConsoleReporter, show_log
 
 
 def chosen_options(given: Mapping[str, Any]) -> options.ExportOptions:
-    """From the command's parameters. Raises UsageError."""
+    """Make `ExportOptions` from the command's parameters. Raises UsageError."""
     from export_zoo.engines.targets.options import BuildOptions
 
     return options.ExportOptions(
@@ -63,14 +63,14 @@ def chosen_options(given: Mapping[str, Any]) -> options.ExportOptions:
     "--ranges",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Ranges of `export-zoo calibrate`, instead of calibrating.",
+    help="Ranges file of `export-zoo calibrate`, used instead of calibrating.",
 )
 @click.option(
     "--batch",
     default=options.DEFAULT_BATCH,
     show_default=True,
     metavar="MIN:OPT:MAX",
-    help="Batch sizes to accept; OPT is tuned and timed.",
+    help="Batch sizes to accept; engines are tuned and timed at OPT.",
 )
 @click.option(
     "--target",
@@ -98,14 +98,14 @@ def chosen_options(given: Mapping[str, Any]) -> options.ExportOptions:
     default="auto",
     show_default=True,
     metavar="NAME",
-    help="INT8 ranges: minmax, percentile, entropy, mse, or auto, the best of them on the select images.",
+    help="Method for INT8 ranges: minmax, percentile, entropy, mse, or auto (the best of them on the select images).",
 )
 @click.option(
     "--steps",
     default=",".join(options.STEPS),
     show_default=True,
     metavar="NAMES",
-    help="What is tried to make INT8 better: names with commas between, or none.",
+    help="Steps to try to improve INT8: names separated by commas, or none.",
 )
 @keep_float_option
 @click.option(
@@ -113,7 +113,7 @@ def chosen_options(given: Mapping[str, Any]) -> options.ExportOptions:
     "workspace_mb",
     type=int,
     metavar="MIB",
-    help="TensorRT: scratch memory on the device. Default: all of it.",
+    help="TensorRT: maximum scratch memory on the device, in MiB. Default: all of it.",
 )
 @click.option("--refittable", is_flag=True, help="TensorRT: weights can be replaced later.")
 @click.option("--strip-weights", is_flag=True, help="TensorRT: plan without weights, to be refitted.")
@@ -130,10 +130,13 @@ def chosen_options(given: Mapping[str, Any]) -> options.ExportOptions:
     "--timing-cache",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
-    help="tensorrt: `.timing` of an earlier bundle: choose the same kernels again.",
+    help="tensorrt: `.timing` file of an earlier bundle, to choose the same kernels again.",
 )
 @click.option(
-    "--out", type=click.Path(path_type=Path), metavar="DIR", help="The bundle. Default: ./MODEL.bundle."
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Directory of the bundle. Default: ./MODEL.bundle.",
 )
 @json_option
 @quiet_option
@@ -180,9 +183,11 @@ def _described(bundle: Path, manifest: Any) -> dict[str, Any]:
 
 
 def check_arguments(arguments: Sequence[str]) -> None:
-    """Read a command line of `export-zoo export`, without running it. Raises UsageError where it is wrong."""
+    """Read a command line of `export-zoo export`, without running it. Raises UsageError if it is wrong."""
     try:
         context = export.make_context("export", list(arguments))
     except click.UsageError as error:
-        raise UsageError(error.format_message(), hint="options are those of `export-zoo export`") from error
+        raise UsageError(
+            error.format_message(), hint="`export-zoo export --help` shows the options"
+        ) from error
     chosen_options(context.params)

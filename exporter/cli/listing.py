@@ -1,4 +1,4 @@
-"""What `export-zoo list` shows: the zoo's models and the weights there are for each."""
+"""Output of `export-zoo list`: the zoo's models and the weights of each."""
 
 from __future__ import annotations
 
@@ -20,9 +20,12 @@ from export_zoo.exporter.run.report import make_console
 
 @dataclass(frozen=True)
 class ListedWeights:
-    """Weights of a model; sizes in pixels, `gflops` of one image (10^9 multiply-adds) as torchvision gives them,
-    `top1` in percent on ImageNet, None where it is not known, `memory_gib` what an export to FP32 and INT8 with the
-    default batch range is expected to take."""
+    """Weights of a model.
+
+    Sizes are in pixels. `gflops` is for one image, in 10^9 multiply-adds, as torchvision gives it. `top1` is in percent
+    on ImageNet, None if unknown. `memory_gib` is the memory that an export to FP32 and INT8 with the default batch
+    range is expected to take.
+    """
 
     model: str
     weights: str
@@ -36,14 +39,14 @@ class ListedWeights:
 
 
 def listed(pattern: str) -> list[ListedWeights]:
-    """Weights of the models whose name matches a glob, or has it as a part.
+    """Weights of the models whose name matches a glob or contains the pattern.
 
     Raises:
-        BadInputError: none does.
+        BadInputError: no model matches.
     """
     from torchvision.models import get_model_weights
 
-    pattern = pattern.lower()  # as the names are
+    pattern = pattern.lower()  # model names are in lower case
     known = torchvision_zoo.model_names() + torchvision_zoo.segmentation_names()
     names = [n for n in known if pattern in n or fnmatch.fnmatchcase(n, pattern)]
     if not names:
@@ -86,7 +89,7 @@ def _memory(cache: StageCache, name: str, preprocess: Preprocess) -> float:
 
 
 def print_models(found: Sequence[ListedWeights]) -> None:
-    """The table, on stdout."""
+    """Print the table on stdout."""
     from rich.table import Table
 
     table = Table()

@@ -16,7 +16,7 @@ from export_zoo.exporter.cli.export import check_arguments
 
 
 class CellsFailedError(ExportZooError):
-    """Cells of a matrix failed, none of them for its parity gate."""
+    """Cells of a matrix failed, but no parity gate failed."""
 
     exit_code = 5
     kind = "matrix"
@@ -30,21 +30,25 @@ class CellsFailedError(ExportZooError):
     default=Path("matrix"),
     show_default=True,
     metavar="DIR",
-    help="Results and bundles; a second run goes on where the first ended.",
+    help="Directory for results and bundles. A second run continues where the first ended.",
 )
 @click.option(
-    "--job", metavar="GLOB", help="Only the cells of this job of the file, or of those that a glob matches."
+    "--job",
+    metavar="GLOB",
+    help="Run only the cells of this job of the file, or of the jobs that a glob matches.",
 )
-@click.option("--again", is_flag=True, help="Run cells that are done again.")
+@click.option("--again", is_flag=True, help="Re-run finished cells.")
 @click.option(
-    "--stored", is_flag=True, help="Run nothing: tell what the results in --out are, of whatever versions."
+    "--stored",
+    is_flag=True,
+    help="Run nothing: report the results in --out, whatever versions they were made with.",
 )
 @click.option("--no-bundles", is_flag=True, help="Delete each bundle when its result is recorded.")
 @click.option(
     "--junit", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Write JUnit XML here."
 )
 @click.option(
-    "--html", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Write a page here."
+    "--html", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Write an HTML page here."
 )
 @click.option(
     "--markdown",
@@ -112,7 +116,7 @@ def matrix(
         results = [result for result in found if result is not None]
         if all(result.status in ("excluded", "skipped") for result in results):
             raise UsageError(
-                f"--stored: {out / 'results'} has no result of these cells", hint="run them first"
+                f"--stored: {out / 'results'} has no results for these cells", hint="run them first"
             )
     else:
         results = run.run(
@@ -128,10 +132,14 @@ def matrix(
     others = [result.name for result in results if result.command != lines[result.name]]
     title = f"Matrix {file.name}" + (f", job {job}" if job else "")
     missing = len(cells) - len(results)
-    about = f"Made by `export-zoo matrix {file}` of the results in `{out / 'results'}`, a JSON file per cell."
+    about = (
+        f"Made by `export-zoo matrix {file}` from the results in `{out / 'results'}`, one JSON file per cell."
+    )
     if others:
-        about += f" Of other options than the file has now: {', '.join(others)}."
-        click.echo(f"warning: {len(others)} result(s) are of other options than {file} has now", err=True)
+        about += f" Made with other options than the file has now: {', '.join(others)}."
+        click.echo(
+            f"warning: {len(others)} result(s) were made with other options than {file} has now", err=True
+        )
     outcome.current().document |= {"out": str(out), "cells": [asdict(result) for result in results]}
     for option, path, text in (
         ("--junit", junit, report.junit),

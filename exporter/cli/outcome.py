@@ -1,4 +1,4 @@
-"""How a command ends: the one place where errors become exit codes, messages and the JSON document."""
+"""End of a command: turns errors into exit codes, messages and the JSON document, for all commands."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ JSON_SCHEMA_VERSION = 1
 
 
 class Outcome:
-    """What ends up in the JSON document."""
+    """Contents of the JSON document."""
 
     def __init__(self) -> None:
         self.document: dict[str, Any] = {}
@@ -33,37 +33,37 @@ class Outcome:
 _current = Outcome()
 _interrupted = False
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
-"""Those that end a run: SIGHUP when the terminal goes."""
+"""Signals that end a run. SIGHUP is sent when the terminal closes."""
 
 _INTERRUPTED = {
     "kind": "interrupted",
     "message": "interrupted",
-    "hint": "run it again: an export has its finished stages in the cache, but for --no-cache",
+    "hint": "run it again: the cache has the finished stages of an export, unless --no-cache was given",
 }
 
 
 def current() -> Outcome:
-    """The outcome of the command that runs now."""
+    """The outcome of the running command."""
     return _current
 
 
 @contextlib.contextmanager
 def printing() -> Iterator[None]:
-    """For what is printed before the verdict: that nobody reads on (`| head`) changes no exit code."""
+    """Context for output before the exit code is known: a closed pipe (`| head`) does not change the exit code."""
     try:
         yield
-    except (BrokenPipeError, SystemExit):  # Rich ends the program
+    except (BrokenPipeError, SystemExit):  # Rich exits on a closed pipe
         _silence()
 
 
 def _silence() -> None:
-    """Or the flush at the end of the program fails, too."""
+    """Send stdout to /dev/null. Otherwise, the flush at the end of the program fails, too."""
     with contextlib.suppress(OSError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _json_path(arguments: Sequence[str]) -> Path | None:
-    """--json as given, the last where there are more, found even where the command line does not parse."""
+    """Value of the last --json, found even if the command line does not parse."""
     found = None
     for index, argument in enumerate(arguments):
         if argument.startswith("--json="):
@@ -74,7 +74,7 @@ def _json_path(arguments: Sequence[str]) -> Path | None:
 
 
 def _write_json(path: Path, code: int, error: dict[str, str] | None) -> int:
-    """Write the document atomically; returns the exit code, another one where writing fails."""
+    """Write the document atomically. Returns `code`; if it is 0 and writing fails, the exit code of that failure."""
     reporter = (
         _current.reporter.as_dict() if _current.reporter is not None else {"stages": [], "warnings": []}
     )
@@ -123,7 +123,7 @@ def execute(app: click.Command, given: Sequence[str]) -> int:
         complain(f"--json {json_path}: lies inside the bundle {bundle}", "write it somewhere else")
         return UsageError.exit_code
     if json_path is not None and not os.access(json_path.absolute().parent, os.W_OK | os.X_OK):
-        # Now, and not when the work is done.
+        # Checked now, not after the work is done.
         complain(f"--json {json_path}: cannot be written", "give a path in a writable directory")
         return EnvironmentFailureError.exit_code
     try:
@@ -145,7 +145,7 @@ def execute(app: click.Command, given: Sequence[str]) -> int:
     except MemoryError as failure:
         code, error = EnvironmentFailureError.exit_code, _out_of_memory(failure)
     except (BrokenPipeError, SystemExit):
-        # With results there, all else is done: what may fail after them is told first, or prints in `printing`.
+        # With results in the document, the work is done. A command that may still fail prints inside `printing`.
         code = 0 if _current.document else 1
         _silence()
     except OSError as failure:
@@ -157,10 +157,12 @@ def execute(app: click.Command, given: Sequence[str]) -> int:
             "hint": "check free space and permissions; EXPORT_ZOO_CACHE moves the cache",
         }
     except Exception as failure:
-        if _interrupted:  # while a library was being loaded, which made an error of its own of it
+        if _interrupted:  # while a library was being loaded: it raised an error of its own instead
             return _end(INTERRUPTED, dict(_INTERRUPTED), json_path)
         if isinstance(failure, ImportError) and "failed to map segment" in str(failure):
             return _end(EnvironmentFailureError.exit_code, _out_of_memory(failure), json_path)
+        if isinstance(failure, ModuleNotFoundError) and not str(failure.name).startswith("export_zoo"):
+            return _end(EnvironmentFailureError.exit_code, _not_installed(failure), json_path)
         code = 1
         if "-v" in given or "--verbose" in given:
             traceback.print_exc()
@@ -180,8 +182,16 @@ def _out_of_memory(failure: Exception) -> dict[str, str]:
     }
 
 
+def _not_installed(failure: ModuleNotFoundError) -> dict[str, str]:
+    return {
+        "kind": EnvironmentFailureError.kind,
+        "message": f"the package {failure.name} is not installed",
+        "hint": "install export-zoo: export-zoo-runtime loads and verifies bundles, and does not export",
+    }
+
+
 def _end(code: int, error: dict[str, str] | None, json_path: Path | None) -> int:
-    """Say the error, write the JSON document; returns the exit code."""
+    """Print the error and write the JSON document. Returns the exit code."""
     if error is not None:
         complain(error["message"], error["hint"])
     if json_path is not None:
@@ -202,13 +212,13 @@ def on_signal(*_: object) -> None:
 
 
 def ignore_signals() -> None:
-    """The verdict stands: nothing may change the exit code any more."""
+    """Ignore SIGNALS: the exit code is final."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def _bundle_around(path: Path) -> Path | None:
-    """The bundle that a file would lie in: its directory, or the one above."""
+    """The bundle that a file would lie in: its directory or the one above. None if neither is a bundle."""
     for directory in list(path.absolute().parents)[:2]:
         try:
             document = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))

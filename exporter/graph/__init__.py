@@ -1,1 +1,1 @@
-"""From an eager PyTorch module to a simplified ONNX graph, and eager's outputs to compare engines with."""
+"""Exports an eager PyTorch module to a simplified ONNX graph, and computes eager's outputs to compare engines with."""

@@ -1,4 +1,4 @@
-"""The reference: eager PyTorch's FP32 outputs of the images that engines are compared on."""
+"""The reference that engines are compared with: eager PyTorch's FP32 outputs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ EAGER_BATCH = 8
 def eager_outputs(
     model: nn.Module, pixels: UInt8Array, preprocess: Preprocess, progress: Progress = lambda _: None
 ) -> tuple[npt.NDArray[np.float32], ...]:
-    """Outputs of uint8 [N, H, W, 3] images, `sampled`, by the eager model in eval mode, FP32, CPU; logits first."""
+    """Run the eager model on uint8 [N, H, W, 3] images, in eval mode and FP32 on the CPU.
+
+    Returns its outputs, `sampled`; logits first.
+    """
     outputs = []
     with torch.inference_mode():
         for start in range(0, len(pixels), EAGER_BATCH):

@@ -1,4 +1,7 @@
-"""Simplify a graph with onnxsim, then prove that nothing changed. Left alone where it gains or proves nothing."""
+"""Simplifies a graph with onnxsim and proves that the logits did not change.
+
+The graph stays as it is if simplifying gains nothing or the proof fails.
+"""
 
 from __future__ import annotations
 
@@ -30,24 +33,33 @@ MAX_RELATIVE_ERROR = 1e-4
 
 
 def operator_counts(graph: ir.Graph) -> Counter[str]:
-    """How often each operator occurs."""
+    """Number of nodes of each operator."""
     return Counter(node.op_type for node in graph)
 
 
 @dataclass(frozen=True)
 class Simplified:
-    """The files of the simplified graph, the graph first, and what happened, for people."""
+    """The files of the simplified graph (the graph first), and a readable summary."""
 
     files: list[Path]
     summary: str
     warning: str = ""
 
 
+_ONNXSIM = """
+import sys
+sys.modules["torch"] = None
+from onnxsim import main
+main()
+"""
+"""The onnxsim command. Version 0.8 imports torch for a feature that is not used here, which takes seconds."""
+
+
 def _run_onnxsim(source: Path, out: Path) -> str:
-    """Run onnxsim in a process of its own: it may crash. Returns the reason where it failed."""
-    command = [sys.executable, "-m", "onnxsim", str(source.absolute()), str(out.absolute())]
+    """Run onnxsim in its own process, since it may crash. Returns the reason of a failure, or an empty string."""
+    command = [sys.executable, "-c", _ONNXSIM, str(source.absolute()), str(out.absolute())]
     try:
-        # `-m` imports from its directory first: not from the user's, who may have an onnx.py there.
+        # Python imports from the working directory first. The user's may contain an onnx.py, so it is not used.
         done = subprocess.run(
             command, cwd=out.parent, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False
         )
@@ -62,7 +74,7 @@ def _run_onnxsim(source: Path, out: Path) -> str:
 
 
 def _restore_modules(model: ir.Model, source: ir.Model) -> None:
-    """onnxsim erases node metadata: find each node's module by its output's name, else by its weight's."""
+    """Restore the module paths that onnxsim erases: by a node's output name, otherwise by its weight's name."""
     by_output = {v.name: graph_io.module_of(node) for node in source.graph for v in node.outputs}
     by_input: dict[str | None, str] = {}
     for node in source.graph:
@@ -82,7 +94,7 @@ def _restore_modules(model: ir.Model, source: ir.Model) -> None:
 
 
 def _difference(first: Path, second: Path, inputs: Sequence[Float32Array]) -> float:
-    """Largest difference of the two graphs' outputs over two batches of each size, relative to an output's largest."""
+    """Largest difference of the graphs' outputs, relative to an output's largest, over two batches of each size."""
     worst = 0.0
     engines = [OnnxRuntimeEngine(path, fused=False) for path in (first, second)]
     for batch in (part for images in inputs for part in (images[:1], images)):
@@ -98,10 +110,10 @@ def _difference(first: Path, second: Path, inputs: Sequence[Float32Array]) -> fl
 def simplify(source: Path, directory: Path, *inputs: Float32Array) -> Simplified:
     """Simplify `source` into `directory`/graph.onnx.
 
-    Two steps, each kept only where the logits prove it harmless: onnxsim, and mean -> average pooling.
+    Two steps: onnxsim, and mean -> average pooling. Each is kept only if the logits prove it harmless.
 
     Args:
-        inputs: float32 [N, 3, H, W], N >= 2, to compare the logits on; for each size that counts.
+        inputs: images to compare the logits on, float32 [N, 3, H, W], N >= 2; one array per input size.
     """
     with tempfile.TemporaryDirectory(dir=directory) as scratch:
         return _simplify(source, directory / "graph.onnx", Path(scratch), inputs)
@@ -122,7 +134,7 @@ def _simplify(source: Path, out: Path, scratch: Path, inputs: Sequence[Float32Ar
                 simplified = graph_io.load(candidate)
                 unchanged = operator_counts(simplified.graph) == before
                 change = 0.0 if unchanged else _difference(source, candidate, inputs)
-            except Exception as error:  # whatever it wrote: the original is at hand
+            except Exception as error:  # a bad graph from onnxsim: keep the original
                 failure = f"its graph cannot be used: {error}".splitlines()[0]
         if failure:
             summary = warning = f"onnxsim skipped: {failure}"

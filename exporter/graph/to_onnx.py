@@ -1,4 +1,4 @@
-"""From an eager PyTorch module to an ONNX graph with a dynamic batch, checked against eager at other batches."""
+"""Exports an eager PyTorch module to ONNX with a dynamic batch, and checks it against eager at other batch sizes."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ HEIGHT, WIDTH = "height", "width"
 OPSET = 20
 
 _SAMPLE_BATCH = 7
-"""Traced with, never run. A prime that is no usual channel count, so that a baked batch can be told by it; with
-a sample batch of 1 the exporter specializes silently."""
+"""Batch size for tracing, never run. It is a prime and no usual channel count, so that a baked-in batch can be
+recognized. With a sample batch of 1, the exporter specializes silently."""
 
 _FOLDED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 
 CHECK_BATCHES = (1, 3)
-"""Batches that the exported graph is run at, beside eager; neither is the sample batch."""
+"""Batch sizes at which the exported graph is compared with eager; neither is the sample batch."""
 
 MAX_RELATIVE_ERROR = 1e-3
 _REPORT = "this is a defect of the export, not of your input; please report it with the model's name"
@@ -46,7 +46,7 @@ _REPORT = "this is a defect of the export, not of your input; please report it w
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter prints and logs a good deal that means nothing to a user."""
+    """Hide what the exporter prints and logs: most of it means nothing to a user."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -73,18 +73,20 @@ def export(
     own: bool = False,
     external_threshold: int | None = None,
 ) -> list[Path]:
-    """Export an eval-mode network of float32 [N, 3, height, width]; returns the files written.
+    """Export an eval-mode network that takes float32 [N, 3, height, width]; returns the files written.
 
-    The graph's input is `input`, its outputs have the names given, all with a symbolic first dimension `batch`; nodes
-    carry the module path as metadata and nothing else.
+    The graph's input is `input`, and its outputs have the given names. All have a symbolic first dimension `batch`.
+    Nodes carry only the module path as metadata.
 
     Args:
-        sizes: the input's height and width are symbolic, too, `height` and `width`, and may be anything between.
-        own: the network is the user's own, and so is what the exporter refuses in it.
+        sizes: range of the input's height and width, which are then symbolic (`height`, `width`), too.
+        own: whether the network is user code. If so, a failure of the exporter is the user's error, not a defect.
 
     Raises:
-        ExportDefectError: the exporter refused, or baked the batch in.
-        BadInputError: the model does not take this input size, or not all of these sizes.
+        ExportDefectError: the exporter failed, or baked the batch in.
+        BadInputError: the model does not take this input size, or not all of these sizes; or the exporter refuses
+            user code.
+        UsageError: the exporter cannot make height and width dynamic.
     """
     dims = {0: torch.export.Dim(BATCH, min=1)}
     if sizes is None:
@@ -92,9 +94,9 @@ def export(
     else:
         for axis, name in enumerate((HEIGHT, WIDTH)):
             low, high = sizes.min[axis], sizes.max[axis]
-            # A narrow range becomes one value behind a few strides, and that is refused.
+            # After a few strides, a narrow range becomes a single value, which the exporter refuses.
             dims[axis + 2] = torch.export.Dim(name, min=low, max=max(high, 4 * low))
-        # Odd numbers that differ are no multiples by chance, and what is baked can be told by them.
+        # Odd numbers that differ are not multiples by chance, and a baked-in size can be recognized by them.
         height, width = odd_size(sizes.min, sizes.max) or sizes.opt
         for size in (sizes.min, sizes.opt, sizes.max):
             _check_runs(model, size, sizes)
@@ -119,8 +121,8 @@ def export(
         if own:
             raise BadInputError(
                 f"torch.onnx.export refuses the network: {text}",
-                hint="it must compute the same steps for all images: no branch on values, no TorchScript; "
-                "`torch.export.export(network, (images,))` tells where",
+                hint="compute the same steps for all images, with no branch on values and no TorchScript; "
+                "`torch.export.export(network, (images,))` shows where it fails",
             ) from error
         raise ExportDefectError(f"torch.onnx.export failed: {text}", hint=_REPORT) from error
     graph = program.model
@@ -133,7 +135,7 @@ def export(
 
 
 def _name_outputs(graph: ir.Graph, names: Sequence[str]) -> None:
-    """Give the outputs their names; a value inside that the exporter called the same gets another."""
+    """Name the outputs. An inner value that already has such a name is renamed."""
     inside = {str(value.name): value for node in graph for value in node.outputs}
     for output, name in zip(graph.outputs, names, strict=True):
         if name in inside:
@@ -142,7 +144,7 @@ def _name_outputs(graph: ir.Graph, names: Sequence[str]) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    """The exporter's words are about its steps; what it stumbled over is the first cause, in its first line."""
+    """First line of the root cause; the exporter's own message only describes its steps."""
     while error.__cause__ is not None:
         error = error.__cause__
     text = click.unstyle(str(error)).strip().splitlines()
@@ -152,7 +154,7 @@ def _reason(error: BaseException) -> str:
 def _check_runs(
     model: nn.Module, size: Size, sizes: SizeRange | None = None, why: Callable[[], str] = str
 ) -> None:
-    """Refuse a size that the model does not run at; `why` tells more of one that lies between those that do."""
+    """Refuse a size at which the model does not run. `why` gives more reasons for a size between others that run."""
     with torch.inference_mode():
         try:
             run_eager(model, torch.zeros(1, 3, *size))
@@ -163,22 +165,22 @@ def _check_runs(
             reason = "; ".join(filter(None, (str(error), why())))
             raise BadInputError(
                 f"{text}, which lies in --dynamic-size {sizes}: {reason}",
-                hint="every size from MIN to MAX must run: choose another MIN or, where it takes multiples of some "
-                "number only, one --input-size",
+                hint="every size from MIN to MAX must run: choose another MIN, or one --input-size if the model takes "
+                "only multiples of some number",
             ) from error
 
 
 def _one_size_only(model: nn.Module, size: Size, dims: dict[int, Any]) -> UsageError:
     reason = _why_fixed(model, size, dims) or "no reason is given"
     return UsageError(
-        f"--dynamic-size: the exporter cannot leave height and width open: {reason}",
-        hint="use --input-size: one size for each bundle",
+        f"--dynamic-size: the exporter cannot make height and width dynamic: {reason}",
+        hint="use --input-size, with one bundle for each size",
     )
 
 
 def _why_fixed(model: nn.Module, size: Size, dims: dict[int, Any]) -> str:
-    """What torch.export says of sizes that it cannot leave open, in one line, with the module where that is known;
-    empty where it says nothing."""
+    """The reason in one line why torch.export cannot keep the sizes dynamic, with the module if it is known; empty if
+    torch.export gives no reason."""
     entered = [""]
 
     def enter(path: str) -> Callable[..., None]:
@@ -190,7 +192,7 @@ def _why_fixed(model: nn.Module, size: Size, dims: dict[int, Any]) -> str:
             torch.export.export(
                 model, (torch.zeros(_SAMPLE_BATCH, 3, *size),), dynamic_shapes=(dims,), strict=False
             )
-    except torch._dynamo.exc.UserError as error:  # when all is traced: no module is to blame
+    except torch._dynamo.exc.UserError as error:  # raised after tracing: no module is known
         text = re.sub(r"L\['\w+'\]\.size\(\)\[(\d)\]", lambda m: (HEIGHT, WIDTH)[int(m[1]) - 2], str(error))
         fixes = re.findall(rf"^\s*((?:{HEIGHT}|{WIDTH}) = .+)$", text, flags=re.MULTILINE)
         guard = re.search(r"satisfy the generated guard (.+)\.$", text, flags=re.MULTILINE)
@@ -238,10 +240,11 @@ def _strip_metadata(model: ir.Model, modules: Collection[str]) -> None:
 
 
 def _module_path(node: ir.Node, modules: Collection[str]) -> str:
-    """The module that a node comes from, by its scope: the innermost that is the name of a module.
+    """Path of the module that a node comes from: the innermost of its scopes that is the name of a module.
 
-    A convolution that BatchNormalization was folded into has the scope `...bn1`, and is known by its weight instead.
-    Not so other operators: the exporter lets layers with equal weights (all normalizations, at first) share one.
+    A convolution with a folded BatchNormalization has the scope `...bn1`, so its weight's name is used instead. Other
+    operators' weights are no guide: the exporter lets layers with equal weights (all normalizations, at first) share
+    one.
     """
     if node.op_type in _FOLDED:
         for value in node.inputs[1:2]:
@@ -289,11 +292,11 @@ def check_batches(
     *,
     follows: bool = False,
 ) -> float:
-    """Run the graph at other batches than it was traced with, and compare with eager.
+    """Run the graph at batch sizes other than the traced one, and compare with eager.
 
     Args:
         inputs: float32 [N, 3, H, W], N at least the largest batch.
-        follows: outputs for each pixel must be as large as the input: that is what the manifest of a dynamic size says.
+        follows: whether per-pixel outputs must be as large as the input, as the manifest of a dynamic size says.
 
     Returns the largest error, relative to the largest logit.
 
@@ -315,7 +318,7 @@ def check_batches(
                 raise BadInputError(
                     f"--dynamic-size: at {inputs.shape[2]}x{inputs.shape[3]}, output {name} is "
                     f"{tensor.shape[2]}x{tensor.shape[3]}",
-                    hint="use --input-size: one size for each bundle",
+                    hint="use --input-size, with one bundle for each size",
                 )
         try:
             found = engine.run_all(inputs[:batch])

@@ -1,4 +1,4 @@
-"""What a cell's result depends on beside its command line: the files that the command line names."""
+"""Hashes of the files that a cell's command line names: the cell's result depends on them, too."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ _FOLDERS = ("--calib", "--verify")
 
 
 def fingerprints(cell: Cell) -> dict[str, str] | None:
-    """SHA-256 of each file and folder by its name on the command line, of a folder of names and sizes; None for the
-    user's own networks: what their code imports and reads may lie anywhere.
+    """SHA-256 of each file and folder, by its name on the command line.
+
+    A folder's hash covers the names and sizes of its files. Returns None for the user's own networks: their code may
+    import and read files from anywhere.
     """
     if ":" in cell.model:
         return None
@@ -40,12 +42,13 @@ def of_emulation(
     versions: Mapping[str, str],
     engine: Mapping[str, Any],
 ) -> dict[str, str] | None:
-    """SHA-256 of the engine that an emulated CPU runs, and of what its export depended on; None for the user's own
-    networks, as of `fingerprints`.
+    """SHA-256 of the engine that an emulated CPU runs, and of what its export depended on.
+
+    Returns None for the user's own networks, as `fingerprints` does.
 
     Args:
-        cell: the emulated CPU's.
-        command, inputs, versions, engine: of the result of the export.
+        cell: the cell of the emulated CPU.
+        command, inputs, versions, engine: fields of the export's result.
     """
     if ":" in cell.model:
         return None
@@ -58,7 +61,7 @@ def of_emulation(
 
 @cache
 def _of_file(path: Path, changed: int) -> str:
-    del changed  # or a file would keep its hash for a whole run
+    del changed  # part of the cache's key: a file that changes during a run is hashed again
     return sha256_of(path)
 
 

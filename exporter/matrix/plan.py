@@ -1,4 +1,4 @@
-"""A matrix file: models x precisions x targets x CPUs, with overrides, excludes and CI jobs, made into cells to run."""
+"""Read a matrix file (models x precisions x targets x CPUs, overrides, excludes, CI jobs) and list its cells."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from export_zoo.engines.precision.registry import PRECISIONS
 from export_zoo.engines.targets.registry import TARGETS
 
 HOST = "host"
-"""This machine's CPU, which exports. The other CPUs are emulated, and run the bundle that the export made."""
+"""This machine's CPU, which exports. The other CPUs are emulated and run the exported bundle."""
 KNOWN_CPUS = (HOST, *CPUS)
 
 Value = bool | int | float | str | list[str | int | float]
@@ -35,7 +35,7 @@ class _Model(BaseModel):
 
 
 class Where(_Model):
-    """Cells that a rule is for: globs over the models' names; what is left out means all."""
+    """Cells that a rule applies to. Models are globs over names. A field that is left out means all."""
 
     models: list[str] = ["*"]
     precisions: list[str] = list(PRECISIONS)
@@ -54,12 +54,12 @@ class Exclude(Where):
     reason: str = Field(description="Shown in the report.")
 
     def excludes(self, model: str, target: str, precision: str, cpu: str) -> bool:
-        """Without the host there is no bundle: a rule for it excludes the other CPUs, too."""
+        """Whether the rule excludes a cell. A rule for the host excludes all CPUs: without it there is no bundle."""
         return self.matches(model, target, precision) and (cpu in self.cpus or HOST in self.cpus)
 
 
 class Override(Where):
-    options: dict[str, Value] = Field(description="Of `export-zoo export`, without the dashes.")
+    options: dict[str, Value] = Field(description="Options of `export-zoo export`, without the dashes.")
 
 
 class Job(Where):
@@ -67,12 +67,12 @@ class Job(Where):
 
     name: str
     runs_on: list[str] = Field(alias="runs-on", description="Labels of the runner.")
-    cpus: list[str] | None = Field(default=None, description="In place of the file's.")
+    cpus: list[str] | None = Field(default=None, description="CPUs of the job, in place of the file's.")
     options: dict[str, Value] = {}
 
 
 class MatrixFile(_Model):
-    """What the YAML file may say; docs/matrix.md."""
+    """Contents of the YAML file; see docs/matrix.md."""
 
     models: list[str]
     precisions: list[str]
@@ -82,22 +82,22 @@ class MatrixFile(_Model):
         default=IMAGES, ge=2, alias="cpu-images", description="Held-out images that an emulated CPU runs."
     )
     options: dict[str, Value] = {}
-    timeout: int = Field(default=3600, gt=0, description="Seconds of a cell.")
-    memory: float | None = Field(default=None, gt=0, description="GiB of a cell.")
+    timeout: int = Field(default=3600, gt=0, description="Time limit of a cell, in seconds.")
+    memory: float | None = Field(default=None, gt=0, description="Memory limit of a cell, in GiB.")
     exclude: list[Exclude] = []
     override: list[Override] = []
     jobs: list[Job] = []
 
 
 def cell_name(model: str, engine: str, cpu: str = HOST) -> str:
-    """Name of a cell, and of its files: `timm-resnet18-onnxruntime-fp32`, and `-haswell` where it is emulated."""
+    """Name of a cell and its files: `timm-resnet18-onnxruntime-fp32`, with `-haswell` added if it is emulated."""
     name = f"{re.sub(r'[^A-Za-z0-9_.]+', '-', model).strip('-.')}-{engine}"
     return name if cpu == HOST else f"{name}-{cpu}"
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One engine of one model on one CPU, and the command line that makes it, or verifies it on an emulated CPU."""
+    """One engine of one model on one CPU, and its command line: export, or verify on an emulated CPU."""
 
     model: str
     target: str
@@ -105,13 +105,13 @@ class Cell:
     arguments: tuple[str, ...]
     """Further options of `export-zoo export`."""
     excluded: str = ""
-    """The file's reason, for one that is not run."""
+    """Reason from the matrix file if the cell is excluded, else empty."""
     cpu: str = HOST
     images: int = IMAGES
     """Held-out images that an emulated CPU runs."""
 
     def command(self) -> list[str]:
-        """Arguments of `export-zoo`, without --out and --json; a bundle is named without its folder."""
+        """Arguments of `export-zoo`, without --out and --json. A bundle is named without its folder."""
         if self.cpu != HOST:
             return ["verify", self.bundle, f"--cpu={self.cpu}", f"--images={self.images}"]
         return [
@@ -137,7 +137,7 @@ class Cell:
 
     @property
     def skipped(self) -> str:
-        """Why an emulated CPU does not run this engine; empty where it does."""
+        """Reason why an emulated CPU does not run this engine, else empty."""
         if self.cpu == HOST or TARGETS[self.target].emulated:
             return ""
         names = " and ".join(target.name for target in TARGETS.values() if target.emulated)
@@ -145,7 +145,7 @@ class Cell:
 
 
 def read(path: Path) -> MatrixFile:
-    """Raises UsageError, naming the file and the key, where it is none."""
+    """Read and check a matrix file. Raises UsageError, which names the file and the key, if it is not one."""
     try:
         document = yaml_text.load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -171,7 +171,7 @@ def read(path: Path) -> MatrixFile:
     _check_cpus(path, found)
     names = [job.name for job in found.jobs]
     if twice := {name for name in names if names.count(name) > 1}:
-        raise UsageError(f"{path}: jobs: two are called {min(twice)!r}", hint="rename one")
+        raise UsageError(f"{path}: jobs: two jobs are called {min(twice)!r}", hint="rename one")
     return found
 
 
@@ -203,7 +203,12 @@ def _arguments(options: dict[str, Value]) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Names:
-    """What globs over models mean: classification networks, so that `*` is those; or, where none matches, others."""
+    """Names that globs over models are matched with.
+
+    Attributes:
+        models: classification networks, so that `*` means these.
+        others: other networks, for a glob that matches none of `models`.
+    """
 
     models: Sequence[str]
     others: Sequence[str] = ()
@@ -216,24 +221,24 @@ class Names:
 
 
 def _names_itself(pattern: str) -> bool:
-    """timm's and the user's own networks: nobody has a list of them."""
+    """Whether a pattern is a network of timm or the user's own, which no list holds."""
     return pattern.startswith("timm/") or ":" in pattern
 
 
 def _models(patterns: Sequence[str], names: Names, path: Path) -> Iterable[str]:
-    """The models that the patterns mean, each once, in the patterns' order."""
+    """The models that match the patterns, each once, in the patterns' order."""
     found: dict[str, None] = {}
     for pattern in patterns:
         if _names_itself(pattern) and any(sign in pattern for sign in "*?["):
             raise UsageError(
-                f"{path}: models: {pattern!r}: globs are over torchvision's models",
-                hint="name networks of timm, and your own, one by one",
+                f"{path}: models: {pattern!r}: globs match torchvision's models only",
+                hint="name each network of timm and each of your own",
             )
         matching = [pattern] if _names_itself(pattern) else names.matching(pattern)
         if not matching:
             raise UsageError(
                 f"{path}: models: {pattern!r} matches no model",
-                hint="`export-zoo list` shows torchvision's; networks of timm, and your own, are named one by one",
+                hint="see `export-zoo list` for torchvision's; name each network of timm and each of your own",
             )
         found |= dict.fromkeys(matching)
     return found
@@ -246,16 +251,17 @@ def cells(
     check: Callable[[Sequence[str]], None],
     job: str | None = None,
 ) -> list[Cell]:
-    """All cells of a matrix, or of some of its jobs, model by model; emulated CPUs follow the cell that exports.
+    """All cells of a matrix, or of some of its jobs, model by model. Emulated CPUs follow the cell that exports.
 
     Args:
-        path: of the file, for messages.
-        names: of torchvision's models.
-        check: reads the arguments of an `export`; raises UsageError where they are wrong.
+        path: path of the file, for messages.
+        names: names of torchvision's models.
+        check: reads the arguments of an `export`; raises UsageError if they are wrong.
         job: a glob over the names of the file's jobs.
 
     Raises:
-        UsageError: a pattern without a model, a job that is not there, or options that `export` does not take.
+        UsageError: a pattern matches no model, the job does not exist, no cell is left, cells of two models would
+            have the same name, or `export` does not take the options.
     """
     for rule in (*given.exclude, *given.override, *given.jobs):
         _models([pattern for pattern in rule.models if not _names_itself(pattern)], names, path)
@@ -280,7 +286,7 @@ def _jobs(given: MatrixFile, path: Path, pattern: str) -> list[Job]:
     found = [job for job in given.jobs if fnmatch.fnmatchcase(job.name, pattern)]
     if not found:
         known = ", ".join(job.name for job in given.jobs) or "none"
-        raise UsageError(f"--job {pattern}: {path} has none of that name", hint=f"it has: {known}")
+        raise UsageError(f"--job {pattern}: {path} has no such job", hint=f"its jobs: {known}")
     return found
 
 
@@ -315,12 +321,14 @@ _TAKEN = ("--out", "--json", "--precision", "--target", "--quiet", "--verbose", 
 
 
 def _check(path: Path, found: Iterable[Cell], check: Callable[[Sequence[str]], None]) -> None:
-    """Let `export` read each command line now, not in an hour."""
+    """Check each command line of `export` before the first cell runs."""
     for cell in found:
         if cell.cpu != HOST:
             continue
         if taken := [a for a in cell.arguments if a.partition("=")[0] in _TAKEN]:
-            raise UsageError(f"{path}: options: {taken[0]}: the matrix says that itself", hint="leave it out")
+            raise UsageError(
+                f"{path}: options: {taken[0]}: the matrix sets this option itself", hint="leave it out"
+            )
         try:
             check(cell.command()[1:])
         except UsageError as error:
@@ -328,5 +336,5 @@ def _check(path: Path, found: Iterable[Cell], check: Callable[[Sequence[str]], N
 
 
 def github(given: MatrixFile, path: Path, job: str | None = None) -> dict[str, Any]:
-    """For `strategy.matrix` of a GitHub workflow: a job's name and the labels of its runner."""
+    """Jobs for `strategy.matrix` of a GitHub workflow: the name of each and the labels of its runner."""
     return {"include": [{"name": one.name, "runs-on": one.runs_on} for one in _jobs(given, path, job or "*")]}

@@ -1,4 +1,4 @@
-"""What a matrix run came to: a line per cell, a table, JUnit XML, and a page (HTML or Markdown)."""
+"""Reports of a matrix run: a line per cell, a table, JUnit XML, and a page (HTML or Markdown)."""
 
 from __future__ import annotations
 
@@ -25,31 +25,31 @@ COLUMNS = (
     "peak MiB",
 )
 BESIDE = ("host dB", "logits")
-"""Further columns where a CPU was emulated: this machine's SQNR, and whether logits of both are equal to the bit."""
+"""Further columns if a CPU was emulated: this machine's SQNR, and whether the logits of both CPUs are bit-identical."""
 
 
 def verdict(result: CellResult) -> str:
-    """`ok`, `GATE` (its parity gate failed), `FAILED`, `excluded` or `skipped`."""
+    """Verdict of a cell: `ok`, `GATE` (its parity gate failed), `FAILED`, `excluded` or `skipped`."""
     return ("GATE" if result.gate else "FAILED") if result.status == "failed" else result.status
 
 
 def engine_of(result: CellResult) -> str:
-    """`onnxruntime-int8`, and ` on haswell` where the CPU is emulated."""
+    """Name of the engine, `onnxruntime-int8`, with ` on haswell` added if the CPU is emulated."""
     return f"{result.engine_name} on {result.cpu}" if result.emulated else result.engine_name
 
 
 def columns_of(results: Sequence[CellResult]) -> tuple[str, ...]:
-    """Columns of a table: BESIDE only where a CPU was emulated."""
+    """Columns of a table. BESIDE is included only if a CPU was emulated."""
     return (*COLUMNS, *BESIDE) if any(result.emulated and result.engine for result in results) else COLUMNS
 
 
 def beside_of(result: CellResult) -> tuple[str, str]:
-    """The rest of a row, in the order of BESIDE."""
+    """Further cells of a row, in the order of BESIDE."""
     sqnr = result.figure("emulation", "host", "sqnr")
     difference = result.figure("emulation", "host", "max_difference")
     if sqnr is None and difference is None:
         return "-", "-"
-    apart = "" if difference is None else f" {difference:.2g}"  # without one where it is infinite
+    apart = "" if difference is None else f" {difference:.2g}"  # no number if the difference is infinite
     return (
         "-" if sqnr is None else f"{sqnr:.1f}" + ("*" if result.random else ""),
         "equal" if difference == 0 else f"differ{apart}",
@@ -80,7 +80,7 @@ def cells_of(result: CellResult) -> tuple[str, ...]:
 
 
 def line(result: CellResult, place: int, total: int, cached: bool) -> str:
-    """The line that is shown when a cell is done."""
+    """The line that is shown when a cell is finished."""
     model, engine, found, state, sqnr, top1, speedup, *_ = cells_of(result)
     text = f"[{place:>{len(str(total))}}/{total}] {model:<18} {engine:<18} {found:<8}"
     if result.status == "ok" and result.emulated:
@@ -93,7 +93,7 @@ def line(result: CellResult, place: int, total: int, cached: bool) -> str:
 
 
 def emulated_text(result: CellResult) -> str:
-    """`emulated, SQNR 47.5 dB (47.5 on this machine), logits equal to the bit`."""
+    """Summary of an emulated cell: `emulated, SQNR 47.5 dB (47.5 on this machine), logits equal to the bit`."""
     sqnr = cells_of(result)[COLUMNS.index("SQNR dB")]
     host, logits = beside_of(result)
     words = "equal to the bit" if logits == "equal" else logits.replace(" ", " by ")
@@ -101,7 +101,7 @@ def emulated_text(result: CellResult) -> str:
 
 
 def print_summary(results: Sequence[CellResult]) -> None:
-    """The table, on stdout, and what failed and why."""
+    """Print the table on stdout."""
     from rich.table import Table
 
     from export_zoo.exporter.run.report import make_console
@@ -125,7 +125,7 @@ def _random(results: Sequence[CellResult]) -> bool:
 
 
 def totals(results: Sequence[CellResult]) -> str:
-    """`5 ok, 1 gate failed, 1 excluded`."""
+    """Number of cells by verdict: `5 ok, 1 gate failed, 1 excluded`."""
     named = {
         "ok": "ok",
         "GATE": "gate failed",
@@ -173,12 +173,12 @@ def junit(results: Sequence[CellResult]) -> str:
 
 
 def _plain(text: str) -> str:
-    """Without what XML cannot carry."""
+    """The text without characters that XML cannot hold."""
     return "".join(c if c in "\t\n" or ord(c) >= 32 else "�" for c in text if c.isprintable() or c in "\t\n")
 
 
 def _ran(results: Sequence[CellResult]) -> list[tuple[str, str, str]]:
-    """Machines, their instruction sets, and days."""
+    """Machines, their instruction sets, and dates, of all results."""
     return sorted({(r.machine, r.instruction_set, r.date[:10]) for r in results if r.machine})
 
 
@@ -187,7 +187,7 @@ def _versions(results: Sequence[CellResult]) -> list[str]:
 
 
 def html(results: Sequence[CellResult], title: str) -> str:
-    """A page that needs nothing beside it: table, reasons, and SQNR and speed by model as plots."""
+    """A self-contained HTML page: table, reasons, and plots of SQNR and speed by model."""
     from jinja2 import Environment
 
     models = list(dict.fromkeys(r.model for r in results))
@@ -229,13 +229,13 @@ def html(results: Sequence[CellResult], title: str) -> str:
 
 
 def markdown(results: Sequence[CellResult], title: str, missing: int = 0, about: str = "") -> str:
-    """The same as a Markdown page, without plots.
+    """A Markdown page with the contents of `html`, without the plots.
 
     Args:
         missing: number of cells that have no result.
-        about: a sentence below the totals: where the results are.
+        about: a sentence below the totals, which says where the results are.
     """
-    shown = [f"# {title}", "", totals(results) + (f", {missing} not run so far." if missing else "."), ""]
+    shown = [f"# {title}", "", totals(results) + (f", {missing} not run yet." if missing else "."), ""]
     shown += [about, ""] if about else []
     for machine, instructions, date in _ran(results):
         shown.append(f"- {machine}, {instructions}, {date}")
@@ -250,16 +250,16 @@ def markdown(results: Sequence[CellResult], title: str, missing: int = 0, about:
     if _random(results):
         shown += ["", "\\* random weights: INT8 figures say nothing about accuracy."]
     if reasons := [f"- {r.name}: {verdict(r)}: {r.reason}" for r in results if r.reason]:
-        shown += ["", "## What did not come out", "", *reasons]
+        shown += ["", "## Cells without a passing result", "", *reasons]
     return "\n".join(shown) + "\n"
 
 
 def write(path: Path, text: str, option: str) -> None:
-    """Raises EnvironmentFailureError."""
+    """Write a report. Raises EnvironmentFailureError if `path` cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise EnvironmentFailureError(
-            f"{option} {path}: cannot be written: {error.strerror}", hint="give a path that is writable"
+            f"{option} {path}: cannot be written: {error.strerror}", hint="give a writable path"
         ) from error

@@ -1,6 +1,6 @@
-"""Run the cells of a matrix, each in a process of its own, and keep their results beside each other.
+"""Run the cells of a matrix, each in its own process, and store their results in one folder.
 
-A cell of this machine's CPU exports. A cell of another CPU verifies the bundle of that export on the CPU, emulated.
+A cell of this machine's CPU exports. A cell of another CPU verifies the bundle of that export on the emulated CPU.
 """
 
 from __future__ import annotations
@@ -37,30 +37,30 @@ from export_zoo.exporter.publish import failed_place
 Status = Literal["ok", "failed", "excluded", "skipped"]
 
 BUNDLES = "bundles"
-"""Folder in --out."""
+"""Folder for bundles in --out."""
 
 _DATE = "%Y-%m-%dT%H:%M:%SZ"
 _POLL_SECONDS = 0.1
 _SPARE_BYTES = 1 << 30
-"""Left to the rest of the machine where no budget is given."""
+"""Memory left to the rest of the machine if no budget is given."""
 
 _VERSIONS = ("torch", "torchvision", "onnx", "onnxsim", "onnxruntime", "tensorrt", "tensorrt-rtx")
 
 
 @dataclass(frozen=True)
 class CellResult:
-    """What became of a cell. Stands as JSON in the results folder: field by field, docs/matrix.md.
+    """Result of a cell, stored as JSON in the results folder; see docs/matrix.md.
 
     Attributes:
-        gate: the cell's parity gate failed, or its engine did not reach the state asked for.
-        status: `excluded` by the file; `skipped` where an emulated CPU cannot run the engine, or there is none.
-        engine: as the manifest describes it; empty where it was not built. On an emulated CPU its name, the state
+        gate: whether the cell's parity gate failed, or its engine did not reach the required state.
+        status: `excluded` by the file; `skipped` if an emulated CPU cannot run the engine, or there is no engine.
+        engine: the engine's entry in the manifest; empty if it was not built. On an emulated CPU: its name, the state
             `emulated`, the gate there, and under `emulation` the SQNR of this machine and the largest difference.
-        nodes: of the simplified FP32 graph.
-        peak_mib: of the process and its children, sampled ten times a second.
-        random: the weights were random: INT8 figures say nothing about accuracy.
-        inputs: of the files that the command line names, see `matrix_inputs.fingerprints` and `of_emulation`.
-        cpu: `host` for this machine's, else the name of the emulated CPU.
+        nodes: number of nodes of the simplified FP32 graph.
+        peak_mib: peak memory of the process and its children, in MiB, sampled ten times a second.
+        random: whether the weights were random; INT8 figures then say nothing about accuracy.
+        inputs: hashes of the files that the command line names, see `inputs.fingerprints` and `of_emulation`.
+        cpu: `host` for this machine's CPU, else the name of the emulated CPU.
     """
 
     model: str
@@ -98,7 +98,7 @@ class CellResult:
         return cell_name(self.model, self.engine_name, self.cpu)
 
     def figure(self, *path: str) -> float | None:
-        """A number of the engine's description, or None."""
+        """A number in the engine's entry, or None."""
         found: Any = self.engine
         for key in path:
             found = found.get(key) if isinstance(found, dict) else None
@@ -106,7 +106,7 @@ class CellResult:
 
 
 def stored(folder: Path) -> dict[str, CellResult]:
-    """Results by name that lie in a results folder; what cannot be read is left out, and so run again."""
+    """Results in a results folder, by cell name. Files that cannot be read are left out; their cells run again."""
     found = {}
     for path in sorted(folder.glob("*.json")):
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
@@ -169,7 +169,7 @@ def _kill(process: psutil.Process) -> None:
 
 
 def _watch(process: subprocess.Popen[bytes], seconds: float, budget: int) -> tuple[str, int]:
-    """Wait for a cell's process: why it was killed, else nothing, and the most bytes that it held."""
+    """Wait for a cell's process. Returns why it was killed, empty if it was not, and its peak memory in bytes."""
     begin, peak = time.monotonic(), 0
     watched = psutil.Process(process.pid)
     try:
@@ -183,7 +183,7 @@ def _watch(process: subprocess.Popen[bytes], seconds: float, budget: int) -> tup
             time.sleep(_POLL_SECONDS)
         return "", peak
     finally:
-        _kill(watched)  # Ctrl-C, too
+        _kill(watched)  # after Ctrl-C, too
         process.wait()
 
 
@@ -204,7 +204,7 @@ def _nodes(bundle: Path) -> int | None:
     try:
         manifest = read_manifest(bundle)
         return len(onnx.load(bundle / manifest.recipe.graph.path, load_external_data=False).graph.node)
-    except Exception:  # of a bundle that failed there may be nothing
+    except Exception:  # a failed bundle may have no files
         return None
 
 
@@ -216,12 +216,12 @@ def _budget(memory: float | None) -> int:
 
 @dataclass(frozen=True)
 class _Ended:
-    """A cell's process that ended.
+    """A finished process of a cell.
 
     Attributes:
-        document: what --json wrote; empty where it wrote nothing.
-        killed: the limit for which it was ended, else nothing.
-        peak: bytes.
+        document: contents of the --json file; empty if none was written.
+        killed: the exceeded limit for which the process was killed, else empty.
+        peak: peak memory in bytes.
     """
 
     document: dict[str, Any]
@@ -251,7 +251,7 @@ if importlib.util.find_spec("export_zoo") is None:
 from export_zoo.exporter.cli.app import run
 run()
 """
-"""`export-zoo`, without the current directory on sys.path, where `python -m` puts it first."""
+"""Runs `export-zoo` without the current directory on sys.path; `python -m` would put it first."""
 
 
 def _process(arguments: Sequence[str], *, seconds: float, memory: float | None) -> _Ended:
@@ -262,10 +262,10 @@ def _process(arguments: Sequence[str], *, seconds: float, memory: float | None) 
             process = subprocess.Popen(
                 [sys.executable, "-c", _COMMAND, *arguments, f"--json={json_path}", "--quiet"],
                 stdin=subprocess.DEVNULL,
-                env={**os.environ, "TMPDIR": directory},  # gone with it, even where it is killed
+                env={**os.environ, "TMPDIR": directory},  # removed with it, even if the process is killed
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C is for us: we end it
+                start_new_session=True,  # Ctrl-C reaches only this process, which kills the cell's
             )
             killed, peak = _watch(process, seconds, _budget(memory))
         document: dict[str, Any] = {}
@@ -276,13 +276,13 @@ def _process(arguments: Sequence[str], *, seconds: float, memory: float | None) 
 
 
 class _Started:
-    """When a cell began, and what every result says alike."""
+    """A started cell: its start time, and the fields that all results share."""
 
     def __init__(self) -> None:
         self._begin, self._date = time.monotonic(), datetime.now(timezone.utc)
 
     def result(self, cell: Cell, ended: _Ended, *, engine: dict[str, Any], **fields: Any) -> CellResult:
-        """The result of a cell: ok where its process ended well and has the cell's engine, {} for none."""
+        """The result of a cell: ok if its process exited with 0 and has the cell's engine; {} means no engine."""
         ok = ended.exit_code == 0 and bool(engine)
         return CellResult(
             model=cell.model,
@@ -304,7 +304,7 @@ class _Started:
 
 
 def arguments(cell: Cell, bundle: Path) -> list[str]:
-    """Of `export-zoo`, for a cell whose bundle is there."""
+    """Arguments of `export-zoo` for a cell whose bundle is at `bundle`."""
     if cell.cpu == HOST:
         return [*cell.command(), f"--out={bundle}"]
     command, _, *options = cell.command()
@@ -312,12 +312,13 @@ def arguments(cell: Cell, bundle: Path) -> list[str]:
 
 
 def run_cell(cell: Cell, bundle: Path, *, seconds: float, memory: float | None) -> CellResult:
-    """Export one cell in a process of its own.
+    """Export one cell in its own process.
 
     Args:
-        bundle: where it is written to.
-        seconds: after which it is ended.
-        memory: GiB at which it is ended; None for what is free now, less one.
+        bundle: path that the bundle is written to.
+        seconds: time limit; the process is then killed.
+        memory: memory limit in GiB; the process is then killed. None for the memory that is free now,
+            less 1 GiB, but at least 2 GiB.
     """
     started, inputs = _Started(), fingerprints(cell)
     ended = _process(arguments(cell, bundle), seconds=seconds, memory=memory)
@@ -341,12 +342,12 @@ def run_cell(cell: Cell, bundle: Path, *, seconds: float, memory: float | None) 
 def run_on_cpu(
     cell: Cell, exported: CellResult, bundle: Path, *, seconds: float, memory: float | None
 ) -> CellResult:
-    """Verify a cell's bundle on its emulated CPU, in a process of its own.
+    """Verify a cell's bundle on its emulated CPU, in its own process.
 
     Args:
-        exported: the result of the export, which came out well.
-        bundle: what it wrote.
-        seconds, memory: as of `run_cell`.
+        exported: the result of the export, which succeeded.
+        bundle: path of the exported bundle.
+        seconds, memory: as in `run_cell`.
     """
     started = _Started()
     ended = _process(arguments(cell, bundle), seconds=seconds, memory=memory)
@@ -382,7 +383,7 @@ def _inputs_on_cpu(cell: Cell, exported: CellResult) -> dict[str, str] | None:
 def _is_current(
     result: CellResult | None, cell: Cell, inputs: dict[str, str] | None
 ) -> TypeGuard[CellResult]:
-    """Whether an earlier result is ok, and of the same command line, versions and inputs."""
+    """Whether an earlier result is ok and has the same command line, versions and inputs."""
     return (
         result is not None
         and result.status == "ok"
@@ -393,7 +394,7 @@ def _is_current(
 
 
 def left_out(cell: Cell, reason: str = "") -> CellResult:
-    """The result of a cell that is not run: excluded with the file's reason, else skipped with the one given."""
+    """The result of a cell that is not run: excluded with the file's reason, else skipped with `reason`."""
     return CellResult(
         cell.model,
         cell.target,
@@ -415,16 +416,16 @@ def run(
     keep_bundles: bool = True,
     done: Callable[[CellResult, bool], None] = lambda result, cached: None,
 ) -> list[CellResult]:
-    """Run the cells one after the other; a failing one does not stop the others.
+    """Run the cells one after the other. A failing cell does not stop the others.
 
-    Results lie in `out`/results, bundles in `out`/bundles. A cell whose result is there, ok, of the same command line,
-    versions and files is not run again. A cell of an emulated CPU follows the cell that exports its bundle.
+    Results lie in `out`/results, bundles in `out`/bundles. A cell is not run again if it has a result that is ok and
+    has the same command line, versions and files. A cell of an emulated CPU follows the cell that exports its bundle.
 
     Args:
-        seconds, memory: limits of a cell, as of `run_cell`.
-        again: run all cells anew.
+        seconds, memory: limits of a cell, as in `run_cell`.
+        again: run all cells again.
         keep_bundles: False to delete each bundle when its results are recorded.
-        done: called after each cell; the flag tells that an earlier run's result was taken.
+        done: called after each cell; the flag is True if the result of an earlier run was used.
 
     Raises:
         EnvironmentFailureError: `out` cannot be written to.
@@ -435,7 +436,7 @@ def run(
         bundles.mkdir(exist_ok=True)
     except OSError as error:
         raise EnvironmentFailureError(
-            f"{out}: cannot be made: {error.strerror}", hint="give another --out"
+            f"{out}: cannot be created: {error.strerror}", hint="give another --out"
         ) from error
     known = {} if again else stored(results)
     found = []
@@ -462,7 +463,7 @@ def run(
             ):
                 result, cached = earlier, True
             else:
-                # First, or a run that is stopped leaves an old result beside a new bundle.
+                # Deleted first: a run that is stopped would leave an old result beside a new bundle.
                 path.unlink(missing_ok=True)
                 if exported is None:
                     result = run_cell(cell, bundle, seconds=seconds, memory=memory)
@@ -480,7 +481,7 @@ def run(
 
 
 def _lacks_emulation(own: Sequence[Cell], exported: CellResult, known: Mapping[str, CellResult]) -> bool:
-    """Whether an emulated CPU is still to run the bundle of an earlier export."""
+    """Whether an emulated CPU has yet to run the bundle of an earlier export."""
     return any(
         not _is_current(known.get(cell.name), cell, _inputs_on_cpu(cell, exported))
         for cell in own

@@ -1,1 +1,1 @@
-"""From a model's name to a network with its weights and its preprocessing."""
+"""Resolves a model name to a network with its weights and its preprocessing."""

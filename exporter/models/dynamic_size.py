@@ -1,4 +1,4 @@
-"""Which networks take inputs of any size: what is known to fix one is refused by name, before it is exported."""
+"""Refuses networks that are known to need one input size, before the export. The error names the module."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from export_zoo.base.errors import UsageError
 OPTION = "--dynamic-size"
 
 _FIXED: dict[type[nn.Module], str] = {
-    VisionTransformer: "its position embedding has one entry for each patch of one size",
-    SwinTransformer: "the size decides how many windows it pads its feature maps to, and torch.export fixes that",
-    MaxVit: "its windows, grids and position biases are made for one size",
+    VisionTransformer: "its position embedding has one entry per patch, for one input size",
+    SwinTransformer: "the size decides the number of windows in its padded feature maps, and torch.export fixes that",
+    MaxVit: "its windows, grids and position biases are made for one input size",
 }
 
 
 def _pools_to_a_map(module: nn.Module) -> bool:
-    """An adaptive pool to more than one place: its windows become those of the size that is traced."""
+    """Whether `module` is an adaptive pool to more than one position: the export fixes its windows to one size."""
     if not isinstance(module, nn.AdaptiveAvgPool2d | nn.AdaptiveMaxPool2d):
         return False
     wanted = module.output_size
@@ -26,18 +26,20 @@ def _pools_to_a_map(module: nn.Module) -> bool:
 
 
 def check(model: nn.Module, name: str) -> None:
-    """Refuse networks that fix their input's size; the exporter would do it in silence.
+    """Refuse networks that need one input size; the exporter would fix it silently.
 
     Raises:
-        UsageError: names the module, and what helps.
+        UsageError: the network needs one input size. The message names the module, the hint a workaround.
     """
     for path, module in model.named_modules():
         where = f"{path} ({type(module).__name__})" if path else type(module).__name__
         reason = next((text for kind, text in _FIXED.items() if isinstance(module, kind)), "")
-        hint = "use --input-size: one size for each bundle"
+        hint = "use --input-size, with one bundle for each size"
         if _pools_to_a_map(module):
-            reason = "it pools to more than one place, with windows that the exporter fixes"
+            reason = "it pools to more than one position, with windows that the exporter fixes"
             if name.startswith("vgg") or name == "alexnet":
                 hint = "add --fully-convolutional, which needs no such pooling"
         if reason:
-            raise UsageError(f"{OPTION}: {name} takes one size only, for its {where}: {reason}", hint=hint)
+            raise UsageError(
+                f"{OPTION}: {name} takes one input size only, because of its {where}: {reason}", hint=hint
+            )

@@ -16,14 +16,15 @@ _PROBE_BATCHES = (3, 2)
 
 
 def run_eager(module: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The module's outputs by name: `logits` of a tensor, a mapping's own names, `logits`, `output_1`, ... of several.
+    """Run the module and return its outputs by name, in the order of the exported graph's outputs.
 
-    The order is that of the exported graph's outputs.
+    A single tensor is named `logits`. A mapping or a named tuple keeps its own names. The outputs of a tuple or list
+    are named `logits`, `output_1`, ...
 
     Raises:
-        BadInputError: it returns something else than floating point tensors.
+        BadInputError: the module returns something other than floating-point tensors.
     """
-    with contextlib.redirect_stdout(sys.stderr):  # what the network prints is no result of ours
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is for our own results only
         found = module(images)
     if isinstance(found, torch.Tensor):
         named: dict[str, object] = {"logits": found}
@@ -39,18 +40,18 @@ def run_eager(module: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor
     if not tensors or len(tensors) < len(named):
         odd = ", ".join(f"{n} ({type(v).__name__})" for n, v in named.items() if n not in tensors)
         raise BadInputError(
-            f"the network returns other than tensors of floating point numbers: {odd or 'nothing'}",
-            hint="export a module that returns its logits, alone, as a tuple or as a dictionary",
+            f"the network returns something other than floating-point tensors: {odd or 'nothing'}",
+            hint="export a module that returns its logits as a tensor, a tuple or a dictionary",
         )
     return tensors
 
 
 def outputs_of(module: nn.Module, height: int, width: int, model: str) -> tuple[Output, ...]:
-    """The eval-mode network's outputs, found by running it on images of noise.
+    """Outputs of an eval-mode network, found by running it on noise images.
 
     Raises:
-        BadInputError: it does not run, gives other than [N, classes] or [N, classes, height, width], trains itself or
-            gives something else each time.
+        BadInputError: the network does not run, returns shapes other than [N, classes] or [N, classes, height, width],
+            puts itself into training mode, or returns different values for the same images.
     """
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(max(_PROBE_BATCHES), 3, height, width, generator=generator)
@@ -64,12 +65,12 @@ def outputs_of(module: nn.Module, height: int, width: int, model: str) -> tuple[
     except Exception as error:
         raise BadInputError(
             f"{model}: does not run on float32 [{_PROBE_BATCHES[0]}, 3, {height}, {width}]: {error}",
-            hint="it must take a batch of RGB images of any number; --input-size chooses another size",
+            hint="the network must take any number of RGB images; choose another size with --input-size",
         ) from error
     if training := [name for name, part in module.named_modules() if part.training]:
         raise BadInputError(
             f"{model}: puts {training[0] or 'itself'} into training mode when it runs",
-            hint="BatchNorm and dropout must be in eval mode: leave out .train()",
+            hint="leave out .train(): BatchNorm and dropout must be in eval mode",
         )
     for name, tensor in first.items():
         for batch, found in ((_PROBE_BATCHES[0], tensor), (_PROBE_BATCHES[1], fewer[name])):
@@ -78,22 +79,22 @@ def outputs_of(module: nn.Module, height: int, width: int, model: str) -> tuple[
                 raise BadInputError(
                     f"{model}: output {name!r} is {shape} for {batch} images, not [N, classes] or "
                     "[N, classes, height, width] with two classes or more",
-                    hint="return such logits, alone, as a tuple or as a dictionary",
+                    hint="return logits of such a shape as a tensor, a tuple or a dictionary",
                 )
         if tensor.dtype != torch.float32:
             raise BadInputError(
                 f"{model}: output {name!r} is {str(tensor.dtype).removeprefix('torch.')}, not float32",
-                hint="end with .float(): engines give float32",
+                hint="end with .float(): engines return float32",
             )
         if not bool(tensor.isfinite().all()):
             raise BadInputError(
-                f"{model}: output {name!r} is not finite for images of noise: NaN or infinity cannot be compared",
-                hint="leave out masks of -inf, or mask with a large negative number; or did the training diverge?",
+                f"{model}: output {name!r} is not finite on noise images: NaN or infinity cannot be compared",
+                hint="mask with a large negative number instead of -inf, or check whether the training diverged",
             )
         if not torch.allclose(tensor, again[name], rtol=1e-3, atol=1e-3 * float(tensor.std())):
             raise BadInputError(
                 f"{model}: output {name!r} differs between two runs on the same images",
-                hint="dropout that is always on, random numbers or state that changes cannot be compared: leave it out",
+                hint="leave out always-on dropout, random numbers and changing state: they cannot be compared",
             )
         if name == "input" or name in module.state_dict():
             raise BadInputError(

@@ -1,4 +1,4 @@
-"""VGG and AlexNet for any input size: their Linear layers as convolutions, and the scores of all places averaged.
+"""VGG and AlexNet for any input size: Linear layers become convolutions, and the scores of all positions are averaged.
 
 Dense evaluation (Simonyan & Zisserman 2014, "Very Deep Convolutional Networks", arXiv 1409.1556, section 3.2).
 """
@@ -20,19 +20,20 @@ def check(name: str) -> None:
     """Refuse models without such Linear layers, by their name in the zoo, before weights are downloaded.
 
     Raises:
-        UsageError: neither a VGG nor AlexNet.
+        UsageError: the model is neither a VGG nor AlexNet.
     """
     if not name.startswith("vgg") and name != "alexnet":
         raise UsageError(
-            f"{OPTION}: {name} has no Linear layers that a feature map of one size only fits",
-            hint="it is for VGG and AlexNet: leave it out",
+            f"{OPTION}: {name} has no Linear layers that need a feature map of one size",
+            hint="leave it out: it is for VGG and AlexNet only",
         )
 
 
 class FullyConvolutional(nn.Module):
-    """The module names, and so the paths in the graph, are those of the model that it is made of.
+    """A VGG or AlexNet whose Linear layers are convolutions.
 
-    At the size that the model was trained at, the score map is one place, and the logits are the model's.
+    The module names, and so the paths in the graph, are those of the original model. At the input size that the model
+    was trained at, the score map has one position, and the logits are those of the original model.
     """
 
     def __init__(self, model: VGG | AlexNet) -> None:
@@ -58,9 +59,9 @@ def _has_convolution(layers: list[nn.Module]) -> bool:
 
 
 def _convolution(linear: nn.Linear, kernel: tuple[int, int]) -> nn.Conv2d:
-    """The convolution that is `linear` on a feature map of the kernel's size; shares its storage."""
+    """The convolution that equals `linear` on a feature map of the kernel's size. It shares the storage of `linear`."""
     channels = linear.in_features // (kernel[0] * kernel[1])
-    with torch.device("meta"):  # its own initial weights would take seconds, and be thrown away
+    with torch.device("meta"):  # real initial weights would take seconds and be discarded
         made = nn.Conv2d(channels, linear.out_features, kernel)
     made.weight = nn.Parameter(linear.weight.view(made.weight.shape))
     made.bias = linear.bias
@@ -68,13 +69,15 @@ def _convolution(linear: nn.Linear, kernel: tuple[int, int]) -> nn.Conv2d:
 
 
 def fully_convolutional(model: nn.Module, height: int, width: int) -> FullyConvolutional:
-    """An eval-mode VGG or AlexNet as a network of convolutions, for inputs of height x width pixels and more.
+    """Convert an eval-mode VGG or AlexNet to convolutions, for inputs of at least height x width pixels.
 
     Raises:
-        BadInputError: the feature map of such an input is smaller than the first Linear layer wants it.
+        BadInputError: the feature map of such an input is smaller than the first Linear layer needs.
     """
     if not isinstance(model, VGG | AlexNet):
-        raise BadInputError(f"{OPTION}: {type(model).__name__} is no VGG or AlexNet", hint="leave it out")
+        raise BadInputError(
+            f"{OPTION}: {type(model).__name__} is neither a VGG nor AlexNet", hint="leave it out"
+        )
     made = FullyConvolutional(model).eval()
     rows, columns = _feature_map(made.features, height, width)
     if rows < made.kernel[0] or columns < made.kernel[1]:
@@ -87,7 +90,7 @@ def fully_convolutional(model: nn.Module, height: int, width: int) -> FullyConvo
 
 
 def _feature_map(features: nn.Module, height: int, width: int) -> tuple[int, int]:
-    """Its size for an input; 0x0 where the layers do not run at that."""
+    """Height and width of the feature map for an input size; 0x0 if the layers do not run at that size."""
     with torch.inference_mode():
         try:
             found = features(torch.zeros(1, 3, height, width))

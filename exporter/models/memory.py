@@ -1,4 +1,4 @@
-"""How much memory an export will take, told before it is begun: from the network's shapes, without its weights."""
+"""Estimates the memory that an export needs before it starts, from the network's shapes, without its weights."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from export_zoo.base.machine import available_memory
 
 MIB = 1 << 20
 
-# Fitted to peaks that the matrix measured (docs/zoo/results): `python benchmarks/memory.py` prints how well they fit.
+# Fitted to the peaks that matrix runs measured (docs/zoo/results). `python benchmarks/memory.py` prints the fit.
 _BASE = 1600 * MIB
-"""Python with PyTorch, ONNX Runtime and the exporter's rules."""
+"""Bytes for Python with PyTorch, ONNX Runtime and the exporter's rules."""
 _EXPORT_COPIES = 11.0
-"""Of the weights, while the graph is exported, written and simplified."""
+"""Number of copies of the weights while the graph is exported, written and simplified."""
 _EXTERNAL_COPIES = 4.0
-"""The same above 2 GiB, where weights lie in files of their own."""
+"""The same for weights over 2 GiB, which are stored in separate files."""
 _RUN_COPIES = 4.5
 _LAYER = 5 * MIB
-"""Histograms of a layer's output while INT8 is calibrated."""
+"""Bytes for the histograms of one layer's output during INT8 calibration."""
 _TENSORS_AT_ONCE = 3.0
-"""Of the largest, at batch MAX."""
+"""Number of tensors of the largest size that exist at once, at batch MAX."""
 _PROTOBUF_LIMIT = 2 << 30
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """What decides how much memory a network takes: bytes of its weights, bytes of the largest tensor that one image
-    makes, and the number of layers that are run."""
+    """Figures that determine a network's memory: bytes of its weights, bytes of the largest tensor for one image, and
+    the number of layers that run."""
 
     weights: int
     largest: int
@@ -41,7 +41,7 @@ class Footprint:
 
 
 class _EmptyOnMeta(TorchFunctionMode):
-    """Parameters are made by `torch.empty`: they get a shape and no memory. Small constants stay as they are."""
+    """Makes parameters without memory: `torch.empty` returns a shape only. Small constants stay as they are."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -53,12 +53,12 @@ class _EmptyOnMeta(TorchFunctionMode):
 
 
 def without_memory() -> TorchFunctionMode:
-    """A context in which modules are made with shapes alone; `footprint` takes them."""
+    """A context that creates modules with shapes but no memory, for `footprint`."""
     return _EmptyOnMeta()
 
 
 def footprint(module: nn.Module, height: int, width: int) -> Footprint:
-    """Of a module that was made `without_memory`, for images [3, height, width]. The module is of no use afterwards."""
+    """Footprint of a module made in `without_memory`, for images [3, height, width]; makes the module unusable."""
     module = module.eval().to("meta")
     largest = layers = 0
 
@@ -76,11 +76,11 @@ def footprint(module: nn.Module, height: int, width: int) -> Footprint:
 
 
 def expected_bytes(found: Footprint, *, calibrated: bool, batch: int) -> int:
-    """The peak of a whole export.
+    """Expected peak memory of a whole export, in bytes.
 
     Args:
-        calibrated: INT8 or FP16 is among the precisions.
-        batch: the largest.
+        calibrated: whether INT8 or FP16 is among the precisions.
+        batch: the largest batch.
     """
     copies = _EXPORT_COPIES if found.weights < _PROTOBUF_LIMIT else _EXTERNAL_COPIES
     exporting = copies * found.weights
@@ -90,15 +90,15 @@ def expected_bytes(found: Footprint, *, calibrated: bool, batch: int) -> int:
 
 
 def check(name: str, expected: int) -> None:
-    """Refuse what does not fit.
+    """Refuse an export that does not fit into the free memory.
 
     Raises:
-        EnvironmentFailureError: names what is expected and what is free.
+        EnvironmentFailureError: names the expected and the free memory.
     """
     free = available_memory()
     if expected > free:
         raise EnvironmentFailureError(
             f"{name}: is expected to take {expected / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free",
-            hint="use a machine that has more, or end other programs; a lower --batch MAX and a smaller --input-size "
-            "help where activations are large; --no-memory-check tries all the same",
+            hint="use a machine with more memory, or close other programs; if activations are large, lower --batch MAX "
+            "or --input-size; --no-memory-check skips this check",
         )

@@ -15,15 +15,15 @@ _LAYER = re.compile(r"(?:torch\.)?(?:nn\.)?([A-Z]\w*)(?:\((\d+)\))?")
 
 
 def value_of(key: str, text: str, *, layers: bool = False) -> Any:
-    """YAML (numbers, true, lists, words), or for `*_layer` a class of `torch.nn` where there is one of that name.
+    """Parse a value: YAML (numbers, true, lists, words), or for `*_layer` a class of `torch.nn` if one has that name.
 
     `norm_layer=GroupNorm(8)` passes 8 as the class's first argument.
 
     Args:
-        layers: `*_layer` takes nothing else, as with torchvision's networks.
+        layers: whether `*_layer` takes only classes, as torchvision's networks do.
 
     Raises:
-        UsageError: it is none of these, or has an option of its own.
+        UsageError: the value is none of these, or the argument has its own option.
     """
     if key == "num_classes":
         raise UsageError("--model-arg num_classes: use --num-classes", hint="leave it out")
@@ -32,11 +32,10 @@ def value_of(key: str, text: str, *, layers: bool = False) -> Any:
         layer = getattr(nn, match[1], None) if match is not None else None
         if match is not None and isinstance(layer, type) and issubclass(layer, nn.Module):
             return layer if match[2] is None else partial(layer, int(match[2]))
-        if layers or text.endswith(
-            ")"
-        ):  # others may take numbers, or names of their own: `relu`, `LayerNorm2d`
+        # Other networks may take numbers or their own names: `relu`, `LayerNorm2d`.
+        if layers or text.endswith(")"):
             raise UsageError(
-                f"--model-arg {key}={text}: no class of torch.nn",
+                f"--model-arg {key}={text}: not a class of torch.nn",
                 hint=f"for example --model-arg {key}=GroupNorm(8)",
             )
     try:

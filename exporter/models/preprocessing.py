@@ -1,4 +1,4 @@
-"""The preprocessing of a run: a file's, or the zoo's, at the sizes that options ask for."""
+"""The preprocessing of a run, from a file or from the model zoo, at the sizes that the options set."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from export_zoo.exporter.options import ExportOptions
 
 
 class PreprocessFile(Preprocess):
-    """What a `--preprocess` file may say, as JSON or YAML."""
+    """Content of a `--preprocess` file, as JSON or YAML."""
 
     source: str = Field(default="", description="Where the parameters come from. Default: the file's name.")
     labels: list[str] = Field(default=[], description="Class names by index, one for each class.")
@@ -25,15 +25,15 @@ class PreprocessFile(Preprocess):
     def _usable(cls, values: tuple[float, float, float], info: ValidationInfo) -> tuple[float, float, float]:
         mean = info.field_name == "mean"
         if not all(math.isfinite(value) and (0 <= value <= 1 if mean else value > 0) for value in values):
-            raise ValueError("must be on the 0..1 scale" if mean else "must be over 0")
+            raise ValueError("must be on the 0..1 scale" if mean else "must be greater than 0")
         return values
 
 
 def read_preprocess(path: Path) -> tuple[Preprocess, tuple[str, ...]]:
-    """A `--preprocess` file's preprocessing and class names.
+    """Read the preprocessing and the class names of a `--preprocess` file.
 
     Raises:
-        BadInputError: not such a file; names the key.
+        BadInputError: the file is not valid; the message names the key.
     """
     hint = "see docs/usage.md, `--preprocess`"
     try:
@@ -53,7 +53,10 @@ def read_preprocess(path: Path) -> tuple[Preprocess, tuple[str, ...]]:
 
 
 def resized(preprocess: Preprocess, options: ExportOptions) -> Preprocess:
-    """Apply --input-size (or OPT of --dynamic-size) and --resize-size; without it the resize keeps its proportion."""
+    """Apply --input-size (or OPT of --dynamic-size) and --resize-size.
+
+    Without --resize-size, the resize keeps its proportion to the crop.
+    """
     changed = preprocess
     if options.crop_size is not None:
         changed = changed.at_size(*options.crop_size)

@@ -1,4 +1,4 @@
-"""What a run exports: the one description of a network that all sources resolve to."""
+"""Description of the network that a run exports. All model sources resolve to it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Output:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Everything that decides what a model computes: the cache key of all that follows."""
+    """Everything that determines what a model computes. The cache keys of all later stages depend on it."""
 
     zoo: ZooName
     name: str
@@ -33,7 +33,7 @@ class ModelSpec:
     weights_path: Path | None
     init_missing: tuple[str, ...]
     model_args: tuple[tuple[str, str], ...]
-    """Of the model's function, as they were written."""
+    """Arguments of the model's function, as written on the command line."""
     reading: Reading
     seed: int
     preprocess: Preprocess
@@ -42,17 +42,17 @@ class ModelSpec:
     transform_input: bool | None = None
     fully_convolutional: bool = False
     sizes: SizeRange | None = None
-    """Of --dynamic-size; its OPT is what `preprocess` crops to."""
+    """Size range of --dynamic-size. `preprocess` crops to its OPT."""
     factory: str = ""
-    """The user's own: `FILE.py:FUNCTION` or `package.module:FUNCTION`."""
+    """The user's factory: `FILE.py:FUNCTION` or `package.module:FUNCTION`."""
     factory_path: str = ""
-    """The same file or module, wherever it lies."""
+    """The same file or module, with the path as given."""
     num_classes_given: int | None = None
-    """Of --num-classes, for a function that need not take it."""
+    """Value of --num-classes, if given. A function need not take it."""
     notes: tuple[str, ...] = ()
-    """To be warned of."""
+    """Warnings to print."""
     version: str = ""
-    """Of the library that the model's code comes from, or what else tells one code from another."""
+    """Version of the library that the model's code comes from, or another string that identifies the code."""
 
     @classmethod
     def of(
@@ -67,7 +67,7 @@ class ModelSpec:
         outputs: tuple[Output, ...],
         **more: Any,
     ) -> ModelSpec:
-        """What a source found, and what the options say."""
+        """A spec of what a source found and what the options say."""
         return cls(
             zoo=zoo,
             name=name,
@@ -90,16 +90,16 @@ class ModelSpec:
 
     @property
     def num_classes(self) -> int:
-        """Of the first output."""
+        """Number of classes of the first output."""
         return self.outputs[0].shape[0]
 
     @property
     def dense(self) -> bool:
-        """Logits for each pixel: segmentation."""
+        """Whether the logits are per pixel (segmentation)."""
         return len(self.outputs[0].shape) > 1
 
     def key(self) -> dict[str, Any]:
-        """Hashable identity: where files lie does not count, nor do the labels."""
+        """Identity to hash for cache keys, without file locations, labels and notes."""
         left_out = ("weights_path", "labels", "preprocess", "factory_path", "notes")
         fields = {k: v for k, v in asdict(self).items() if k not in left_out}
         return {**fields, "preprocess": self.preprocess.figures()}

@@ -1,4 +1,4 @@
-"""From a model's name to a network: torchvision's, timm's, or the user's own, each a room of its own."""
+"""Dispatches a model name to its source: torchvision, timm or user code."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from export_zoo.base.errors import BadInputError, UsageError
 from export_zoo.exporter.models import dynamic_size, fully_convolutional, memory
 from export_zoo.exporter.models.sources import timm_zoo, torchvision_zoo, user_code
 from export_zoo.exporter.models.spec import ModelSpec
-from export_zoo.exporter.models.weights import state_dicts as weights_room
+from export_zoo.exporter.models.weights import state_dicts
 from export_zoo.exporter.models.weights.random_weights import make_usable
 from export_zoo.exporter.options import ExportOptions
 
-_ROOMS: dict[str, ModuleType] = {"torchvision": torchvision_zoo, "timm": timm_zoo, "python": user_code}
+_SOURCES: dict[str, ModuleType] = {"torchvision": torchvision_zoo, "timm": timm_zoo, "python": user_code}
 
 
 def resolve(options: ExportOptions) -> ModelSpec:
-    """From options to the model that they mean; finds or downloads the weights file.
+    """Resolve the options to a model; finds or downloads the weights file.
 
     Raises:
         BadInputError: unknown model or weights, a damaged file, or a factory that cannot be called.
@@ -29,16 +29,18 @@ def resolve(options: ExportOptions) -> ModelSpec:
         EnvironmentFailureError: a failed download, or a library that is not installed.
     """
     if options.model.endswith(".py"):
-        raise UsageError(f"model {options.model!r}: which function of it?", hint="give FILE.py:FUNCTION")
+        raise UsageError(
+            f"model {options.model!r}: names a file but no function", hint="give FILE.py:FUNCTION"
+        )
     if options.model.startswith("timm/"):
-        room: ModuleType = timm_zoo
+        source: ModuleType = timm_zoo
     else:
-        room = user_code if ":" in options.model else torchvision_zoo
-    if room is not torchvision_zoo:
+        source = user_code if ":" in options.model else torchvision_zoo
+    if source is not torchvision_zoo:
         _refuse_torchvisions(options)
     if options.fully_convolutional:
         fully_convolutional.check(options.model)
-    spec: ModelSpec = room.resolve(options)
+    spec: ModelSpec = source.resolve(options)
     if spec.weights_path is None:
         _refuse_without_file(options)
     size = (spec.preprocess.crop_height, spec.preprocess.crop_width)
@@ -46,13 +48,13 @@ def resolve(options: ExportOptions) -> ModelSpec:
         if spec.sizes is not None and len(output.shape) > 1 and output.shape[1:] != size:
             raise UsageError(
                 f"--dynamic-size: output {output.name} of {spec.name} is not as large as the input",
-                hint="use --input-size: one size for each bundle",
+                hint="use --input-size, with one bundle for each size",
             )
     if spec.labels and len(spec.labels) != spec.num_classes:
         raise BadInputError(
             f"--preprocess {options.preprocess}: {len(spec.labels)} labels, {spec.name} has "
             f"{spec.num_classes} classes",
-            hint="give one for each class, or leave them out",
+            hint="give one label for each class, or leave them out",
         )
     return spec
 
@@ -63,11 +65,11 @@ def _refuse_torchvisions(options: ExportOptions) -> None:
         ("--transform-input", options.transform_input),
     ):
         if given is not None:
-            raise UsageError(f"{option}: {options.model} is no model of torchvision", hint="leave it out")
+            raise UsageError(f"{option}: {options.model} is not a torchvision model", hint="leave it out")
 
 
 def _refuse_without_file(options: ExportOptions) -> None:
-    """Or an untrained network would be exported where one forgot --weights."""
+    """Refuse options for a weights file if there is none: a forgotten --weights would export an untrained network."""
     for option, given in (
         ("--weights-key", options.weights_key),
         ("--rename", options.renames),
@@ -77,13 +79,13 @@ def _refuse_without_file(options: ExportOptions) -> None:
     ):
         if given:
             raise UsageError(
-                f"{option}: {options.model} reads no weights file",
+                f"{option}: {options.model} is exported without a weights file",
                 hint="give --weights FILE, or leave it out",
             )
 
 
 def footprint(spec: ModelSpec) -> memory.Footprint | None:
-    """How large the network is, from shapes alone; None of the user's own, whose code may do anything.
+    """Memory footprint of the network, from shapes alone. None for user code, which may do anything.
 
     Raises:
         BadInputError: the network refuses its arguments or the input size.
@@ -95,7 +97,7 @@ def footprint(spec: ModelSpec) -> memory.Footprint | None:
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
         with memory.without_memory():
-            module: nn.Module = _ROOMS[spec.zoo].construct(shapes_only, None)
+            module: nn.Module = _SOURCES[spec.zoo].construct(shapes_only, None)
         try:
             size = spec.sizes.max if spec.sizes is not None else (p.crop_height, p.crop_width)
             return memory.footprint(module, *size)
@@ -106,36 +108,36 @@ def footprint(spec: ModelSpec) -> memory.Footprint | None:
             ) from error
 
 
-def build(spec: ModelSpec) -> tuple[nn.Module, weights_room.LoadReport]:
-    """The eval-mode model, and what was loaded into it.
+def build(spec: ModelSpec) -> tuple[nn.Module, state_dicts.LoadReport]:
+    """Build the eval-mode model; returns it with a report of what was loaded.
 
     Raises:
         BadInputError: the weights do not fit, or the architecture refuses the input size.
     """
-    loaded = weights_room.Loaded({})
+    loaded = state_dicts.Loaded({})
     state: dict[str, torch.Tensor] | None = None
     if spec.weights_path is not None:
-        loaded = weights_room.read_weights(spec.weights_path, spec.reading)
+        loaded = state_dicts.read_weights(spec.weights_path, spec.reading)
         state = loaded.state
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(spec.seed)
-        model: nn.Module = _ROOMS[spec.zoo].construct(spec, state)
+        model: nn.Module = _SOURCES[spec.zoo].construct(spec, state)
         initialized: list[str] = []
         if spec.weights_kind == "random":
             make_usable(model, spec)
         elif state is not None:
-            initialized = weights_room.load_into(
+            initialized = state_dicts.load_into(
                 model,
                 state,
                 origin=str(spec.weights_path),
                 init_missing=spec.init_missing,
                 versions=loaded.versions,
             )
-        elif weights_room.state_digest(model) != spec.weights_sha256:  # it is made twice
+        elif state_dicts.state_digest(model) != spec.weights_sha256:  # `resolve` built it, too
             raise BadInputError(
-                f"{spec.name}: has other weights each time that it is made",
-                hint="seed what draws random numbers: PyTorch's are seeded, NumPy's and Python's are not",
+                f"{spec.name}: has different weights each time it is built",
+                hint="seed NumPy's and Python's random numbers yourself: only PyTorch's are seeded",
             )
     if spec.fully_convolutional:
         p = spec.preprocess
@@ -143,5 +145,5 @@ def build(spec: ModelSpec) -> tuple[nn.Module, weights_room.LoadReport]:
         model = fully_convolutional.fully_convolutional(model.eval(), *least)
     if spec.sizes is not None:
         dynamic_size.check(model, spec.name)
-    report = weights_room.LoadReport(initialized, list(loaded.skipped), loaded.entry, list(loaded.others))
+    report = state_dicts.LoadReport(initialized, list(loaded.skipped), loaded.entry, list(loaded.others))
     return model.eval(), report

@@ -1,1 +1,1 @@
-"""Shared by the stages of one run: options, the stage cache, and what is reported."""
+"""Shared by the stages of one run: the context, the stage cache and the reporter."""

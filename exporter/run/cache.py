@@ -1,8 +1,8 @@
-"""Cache of stage results, each under the hash of everything that went into it.
+"""Cache of stage results. The key of each is the hash of all its inputs.
 
-Results are made in a directory of their own and renamed into place, so a killed run leaves nothing half
-done and runs side by side do not meet. On a hit the files are hard-linked into the run's work directory, so
-that pruning by another run cannot take them away.
+A result is made in its own directory and renamed into place: a killed run leaves no partial result, and parallel runs
+do not disturb each other. On a hit the files are hard-linked into the run's work directory, so that pruning by another
+run cannot remove them.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ LIMIT_VARIABLE = "EXPORT_ZOO_CACHE_GB"
 DEFAULT_LIMIT_GB = 20.0
 _ABANDONED_SECONDS, _GRACE_SECONDS = 24 * 3600, 60
 _ENTRY = "entry.json"
-_TEMPORARY, _MARKER = "export-zoo-", ".export-zoo-work"  # marked, so that nobody else's are taken for ours
+_TEMPORARY, _MARKER = "export-zoo-", ".export-zoo-work"  # the marker identifies our own directories
 
 
 def default_root() -> Path:
-    """$EXPORT_ZOO_CACHE, else $XDG_CACHE_HOME/export-zoo, else ~/.cache/export-zoo."""
+    """The cache directory: $EXPORT_ZOO_CACHE, else $XDG_CACHE_HOME/export-zoo, else ~/.cache/export-zoo."""
     if directory := os.environ.get(CACHE_VARIABLE):
         return Path(directory)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "export-zoo"
@@ -44,7 +44,7 @@ def default_root() -> Path:
 
 @cache
 def code_digest(package: Path = PACKAGE) -> str:
-    """Hash of our own source: part of every key, so that no change of a stage can be forgotten."""
+    """Hash of export-zoo's source. It is part of every key, so that a changed stage never uses old results."""
     combined = hashlib.sha256()
     folders = [package, *(path for path in package.iterdir() if path.is_symlink())]  # rglob follows no links
     for source in sorted(source for folder in folders for source in folder.rglob("*.py")):
@@ -62,7 +62,7 @@ def digest(key: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class StageResult:
-    """A finished stage: its files lie in `directory`, `data` is what it returned."""
+    """A finished stage: `directory` holds its files, `data` is its return value."""
 
     directory: Path
     data: Any
@@ -82,7 +82,7 @@ def _limit_bytes() -> float:
 
 
 def _link(source: Path, target: Path) -> None:
-    """Hard link, or copy where the file system has no links."""
+    """Hard-link a file; copy it if the file system has no links."""
     try:
         os.link(source, target)
     except FileNotFoundError:
@@ -92,14 +92,16 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _lock(directory: Path) -> int | None:
-    """Mark a work directory as one of a living process; the lock goes with it. None where it is another's.
+    """Mark a work directory as in use. The lock ends with the process.
+
+    Returns None if another process has the lock, or on Windows, which has no fcntl.
 
     Raises:
-        OSError: it cannot be opened.
+        OSError: the directory cannot be opened.
     """
     try:
         import fcntl
-    except ImportError:  # on Windows age alone tells
+    except ImportError:  # on Windows only the age shows that it is abandoned
         return None
     descriptor = os.open(directory, os.O_RDONLY)
     try:
@@ -111,11 +113,11 @@ def _lock(directory: Path) -> int | None:
 
 
 def _remove_abandoned(works: Iterable[Path]) -> None:
-    """Work directories of runs that were killed. Those of other users in /tmp stay: they cannot be removed."""
+    """Remove the work directories of killed runs. Those of other users in /tmp stay: they cannot be removed."""
     for old in works:
         with contextlib.suppress(OSError):  # another run may have removed it
             age = time.time() - old.stat().st_mtime
-            if age <= _GRACE_SECONDS:  # it may not have come to its lock yet
+            if age <= _GRACE_SECONDS:  # its run may not have taken the lock yet
                 continue
             descriptor = _lock(old)
             if descriptor is not None or age > _ABANDONED_SECONDS:
@@ -128,7 +130,7 @@ class StageCache:
     """Runs stages through the cache. A context manager: it owns the run's work directory.
 
     Args:
-        root: the cache directory, or None for no cache (everything is made anew, in a temporary directory).
+        root: the cache directory, or None for no cache (all results are made in a temporary directory).
     """
 
     def __init__(self, root: Path | None) -> None:
@@ -150,7 +152,7 @@ class StageCache:
             _remove_abandoned(works.iterdir())
             self._work = works / uuid.uuid4().hex
             self._work.mkdir()
-        with contextlib.suppress(OSError):  # a file system without locks: age alone tells
+        with contextlib.suppress(OSError):  # a file system without locks: only the age counts
             self._descriptor = _lock(self._work)
         return self
 
@@ -165,9 +167,9 @@ class StageCache:
             self._prune(self._root)
 
     def run(self, stage: str, key: Mapping[str, Any], make: Callable[[Path], Any]) -> StageResult:
-        """The result of a stage: from the cache, or made by `make(directory)` and kept.
+        """The result of a stage: from the cache, or made by `make(directory)` and stored.
 
-        `make` writes its files flat into the directory it is given and returns something that JSON can hold.
+        `make` writes its files into `directory`, without subdirectories, and returns a value that JSON can hold.
         """
         name = digest({"stage": stage, **key})
         if self._root is not None and (hit := self._hit(stage, name)) is not None:
@@ -183,7 +185,7 @@ class StageCache:
                 raise
             raise EnvironmentFailureError(
                 f"{self._root or self._work}: {error.strerror} ({stage})",
-                hint=f"free some, or move the cache ({CACHE_VARIABLE}; with --no-cache, TMPDIR)",
+                hint=f"free some space, or move the cache ({CACHE_VARIABLE}; with --no-cache, TMPDIR)",
             ) from error
         return StageResult(directory, data, cached=False, key=name)
 
@@ -203,7 +205,7 @@ class StageCache:
                     raise ValueError(f"{file} was altered")
             os.utime(entry)
         except (ValueError, KeyError, TypeError, AttributeError, OSError):
-            # A damaged entry is worth nothing: make it again.
+            # A damaged entry is removed, and made again.
             shutil.rmtree(directory, ignore_errors=True)
             shutil.rmtree(entry, ignore_errors=True)
             return None
@@ -223,7 +225,7 @@ class StageCache:
         try:
             staging.rename(self._root / stage / name)
         except OSError:
-            # Another run was first; both results are right.
+            # Another run stored its result first; both are valid.
             shutil.rmtree(staging, ignore_errors=True)
 
     def _prune(self, root: Path) -> None:
@@ -231,11 +233,11 @@ class StageCache:
         entries = []
         for entry in root.glob("*/*"):
             try:
-                if (entry / _ENTRY).is_file():  # what else is there, the ARM64 root for example, is not ours
+                if (entry / _ENTRY).is_file():  # other folders, the ARM64 root for example, stay
                     size = sum(file.stat().st_size for file in entry.iterdir())
                     entries.append((entry.stat().st_mtime, size, entry))
             except OSError:
-                continue  # another run prunes, too
+                continue  # another run is pruning, too
         total = sum(size for _, size, _ in entries)
         for _, size, entry in sorted(entries):
             if total <= self._limit:

@@ -1,4 +1,4 @@
-"""What the stages of one run share: options, the reporter, the cache and the library versions."""
+"""Context of one run, shared by its stages: options, the reporter, the cache and the library versions."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ LIBRARIES = (
 )
 
 IMAGE_BATCH = 8
-"""Images decoded and run at a time where no option asks for another batch; it bounds memory, not results."""
+"""Images decoded and run at a time if no option sets a batch size. It bounds memory and does not affect results."""
 
 
 @dataclass(frozen=True)
 class Context:
-    """One run. Passed to every stage."""
+    """Context of one run, passed to every stage."""
 
     options: ExportOptions
     reporter: Reporter
@@ -34,6 +34,6 @@ class Context:
         return {"code": code_digest(), "libraries": {n: self.versions[n] for n in libraries}, **parts}
 
     def warn_unreadable(self, folder: Path | None, unreadable: Sequence[Sequence[str]]) -> None:
-        """A warning per image that was left out: (name, reason)."""
+        """Warn about each image that was left out, given as (name, reason)."""
         for name, reason in unreadable:
             self.reporter.warn(f"{folder}: {name} cannot be read and is left out: {reason}")

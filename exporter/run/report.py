@@ -1,4 +1,4 @@
-"""What a run tells people: a line per stage, bars, warnings, and the table at the end."""
+"""Output of a run: a line per stage, progress bars, warnings, and the table at the end."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class _Lossy:
-    """stderr that may be lost, closed or full: progress is not worth a run."""
+    """stderr whose write errors (closed, full) are ignored: a failed progress message must not end a run."""
 
     def __init__(self, file: TextIO) -> None:
         self._file = file
@@ -49,7 +49,7 @@ def make_console(*, stderr: bool = False) -> Console:
 
 
 def show_log() -> None:
-    """Print what the libraries log through us (TensorRT's builder) on stderr."""
+    """Print on stderr what libraries (TensorRT's builder) log through export-zoo's logger."""
     log = logging.getLogger("export_zoo")
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
@@ -61,7 +61,7 @@ RANDOM = "random weights: accuracy figures mean nothing"
 
 
 class Advance(Protocol):
-    """Counts finished items, and tells their total where it was not known at the beginning."""
+    """Counts finished items. Sets their total if it was not known at the beginning."""
 
     def __call__(self, done: int, total: int | None = None) -> None: ...
 
@@ -89,7 +89,7 @@ class Reporter:
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[Stage]:
-        """Time a stage; the caller fills in `detail` and `cached`. Shown when it ends well."""
+        """Time a stage; the caller fills in `detail` and `cached`. It is shown when it ends without an exception."""
         stage = Stage(name)
         begin = time.perf_counter()
         yield stage
@@ -98,7 +98,7 @@ class Reporter:
         self.show_stage(stage)
 
     def warn(self, text: str) -> None:
-        """A warning, once."""
+        """Record and show a warning; a repeated one is ignored."""
         text = text.encode("utf-8", "backslashreplace").decode()
         if text not in self.warnings:
             self.warnings.append(text)
@@ -106,7 +106,7 @@ class Reporter:
 
     @contextlib.contextmanager
     def bar(self, label: str, total: int | None) -> Iterator[Advance]:
-        """A progress bar of `total` items (None: not known yet); yields what advances it."""
+        """A progress bar of `total` items (None: not known yet). Yields the function that advances it."""
         del label, total
         yield _nothing
 
@@ -163,7 +163,7 @@ def _number(value: float | int | None, form: str) -> str:
 
 
 def print_table(engines: Sequence[Engine], *, random: bool) -> None:
-    """The engines of a bundle, on stdout."""
+    """Print the engines of a bundle on stdout."""
     from rich.table import Table
 
     console = make_console()

@@ -1,4 +1,4 @@
-"""Stage: from the simplified graph to the engine files of one target and precision."""
+"""Stage: build the engine files of one target and precision from the simplified graph."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from export_zoo.exporter.stages.tuning.tune import Tuned
 
 @dataclass(frozen=True)
 class EngineFiles:
-    """An engine that was built, and not yet compared with anything."""
+    """An engine that was built and not yet verified."""
 
     target: str
     precision: str
@@ -34,7 +34,7 @@ class EngineFiles:
     tuning: Tuning | None = None
     plan: Plan | None = None
     timing_cache: Path | None = None
-    """Kernel timings that TensorRT built it with."""
+    """Kernel timings that TensorRT used for the build."""
 
     saturating_cpu_session: dict[str, str] | None = None
     """See `bundle.manifest.Engine`."""
@@ -45,7 +45,7 @@ class EngineFiles:
 
     @property
     def is_graph(self) -> bool:
-        """The precision graph is the engine."""
+        """Whether the precision graph is the engine."""
         return self.file == self.graph
 
     @property
@@ -62,7 +62,7 @@ def _precision_graph(
     ranges: Ranges | None,
     tuned: Tuned | None,
 ) -> tuple[Path, bool]:
-    """The graph of a precision, and whether it was cached. Only those of quantized ones depend on the target."""
+    """The graph of a precision, and whether it was cached. Only quantized graphs depend on the target."""
     if precision is BASELINE:
         return graph, True
     if precision.quantized:
@@ -91,10 +91,10 @@ def build(
     ranges: Ranges | None,
     tuned: Tuned | None,
 ) -> EngineFiles:
-    """Build one engine: write its precision graph, and compile that where the target does.
+    """Build one engine: write its precision graph, and compile it if the target compiles.
 
     Args:
-        tuned: what a quantized precision is made of.
+        tuned: the parts of a quantized precision.
 
     Raises:
         ExportDefectError: the builder refuses the graph; names node and module.
@@ -140,7 +140,7 @@ def build(
 
 
 def _compile(context: Context, graph: Path, target: Target) -> StageResult:
-    """`engine.plan` of a precision graph, and the builder's warnings."""
+    """Compile a precision graph to `engine.plan`; the result also has the builder's warnings."""
     batch, sizes = context.options.batch, context.options.dynamic_size
     request = BuildRequest(
         graph,

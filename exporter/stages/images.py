@@ -1,4 +1,4 @@
-"""Stage: which images calibrate, select and verify, and the class labels of those that verify."""
+"""Stage: choose the images for calibration, selection and verification, and the class labels of the verify images."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ SYNTHETIC_IMAGES = 64
 
 @dataclass(frozen=True)
 class ChosenImages:
-    """Disjoint splits. With `synthetic`, they are empty and seeded images take the place of *verify*."""
+    """Disjoint splits. If `synthetic`, they are empty, and seeded synthetic images replace *verify*."""
 
     splits: Splits
     verify_root: Path | None
     synthetic: bool
     labels: list[int] | None
-    """Class index per verify image, where folders tell."""
+    """Class index per verify image; None if the folders give no labels."""
     categories: tuple[str, ...]
-    """Class names by index, where known."""
+    """Class names by index, if known."""
 
 
 def _scan(context: Context, folder: Path, option: str) -> ImageFolder:
@@ -44,7 +44,7 @@ def _scan(context: Context, folder: Path, option: str) -> ImageFolder:
 
 
 def choose_images(context: Context, spec: ModelSpec) -> ChosenImages:
-    """Scan the folders of --calib and --verify and divide them; synthetic images where there are none.
+    """Scan and split the folders of --calib and --verify. Without folders, synthetic images are used.
 
     Raises:
         BadInputError: a folder is unusable, has too few images, or both share images.
@@ -75,7 +75,7 @@ def choose_images(context: Context, spec: ModelSpec) -> ChosenImages:
         splits["verify"] = tuple(images.shuffled(check.images, options.seed)[: options.verify_images])
     source = check or calib
     assert source is not None
-    found = FolderLabels({}, "none for each pixel")
+    found = FolderLabels({}, "no labels per pixel")
     if not spec.dense:
         found = folder_labels(source.images, categories, spec.num_classes)
     with context.reporter.stage("splits") as stage:
@@ -89,8 +89,8 @@ def choose_images(context: Context, spec: ModelSpec) -> ChosenImages:
 def _check_verify_folder(calib: ImageFolder | None, check: ImageFolder) -> None:
     if calib is not None and (both := images.overlap(calib.images, check.images)):
         raise BadInputError(
-            f"--verify {check.root}: {len(both)} of its images are in --calib too, {both[0][1]} for one",
-            hint="verify on images that were not calibrated on; --calib alone is divided for you",
+            f"--verify {check.root}: {len(both)} of its images are also in --calib, {both[0][1]} for example",
+            hint="verify on images that do not calibrate, or leave out --verify: the images of --calib are split then",
         )
     if len(check.images) < images.MIN_VERIFY:
         raise BadInputError(

@@ -10,24 +10,24 @@ from export_zoo.calibration.images import ImageFile
 
 @dataclass(frozen=True)
 class FolderLabels:
-    """How folders map to class indices, or why they do not."""
+    """Class index of each folder, or the reason why there is none."""
 
     by_folder: dict[str, int]
     explanation: str
 
     def of(self, images: Sequence[ImageFile]) -> list[int] | None:
-        """Class index per image; None where folders are no labels."""
+        """Class index per image; None if the folders give no labels."""
         if not self.by_folder or any(image.folder not in self.by_folder for image in images):
             return None
         return [self.by_folder[str(image.folder)] for image in images]
 
 
 def folder_labels(images: Sequence[ImageFile], categories: Sequence[str], num_classes: int) -> FolderLabels:
-    """Tell what class each first-level folder stands for.
+    """Find the class of each first-level folder.
 
     In this order: folders named by class; as many folders as the network has classes, in sorted order
-    (torchvision's ImageFolder, ImageNet's wnids); folders named by class index. Otherwise there are no labels.
-    Nor are there where `10` would be class 2 by sorted order and class 10 by index.
+    (torchvision's ImageFolder, ImageNet's wnids); folders named by class index. Otherwise, there are no
+    labels. There are none either if `10` would be class 2 by sorted order and class 10 by index.
     """
     folders = sorted({image.folder for image in images if image.folder is not None})
     if not folders:

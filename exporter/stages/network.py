@@ -1,4 +1,4 @@
-"""The stages from a model to engine files, each through the cache."""
+"""The stages from a model to its simplified graph and reference outputs, through the cache."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class EagerModel:
-    """The eager model of a spec, built once and only when a stage is not cached."""
+    """The eager model of a spec. It is built once, and only if a stage is not cached."""
 
     def __init__(self, spec: ModelSpec) -> None:
         self._spec = spec
@@ -47,7 +47,7 @@ class EagerModel:
 
 
 def resolve_model(context: Context) -> ModelSpec:
-    """Find the model and its weights (downloads them); see `models.zoo.resolve` for what it raises."""
+    """Find the model and its weights (downloads them); see `models.zoo.resolve` for the errors."""
     with context.reporter.stage("weights") as stage:
         from export_zoo.exporter.models import zoo
 
@@ -67,7 +67,7 @@ def resolve_model(context: Context) -> ModelSpec:
         _check_memory(context, spec)
     if p.resize_size < max(p.crop_height, p.crop_width):
         context.reporter.warn(
-            f"the resize to {p.resize_size} is less than the input {p.crop_height}x{p.crop_width}: "
+            f"the resize to {p.resize_size} is smaller than the input {p.crop_height}x{p.crop_width}: "
             "images get a black border"
         )
     for note in spec.notes:
@@ -76,7 +76,7 @@ def resolve_model(context: Context) -> ModelSpec:
         context.reporter.warn(f"--allow-pickle: code in {spec.weights_path} is run")
     if spec.weights_kind == "random":
         context.reporter.warn(
-            "random weights (--weights none): engines are compared, but nothing is said about accuracy"
+            "random weights (--weights none): engines are compared, but this says nothing about accuracy"
         )
     return spec
 
@@ -92,7 +92,7 @@ def _check_memory(context: Context, spec: ModelSpec) -> None:
 
 
 def _further_sizes(spec: ModelSpec) -> list[Size]:
-    """Input sizes that are checked beside that of the preprocessing; none where it is fixed."""
+    """Input sizes that are checked in addition to that of the preprocessing; empty if the size is fixed."""
     sizes = spec.sizes
     return sizes_to_check(sizes.min, sizes.opt, sizes.max) if sizes is not None else []
 
@@ -108,7 +108,7 @@ def _synthetic(spec: ModelSpec, count: int, seed: int) -> Iterator[npt.NDArray[n
 
 
 def export_graph(context: Context, spec: ModelSpec, model: EagerModel) -> StageResult:
-    """Eager model -> `model.onnx`, checked against eager at two batches of every size."""
+    """Export the eager model to `model.onnx`, and check it against eager at two batches of every size."""
 
     def make(directory: Path) -> dict[str, Any]:
         from export_zoo.exporter.graph import to_onnx
@@ -139,7 +139,7 @@ def export_graph(context: Context, spec: ModelSpec, model: EagerModel) -> StageR
             stage.detail += f"; weights: {entry} of the checkpoint"
     if others := result.data["others"]:
         context.reporter.warn(
-            f"--weights: took {result.data['entry']}; the file has {', '.join(others)}, too: --weights-key takes that"
+            f"--weights: read {result.data['entry']}; the file also has {', '.join(others)}: --weights-key selects it"
         )
     if skipped := result.data["skipped"]:
         context.reporter.warn(f"--skip-weights: left out of the file: {', '.join(skipped)}")
@@ -149,7 +149,7 @@ def export_graph(context: Context, spec: ModelSpec, model: EagerModel) -> StageR
 
 
 def simplify_graph(context: Context, spec: ModelSpec, exported: StageResult) -> StageResult:
-    """`model.onnx` -> `graph.onnx`, with proof that the logits did not change."""
+    """Simplify `model.onnx` to `graph.onnx`, and prove that the logits did not change."""
 
     def make(directory: Path) -> dict[str, str]:
         from export_zoo.exporter.graph import simplify
@@ -170,13 +170,13 @@ def simplify_graph(context: Context, spec: ModelSpec, exported: StageResult) -> 
 def run_reference(
     context: Context, spec: ModelSpec, model: EagerModel, chosen: ChosenImages
 ) -> tuple[StageResult, HeldOut]:
-    """Decode the verify set and run eager PyTorch on it: `inputs.npy`, `logits.npy` and those of further outputs.
+    """Decode the verify set and run eager PyTorch on it: `inputs.npy`, `logits.npy` and files of further outputs.
 
-    The first images also at further sizes, where the input's is dynamic: `inputs-HxW.npy` and `logits-HxW.npy`.
+    If the input size is dynamic, the first images also run at further sizes: `inputs-HxW.npy` and `logits-HxW.npy`.
 
     Raises:
         BadInputError: too many images cannot be decoded, or too few are left.
-        ParityError: the logits are nothing to compare with.
+        ParityError: the logits are not usable as a reference.
     """
     p = spec.preprocess
     files = chosen.splits["verify"]
@@ -187,7 +187,7 @@ def run_reference(
 
         stream = None
         if chosen.synthetic:
-            # Another seed than that which random weights are made usable with.
+            # Not the seed of the images that make random weights usable.
             pixels = images.synthetic_images(SYNTHETIC_IMAGES, p.crop_height, p.crop_width, spec.seed + 2)
         else:
             assert chosen.verify_root is not None
@@ -195,9 +195,9 @@ def run_reference(
             pixels = stream.all()
             if len(pixels) < images.MIN_VERIFY:
                 raise BadInputError(
-                    f"{chosen.verify_root}: {len(pixels)} images to verify on can be decoded, at least "
+                    f"{chosen.verify_root}: {len(pixels)} verify images can be decoded, at least "
                     f"{images.MIN_VERIFY} are needed",
-                    hint="repair or replace those that the message before names, or add images",
+                    hint="repair or replace the images that the previous message names, or add images",
                 )
         with context.reporter.bar("reference", len(pixels)) as progress:
             outputs = eager_outputs(model.built[0], pixels, p, progress)
@@ -248,5 +248,5 @@ def run_reference(
 
 
 def reference_files(spec: ModelSpec) -> list[str]:
-    """Stems of the reference's files, one for each output."""
+    """File name stems of the reference outputs, one for each output."""
     return ["logits", *(f"output-{index}" for index in range(1, len(spec.outputs)))]

@@ -1,4 +1,4 @@
-"""Stage: activation ranges, from the calibrate set or from a file of `export-zoo calibrate`."""
+"""Stage: activation ranges, from the calibration set or from a file of `export-zoo calibrate`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from export_zoo.calibration import images
 from export_zoo.calibration.collect import collect
 from export_zoo.calibration.images import SyntheticStream
 from export_zoo.calibration.near_duplicates import FingerprintedStream
-from export_zoo.calibration.range_warnings import doubts
+from export_zoo.calibration.range_warnings import warnings_of
 from export_zoo.calibration.ranges import Ranges
 from export_zoo.engines.precision.int8.keep_float import kept_float
 from export_zoo.engines.targets.registry import quantized_tensors
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 def calibrate(
     context: Context, spec: ModelSpec, graph: Path, chosen: ChosenImages, shard: tuple[int, int] = (1, 1)
 ) -> tuple[Path, Ranges]:
-    """Stream the calibrate set through the graph: a ranges file. Without images, FP16 makes do with synthetic ones.
+    """Run the calibration set through the graph and write a ranges file. Without images, FP16 uses synthetic images.
 
     Args:
         shard: (i, n): only the i-th of n parts of the set.
@@ -69,7 +69,7 @@ def calibrate(
     context.warn_unreadable(root, result.data["unreadable"])
     if histograms:
         names = {file.sha256: file.name for file in files}
-        for text in doubts(ranges, names, alike=result.data["alike"], whole=shard[1] == 1):
+        for text in warnings_of(ranges, names, alike=result.data["alike"], whole=shard[1] == 1):
             context.reporter.warn(text)
     return result.directory / "ranges.json", ranges
 
@@ -91,10 +91,10 @@ def _quantized(context: Context, graph: Path) -> list[str]:
 
 
 def read_ranges(context: Context, spec: ModelSpec, graph: Path, chosen: ChosenImages) -> tuple[Path, Ranges]:
-    """The ranges file of --ranges, refused where it is not of this graph, this preprocessing and these images.
+    """Read the ranges file of --ranges; it must be of this graph, this preprocessing and these images.
 
     Raises:
-        BadInputError: it is not a ranges file, or does not belong; names what differs.
+        BadInputError: the file is not a ranges file or does not match; names what differs.
     """
     path = context.options.ranges
     assert path is not None
@@ -106,21 +106,21 @@ def read_ranges(context: Context, spec: ModelSpec, graph: Path, chosen: ChosenIm
         ):
             if have != want:
                 raise BadInputError(
-                    f"--ranges {path}: is of another {what}",
-                    hint="calibrate this network: `export-zoo calibrate` with the same options",
+                    f"--ranges {path}: belongs to another {what}",
+                    hint="run `export-zoo calibrate` for this network with the same options",
                 )
         used = set(ranges.image_sha256)
         wanted = {file.sha256 for file in chosen.splits["calibrate"]}
         if context.options.calib is not None and not used <= wanted:
             raise BadInputError(
-                f"--ranges {path}: {len(used - wanted)} of its {len(used)} images are not among those of --calib "
-                f"{context.options.calib} that calibrate",
-                hint="use the folder, --calib-images, --verify-images and --seed that `calibrate` was given, "
+                f"--ranges {path}: {len(used - wanted)} of its {len(used)} images are not in the calibration set "
+                f"(--calib {context.options.calib})",
+                hint="use the same folder, --calib-images, --verify-images and --seed as for `export-zoo calibrate`, "
                 "or leave out --calib and verify on --verify DIR",
             )
         if len(used) < images.MIN_CALIBRATE:
             raise BadInputError(
-                f"--ranges {path}: of {len(used)} images, at least {images.MIN_CALIBRATE} are needed",
+                f"--ranges {path}: covers {len(used)} images, at least {images.MIN_CALIBRATE} are needed",
                 hint="merge all shards (`export-zoo calibrate --merge`), or calibrate on more images",
             )
         if context.options.quantizes:
@@ -128,10 +128,10 @@ def read_ranges(context: Context, spec: ModelSpec, graph: Path, chosen: ChosenIm
         stage.detail = f"--ranges {path}: {len(ranges.tensors)} tensors over {len(used)} images"
     if context.options.calib is not None and len(used) < len(wanted) - len(ranges.unreadable):
         context.reporter.warn(
-            f"--ranges {path}: of {len(used)} of the {len(wanted)} images that calibrate: is a shard missing?"
+            f"--ranges {path}: covers {len(used)} of the {len(wanted)} calibration images: is a shard missing?"
         )
     if context.options.quantizes:
-        for text in doubts(ranges, {file.sha256: file.name for file in chosen.splits["calibrate"]}):
+        for text in warnings_of(ranges, {file.sha256: file.name for file in chosen.splits["calibrate"]}):
             context.reporter.warn(text)
     return path, ranges
 

@@ -30,22 +30,22 @@ from export_zoo.exporter.stages.build import EngineFiles
 def tolerances_for(
     context: Context, engine: EngineFiles, *, random: bool, labelled: int
 ) -> tuple[dict[str, float], bool]:
-    """Default limits of an engine, overridden by --tolerance; and whether it is gated against its unfused graph.
+    """Limits of an engine, the defaults with --tolerance applied, and whether it is gated against its unfused graph.
 
     Args:
-        random: the weights are random.
-        labelled: verify images with a label; too few leave the accuracy's default limit out.
+        random: whether the weights are random.
+        labelled: number of verify images with a label. If too few, the accuracy has no default limit.
     """
     unfused = random and engine.precision != BASELINE.name and engine.is_graph
     if unfused:
-        chosen: dict[str, float] = {}  # the unfused graph brings its own
+        chosen: dict[str, float] = {}  # the unfused graph has its own limits
     elif random and engine.precision != BASELINE.name:
         chosen = {"cosine": MIN_UNFUSED_COSINE}
     else:
         chosen = dict(PRECISIONS[engine.precision].tolerances)
     if labelled < MIN_LABELLED:
         chosen.pop("accuracy_drop", None)
-    # The general first, so that the specific has the last word, whatever their order.
+    # General tolerances first, so that specific ones override them, whatever their order.
     for tolerance in sorted(context.options.tolerances, key=lambda t: t.specificity):
         if tolerance.applies_to(engine.target, engine.precision):
             chosen[tolerance.metric] = tolerance.value
@@ -55,7 +55,7 @@ def tolerances_for(
 def judge_engines(
     context: Context, engines: Sequence[EngineFiles], recipe: Recipe, held: HeldOut, reference: StageResult
 ) -> dict[str, Gate]:
-    """The gate of each engine, by name. A gate that does not hold is returned, not raised."""
+    """The gate of each engine, by name. A failed gate is returned, not raised."""
     for tolerance in context.options.tolerances:
         if not any(tolerance.applies_to(engine.target, engine.precision) for engine in engines):
             context.reporter.warn(
@@ -114,7 +114,7 @@ def _judge(
 
 
 def describe_gate(gate: Gate) -> str:
-    """One line for people."""
+    """A summary of a gate in one line."""
     sqnr, top1 = gate.eager_metrics["sqnr"] or 0.0, gate.eager_metrics["top1"] or 0.0
     ran = "" if gate.ran == "engine" else "precision graph "
     text = (
@@ -135,7 +135,7 @@ def describe_gate(gate: Gate) -> str:
 def time_engines(
     context: Context, engines: Sequence[EngineFiles], fp32: Path, recipe: Recipe, held: HeldOut
 ) -> dict[str, Latency]:
-    """Latency at batch OPT of each engine that runs here, by name, in turn with FP32; warns where it is slower."""
+    """Latency at batch OPT of each engine that runs here, by name, in turn with FP32; warns about slower engines."""
     timed = {engine.name: engine for engine in engines if engine.runs_here}
     if not timed:
         return {}

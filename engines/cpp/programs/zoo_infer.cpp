@@ -1,4 +1,4 @@
-// zoo-infer: a bundle and images to classes or raw logits, for shells and tests.
+// zoo-infer: runs a bundle on images; gives classes or raw logits, for shells and tests.
 
 #include <algorithm>
 #include <cstdint>
@@ -50,7 +50,7 @@ std::vector<std::byte> read(const std::string& path) {
   return bytes;
 }
 
-// NumPy's .npy, version 1.0, float32, C order.
+// Writes NumPy's .npy format, version 1.0, float32, C order.
 void write_npy(const std::string& path, const std::vector<float>& values, const std::vector<std::size_t>& shape) {
   std::string header = "{'descr': '<f4', 'fortran_order': False, 'shape': (";
   for (const auto size : shape) header += std::to_string(size) + ", ";
@@ -62,13 +62,13 @@ void write_npy(const std::string& path, const std::vector<float>& values, const 
   file.put(static_cast<char>(header.size() & 0xFF)).put(static_cast<char>(header.size() >> 8));
   file << header;
   file.write(reinterpret_cast<const char*>(values.data()), static_cast<std::streamsize>(values.size() * sizeof(float)));
-  file.close();  // what is buffered may not fit
+  file.close();  // writes what is buffered, which may fail
   if (!file) {
-    throw ez::Error(ez::ErrorCode::runtime, path + ": cannot be written: check its directory and the room on the disk");
+    throw ez::Error(ez::ErrorCode::runtime, path + ": cannot be written: check its directory and the free disk space");
   }
 }
 
-// Classes of each image; of logits for each pixel there are none to print.
+// Prints the classes of each image. With logits for each pixel, there are none to print.
 void print(const Arguments& arguments, const ez::Engine& engine, const std::vector<float>& logits) {
   const auto& labels = engine.metadata().labels;
   const bool dense = engine.metadata().output.shape.size() > 2;
@@ -130,7 +130,7 @@ int run(const Arguments& arguments) {
   for (std::size_t start = 0; start < count; start += at_once) {
     const auto some = std::min(at_once, count - start);
     const auto part = std::span(inputs).subspan(start * preprocess.size(), some * preprocess.size());
-    // Fewer than the engine takes are filled up with zeros, whose logits are dropped.
+    // A batch below the engine's minimum is padded with zeros, whose logits are dropped.
     const auto run = std::max(some, static_cast<std::size_t>(metadata.batch_min));
     std::vector<float> filled;
     if (run > some) {
@@ -154,7 +154,7 @@ int run(const Arguments& arguments) {
               {count, preprocess.size() / static_cast<std::size_t>(size.height * size.width),
                static_cast<std::size_t>(size.height), static_cast<std::size_t>(size.width)});
   }
-  if (!arguments.json) {  // not among the classes, which programs read
+  if (!arguments.json) {  // not to standard output: programs read the classes there
     const auto& info = engine.info();
     std::cerr << "zoo-infer: " << info.name << " (" << name(info.state) << ", " << engine.backend()
               << "): " << engine.why() << '\n';
@@ -172,7 +172,7 @@ int main(int argc, char** argv) {
   app.add_option("bundle", arguments.bundle, "Directory that `export-zoo export` wrote")->required();
   app.add_option("images", arguments.images, "JPEG or PNG files")->required();
   app.add_option("--engine", arguments.options.engine, "Name, such as onnxruntime-int8 (default: the fastest)");
-  app.add_option("--threads", arguments.options.threads, "Of ONNX Runtime (default: all cores)")
+  app.add_option("--threads", arguments.options.threads, "Threads of ONNX Runtime (default: all cores)")
       ->check(CLI::Range(0, 1024));
   app.add_option("--batch", arguments.batch, "Images at once (default: the bundle's optimum)")
       ->check(CLI::Range(1, 1 << 20));

@@ -25,7 +25,7 @@ struct Attestation {
   json document;
 };
 
-// Files by name, the newest first: they are named by time.
+// JSON files of a directory, newest first: their names sort by time.
 std::vector<fs::path> newest_first(const fs::path& directory) {
   std::vector<fs::path> found;
   std::error_code error;
@@ -36,17 +36,17 @@ std::vector<fs::path> newest_first(const fs::path& directory) {
   return found;
 }
 
-// null where it has none.
+// Value of a key; null if the document does not have it.
 const json& entry(const json& document, const char* key) {
   static const json nothing;
   const auto found = document.find(key);
   return found == document.end() ? nothing : *found;
 }
 
-// Nothing where it is none.
+// Reads an attestation; nullopt if the file is not one that this version can read.
 std::optional<json> read_attestation(const fs::path& path) {
   std::error_code error;
-  if (!fs::is_regular_file(path, error)) return std::nullopt;  // a pipe would be waited for
+  if (!fs::is_regular_file(path, error)) return std::nullopt;  // reading a pipe would block
   try {
     auto document = read_json(path);
     if (document.is_object() && entry(document, "schema_version") == 1 && entry(document, "manifest_sha256").is_string() &&
@@ -66,7 +66,7 @@ std::string emulated_cpu(const json& attestation) {
   return name.is_string() && !name.empty() ? name.get<std::string>() : "unknown";
 }
 
-// What the attestation says of an engine, if it was run.
+// State of an engine according to the attestation; nullopt if the engine was not run.
 std::optional<State> state_of(const json& attestation, const std::string& engine) {
   const auto& engines = attestation["engines"];
   const auto gate = engines.find(engine);
@@ -96,7 +96,7 @@ Attested apply_attestations(const fs::path& bundle, const std::optional<std::str
       attestations.push_back({std::move(file), std::move(*document)});
     }
   }
-  // A real machine's go before those of emulated CPUs.
+  // Attestations of real machines come before those of emulated CPUs.
   const auto is_real = [](const Attestation& one) { return entry(one.document, "emulation").is_null(); };
   std::stable_partition(attestations.begin(), attestations.end(), is_real);
   std::set<std::pair<std::string, std::string>> settled;  // engine, and the emulated CPU or "" for a real machine
@@ -108,8 +108,8 @@ Attested apply_attestations(const fs::path& bundle, const std::optional<std::str
       auto& engine = engines[i];
       if (!(target_of(engine).on_gpu ? gpu : cpu) || settled.contains({engine.name, ""})) continue;
       if (const auto state = state_of(document, engine.name)) {
-        // Nothing is verified by emulation, but an engine that failed on an emulated CPU, when it last ran there, is
-        // not verified any more.
+        // Emulation verifies nothing. But an engine that failed its newest run on an emulated CPU is not verified any
+        // more.
         if (!settled.insert({engine.name, emulated_cpu(document)}).second) continue;
         if (!is_real(attestation) && *state != State::built) continue;
         engine.state = *state;

@@ -1,4 +1,4 @@
-// What `export-zoo verify` found of a bundle on machines like this one.
+// Attestations that `export-zoo verify` wrote on machines like this one.
 #pragma once
 
 #include <filesystem>
@@ -11,15 +11,15 @@
 namespace export_zoo::detail {
 
 struct Attested {
-  // Of each engine, the attestation that its state comes from and the machine of that; empty for the manifest.
+  // For each engine, the attestation that its state comes from, and its machine; empty if the state is the manifest's.
   std::vector<std::string> sources;
-  // Paths within the bundle of what is no attestation that this version can read.
+  // Paths, within the bundle, of attestations that this version cannot read.
   std::vector<std::string> unreadable;
 };
 
-// Give each engine the state that the newest attestation of a machine like this one ran it to, if there is one.
-// `compute_capability` is that of the GPU that would run TensorRT's engines. Attestations of another manifest are left
-// out.
+// Sets each engine's state from the newest attestation of a machine like this one that ran the engine, if there is one.
+// `compute_capability` is that of the GPU that would run TensorRT's engines. Attestations of another manifest are
+// ignored.
 Attested apply_attestations(const std::filesystem::path& bundle, const std::optional<std::string>& compute_capability,
                             std::vector<EngineInfo>& engines);
 

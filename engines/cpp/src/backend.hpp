@@ -1,4 +1,4 @@
-// What runs an engine file: ONNX Runtime or TensorRT, each loaded with dlopen.
+// Backends that run an engine file: ONNX Runtime and TensorRT, each loaded with dlopen.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,7 @@
 
 namespace export_zoo::detail {
 
-// Values that one image has in a port, where the input is of this size.
+// Number of values of one image in a port, for an input of this size.
 inline std::size_t values_of_image(const Port& port, InputSize size) {
   std::int64_t values = 1;
   for (std::size_t i = 1; i < port.shape.size(); ++i) {
@@ -29,7 +29,8 @@ class Runner {
   Runner& operator=(const Runner&) = delete;
   virtual ~Runner() = default;
 
-  // `input` holds `batch` images of `size`, `output` has room for the first output of them; all were checked. Throws Error.
+  // `input` holds `batch` images of `size`. `output` has space for their first output. The caller has checked all of
+  // them. Throws Error.
   virtual void run(std::span<const float> input, std::int64_t batch, InputSize size, std::span<float> output) = 0;
 };
 
@@ -44,16 +45,16 @@ class Backend {
   [[nodiscard]] virtual const std::string& description() const noexcept = 0;
 };
 
-// Throw Error: backend_missing, backend_version, runtime, cpu.
+// Throws Error: backend_missing, backend_version, runtime, cpu.
 std::unique_ptr<Backend> open_onnxruntime(const std::filesystem::path& engine, const EngineInfo& info,
                                           const Metadata& metadata, const Options& options);
 
-// Only where EXPORT_ZOO_WITH_TENSORRT is defined.
+// The functions below exist only where EXPORT_ZOO_WITH_TENSORRT is defined.
 //
-// Compute capability, "9.0", of the GPU that Options choose; nothing without one.
+// Compute capability of the GPU that Options select, such as "9.0"; nullopt if there is no such GPU.
 std::optional<std::string> compute_capability(const Options& options);
 
-// Throws device, too.
+// Throws Error: as open_onnxruntime, and device.
 std::unique_ptr<Backend> open_tensorrt(const std::filesystem::path& plan, const EngineInfo& info,
                                        const Metadata& metadata, const Options& options);
 

@@ -23,14 +23,14 @@ struct Registers {
   unsigned edx = 0;
 };
 
-// All zeros where the CPU has no such leaf.
+// Registers of a CPUID leaf; all zeros if the CPU does not have it.
 Registers cpuid(unsigned leaf, unsigned subleaf) {
   Registers found;
   if (__get_cpuid_count(leaf, subleaf, &found.eax, &found.ebx, &found.ecx, &found.edx) == 0) return {};
   return found;
 }
 
-// Register state that the operating system saves (XCR0); 0 where it saves none beyond SSE's.
+// Register state that the operating system saves (XCR0); 0 if it saves none beyond SSE's.
 std::uint64_t saved_state() {
   constexpr unsigned kOsxsave = 1U << 27;
   if ((cpuid(1, 0).ecx & kOsxsave) == 0) return 0;
@@ -40,7 +40,7 @@ std::uint64_t saved_state() {
   return std::uint64_t{high} << 32 | low;
 }
 
-// Empty where the CPU, or the operating system, has none of them.
+// Name of the widest instruction set; empty if the CPU or the operating system supports none of them.
 std::string vector_set() {
   constexpr std::uint64_t kAvxState = 0x6;      // XMM, YMM
   constexpr std::uint64_t kAvx512State = 0xe6;  // and masks, ZMM

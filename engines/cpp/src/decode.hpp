@@ -8,10 +8,10 @@
 
 namespace export_zoo::detail {
 
-// Throws Error (image).
+// Throws Error (image) if the image has more than `most_pixels`.
 void refuse_bomb(std::uint64_t width, std::uint64_t height, std::uint64_t most_pixels);
 
-// An upright image. Throw Error (image).
+// Return an upright image. Throw Error (image).
 Image decode_jpeg(std::span<const std::uint8_t> file, std::uint64_t most_pixels);
 Image decode_png(std::span<const std::uint8_t> file, std::uint64_t most_pixels);
 

@@ -32,7 +32,7 @@ struct Failure {
   std::longjmp(failure->jump, 1);
 }
 
-// libjpeg makes up an end for a file that has none, and goes on in grey; a truncated file is an error here.
+// libjpeg adds an end marker to a truncated file and fills the rest with grey. Here, a truncated file is an error.
 boolean no_more(j_decompress_ptr info) {
   auto* failure = reinterpret_cast<Failure*>(info->err);
   std::strcpy(failure->message, "the file is truncated");
@@ -75,7 +75,7 @@ std::optional<int> orientation_of(const jpeg_decompress_struct& info) {
   return found ? found : from_xmp;
 }
 
-// Pillow takes all four-colour files for Adobe's, which are stored inverted.
+// Pillow treats all four-colour files as Adobe's, which are stored inverted.
 void cmyk_to_rgb(const std::uint8_t* from, std::uint8_t* to, std::size_t pixels) {
   for (std::size_t i = 0; i < pixels; ++i, from += 4, to += 3) {
     const int white = from[3];
@@ -87,7 +87,7 @@ void cmyk_to_rgb(const std::uint8_t* from, std::uint8_t* to, std::size_t pixels)
   }
 }
 
-// All that setjmp may return into: nothing here has a destructor.
+// longjmp returns into the functions below, so nothing in them has a destructor.
 bool read_header(Jpeg& jpeg, std::span<const std::uint8_t> file) {
   auto& info = jpeg.info;
   info.err = jpeg_std_error(&jpeg.failure.base);

@@ -47,7 +47,7 @@ struct Png {
   ~Png() { png_destroy_read_struct(&png, &info, nullptr); }
 };
 
-// All that setjmp may return into: nothing here has a destructor.
+// longjmp returns into the functions below, so nothing in them has a destructor.
 bool read_header(Png& reader) {
   reader.png = png_create_read_struct(PNG_LIBPNG_VER_STRING, &reader.source, fail, quiet);
   if (reader.png == nullptr) return false;
@@ -56,11 +56,11 @@ bool read_header(Png& reader) {
   if (setjmp(png_jmpbuf(reader.png)) != 0) return false;
   png_set_read_fn(reader.png, &reader.source, read_bytes);
   png_set_user_limits(reader.png, 0x7FFFFFFF, 0x7FFFFFFF);
-  // Text and colour profiles are compressed, too: Pillow's limits, 1 MiB each and 64 MiB in all.
+  // Text and colour profiles are compressed, too. These are Pillow's limits: 1 MiB each, 64 MiB in all.
   png_set_chunk_malloc_max(reader.png, 1 << 20);
   png_set_chunk_cache_max(reader.png, 64);
   png_read_info(reader.png, reader.info);
-  // Without gamma or background: the bytes as they are stored, widened or cut to 8 bits, alpha dropped.
+  // Without gamma or background: the stored bytes, widened or cut to 8 bits, with alpha dropped.
   png_set_palette_to_rgb(reader.png);
   png_set_expand_gray_1_2_4_to_8(reader.png);
   png_set_strip_16(reader.png);
@@ -77,13 +77,13 @@ bool read_rows(Png& reader, png_bytepp rows) {
   return true;
 }
 
-// What lies behind the pixels: text and orientation. Damage there says nothing about the pixels.
+// Reads the chunks after the pixels: text and orientation. Damage there is ignored, as it does not affect the pixels.
 void read_end(Png& reader) {
   if (setjmp(png_jmpbuf(reader.png)) != 0) return;
   png_read_end(reader.png, reader.info);
 }
 
-// The bytes behind three lines of heading, and behind "Exif\0\0", of a profile that was written as text.
+// Bytes of a profile that was written as hexadecimal text, without its three header lines and without "Exif\0\0".
 std::vector<std::uint8_t> from_hex(std::string_view text) {
   for (int line = 0; line < 3; ++line) {
     const auto end = text.find('\n');
@@ -136,7 +136,7 @@ std::optional<int> orientation_of(Png& reader) {
 
 namespace {
 
-// From the first chunk, before any other is looked at.
+// Checks the size in the first chunk, before any other chunk is read.
 void check_size(std::span<const std::uint8_t> file, std::uint64_t most_pixels) {
   constexpr std::size_t kWidth = 16;
   if (file.size() < kWidth + 8) throw Error(ErrorCode::image, "damaged PNG: the file is truncated: save it again");
@@ -161,7 +161,7 @@ Image decode_png(std::span<const std::uint8_t> file, std::uint64_t most_pixels) 
   const auto height = png_get_image_height(reader.png, reader.info);
   const std::size_t stride = std::size_t{width} * 3;
   if (png_get_rowbytes(reader.png, reader.info) != stride) {
-    throw Error(ErrorCode::image, "PNG of an unknown kind: convert it to RGB first");
+    throw Error(ErrorCode::image, "unsupported kind of PNG: convert it to RGB first");
   }
   Image image{static_cast<int>(width), static_cast<int>(height), {}};
   image.rgb.resize(stride * height);

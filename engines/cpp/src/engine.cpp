@@ -35,15 +35,15 @@ class ContextState {
 
 namespace {
 
-// Why an engine cannot be loaded, from its description alone; empty where it can. `source` is the attestation that its
-// state comes from, empty for the manifest. `capability` is that of the GPU here.
+// Why an engine cannot be loaded, judged by its description alone; empty if it can. `source` is the attestation that
+// its state comes from; empty if the state is the manifest's. `capability` is the compute capability of the GPU here.
 std::string why_not(const EngineInfo& info, const std::string& source, const std::optional<std::string>& capability,
                     const Options& options) {
   const auto& target = detail::target_of(info);
   if (target.open == nullptr) return "this library was built without " + std::string(target.library);
   if (target.on_gpu) {
     if (!info.has_weights) return "its plan has no weights: refit it in Python";
-    // One that was asked for by name is opened, which tells more.
+    // An engine that was asked for by name is opened anyway: the error then says more.
     if (options.engine.empty()) {
       if (!capability) return "there is no CUDA device here";
       const auto& built = info.compute_capabilities;
@@ -60,8 +60,8 @@ std::string why_not(const EngineInfo& info, const std::string& source, const std
 
 std::string text(InputSize size) { return std::to_string(size.height) + "x" + std::to_string(size.width); }
 
-// What was run and compared comes before what is faster. A GPU's engine that was never timed is taken before the CPU's, the
-// lower precision first: as in Python.
+// Sort key. The state comes before the speed. GPU engines that were never timed come before CPU engines, the lower
+// precision first: as in Python.
 std::tuple<State, bool, double, std::size_t> rank(const EngineInfo& info) {
   const bool untimed = detail::target_of(info).on_gpu && !info.speedup;
   return {info.state, untimed, info.speedup.value_or(0), detail::order_of(detail::precision_of(info))};
@@ -73,13 +73,13 @@ struct LeftOut {
   std::string reason;
 };
 
-// Engines that can be loaded, the best first, or the one that is asked for. The others are added to `left_out`. Throws
-// Error.
+// Indices of the engines that can be loaded, the best first, or of the one that is asked for. Engines that cannot be
+// loaded are added to `left_out`. Throws Error.
 std::vector<std::size_t> choose(const std::filesystem::path& bundle, const Metadata& metadata,
                                 const detail::Attested& attested, const std::optional<std::string>& capability, const Options& options,
                                 std::vector<LeftOut>& left_out) {
   std::string reasons;
-  bool lower = false;  // whether that would help
+  bool lower = false;  // whether a lower Options::least would help
   std::vector<std::size_t> found;
   for (std::size_t i = 0; i < metadata.engines.size(); ++i) {
     const auto& info = metadata.engines[i];
@@ -102,7 +102,7 @@ std::vector<std::size_t> choose(const std::filesystem::path& bundle, const Metad
     throw Error(ErrorCode::bundle, bundle.string() + ": no engine '" + options.engine + "': it has " + names);
   }
   throw Error(ErrorCode::state, bundle.string() + ": no engine that may be loaded here: " + reasons +
-                                    (lower ? ": `export-zoo verify` it here, or lower Options::least (--state)"
+                                    (lower ? ": run `export-zoo verify` here, or lower Options::least (--state)"
                                            : ": choose another engine"));
 }
 
@@ -113,7 +113,7 @@ std::unique_ptr<detail::Backend> open(const std::filesystem::path& bundle, const
   return detail::target_of(info).open(path, info, metadata, options);
 }
 
-// Whether another engine may run where one failed like this.
+// Whether the error is due to this machine, so that another engine may run.
 bool is_of_the_machine(ErrorCode code) {
   return code == ErrorCode::backend_missing || code == ErrorCode::backend_version || code == ErrorCode::device ||
          code == ErrorCode::cpu;
@@ -139,7 +139,7 @@ Engine Engine::load(const std::filesystem::path& bundle, const Options& options)
   if (!manifest.metadata.ok && !options.allow_failed) {
     throw Error(ErrorCode::state, bundle.string() +
                                       ": this bundle failed its parity gate, or an engine did not reach the state asked "
-                                      "for: export again, or set Options::allow_failed to look into it");
+                                      "for: export again, or set Options::allow_failed to inspect it");
   }
   std::optional<std::string> capability;
 #ifdef EXPORT_ZOO_WITH_TENSORRT
@@ -153,7 +153,7 @@ Engine Engine::load(const std::filesystem::path& bundle, const Options& options)
   const auto attested = detail::apply_attestations(bundle, capability, manifest.metadata.engines);
   auto state = std::make_shared<detail::EngineState>();
   state->metadata = std::move(manifest.metadata);
-  std::optional<ErrorCode> code;  // of the best
+  std::optional<ErrorCode> code;  // of the best engine
   std::string reasons;
   std::vector<LeftOut> left_out;
   for (const auto& unknown : manifest.unknown) {

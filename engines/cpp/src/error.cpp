@@ -4,7 +4,7 @@ namespace export_zoo {
 
 Error::Error(ErrorCode code, const std::string& message) : std::runtime_error(message), code_(code) {}
 
-Error::~Error() = default;  // here, so that there is one vtable
+Error::~Error() = default;  // defined here, so that there is one vtable
 
 const char* name(ErrorCode code) noexcept {
   switch (code) {

@@ -8,7 +8,7 @@ namespace export_zoo::detail {
 
 namespace {
 
-// Integers of a TIFF structure, in its byte order.
+// Reads integers of a TIFF structure in its byte order.
 class Reader {
  public:
   Reader(std::span<const std::uint8_t> bytes, bool little) : bytes_(bytes), little_(little) {}
@@ -79,7 +79,7 @@ Image upright(Image image, int orientation) {
   auto* to = turned.rgb.data();
   for (std::size_t y = 0; y < static_cast<std::size_t>(turned.height); ++y) {
     for (std::size_t x = 0; x < static_cast<std::size_t>(turned.width); ++x) {
-      // Where this pixel lies in the stored image.
+      // Position of this pixel in the stored image.
       std::size_t column = swapped ? y : x;
       std::size_t row = swapped ? x : y;
       if (orientation == 2 || orientation == 3 || orientation == 7 || orientation == 8) column = width - 1 - column;

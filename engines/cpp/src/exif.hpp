@@ -1,4 +1,4 @@
-// The orientation that a camera noted, as Pillow reads it.
+// The orientation in an image's EXIF or XMP metadata, as Pillow reads it.
 #pragma once
 
 #include <cstdint>
@@ -10,13 +10,13 @@
 
 namespace export_zoo::detail {
 
-// Tag 0x0112 of a TIFF header's first directory; none if it is not there or cannot be read.
+// Tag 0x0112 in the first directory of a TIFF header; nullopt if it is missing or cannot be read.
 std::optional<int> exif_orientation(std::span<const std::uint8_t> tiff);
 
-// tiff:Orientation of an XMP packet.
+// tiff:Orientation of an XMP packet; nullopt if it is missing.
 std::optional<int> xmp_orientation(std::string_view packet);
 
-// The image turned upright: EXIF 2.32, table 6, values 1 to 8; others leave it as it is.
+// Turns the image upright: EXIF 2.32, table 6, values 1 to 8. Other values leave it unchanged.
 Image upright(Image image, int orientation);
 
 }  // namespace export_zoo::detail

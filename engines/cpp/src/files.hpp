@@ -1,4 +1,4 @@
-// Files of a bundle, read with care: they may be directories, pipes, huge, or nested a million deep.
+// Safe reading of a bundle's files, which may be directories, pipes, huge, or nested a million deep.
 #pragma once
 
 #include <cstddef>
@@ -8,8 +8,8 @@
 
 namespace export_zoo::detail {
 
-// JSON of a regular file. Throws std::runtime_error, with what is wrong, where it is none, over 64 MiB, or nested over
-// 64 deep.
+// Reads JSON from a regular file. Throws std::runtime_error with the reason if it is not a regular file or not JSON, is
+// larger than 64 MiB, or is nested deeper than 64.
 nlohmann::json read_json(const std::filesystem::path& path);
 
 }  // namespace export_zoo::detail

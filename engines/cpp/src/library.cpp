@@ -20,7 +20,7 @@ Library::Library(const std::filesystem::path& given, const char* variable, std::
     return handle_ != nullptr;
   };
   if (!given.empty()) {
-    // A bare name is looked for among the system's libraries only.
+    // dlopen looks up a bare name among the system's libraries only.
     std::error_code error;
     attempt((std::filesystem::exists(given, error) ? std::filesystem::absolute(given) : given).string());
   } else if (named != nullptr && *named != '\0') {
@@ -41,7 +41,7 @@ void* Library::symbol(const char* name) const {
   void* found = dlsym(handle_, name);
   if (found == nullptr) {
     throw Error(ErrorCode::backend_version, path_ + ": has no symbol " + name +
-                                                ": not the library it should be: give the right path");
+                                                ", so it is not the expected library: give the right path");
   }
   return found;
 }

@@ -1,4 +1,4 @@
-// A shared library, loaded with dlopen and kept for good.
+// A shared library, loaded with dlopen and never unloaded.
 #pragma once
 
 #include <filesystem>
@@ -9,8 +9,8 @@ namespace export_zoo::detail {
 
 class Library {
  public:
-  // The library at `given`, else the one that the environment variable names, else the first of `names` that the
-  // system's loader finds. Throws Error (backend_missing) with what was tried.
+  // Loads the library at `given`. If that is empty, loads the one that the environment variable names. Otherwise, loads
+  // the first of `names` that the system's loader finds. Throws Error (backend_missing) with what was tried.
   Library(const std::filesystem::path& given, const char* variable, std::span<const char* const> names,
           const std::string& what);
 

@@ -22,11 +22,11 @@ using nlohmann::json;
 namespace fs = std::filesystem;
 
 constexpr int kSchemaVersion = 1;
-constexpr std::int64_t kMostValues = std::int64_t{1} << 31;  // of one image
+constexpr std::int64_t kMostValues = std::int64_t{1} << 31;  // values of one image
 constexpr std::int64_t kMostBatch = 1 << 20;
 constexpr std::int64_t kMostSide = 65500;
 
-// Whole numbers only: 255.9 and true would be cut, and 2^32 + 1 wrapped.
+// Accepts whole numbers only: 255.9 and true would be truncated, and 2^32 + 1 would wrap.
 std::int64_t integer(const json& document, const char* key, std::int64_t least,
                      std::int64_t most = std::numeric_limits<std::int64_t>::max()) {
   const auto& value = document.at(key);
@@ -49,12 +49,12 @@ State parse_state(const std::string& text) {
   throw std::invalid_argument("unknown state '" + text + "'");
 }
 
-// What an engine may be called after its gate.
+// The strongest state that an engine's gate supports.
 State state_after(const json& gate) {
   const std::string ran = gate.at("ran");
-  if (ran != "engine" && ran != "precision graph") throw std::invalid_argument("a gate that ran '" + ran + "'");
+  if (ran != "engine" && ran != "precision graph") throw std::invalid_argument("unknown gate.ran '" + ran + "'");
   const auto& failures = gate.at("failures");
-  if (!failures.is_array()) throw std::invalid_argument("failures of a gate are no list");
+  if (!failures.is_array()) throw std::invalid_argument("the gate's failures are not a list");
   if (!failures.empty()) return State::built;
   return ran == "engine" ? State::verified : State::graph_verified;
 }
@@ -63,21 +63,21 @@ detail::File parse_file(const json& document) {
   detail::File file{document.at("path"), document.at("sha256"),
                     static_cast<std::uint64_t>(integer(document, "size_bytes", 0))};
   const fs::path path(file.path);
-  if (file.path.empty() || path.is_absolute()) throw std::invalid_argument("'" + file.path + "' points outside");
+  if (file.path.empty() || path.is_absolute()) throw std::invalid_argument("'" + file.path + "' is outside the bundle");
   for (const auto& part : path) {
-    if (part == "..") throw std::invalid_argument("'" + file.path + "' points outside");
+    if (part == "..") throw std::invalid_argument("'" + file.path + "' is outside the bundle");
   }
   return file;
 }
 
 // [height, width]
 InputSize parse_size(const json& document) {
-  if (!document.is_array() || document.size() != 2) throw std::invalid_argument("size " + document.dump());
+  if (!document.is_array() || document.size() != 2) throw std::invalid_argument("not a valid size: " + document.dump());
   const auto side = [](const json& value) { return integer(json{{"size", value}}, "size", 1, kMostSide); };
   return {side(document[0]), side(document[1])};
 }
 
-// Sizes that the input may have; the one of preprocess where the recipe says nothing else.
+// Sets the range of input sizes. If the recipe has none, it is the size of preprocess alone.
 void parse_sizes(const json& recipe, Metadata& metadata) {
   metadata.size_opt = {metadata.preprocess.crop_height, metadata.preprocess.crop_width};
   metadata.size_min = metadata.size_max = metadata.size_opt;
@@ -100,28 +100,28 @@ void parse_sizes(const json& recipe, Metadata& metadata) {
   };
   if (!logits(metadata.output) ||
       !std::all_of(metadata.further_outputs.begin(), metadata.further_outputs.end(), logits)) {
-    throw std::invalid_argument("an output that is neither [N, classes] nor [N, classes, height, width]");
+    throw std::invalid_argument("an output is neither [N, classes] nor [N, classes, height, width]");
   }
   if (shape.size() != 4 || shape[1] != 3 || InputSize{shape[2], shape[3]} != wanted ||
       (dynamic && parse_size(found->at("opt")) != opt) || low.height > opt.height || low.width > opt.width ||
       opt.height > high.height || opt.width > high.width || high.height > kMostValues / 3 / high.width) {
-    throw std::invalid_argument("shapes of input, input_size and preprocess do not belong together");
+    throw std::invalid_argument("shapes of input, input_size and preprocess contradict each other");
   }
 }
 
 // `open`: height and width may be -1, too.
 Port parse_port(const json& document, bool open) {
   Port port{document.at("name"), document.at("dtype"), document.at("layout"), {}};
-  if (port.dtype != "float32") throw std::invalid_argument("dtype " + port.dtype + " of " + port.name);
+  if (port.dtype != "float32") throw std::invalid_argument("dtype " + port.dtype + " instead of float32: " + port.name);
   for (const auto& size : document.at("shape")) {
-    if (!size.is_string() && !size.is_number_integer()) throw std::invalid_argument("shape of " + port.name);
+    if (!size.is_string() && !size.is_number_integer()) throw std::invalid_argument("invalid shape of " + port.name);
     port.shape.push_back(size.is_string() ? -1 : size.get<std::int64_t>());
   }
   std::int64_t values = 1;
   for (std::size_t i = 0; i < port.shape.size(); ++i) {
     if (i == 0 ? port.shape[i] == -1 : open && i > 1 && port.shape[i] == -1) continue;
     if (i == 0 || port.shape[i] < 1 || port.shape[i] > kMostValues / values) {
-      throw std::invalid_argument("shape of " + port.name);
+      throw std::invalid_argument("invalid shape of " + port.name);
     }
     values *= port.shape[i];
   }
@@ -129,7 +129,7 @@ Port parse_port(const json& document, bool open) {
 }
 
 PreprocessOptions parse_preprocess(const json& document, const json& versions) {
-  // What a later version adds elsewhere is ignored. Here it would change logits.
+  // Elsewhere, keys that a later version adds are ignored. Here they would change logits.
   static const std::set<std::string> known{"resize_size", "crop_height", "crop_width", "interpolation",
                                            "antialias",   "mean",        "std",
                                            "source"};
@@ -144,23 +144,23 @@ PreprocessOptions parse_preprocess(const json& document, const json& versions) {
   if (interpolation == "bicubic") {
     found.interpolation = PreprocessOptions::Interpolation::bicubic;
   } else if (interpolation != "bilinear") {
-    throw std::invalid_argument("interpolation " + interpolation);
+    throw std::invalid_argument("unknown interpolation " + interpolation);
   }
   if (document.at("mean").size() != 3 || document.at("std").size() != 3) {
-    throw std::invalid_argument("mean and std are not of three channels");
+    throw std::invalid_argument("mean and std must have three values each");
   }
   for (std::size_t channel = 0; channel < 3; ++channel) {
-    // As NumPy does: the decimal becomes a double, and that a float.
+    // As in NumPy: the decimal is converted to double, then to float.
     found.mean.at(channel) = static_cast<float>(document.at("mean").at(channel).get<double>());
     found.std_dev.at(channel) = static_cast<float>(document.at("std").at(channel).get<double>());
     if (!std::isfinite(found.mean.at(channel)) || !std::isfinite(found.std_dev.at(channel)) ||
         found.std_dev.at(channel) <= 0) {
-      throw std::invalid_argument("mean or std of preprocess");
+      throw std::invalid_argument("mean and std of preprocess must be finite, and std above 0");
     }
   }
   const std::string pillow = versions.at("pillow");
   if (std::from_chars(pillow.data(), pillow.data() + pillow.size(), found.pillow).ec != std::errc()) {
-    throw std::invalid_argument("version of pillow is '" + pillow + "'");
+    throw std::invalid_argument("version of pillow is not a number: '" + pillow + "'");
   }
   return found;
 }
@@ -213,7 +213,7 @@ EngineInfo parse_engine(const json& document, detail::EngineFiles& files) {
   if (!compiled) engine.built_by = document.at("built_by").at(engine.target);
   const auto& plan = document.at("plan");
   if (plan.is_null() == compiled) {
-    throw std::invalid_argument(engine.name + ": a plan is TensorRT's, and only its");
+    throw std::invalid_argument(engine.name + ": TensorRT engines must have a plan, and others must not");
   }
   if (!plan.is_null()) {
     engine.built_by = plan.at("version");
@@ -248,7 +248,7 @@ detail::Manifest parse(const json& document) {
   parse_sizes(recipe, metadata);
   if (metadata.batch_min > metadata.batch_opt ||
       metadata.batch_opt > metadata.batch_max) {
-    throw std::invalid_argument("batch range");
+    throw std::invalid_argument("invalid batch range: min, opt and max are not in ascending order");
   }
   const auto& engines = document.at("artifacts").at("engines");
   if (!engines.is_array() || engines.empty()) throw std::invalid_argument("it has no engines");
@@ -289,7 +289,7 @@ detail::Manifest detail::read_manifest(const fs::path& bundle) {
   std::error_code unknown;
   if (!fs::exists(path, unknown)) {
     const auto why = fs::is_directory(bundle, unknown) ? "no manifest.json in it"
-                     : fs::exists(bundle, unknown)     ? "a file"
+                     : fs::exists(bundle, unknown)     ? "it is a file"
                                                        : "there is no such directory";
     throw Error(ErrorCode::bundle, bundle.string() + ": not a bundle (" + why +
                                        "): pass the directory that `export-zoo export` wrote");

@@ -1,4 +1,4 @@
-// A bundle's manifest, with what only the library itself needs of it.
+// A bundle's manifest, with the fields that only the library itself needs.
 #pragma once
 
 #include <cstdint>
@@ -18,19 +18,19 @@ struct File {
 
 struct EngineFiles {
   File engine;
-  std::vector<File> beside;  // weights that the engine refers to
+  std::vector<File> beside;  // weight files that the engine refers to
 };
 
 struct Manifest {
   Metadata metadata;
   std::vector<EngineFiles> files;    // by index of metadata.engines
-  std::vector<std::string> unknown;  // engines of a later version's targets and precisions
+  std::vector<std::string> unknown;  // names of engines whose target or precision is of a later version
 };
 
 // Throws Error (bundle).
 Manifest read_manifest(const std::filesystem::path& bundle);
 
-// The path of a bundle's file after checking its size and SHA-256. Throws Error (checksum).
+// Checks the size and SHA-256 of a bundle's file and returns its path. Throws Error (checksum).
 std::filesystem::path checked(const std::filesystem::path& bundle, const File& file);
 
 }  // namespace export_zoo::detail

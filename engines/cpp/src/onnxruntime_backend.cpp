@@ -30,15 +30,16 @@ struct Runtime {
 
 const Runtime& runtime(const std::filesystem::path& given) {
   static std::mutex mutex;
-  // Never destroyed: at exit ONNX Runtime's own statics, which came later, are gone before ours.
+  // Never destroyed: at exit, ONNX Runtime's own statics, which were created later, are destroyed before ours.
   static const Runtime* loaded = nullptr;
   const std::lock_guard lock(mutex);
   if (loaded != nullptr) {
     std::error_code unknown;
     if (!given.empty() && std::filesystem::path(loaded->path) != given &&
         !std::filesystem::equivalent(loaded->path, given, unknown)) {
-      throw Error(ErrorCode::backend_version, "this process runs ONNX Runtime from " + loaded->path + ", and cannot load " +
-                                                  given.string() + " beside it: give the same path everywhere");
+      throw Error(ErrorCode::backend_version, "this process already runs ONNX Runtime from " + loaded->path +
+                                                  ", and cannot load " + given.string() +
+                                                  " beside it: give the same path everywhere");
     }
     return *loaded;
   }
@@ -58,7 +59,7 @@ const Runtime& runtime(const std::filesystem::path& given) {
     fresh->env = Ort::Env(ORT_LOGGING_LEVEL_ERROR, "export_zoo");
   } catch (const Ort::Exception& error) {
     throw Error(ErrorCode::runtime, library.path() + ": ONNX Runtime does not start: " + error.what() +
-                                        ": install it again, or give another one");
+                                        ": reinstall it, or give another library");
   }
   fresh->path = library.path();
   fresh->version = base->GetVersionString();
@@ -74,7 +75,7 @@ Ort::MemoryInfo cpu_memory() {
   }
 }
 
-// Session entries that keep the engine's INT8 sums exact on this CPU; none where they are exact anyway.
+// Session entries that keep the engine's INT8 sums exact on this CPU; empty if they are exact anyway.
 std::map<std::string, std::string> entries_here(const EngineInfo& info, const Ort::Env& env) {
   if (!precision_of(info).integer_sums) return {};
   auto entries = info.saturating_cpu_session.value_or(std::map<std::string, std::string>{{kExactEntry, "1"}});
@@ -82,8 +83,8 @@ std::map<std::string, std::string> entries_here(const EngineInfo& info, const Or
   return entries;
 }
 
-// Parts of the messages with which ONNX Runtime refuses kExactEntry where nodes share an INT8 tensor: of 1.24 and later,
-// and of 1.21 to 1.23, whose messages name the tensor that should replace the shared one.
+// Parts of the messages with which ONNX Runtime refuses kExactEntry if nodes share an INT8 tensor: those of 1.24 and
+// later, and those of 1.21 to 1.23, which name the tensor that should replace the shared one.
 constexpr std::array<std::string_view, 3> kSharedTensor{"AddInitializedOrtValue", "Attempt to replace the existing tensor",
                                                         "_s8_2_u8"};
 
@@ -92,7 +93,7 @@ bool refuses_shared_tensor(std::string_view message) {
   return std::any_of(kSharedTensor.begin(), kSharedTensor.end(), in);
 }
 
-// The engine that cannot be exact here, and the next step.
+// Error message that names the engine that cannot be exact here, and the next step.
 std::string not_exact(const std::filesystem::path& engine, const std::string& library, const Metadata& metadata,
                       const Options& options) {
   constexpr std::string_view kOther = "onnxruntime-fp32";
@@ -164,9 +165,9 @@ class OnnxRuntimeBackend final : public Backend {
     try {
       Ort::SessionOptions session;
       session.SetIntraOpNumThreads(options.threads);
-      // Or idle threads of one engine spin on the cores of the next.
+      // Otherwise, idle threads of one engine spin on the cores that the next one needs.
       session.AddConfigEntry("session.force_spinning_stop", "1");
-      // The FP16 layout pass of ONNX Runtime 1.31 crashes on transformers; Python leaves it out, too.
+      // The FP16 layout pass of ONNX Runtime 1.31 crashes on transformers; Python disables it, too.
       if (precision_of(info).float16) {
         session.AddConfigEntry("optimization.disable_specified_optimizers", "NchwcTransformer");
       }
@@ -193,7 +194,7 @@ class OnnxRuntimeBackend final : public Backend {
   const std::string& description() const noexcept override { return description_; }
 
  private:
-  // The manifest says what buffers are made for.
+  // Buffers have the manifest's sizes, so the engine must match it.
   void check_ports(const std::filesystem::path& engine) const {
     const auto same = [](const Ort::TypeInfo& type, const Port& port) {
       if (type.GetONNXType() != ONNX_TYPE_TENSOR) return false;
@@ -220,7 +221,7 @@ class OnnxRuntimeBackend final : public Backend {
 
   Metadata metadata_;
   std::string description_;
-  std::unique_ptr<Ort::Session> session_;  // even an empty Ort::Session needs the library to be destroyed
+  std::unique_ptr<Ort::Session> session_;  // destroying even an empty Ort::Session needs the library
 };
 
 }  // namespace

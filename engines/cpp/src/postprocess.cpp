@@ -25,7 +25,7 @@ std::vector<Class> top_k(std::span<const float> scores, std::size_t k) {
   k = std::min(k, order.size());
   std::partial_sort(order.begin(), order.begin() + static_cast<std::ptrdiff_t>(k), order.end(),
                     [&](std::size_t a, std::size_t b) {
-                      if (std::isnan(scores[a]) || std::isnan(scores[b])) {  // behind all numbers
+                      if (std::isnan(scores[a]) || std::isnan(scores[b])) {  // after all numbers
                         return std::isnan(scores[a]) == std::isnan(scores[b]) ? a < b : std::isnan(scores[b]);
                       }
                       return scores[a] != scores[b] ? scores[a] > scores[b] : a < b;

@@ -11,7 +11,7 @@ namespace export_zoo {
 
 namespace {
 
-// JPEG's own limit; a strip of 1 x 30,000 would become gigabytes.
+// JPEG's own limit. Without it, a resized strip of 1 x 30,000 pixels would take gigabytes.
 constexpr std::int64_t kMaxSide = 65500;
 
 }  // namespace
@@ -19,13 +19,14 @@ constexpr std::int64_t kMaxSide = 65500;
 PreprocessOptions at_size(PreprocessOptions options, InputSize size) {
   const int shorter = std::min(options.crop_height, options.crop_width);
   if (shorter < 1 || size.height < 1 || size.width < 1 || size.height > kMaxSide || size.width > kMaxSide) {
-    throw Error(ErrorCode::shape, "preprocess: a size of " + std::to_string(size.height) + "x" +
-                                      std::to_string(size.width) + " pixels: give 1 to " + std::to_string(kMaxSide) + ", and the options of a bundle");
+    throw Error(ErrorCode::shape, "preprocess: invalid size of " + std::to_string(size.height) + "x" +
+                                      std::to_string(size.width) + " pixels: give sides of 1 to " +
+                                      std::to_string(kMaxSide) + ", and the options of a bundle");
   }
-  // As Python does: divided first, and half to even.
+  // As in Python: divide first, and round half to even.
   const double ratio = static_cast<double>(options.resize_size) / shorter;
   const double resized = std::nearbyint(static_cast<double>(std::min(size.height, size.width)) * ratio);
-  // One that is too large is refused by Preprocessor.
+  // Preprocessor refuses a size that is too large.
   options.resize_size = static_cast<int>(std::clamp(resized, 1.0, static_cast<double>(kMaxSide) + 1));
   options.crop_height = static_cast<int>(size.height);
   options.crop_width = static_cast<int>(size.width);
@@ -35,7 +36,8 @@ PreprocessOptions at_size(PreprocessOptions options, InputSize size) {
 Preprocessor::Preprocessor(const PreprocessOptions& options) : options_(options), table_(3 * 256) {
   for (const int side : {options.resize_size, options.crop_height, options.crop_width}) {
     if (side < 1 || side > kMaxSide) {
-      throw Error(ErrorCode::shape, "preprocess: a side of " + std::to_string(side) + " pixels: take the options of a bundle");
+      throw Error(ErrorCode::shape, "preprocess: invalid side of " + std::to_string(side) +
+                                        " pixels: take the options of a bundle");
     }
   }
   for (std::size_t channel = 0; channel < 3; ++channel) {
@@ -46,7 +48,7 @@ Preprocessor::Preprocessor(const PreprocessOptions& options) : options_(options)
                                         std::to_string(std_dev) + ": std_dev must be above 0, both finite: take the options of a bundle");
     }
     for (std::size_t value = 0; value < 256; ++value) {
-      // Each step rounded to float, as torchvision does.
+      // Each step is rounded to float, as in torchvision.
       const float scaled = static_cast<float>(value) / 255.0F;
       const float centred = scaled - mean;
       table_[channel * 256 + value] = centred / std_dev;
@@ -61,18 +63,18 @@ std::size_t Preprocessor::size() const noexcept {
 
 void Preprocessor::operator()(const Image& image, std::span<float> out) const {
   if (out.size() != size()) {
-    throw Error(ErrorCode::shape, "room for " + std::to_string(out.size()) + " values, one image needs " +
-                                      std::to_string(size()));
+    throw Error(ErrorCode::shape, "the output has space for " + std::to_string(out.size()) +
+                                      " values, one image needs " + std::to_string(size()));
   }
   if (image.width < 1 || image.height < 1 ||
       image.rgb.size() != std::size_t{3} * static_cast<std::size_t>(image.width) *
                               static_cast<std::size_t>(image.height)) {
     throw Error(ErrorCode::image, "an image of " + std::to_string(image.width) + "x" + std::to_string(image.height) +
-                                      " has " + std::to_string(image.rgb.size()) + " bytes");
+                                      " has " + std::to_string(image.rgb.size()) + " bytes, not 3 per pixel");
   }
   const std::int64_t longer = std::max(image.width, image.height);
   const std::int64_t shorter = std::min(image.width, image.height);
-  // torchvision divides as floating-point numbers and cuts off.
+  // torchvision divides floating-point numbers and truncates.
   const auto resized = static_cast<std::int64_t>(static_cast<double>(options_.resize_size * longer) /
                                                  static_cast<double>(shorter));
   if (resized > kMaxSide) {
@@ -83,12 +85,12 @@ void Preprocessor::operator()(const Image& image, std::span<float> out) const {
   const int height = image.width <= image.height ? static_cast<int>(resized) : options_.resize_size;
   const int crop_height = options_.crop_height;
   const int crop_width = options_.crop_width;
-  // Where an image is smaller than the crop it has a black border, the odd pixel below and to the right.
+  // An image that is smaller than the crop gets a black border, with the odd pixel below and to the right.
   const int above = std::max(crop_height - height, 0) / 2;
   const int before = std::max(crop_width - width, 0) / 2;
   const int rows = std::min(height, crop_height);
   const int columns = std::min(width, crop_width);
-  // Half to even, as Python rounds.
+  // Rounds half to even, as Python does.
   const int top = static_cast<int>(std::nearbyint((height - rows) / 2.0));
   const int left = static_cast<int>(std::nearbyint((width - columns) / 2.0));
   const auto pixels =

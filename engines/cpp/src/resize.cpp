@@ -22,7 +22,7 @@ double cubic(double x) {
   return 0.0;
 }
 
-// Which input pixels make an output pixel, and with which weights.
+// Input pixels of each output pixel, and their weights.
 struct Taps {
   std::vector<int> first;
   std::vector<int> count;
@@ -32,7 +32,7 @@ struct Taps {
   [[nodiscard]] const std::int32_t* of(std::size_t i) const { return weights.data() + i * width; }
 };
 
-// Of the output pixels [begin, begin + count) of `out`.
+// Taps of the output pixels [begin, begin + count) of `out`.
 Taps taps(int in, int out, int begin, int count, PreprocessOptions::Interpolation interpolation) {
   const bool is_cubic = interpolation == PreprocessOptions::Interpolation::bicubic;
   const double scale = static_cast<double>(in) / out;
@@ -71,7 +71,7 @@ std::uint8_t to_byte(std::int32_t sum) { return static_cast<std::uint8_t>(std::c
 struct Plane {
   std::vector<std::uint8_t> own;
   const std::uint8_t* data = nullptr;
-  int first = 0;  // index of the first row (or column) that is there
+  int first = 0;  // index of the first row (or column) that it holds
   std::size_t rows = 0;
   std::size_t columns = 0;
 
@@ -127,7 +127,7 @@ Plane down(const Plane& in, const Taps& taps) {
   return out;
 }
 
-// The columns [begin, begin + columns) of each row.
+// Copies the columns [begin, begin + columns) of each row.
 Plane cut(const Plane& in, std::size_t begin, std::size_t columns) {
   auto out = make(in.rows, columns);
   for (std::size_t y = 0; y < in.rows; ++y) {
@@ -146,7 +146,7 @@ std::vector<std::uint8_t> resize(const Image& image, int width, int height, int 
   plane.columns = static_cast<std::size_t>(image.width);
   const bool horizontal = width != image.width;
   const bool vertical = height != image.height;
-  // Fitted to Pillow 13 over many sizes; each pass rounds, so the order shows.
+  // Fitted to Pillow 13 over many sizes. Each pass rounds, so the order changes the result.
   const bool vertical_first = pillow >= 13 && horizontal && vertical && height < image.height &&
                               image.height - height > 2 * (image.width - width);
   const auto columns_of = [&](const Plane& in, std::size_t begin, std::size_t count) {

@@ -8,10 +8,11 @@
 
 namespace export_zoo::detail {
 
-// The part [top, top + rows) x [left, left + columns) of the image resized to width x height, RGB row by row.
+// Resizes the image to width x height and returns the part [top, top + rows) x [left, left + columns), RGB row by row.
 //
-// Two passes with 22-bit fixed-point weights of a triangle or Keys cubic (a = -0.5) filter, as wide as the image shrinks,
-// rounded to 8 bits between them. `pillow`: from 13 on the pass that leaves less to do comes first.
+// Two passes with 22-bit fixed-point weights, rounded to 8 bits between them. The filter is a triangle or a Keys cubic
+// (a = -0.5), widened by the factor by which the image shrinks. `pillow` is Pillow's major version: from 13 on, the
+// pass that leaves less work comes first.
 std::vector<std::uint8_t> resize(const Image& image, int width, int height, int top, int left, int rows, int columns,
                                  PreprocessOptions::Interpolation interpolation, int pillow);
 

@@ -20,7 +20,7 @@ constexpr std::array kTargets{
     Target{"tensorrt-rtx", "TensorRT", true, kOpenTensorRT},
 };
 
-// From the most exact on, as in Python.
+// The most exact first, as in Python.
 constexpr std::array kPrecisions{
     Precision{"fp32", false, false},
     Precision{"fp16", false, true},

@@ -1,4 +1,5 @@
-// Targets and precisions that this version knows. A new one is a line in targets.cpp, and what opens its engines.
+// Targets and precisions that this version knows. To add one, add a line to targets.cpp and the function that opens
+// its engines.
 #pragma once
 
 #include <cstddef>
@@ -18,7 +19,7 @@ struct Target {
                                         const Metadata& metadata, const Options& options);
 
   std::string_view name;
-  std::string_view library;  // that runs its engines
+  std::string_view library;  // library that runs its engines
   bool on_gpu;  // engines are plans, compiled for GPUs, and attested by compute capability
   Open* open;   // nullptr: this library was built without it
 };
@@ -29,15 +30,15 @@ struct Precision {
   bool float16;       // tensors are float16
 };
 
-// nullptr for those of later versions.
+// nullptr for a name that this version does not know.
 const Target* find_target(std::string_view name) noexcept;
 const Precision* find_precision(std::string_view name) noexcept;
 
-// Of an engine of a manifest, whose names were looked up when it was read.
+// Target and precision of an engine from a manifest. Reading the manifest has checked both names.
 const Target& target_of(const EngineInfo& info);
 const Precision& precision_of(const EngineInfo& info);
 
-// How many precisions are more exact.
+// Number of precisions that are more exact.
 std::size_t order_of(const Precision& precision) noexcept;
 
 }  // namespace export_zoo::detail

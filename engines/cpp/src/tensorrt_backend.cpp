@@ -1,5 +1,5 @@
-// TensorRT and TensorRT-RTX. Compiled where NVIDIA's headers are found; their libraries and CUDA's runtime are loaded with
-// dlopen. Never run on a GPU so far: see docs/cpp.md.
+// TensorRT and TensorRT-RTX. Compiled where NVIDIA's headers are found. Their libraries and CUDA's runtime are loaded
+// with dlopen. This file has not been run on a GPU yet: see docs/cpp.md.
 
 #include <algorithm>
 #include <array>
@@ -25,7 +25,7 @@ constexpr std::array<const char*, 2> kTensorRT{"libnvinfer.so.11", "libnvinfer.s
 constexpr std::array<const char*, 2> kTensorRTRTX{"libtensorrt_rtx.so.1", "libtensorrt_rtx.so"};
 constexpr std::array<const char*, 3> kCudart{"libcudart.so.13", "libcudart.so.12", "libcudart.so"};
 
-// CUDA's runtime, as far as it is needed.
+// The functions of CUDA's runtime that this file calls.
 struct Cuda {
   Library library;
 #define EXPORT_ZOO_CUDA(name) decltype(&::name) name = reinterpret_cast<decltype(&::name)>(library.symbol(#name))
@@ -46,7 +46,7 @@ struct Cuda {
   EXPORT_ZOO_CUDA(cudaGraphExecDestroy);
   EXPORT_ZOO_CUDA(cudaGraphLaunch);
 #undef EXPORT_ZOO_CUDA
-  // Overloaded or inline in C++ headers: by their C signature.
+  // Overloaded or inline in the C++ headers, so declared with their C signature.
   cudaError_t (*cudaHostAlloc)(void**, std::size_t, unsigned int) =
       reinterpret_cast<decltype(cudaHostAlloc)>(library.symbol("cudaHostAlloc"));
   cudaError_t (*cudaGraphInstantiate)(cudaGraphExec_t*, cudaGraph_t, unsigned long long) =
@@ -57,7 +57,7 @@ struct Cuda {
   void check(cudaError_t status, const char* what, ErrorCode code = ErrorCode::runtime) const {
     if (status == cudaSuccess) return;
     throw Error(code, std::string("CUDA: ") + what + ": " + cudaGetErrorString(status) +
-                          ": see nvidia-smi: driver, free memory, other processes");
+                          ": check the driver, free memory and other processes with nvidia-smi");
   }
 };
 
@@ -86,7 +86,7 @@ class Logger final : public nvinfer1::ILogger {
   std::string last_;
 };
 
-// "11.1.0" of getInferLibVersion's number.
+// Version text, such as "11.1.0", of getInferLibVersion's number.
 std::string version_text(int version) {
   return std::to_string(version / 10000) + "." + std::to_string(version / 100 % 100) + "." +
          std::to_string(version % 100);
@@ -146,7 +146,7 @@ class TensorRTRunner final : public Runner {
         context_(engine.createExecutionContext()) {
     if (!context_) {
       throw Error(ErrorCode::runtime, "TensorRT: no execution context: " + logger.last() +
-                                          ": see nvidia-smi for free memory, and share fewer contexts");
+                                          ": check free memory with nvidia-smi, or create fewer contexts");
     }
     if (!context_->setTensorAddress(metadata.input.name.c_str(), in_.data()) ||
         !context_->setTensorAddress(metadata.output.name.c_str(), out_.data())) {
@@ -170,7 +170,7 @@ class TensorRTRunner final : public Runner {
     std::copy(input.begin(), input.end(), static_cast<float*>(in_host_.data()));
     const Shape shape{batch, size.height, size.width};
     if (shape != shape_) set(shape);
-    // The first run of a shape lets the library set up; the second in a row is recorded, and replayed from then on.
+    // The first run of a shape lets the library set up. The second run in a row is recorded, and replayed from then on.
     if (runs_ == 1 && graph_ == nullptr) graph_ = capture(input.size_bytes(), output.size_bytes());
     if (graph_ != nullptr) {
       cuda_.check(cuda_.cudaGraphLaunch(graph_, stream_.get()), "graph");
@@ -189,7 +189,8 @@ class TensorRTRunner final : public Runner {
     return static_cast<std::size_t>(metadata_.batch_max) * values_of_image(port, metadata_.size_max) * sizeof(float);
   }
 
-  // A graph is that of one shape: replayed after its context was given another, it may run with what belongs to that.
+  // A CUDA graph is valid for one shape. If it were replayed after the context was set to another shape, it might use
+  // that shape's state.
   void forget() {
     if (graph_ != nullptr) static_cast<void>(cuda_.cudaGraphExecDestroy(graph_));
     graph_ = nullptr;
@@ -211,7 +212,7 @@ class TensorRTRunner final : public Runner {
                                           std::to_string(height) + "x" + std::to_string(width) + ": " + logger_.last() +
                                           ": export the bundle again");
     }
-    // What the plan leaves open until now must fit the buffers, too.
+    // Dimensions that the plan left open until now must fit the buffers, too.
     check_room(metadata_.output, shape);
     for (const auto& port : metadata_.further_outputs) check_room(port, shape);
     shape_ = shape;
@@ -226,7 +227,7 @@ class TensorRTRunner final : public Runner {
     if (found.nbDims != static_cast<int>(port.shape.size()) ||
         !std::equal(found.d, found.d + found.nbDims, wanted.begin())) {
       throw Error(ErrorCode::bundle, "TensorRT: output " + port.name +
-                                         " has not the shape that the manifest says: export the bundle again");
+                                         " does not have the shape in the manifest: export the bundle again");
     }
   }
 
@@ -235,12 +236,12 @@ class TensorRTRunner final : public Runner {
     cuda_.check(cuda_.cudaMemcpyAsync(in_.data(), in_host_.data(), in, cudaMemcpyHostToDevice, stream), "copy");
     if (!context_->enqueueV3(stream)) {
       throw Error(ErrorCode::runtime, "TensorRT could not run the engine: " + logger_.last() +
-                                          ": see nvidia-smi, or run an engine of onnxruntime");
+                                          ": check nvidia-smi, or run an engine of onnxruntime");
     }
     cuda_.check(cuda_.cudaMemcpyAsync(out_host_.data(), out_.data(), out, cudaMemcpyDeviceToHost, stream), "copy");
   }
 
-  // A CUDA graph of one run; null where it cannot be recorded, and then each run is enqueued.
+  // Records one run as a CUDA graph. Returns null if it cannot be recorded; then each run is enqueued.
   cudaGraphExec_t capture(std::size_t in, std::size_t out) {
     const auto stream = stream_.get();
     cudaGraph_t graph = nullptr;
@@ -269,9 +270,9 @@ class TensorRTRunner final : public Runner {
   std::vector<std::unique_ptr<Buffer>> further_;
   Stream stream_;
   std::unique_ptr<nvinfer1::IExecutionContext> context_;
-  Shape shape_{};  // what the context is set to; zeros: nothing
-  std::uint64_t runs_ = 0;  // of that shape, in a row
-  cudaGraphExec_t graph_ = nullptr;  // of that shape; null where it cannot be recorded
+  Shape shape_{};  // shape that the context is set to; zeros: none
+  std::uint64_t runs_ = 0;  // number of runs of that shape in a row
+  cudaGraphExec_t graph_ = nullptr;  // CUDA graph of that shape; null if it cannot be recorded
 };
 
 class TensorRTBackend final : public Backend {
@@ -290,12 +291,12 @@ class TensorRTBackend final : public Backend {
     runtime_.reset(static_cast<nvinfer1::IRuntime*>(create(&logger_, NV_TENSORRT_VERSION)));
     if (!runtime_) {
       throw Error(ErrorCode::runtime, description_ + " does not start: " + logger_.last() +
-                                          ": see nvidia-smi, or load an engine of onnxruntime");
+                                          ": check nvidia-smi, or load an engine of onnxruntime");
     }
     std::ifstream file(path, std::ios::binary);
     const std::vector<char> plan((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
     if (!file) throw Error(ErrorCode::runtime, path.string() + ": cannot be read: check its permissions");
-    // Such a plan brings code of its own for the host, which TensorRT loads only when it may; its hash was checked.
+    // Such a plan contains host code, which TensorRT loads only if allowed. The plan's hash was checked.
     if (info.version_compatible) runtime_->setEngineHostCodeAllowed(true);
     engine_.reset(runtime_->deserializeCudaEngine(plan.data(), plan.size()));
     if (!engine_) {
@@ -313,7 +314,7 @@ class TensorRTBackend final : public Backend {
   const std::string& description() const noexcept override { return description_; }
 
  private:
-  // Before any virtual call: another version's table of functions is another one.
+  // Must run before any virtual call: the table of virtual functions differs between versions.
   void check_version(const EngineInfo& info) {
     const auto version = reinterpret_cast<int (*)()>(library_.symbol("getInferLibVersion"))();
     const auto here = version_text(version);
@@ -334,8 +335,9 @@ class TensorRTBackend final : public Backend {
     int count = 0;
     cuda_.check(cuda_.cudaGetDeviceCount(&count), "no device", ErrorCode::device);
     if (device_ < 0 || device_ >= count) {
-      throw Error(ErrorCode::device, "CUDA device " + std::to_string(device_) + ": there are " + std::to_string(count) +
-                                         ": set Options::device, the first is 0");
+      throw Error(ErrorCode::device, "CUDA device " + std::to_string(device_) +
+                                         " does not exist, number of devices: " + std::to_string(count) +
+                                         ": set Options::device; the first device is 0");
     }
     const auto here = capability_of(cuda_, device_);
     const auto& built = info.compute_capabilities;
@@ -348,7 +350,8 @@ class TensorRTBackend final : public Backend {
     cuda_.check(cuda_.cudaSetDevice(device_), "device", ErrorCode::device);
   }
 
-  // The manifest says what buffers are made for. What a plan leaves open (-1) is compared when a shape is set.
+  // Buffers have the manifest's sizes, so the plan must match it. Dimensions that a plan leaves open (-1) are compared
+  // when a shape is set.
   void check_ports(const std::filesystem::path& path) const {
     const auto same = [&](const Port& port, nvinfer1::TensorIOMode mode) {
       const auto* name = port.name.c_str();
@@ -378,7 +381,7 @@ class TensorRTBackend final : public Backend {
   Logger logger_;
   std::string description_;
   std::unique_ptr<nvinfer1::IRuntime> runtime_;
-  std::unique_ptr<nvinfer1::ICudaEngine> engine_;  // after the runtime: it goes first
+  std::unique_ptr<nvinfer1::ICudaEngine> engine_;  // after the runtime, so that it is destroyed first
 };
 
 }  // namespace

@@ -134,7 +134,7 @@ TEST_F(Metadata, ThatPointsOutsideTheBundleIsRefused) {
     document["artifacts"]["engines"][0]["file"]["path"] = path;
     const auto [code, message] = error_with(document.dump());
     EXPECT_EQ(code, ez::ErrorCode::bundle);
-    EXPECT_THAT(message, HasSubstr("points outside"));
+    EXPECT_THAT(message, HasSubstr("is outside the bundle"));
   }
 }
 
@@ -184,7 +184,7 @@ TEST_F(Metadata, OfAnEngineThatIsNotWhatItIsCalledIsRefused) {
            {"/recipe/preprocess/pad", 4, "preprocess has 'pad', which this version does not know"},
            {"/artifacts/engines/1/precision", "fp16", "onnxruntime-int8 is not onnxruntime-fp16"},
            {"/artifacts/engines/1", manifest()["artifacts"]["engines"][0], "onnxruntime-fp32 is there twice"},
-           {"/artifacts/engines/1/plan", {{"version", "11.1.0"}}, "a plan is TensorRT's"}}) {
+           {"/artifacts/engines/1/plan", {{"version", "11.1.0"}}, "TensorRT engines must have a plan"}}) {
     auto document = manifest();
     document[json::json_pointer(pointer)] = value;
     const auto [code, message] = error_with(document.dump());

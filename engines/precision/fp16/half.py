@@ -1,4 +1,4 @@
-"""FP16 precision graphs: float32 input and output, half inside, but for what half cannot hold."""
+"""FP16 precision graphs: float32 input and output, half inside, except for values that half cannot hold."""
 
 from __future__ import annotations
 
@@ -31,10 +31,12 @@ KEEP_FLOAT = frozenset(
         "Softmax",
     }
 )
-"""Exponentials, sums of squares and large sums leave half's range or drown in its 11 bits."""
+"""Operators that stay float: exponentials, sums of squares and large sums exceed half's range or lose too much
+to its 11 bits."""
 
 MAX_ABS = 32768.0
-"""Half ends at 65,504; images that were not calibrated on may go further than those that were."""
+"""Largest calibrated magnitude of a half tensor. Half ends at 65,504; other images may have larger values than the
+calibration images."""
 
 _LEAST_NORMAL, _LARGEST = float(np.finfo(np.float16).tiny), float(np.finfo(np.float16).max)
 
@@ -50,11 +52,12 @@ def _largest(value: ir.Value) -> float:
 
 
 LEAST_SCALE = 2.0**-20
-"""Of a Q/DQ pair in half: half's steps there are 1/16 of it, and the integers belong to what half holds."""
+"""Smallest scale of a Q/DQ pair in half. Half's steps there are 1/16 of the scale, and the integers are computed with
+the scale that half holds."""
 
 
 def _scales_fit(node: ir.Node) -> bool:
-    """Whether a Q or DQ may run in half: its scales, and the weights that it makes of stored integers."""
+    """Whether a Q or DQ may run in half: half must hold its scales and the weights that it makes from integers."""
     scale, source = node.inputs[1], node.inputs[0]
     if scale is None or not constant(scale):
         return False
@@ -63,24 +66,25 @@ def _scales_fit(node: ir.Node) -> bool:
 
 
 def _fits_half(value: ir.Value) -> bool:
-    """Constants must neither overflow nor, as an epsilon would, vanish. Single tiny weights may."""
+    """Whether half can hold a constant: it must not overflow, nor vanish as an epsilon would. Single tiny weights may
+    vanish."""
     largest = _largest(value)
     return largest == 0 or _LEAST_NORMAL <= largest <= _LARGEST
 
 
 def _decide(nodes: Iterable[ir.Node], overflowing: Set[str]) -> dict[int, bool]:
-    """Which nodes run in half, by id, for nodes in graph order.
+    """Whether each node runs in half, by id, for nodes in graph order.
 
-    An epsilon guards a division: `x / max(norm, 1e-12)` is 0 / 0 where the maximum is cast to half before it is
-    divided by. So all stays float from the epsilon to the division.
+    An epsilon guards a division: `x / max(norm, 1e-12)` is 0 / 0 if the maximum is cast to half before the division.
+    So all nodes from the epsilon to the division stay float.
 
     Args:
-        overflowing: names of tensors that half might not hold: what makes and what reads them stays float.
+        overflowing: names of tensors that half might not hold. Their producers and readers stay float.
     """
     decisions: dict[int, bool] = {}
     nodes = list(nodes)
     large = set(overflowing)
-    # What an activation cuts off below is not in the ranges: what goes in is as large as what comes out, or larger.
+    # Ranges lack the values that an activation cuts off below: its input is at least as large as its output.
     for node in reversed(nodes):
         if node.op_type in ACTIVATIONS and node.outputs[0].name in large and node.inputs[0] is not None:
             large.add(str(node.inputs[0].name))
@@ -96,7 +100,7 @@ def _decide(nodes: Iterable[ir.Node], overflowing: Set[str]) -> dict[int, bool]:
             guarded.update(id(value) for value in node.outputs)
         overflows = any(v is not None and v.name in large for v in [*node.inputs, *node.outputs])
         if node.op_type in QDQ and (overflows or (constant(node.inputs[0]) and not runs_in_half(node))):
-            large.update(str(value.name) for value in node.outputs)  # the same numbers
+            large.update(str(value.name) for value in node.outputs)  # the same values
         decisions[id(node)] = runs_in_half(node) and not (carries or divides or overflows)
     return decisions
 
@@ -117,7 +121,7 @@ def runs_in_half(node: ir.Node) -> bool:
         for attribute in node.attributes.values()
     ):
         return False
-    # A bias may vanish: it is added to what half holds no better.
+    # A bias may vanish: half does not hold the sum that it is added to any better.
     biases = [*node.inputs[2:3]] if node.op_type in ("Conv", "ConvTranspose", "Gemm") else []
     if any(_largest(value) > _LARGEST for value in biases if value is not None and constant(value)):
         return False
@@ -212,10 +216,10 @@ def overflowing(ranges: Ranges | None) -> set[str]:
 
 
 def halve(graph: ir.Graph, ranges: Ranges | None) -> None:
-    """Convert a graph to FP16 in place, but for what half cannot hold; input and logits stay float32.
+    """Convert a graph to FP16 in place. Values that half cannot hold, the input and the logits stay float32.
 
     Args:
-        ranges: of the activations, to find those that overflow; None where nothing was calibrated.
+        ranges: activation ranges, to find tensors that overflow; None without calibration.
     """
     _Converter(graph, overflowing(ranges)).run()
 

@@ -18,5 +18,5 @@ class _FP16(Precision):
         to_half(graph, out, ranges)
 
 
-# Half has 11 significant bits (66 dB a rounding); tens of layers leave 40 dB and more.
+# Half has 11 significant bits (66 dB per rounding). After tens of layers, 40 dB or more are left.
 FP16 = _FP16("fp16", {"sqnr": 35.0, "top1": 0.97, "misplaced": 0}, uses_ranges=True, float16=True)

@@ -1,8 +1,8 @@
-"""The twin of a precision graph: what its FP16 engine computes, as ONNX Runtime's CPU kernels can show it.
+"""The twin of a precision graph: a float32 graph that shows on a CPU what the FP16 engine computes.
 
-Those compute FP16 operators in FP32 and round the result once, or not at all between fused ones, so an overflow of half
-never shows. The twin is a float32 graph in which each half tensor is rounded by a pair of casts, which ONNX Runtime
-keeps when it does not optimize: infinities appear where the engine would have them.
+ONNX Runtime's CPU kernels compute FP16 operators in FP32. They round each result once, and not at all between fused
+operators, so an overflow of half never shows. In the twin, a pair of casts rounds each half tensor. ONNX Runtime keeps
+these casts when graph optimization is off. Infinities then appear where the engine would have them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ HALF, FLOAT = ir.DataType.FLOAT16, ir.DataType.FLOAT
 
 
 def _rounded(graph: ir.Graph, value: ir.Value) -> None:
-    """Let all readers of a tensor see it rounded to half."""
+    """Round a tensor to half for all its readers."""
     producer = value.producer()
     assert producer is not None
     uses = list(value.uses())
@@ -36,8 +36,8 @@ def _rounded(graph: ir.Graph, value: ir.Value) -> None:
 def write_twin(graph: Path, out: Path) -> list[Path]:
     """Write the twin of a precision graph and return the files written.
 
-    What DequantizeLinear makes is not rounded: engines fuse it, and integers times a scale cannot overflow where the
-    scale was chosen for them. Without FP16 in the graph, the twin is the graph.
+    Outputs of DequantizeLinear are not rounded: engines fuse it, and integers times the scale that was chosen for them
+    cannot overflow. If the graph has no FP16 tensors, the twin is the graph itself.
     """
     model = graph_io.load(graph)
     for value in model.graph.initializers.values():

@@ -1,4 +1,4 @@
-"""Which tensors gain by a smaller range than their minimum and maximum."""
+"""Find the tensors that gain from a smaller range than their minimum and maximum."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ from export_zoo.engines.precision.int8.rules import Int8Rules
 def worth_clipping(
     graph: ir.Graph, ranges: Ranges, rules: Int8Rules, keep_float: tuple[str, ...]
 ) -> list[str]:
-    """One tensor of each scale group, in order of how much of its power the range of least squared error saves, beside
-    that of minimum and maximum. Those of whose error it saves less than a tenth are left out.
+    """Names of tensors worth clipping, one per scale group, in order of gain, largest first.
+
+    The gain is the squared error that the range of least squared error saves over the range from minimum to maximum,
+    relative to the tensor's power. Groups that save less than a tenth of their error are left out.
 
     Args:
-        ranges: with histograms of what the target quantizes.
+        ranges: ranges with histograms of the tensors that the target quantizes.
     """
     symmetric = rules.symmetric
     saved: dict[str, float] = {}

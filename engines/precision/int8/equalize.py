@@ -1,9 +1,10 @@
 """Cross-layer equalization: move powers of two between the channels of neighbouring layers.
 
-A layer's output channel times s, and what reads it divided by s, is the same function where all between the two is
-positively homogeneous (Nagel et al. 2019, "Data-Free Quantization Through Weight Equalization and Bias Correction",
-arXiv 1906.04721, section 4.1). With powers of two no product and no sum is rounded otherwise: float logits stay the
-same to the bit. Only the ranges change, and with them what 8 bits make of a tensor whose channels differ.
+Multiplying a layer's output channel by s and dividing the weights that read it by s keeps the function, if all
+operators between the two are positively homogeneous (Nagel et al. 2019, "Data-Free Quantization Through Weight
+Equalization and Bias Correction", arXiv 1906.04721, section 4.1). Powers of two do not change how products and sums are
+rounded: float logits stay the same to the bit. Only the ranges change, and with them the quantization error of tensors
+whose channels differ.
 """
 
 from __future__ import annotations
@@ -24,19 +25,20 @@ Float64Array = npt.NDArray[np.float64]
 HOMOGENEOUS = frozenset(
     {"Relu", "LeakyRelu", "MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool", "Identity"}
 )
-"""Operators for which f(s x) = s f(x), s > 0, exactly where s is a power of two."""
+"""Operators for which f(s x) = s f(x) for s > 0. The equality is exact if s is a power of two."""
 
 MAX_EXPONENT = 24
-"""Of a scale, far from what float32 cannot hold."""
+"""Largest exponent of a scale, up or down. It is far from the limits of float32."""
 
 STRENGTHS = (0.25, 0.75)
-"""Powers of the need that are tried: with 0 each channel fills the range, with 1 the weights that read it are alike."""
+"""Exponents of the need that are tried. With 0, each channel fills the range. With 1, the weights that read them
+are equally large."""
 
 HEADROOM = 0.8
-"""Part of a ReLU6's ceiling that calibrated magnitudes may reach: other images have larger ones."""
+"""Fraction of a ReLU6's ceiling that calibrated magnitudes may reach. Other images have larger magnitudes."""
 
 LEAST_NEED = 2.0**-16
-"""Of a channel that nothing reads."""
+"""Lower bound on `need`; a channel that nothing reads gets this value."""
 
 
 @dataclass(frozen=True)
@@ -45,29 +47,29 @@ class Reader:
 
     node: ir.Node
     offset: int
-    """Of the first channel among the layer's input channels (or features)."""
+    """Index of the first channel among the layer's input channels (or features)."""
     repeat: int
-    """Input features per channel: height times width behind a Flatten."""
+    """Input features per channel: height times width after a Flatten."""
 
 
 @dataclass
 class Link:
-    """A layer whose output channels can be scaled, and all that reads them."""
+    """A layer whose output channels can be scaled, and all layers that read them."""
 
     producer: ir.Node
     activation: ir.Value
-    """The producer's output, behind its Relu where it has one."""
+    """The producer's output, after its Relu or ReLU6 if it has one."""
     channels: int
     ceiling: float | None
-    """What the activation is cut off at: 6 of a ReLU6."""
+    """Upper bound of the activation: 6 for a ReLU6."""
     readers: list[Reader] = field(default_factory=list)
 
 
 def links(graph: ir.Graph, *, approximate: bool = False) -> Iterator[Link]:
-    """Every layer whose output reaches weighted layers only, through homogeneous operators only.
+    """Every layer whose output reaches only weighted layers, and only through homogeneous operators.
 
     Args:
-        approximate: through a ReLU6 right behind the layer, too.
+        approximate: also allow a ReLU6 directly after the layer.
     """
     for node in graph:
         weight = weight_of(node)
@@ -89,7 +91,7 @@ def links(graph: ir.Graph, *, approximate: bool = False) -> Iterator[Link]:
 
 
 def _trace(value: ir.Value, offset: int, repeat: int, link: Link) -> bool:
-    """Follow a value to the layers that read it; False where something else does."""
+    """Follow a value to the layers that read it. False if anything else reads it."""
     if value.is_graph_output():
         return False
     for use in value.uses():
@@ -113,7 +115,7 @@ def _trace(value: ir.Value, offset: int, repeat: int, link: Link) -> bool:
 
 
 def _ceiling(node: ir.Node) -> float | None:
-    """Of a Clip from 0 on; None of anything else."""
+    """Upper bound of a Clip whose lower bound is 0; None for any other node."""
     if node.op_type != "Clip" or len(node.inputs) < 3 or not all(map(constant, node.inputs[1:3])):
         return None
     low, high = (float(_array(node, index)) for index in (1, 2))
@@ -128,7 +130,7 @@ def _size(value: ir.Value | None, axis: int) -> int | None:
 
 
 def _area(value: ir.Value, flat: ir.Value) -> int | None:
-    """Height times width of what is flattened from [N, C, H, W] to [N, C * H * W]; None where it is something else."""
+    """Height times width if [N, C, H, W] is flattened to [N, C * H * W]. Otherwise, None."""
     sizes = [_size(value, axis) for axis in (1, 2, 3)]
     if (
         value.shape is None
@@ -143,7 +145,7 @@ def _area(value: ir.Value, flat: ir.Value) -> int | None:
 
 
 def _table(node: ir.Node) -> Float64Array:
-    """Largest magnitude with which each output channel of a layer reads each input channel (of a Gemm: feature)."""
+    """Largest weight magnitude of each output channel for each input channel (for a Gemm, input feature)."""
     weight = np.abs(_array(node)).astype(np.float64)
     if node.op_type == "Gemm":
         return weight if node.attributes.get_int("transB", 0) else weight.T
@@ -158,14 +160,16 @@ def _table(node: ir.Node) -> Float64Array:
 
 
 def _by_channel(array: Float64Array, reader: Reader, channels: int) -> Float64Array:
-    """The link's part of something per input channel of a reader, float64 [channels]."""
+    """The link's part of an array over a reader's input channels, float64 [channels]."""
     part = array[reader.offset : reader.offset + channels * reader.repeat]
     return np.asarray(part.reshape(channels, reader.repeat).max(axis=1))
 
 
 def _reads(reader: Reader, channels: int, inputs: Float64Array) -> Float64Array:
-    """How strongly a layer reads each channel: its weight as a part of the largest product of weight and activation in
-    the same output channel, float64 [channels]. No scaling of output channels, or of other input channels, changes it.
+    """How strongly a layer reads each channel, float64 [channels].
+
+    This is the channel's weight divided by the largest product of weight and activation in the same output channel.
+    Scaling output channels or other input channels does not change it.
 
     Args:
         inputs: largest magnitude of each of the layer's input channels, float64.
@@ -183,7 +187,7 @@ def _array(node: ir.Node, index: int = 1) -> Float32Array:
 
 
 def _replace(graph: ir.Graph, node: ir.Node, index: int, array: Float32Array) -> None:
-    """A constant of its own for one operand: the old one may have other readers."""
+    """Give one operand its own constant: the old constant may have other readers."""
     name = f"{node.name}_equalized_{index}"
     if name in graph.initializers:
         graph.initializers[name].const_value = ir.tensor(array, name=name)
@@ -192,7 +196,11 @@ def _replace(graph: ir.Graph, node: ir.Node, index: int, array: Float32Array) ->
 
 
 def scale(graph: ir.Graph, link: Link, scales: Float32Array) -> None:
-    """Multiply the producer's channels by `scales`, powers of two float32 [channels], and divide what reads them."""
+    """Multiply the producer's channels by `scales`, and divide the weights that read them by `scales`.
+
+    Args:
+        scales: powers of two, float32 [channels].
+    """
     weight = _array(link.producer)
     _replace(graph, link.producer, 1, weight * scales.reshape(-1, *[1] * (weight.ndim - 1)))
     if len(link.producer.inputs) > 2 and constant(link.producer.inputs[2]):
@@ -216,20 +224,23 @@ def scale(graph: ir.Graph, link: Link, scales: Float32Array) -> None:
 
 
 def powers_of_two(scales: npt.NDArray[np.floating]) -> Float32Array:
-    """Nearest powers of two, float32, within 2^-MAX_EXPONENT and 2^MAX_EXPONENT."""
+    """Nearest powers of two, float32, from 2^-MAX_EXPONENT to 2^MAX_EXPONENT."""
     exponents = np.rint(np.log2(scales)).clip(-MAX_EXPONENT, MAX_EXPONENT)
     return np.asarray(np.exp2(exponents), dtype=np.float32)
 
 
 def _below(ceiling: float, have: Float64Array, scales: Float64Array) -> Float32Array:
-    """Powers of two that leave alone what reaches the ceiling, and bring nothing else to more than HEADROOM of it."""
+    """Powers of two for channels below a ceiling.
+
+    A channel that reaches HEADROOM of the ceiling keeps the scale 1. No other channel exceeds HEADROOM of it.
+    """
     free = (have > 0) & (have < HEADROOM * ceiling)
     most = np.exp2(np.floor(np.log2(HEADROOM * ceiling / np.where(free, have, 1.0))))
     return np.where(free, np.minimum(powers_of_two(scales), most), 1.0).astype(np.float32)
 
 
 def observed(graph: ir.Graph, *, approximate: bool = False) -> list[str]:
-    """Activations whose channels `equalize` wants to know the magnitudes of."""
+    """Names of the activations whose channel magnitudes `equalize` needs."""
     found = list(links(graph, approximate=approximate))
     names = {str(link.activation.name) for link in found}
     names |= {str(_input(reader.node).name) for link in found for reader in link.readers}
@@ -245,19 +256,19 @@ def _input(node: ir.Node) -> ir.Value:
 def equalize(
     graph: ir.Graph, magnitudes: Mapping[str, Float32Array], strength: float, *, approximate: bool = False
 ) -> int:
-    """Scale the channels of every link by how much they matter to what reads them; returns how many layers changed.
+    """Scale the channels of every link by how much they matter to their readers. Returns the number of changed layers.
 
-    The paper balances the weights of both layers. Ours have a scale per output channel, which leaves nothing to
-    balance in the first; what is balanced are an activation's channels, which share one scale, with the weights that
-    read them, which share one in each output channel. A channel's largest activation becomes a power of its need, the
-    largest share that it has in any output channel of what reads it; so the result does not depend on how channels
-    were scaled before.
+    The paper balances the weights of both layers. Here, weights have a scale per output channel, so there is nothing to
+    balance in the first layer. Instead, an activation's channels, which share one scale, are balanced with the weights
+    that read them, which share one scale in each output channel. A channel's need is the largest share that it has in
+    any output channel of its readers. Its largest activation becomes a power of its need. So the result does not depend
+    on how channels were scaled before.
 
     Args:
         magnitudes: largest magnitude of each channel, float32 [channels], of the activations in `observed`, by name.
-        strength: that power, 0 to 1, see STRENGTHS.
-        approximate: scale through ReLU6, too: channels whose magnitude stays under its ceiling, to under it. On images
-            with larger ones the function is another one.
+        strength: exponent of the need, 0 to 1, see STRENGTHS.
+        approximate: also scale through ReLU6. Only channels whose magnitude is under its ceiling are scaled, and they
+            stay under it. On images with larger magnitudes, the function changes.
     """
     changed = 0
     known = {name: array.astype(np.float64) for name, array in magnitudes.items()}
@@ -273,7 +284,7 @@ def equalize(
         alive = have > 0
         if not alive.any():
             continue
-        # A channel that never moves is read as weakly as the usual one, so that it costs the others nothing.
+        # A channel that is always 0 is read as weakly as a typical channel, so that it costs the others nothing.
         usual = np.median(need[alive] ** (1 - strength))
         idle = np.where(read > 0, read / usual, 1.0)
         scales = np.where(alive, need**strength / np.where(alive, have, 1.0), idle)

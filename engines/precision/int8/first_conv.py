@@ -1,9 +1,10 @@
-"""Give the first convolution of a CPU INT8 graph a shape that ONNX Runtime's int8 kernel is made for.
+"""Reshape the first convolution of a CPU INT8 graph for ONNX Runtime's direct int8 kernel.
 
-Its direct kernel wants input channels in fours; an image has three, and falls back to im2col. A stride-2 convolution
-of an image is, to the bit, a stride-1 convolution of the image's 2x2 blocks (SpaceToDepth), which has twelve.
-Measured on resnet18, batch 1, one thread, AVX512-VNNI: the layer takes half the time, the network 7 % less. The blocks
-are made of floats: ONNX Runtime 1.24 has no SpaceToDepth of uint8, and the time is the same.
+The direct kernel needs input channels in multiples of four. An image has three, so ONNX Runtime falls back to im2col.
+A stride-2 convolution of an image is, to the bit, a stride-1 convolution of the image's 2x2 blocks (SpaceToDepth),
+which have twelve channels. Measured on resnet18, batch 1, one thread, AVX512-VNNI: the layer takes half the time, the
+network 7 % less. The blocks are made from floats: ONNX Runtime 1.24 has no SpaceToDepth of uint8, and the time is the
+same.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def blocked_weight(weight: npt.NDArray[Any], pads: tuple[int, int]) -> npt.NDArr
 
 
 def _blocked_pads(conv: ir.Node, size: tuple[int, int], kernel: tuple[int, int]) -> list[int] | None:
-    """Pads of the convolution over blocks; None where it cannot be written that way."""
+    """Pads of the convolution over blocks; None if it cannot be written that way."""
     attributes = conv.attributes
     strides = list(attributes.get_ints("strides", [1, 1]))
     dilations = list(attributes.get_ints("dilations", [1, 1]))
@@ -72,7 +73,7 @@ class Blocks:
 
     conv: ir.Node
     pads: list[int]
-    """Of the convolution over blocks."""
+    """Pads of the convolution over blocks."""
 
     @property
     def top_left(self) -> tuple[int, int]:
@@ -95,9 +96,9 @@ def _stored(value: ir.Value | None) -> ir.Value | None:
 
 
 def blocks_of(graph: ir.Graph) -> Blocks | None:
-    """The convolution that alone reads the graph's input, directly or through Q/DQ; None where it cannot be blocked.
+    """The convolution that alone reads the graph's input, directly or through Q/DQ; None if it cannot be blocked.
 
-    The answer is the same for an FP32 graph and for the INT8 graph that is made of it.
+    The result is the same for an FP32 graph and for the INT8 graph that is made from it.
     """
     source = graph.inputs[0]
     if source.shape is None:
@@ -121,9 +122,9 @@ def blocks_of(graph: ir.Graph) -> Blocks | None:
 
 
 def block_first_convolution(graph: ir.Graph) -> bool:
-    """Rewrite `Q -> DQ -> Conv` on the graph's input as `SpaceToDepth -> Q -> DQ -> Conv`; False where it does not fit.
+    """Rewrite `Q -> DQ -> Conv` on the graph's input as `SpaceToDepth -> Q -> DQ -> Conv`. False if it does not fit.
 
-    The integers that are multiplied and summed are the same, so the logits are, too.
+    The multiplied and summed integers are the same, so the logits are the same.
     """
     found = blocks_of(graph)
     source = graph.inputs[0]

@@ -24,14 +24,14 @@ _MAX_BIAS = 2.0**30
 """Bound of abs(int32 bias): half of int32's range is left for the accumulator."""
 
 _FACTORS = 2.0 ** (np.arange(17) / 16)
-"""Factors of a filter's scale that are tried where neighbours overflow; with 2, no two can."""
+"""Factors of a filter's scale that are tried if neighbours overflow. With 2, no two neighbours can overflow."""
 
 _BLOCK_ELEMENTS = 1 << 22
-"""Elements of a weight that are computed with in float64 at a time: VGG's first Linear layer has 100 million."""
+"""Number of weight elements that are processed in float64 at a time. VGG's first Linear layer has 100 million."""
 
 
 def blocks_of_rows(channels: npt.NDArray[Any]) -> list[slice]:
-    """Rows of a matrix, some at a time."""
+    """Slices that divide the rows of a matrix into blocks."""
     step = max(1, _BLOCK_ELEMENTS // max(1, channels[0].size))
     return [slice(start, start + step) for start in range(0, len(channels), step)]
 
@@ -45,10 +45,10 @@ def _integers(
 
 
 def _spread(rows: npt.NDArray[np.float32], scale: Float64Array, partners: IndexArray) -> Float64Array:
-    """Scales of filters, raised where neighbours overflow by the factor with the least squared error to be expected.
+    """Scales of filters, raised if neighbours overflow, by the factor with the least expected squared error.
 
-    A larger scale makes all weights of a filter coarser, whose rounding errors are uniform (a twelfth of a step squared
-    each), and takes less from neighbours that are too large together (half of it from each).
+    A larger scale makes all weights of a filter coarser. Their rounding errors are uniform (a twelfth of a step squared
+    each). In return, neighbours that are too large together lose less (half of the excess each).
     """
     channels, sums = sums_that_overflow(rows / scale.astype(np.float32)[:, None], partners)
     if not len(channels):
@@ -74,15 +74,15 @@ def quantize_weight(
 ) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32], npt.NDArray[np.int32] | None]:
     """Symmetric int8 weight per output channel, its scales, and the int32 bias in units of s_x * s_w.
 
-    A channel's scale is raised until its bias fits in 2^30: ONNX Runtime quantizes a float bias by itself and
-    lets it overflow, silently, where the weights of a channel are (nearly) zero.
+    A channel's scale is raised until its bias fits in 2^30. ONNX Runtime would quantize a float bias itself. That bias
+    would overflow silently if the weights of a channel are (nearly) zero.
 
     Args:
         weight: any shape; `axis` is the output channel.
         bias: float32 [channels] or None.
         input_scale: scale s_x of the quantized input.
-        partners: weights that kernels add in 16 bits, see `saturation.pairs`: no two may overflow them. None
-            where kernels add in 32 bits.
+        partners: weights that kernels add in 16 bits, see `saturation.pairs`. No two may overflow. None if kernels add
+            in 32 bits.
         half: round the scales to FP16 first.
     """
     channels = np.moveaxis(weight, axis, 0)
@@ -110,7 +110,7 @@ def quantize_weight(
 def rounded_otherwise(
     quantized: npt.NDArray[np.int8], steps: npt.NDArray[np.int8], axis: int, partners: IndexArray | None
 ) -> npt.NDArray[np.int8]:
-    """A weight with steps added (see `int8.rounding`), within the bounds of `quantize_weight`."""
+    """Add steps to a weight (see `int8.rounding`), within the bounds of `quantize_weight`."""
     stepped = np.clip(quantized.astype(np.int16) + steps, -MAX_WEIGHT, MAX_WEIGHT)
     if partners is not None:
         channels = np.moveaxis(stepped, axis, 0)

@@ -12,8 +12,8 @@ from export_zoo.base.errors import UsageError
 from export_zoo.engines.precision.placement import weight_of
 
 FEW = 16
-"""Channels below which an int8 convolution leaves most of a tensor core's tile empty (NVIDIA ModelOpt draws the line
-there, too)."""
+"""Minimum number of channels for an int8 convolution. With fewer, most of a tensor core's tile stays empty (NVIDIA
+ModelOpt uses the same limit)."""
 
 
 def _channels(node: ir.Node) -> tuple[int, int, int]:
@@ -34,15 +34,17 @@ def _has_few_channels(node: ir.Node) -> bool:
 
 
 KINDS = {"@depthwise": _is_depthwise, "@few-channels": _has_few_channels}
-"""`@few-channels`: convolutions of fewer than 16 output channels, or input channels of a group, but for depthwise."""
+"""Layer kinds. `@few-channels`: convolutions with fewer than 16 output channels or fewer than 16 input channels per
+group, except depthwise."""
 
 
 def kept_float(graph: ir.Graph, patterns: Sequence[str]) -> frozenset[str]:
-    """Names of the layers (nodes with an int8 weight) that a pattern names: a glob over module paths or node names,
-    or one of `KINDS`. A module's path stands for all that is in it.
+    """Names of the layers (nodes with an int8 weight) that a pattern matches.
+
+    A pattern is a glob over module paths or node names, or one of `KINDS`. A module's path matches all layers in it.
 
     Raises:
-        UsageError: a pattern is an unknown kind, or a glob that names no such layer.
+        UsageError: a pattern is an unknown kind, or a glob that matches no such layer.
     """
     layers = {str(node.name): node for node in graph if weight_of(node) is not None}
     kept: set[str] = set()
@@ -59,7 +61,7 @@ def kept_float(graph: ir.Graph, patterns: Sequence[str]) -> frozenset[str]:
             some = [graph_io.module_of(node) or name for name, node in layers.items()][:4]
             raise UsageError(
                 f"--keep-float {pattern!r}: no layer that would be quantized has this name",
-                hint=f"module paths, as {', '.join(some)}, nodes, or a kind: {', '.join(KINDS)}",
+                hint=f"give a module path, such as {', '.join(some)}, a node name, or a kind: {', '.join(KINDS)}",
             )
         kept |= found
     return frozenset(kept)

@@ -1,4 +1,4 @@
-"""Write precision into a graph: FP32 graph + ranges + placement -> Q/DQ graph. Precision lives in the graph."""
+"""Write a Q/DQ graph from an FP32 graph, ranges and a placement. The graph itself defines the precision."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from export_zoo.engines.precision.rewrites import add_constant, remove_unused_in
 
 
 def _range_of(method: str, tensors: Mapping[str, TensorRange], symmetric: bool) -> tuple[float, float]:
-    """The range that a method chooses for tensors that share a scale: for all their values together.
+    """The range that a method chooses for all values of tensors that share a scale.
 
     Raises:
         BadInputError: a histogram is missing.
@@ -72,7 +72,7 @@ def _dequantize(
 
 
 class _Quantizer:
-    """Carries one placement out on one graph."""
+    """Applies one placement to one graph."""
 
     def __init__(
         self,
@@ -101,7 +101,7 @@ class _Quantizer:
             if missing:
                 raise BadInputError(
                     f"the ranges file has no range for tensor {missing[0]!r}",
-                    hint="it was made for another graph: calibrate again",
+                    hint="calibrate again: the file was made for another graph",
                 )
             tensors = {name: ranges.tensors[name] for name in members}
             chosen = method if tensors.keys().isdisjoint(clipped) else "mse"
@@ -114,7 +114,7 @@ class _Quantizer:
         values = {v.name: v for v in self.graph.inputs}
         for node in self.graph:
             values.update((v.name, v) for v in node.outputs)
-        # Weights first: they ask which tensor feeds a node, and activations put a DQ between the two.
+        # Weights first: they look up the tensor that feeds a node, and activations insert a DQ between the two.
         for node in list(self.graph):
             if node.name in self.placement.weights:
                 self._weight(node, self.placement.weights[str(node.name)])
@@ -123,7 +123,7 @@ class _Quantizer:
 
     def _activation(self, value: ir.Value) -> None:
         name = str(value.name)
-        # What an output is a view of is not to lose anything.
+        # Readers that only pass the tensor to an output, through layout operators, keep the exact values.
         uses = [
             use
             for use in value.uses()
@@ -213,7 +213,7 @@ class _Quantizer:
     def _correct_bias(
         self, node: ir.Node, rule: QuantizedWeight, weight: npt.NDArray[np.float32], input_scale: np.float32
     ) -> None:
-        """Take from the bias what rounding the weights adds to the mean of each output channel.
+        """Subtract from the bias what weight rounding adds to the mean of each output channel.
 
         Nagel et al. 2019 (arXiv 1906.04721), section 4.2, with the mean inputs of calibration images.
         """
@@ -254,18 +254,18 @@ def quantize(
     """Write the INT8 precision graph of an FP32 graph and return the files written.
 
     Args:
-        rules: the target's, `TARGETS[name].int8`.
+        rules: the target's rules, `TARGETS[name].int8`.
         keep_float: patterns of layers to leave unquantized, see `int8.keep_float`.
         method: how ranges are chosen, see `calibration.methods`.
-        clipped: tensors whose range, and that of all which share their scale, the method `mse` chooses instead.
-        means: mean inputs of layers by node name (see `calibration.layer_inputs`), to correct their biases with.
+        clipped: tensors whose range the method `mse` chooses instead, as for all tensors that share their scale.
+        means: mean inputs of layers by node name (see `calibration.layer_inputs`), for bias correction.
         rounding: steps from the nearest integer by node name, see `int8.rounding`.
-        order: what `choose_order` says of this graph, where that is known; else it is asked. Only for targets whose
+        order: result of `choose_order` for this graph, if known. Otherwise, it is computed. Only for targets whose
             sums may be taken in 16 bits.
 
     Raises:
         BadInputError: the ranges are not those of this graph, or nothing in the graph can be quantized.
-        UsageError: a pattern of `keep_float` names nothing, or leaves nothing to quantize.
+        UsageError: a pattern of `keep_float` matches nothing, or nothing is left to quantize.
     """
     if ranges.graph_sha256 != graph_io.sha256_of(graph):
         raise BadInputError(

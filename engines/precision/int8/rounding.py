@@ -1,11 +1,11 @@
-"""Round weights up or down so that a layer's output changes least, instead of each to the nearest integer.
+"""Round weights so that a layer's output changes least, instead of rounding each to the nearest integer.
 
-What counts is the error of the output, (ŵ - w)ᵀ E[x xᵀ] (ŵ - w) for each output channel (Nagel et al. 2020, "Up or
-Down? Adaptive Rounding for Post-Training Quantization", arXiv 2004.10568, section 3.2), which they relax and descend.
-Here it is solved greedily, in one pass over the inputs: each is rounded, and its error is made up for by those that are
-left (Frantar et al. 2022, "GPTQ", arXiv 2210.17323, section 3; in the form that Chee et al. 2023, "QuIP", arXiv
-2307.13304, section 3, show to be the same: it needs one Cholesky factor and no inverse). The same every time, and
-bounded: inputs³ / 3 operations a layer.
+The objective is the output error, (ŵ - w)ᵀ E[x xᵀ] (ŵ - w), of each output channel (Nagel et al. 2020, "Up or Down?
+Adaptive Rounding for Post-Training Quantization", arXiv 2004.10568, section 3.2). They relax it and use gradient
+descent. Here it is solved greedily, in one pass over the inputs: each input is rounded, and the remaining inputs
+compensate for its error (Frantar et al. 2022, "GPTQ", arXiv 2210.17323, section 3). The code uses the equivalent form
+of Chee et al. 2023, "QuIP", arXiv 2307.13304, section 3. It needs one Cholesky factor and no inverse. The result is
+deterministic. The cost is bounded: inputs³ / 3 operations per layer.
 """
 
 from __future__ import annotations
@@ -35,10 +35,12 @@ Int8Array = npt.NDArray[np.int8]
 Float64Array = npt.NDArray[np.float64]
 
 DAMPING = 0.01
-"""Of the mean second moment, added to each: what few samples say of inputs that vary together is not all believed."""
+"""Damping: the fraction of the mean second moment that is added to each. Correlations estimated from few samples are
+unreliable."""
 
 LARGEST = 8192
-"""Inputs of an output channel above which a layer stays rounded to nearest: its matrix would be 512 MiB and more."""
+"""Maximum number of inputs of an output channel. Above it, a layer stays rounded to nearest: its matrix would be 512
+MiB or more."""
 
 _BLOCK = 128
 
@@ -46,14 +48,14 @@ _BLOCK = 128
 def round_to_least_error(
     scaled: Float64Array, moments: Float64Array, partners: IndexArray | None = None
 ) -> Float64Array:
-    """Integers for the weights of some output channels that read the same inputs.
+    """Integers for the weights of output channels that read the same inputs.
 
     Args:
         scaled: weights over their channel's scale, float64 [channels, K].
         moments: second moments of the inputs, float64 [K, K].
-        partners: neighbours of which no two may overflow 16 bits, int [K], see `saturation.pairs`.
+        partners: neighbour of each weight, int [K], see `saturation.pairs`. No two neighbours may overflow 16 bits.
 
-    Returns float64 [channels, K], whole numbers from -127 to 127; no channel's error is larger than with nearest
+    Returns float64 [channels, K], whole numbers from -127 to 127. No channel's error is larger than with nearest
     rounding.
     """
     nearest = np.clip(np.rint(scaled), -MAX_WEIGHT, MAX_WEIGHT)
@@ -61,8 +63,8 @@ def round_to_least_error(
         nearest = within_pairs(nearest, partners)
     damped = moments + np.eye(len(moments)) * max(DAMPING * np.trace(moments) / len(moments), 1e-12)
     order, second = _order(np.diag(damped), partners)
-    # H = (I + U) D (I + U)ᵀ with U strictly upper: the error is a sum of D_k (e_k + sum over j < k of e_j U_jk)², each
-    # term of which is made least when its own integer is chosen. Read backwards, that is a Cholesky factor.
+    # H = (I + U) D (I + U)ᵀ with U strictly upper: the error is a sum of D_k (e_k + sum over j < k of e_j U_jk)². Each
+    # term is minimized when its own integer is chosen. In reverse order, this is a Cholesky factor.
     factor = np.linalg.cholesky(damped[np.ix_(order[::-1], order[::-1])])[::-1, ::-1]
     weights = np.diag(factor) ** 2
     feedback = factor / np.diag(factor)
@@ -72,7 +74,7 @@ def round_to_least_error(
     end = 0
     while (start := end) < len(order):
         end = min(start + _BLOCK, len(order))
-        end += end < len(order) and bool(second[end])  # a pair is not divided
+        end += end < len(order) and bool(second[end])  # do not split a pair
         wanted = ordered[:, start:end] + errors[:, :start] @ feedback[:start, start:end]
         for i in range(start, end):
             target = wanted[:, i - start] + errors[:, start:i] @ feedback[start:i, i]
@@ -97,9 +99,10 @@ def round_to_least_error(
 def _order(
     importance: Float64Array, partners: IndexArray | None
 ) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.bool_]]:
-    """Inputs in the order in which they are rounded, and which of them come right behind their partner.
+    """The order in which inputs are rounded, and which of them come directly after their partner.
 
-    What matters most comes first, while others can make up for it. Of a pair the one that matters more comes first.
+    The most important input comes first, while others can compensate for its error. Within a pair, the more important
+    input comes first.
     """
     count = len(importance)
     if partners is None:
@@ -114,14 +117,15 @@ def _order(
 
 
 def _shared_excess(first: Float64Array, second: Float64Array, feedback: float, ratio: float) -> Float64Array:
-    """What the first of a pair gives up, so that both together cost least where they are too large, float64 [channels].
+    """Reduction of the first of a pair that costs least if both together are too large, float64 [channels].
 
-    Least squares: of a weight `a` less than its target, the second must give up the rest of the excess, and the first's
-    error moves the second's target by `a` times `feedback`: a² + ratio (excess - a (1 - feedback))² is least.
+    Least squares: if the first is `a` less than its target, its error moves the second's target by `a` times
+    `feedback`, and the second must give up the rest of the excess. So a² + ratio (excess - a (1 - feedback))² is
+    minimized.
 
     Args:
         first: targets of the first, float64 [channels].
-        second: targets of the second, if the first had no error.
+        second: targets of the second if the first had no error, float64 [channels].
         feedback: how the first's error moves the second's target.
         ratio: cost of the second's squared error over that of the first's.
     """
@@ -132,7 +136,7 @@ def _shared_excess(first: Float64Array, second: Float64Array, feedback: float, r
 
 
 def output_error(difference: Float64Array, moments: Float64Array) -> Float64Array:
-    """Mean squared error of each output channel, float64 [channels], for weights that differ so [channels, K]."""
+    """Mean squared error of each output channel, float64 [channels], for weight differences [channels, K]."""
     return np.asarray(((difference @ moments) * difference).sum(axis=1))
 
 
@@ -144,14 +148,15 @@ def rounding(
     order: ChannelOrder | None = None,
     progress: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Int8Array]:
-    """How far each weight of some layers is to be rounded from its nearest integer, int8 in the weight's own shape.
+    """Steps from the nearest integer for each weight of some layers, by node name, int8 in the weight's own shape.
 
-    As many layers at a time as there are cores, each on one: the bits do not depend on how many those are.
+    Each core processes one layer at a time. The result does not depend on the number of cores, to the bit.
 
     Args:
-        moments: of layers' inputs, [groups, K, K] by node name, see `calibration.layer_inputs.layer_moments`.
-        rules: of the target whose scales the weights have.
-        order: as of `int8.qdq.quantize`.
+        moments: second moments of layers' inputs, [groups, K, K] by node name, see
+            `calibration.layer_inputs.layer_moments`.
+        rules: rules of the target whose scales the weights have.
+        order: see `int8.qdq.quantize`.
         progress: called with 1 for each layer done.
     """
     nodes = {str(node.name): node for node in graph}
@@ -189,7 +194,7 @@ def rounding(
 
     workers = usable_cores()
     with one_blas_thread(), ThreadPoolExecutor(workers) as pool:
-        for name, matrices in moments:  # few at once: they are large
+        for name, matrices in moments:  # few at a time: they are large
             if len(running) == workers:
                 take()
             running.append((name, pool.submit(steps, name, matrices)))

@@ -1,4 +1,4 @@
-"""How a target wants its INT8 graph."""
+"""Rules for the INT8 graph of a target."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ class Int8Rules:
     """Where Q/DQ pairs go, and how a target's kernels represent numbers."""
 
     place: Callable[[ir.Graph, Set[str]], Placement]
-    """The placement policy: a graph, and names of nodes that stay float."""
+    """The placement policy. Its arguments are a graph and the names of nodes that stay float."""
     symmetric: bool
-    """Activations are int8 around 0; else uint8 with a zero point."""
+    """Whether activations are int8 with zero point 0. Otherwise, they are uint8 with a zero point."""
     int32_bias: bool
-    """The bias is quantized by us; else it stays float, which TensorRT wants."""
+    """Whether the bias is quantized to int32 here. Otherwise, it stays float, as TensorRT requires."""
     half: bool
-    """What is not quantized runs in FP16, and so must the scales beside it."""
+    """Whether tensors that are not quantized run in FP16. The scales of their Q/DQ pairs must then be FP16 too."""
     sums_in_16_bits: bool
-    """On some CPUs two products are added in 16 bits, which must not overflow: see `saturation.pairs`."""
+    """Whether some CPUs add two products in 16 bits. These sums must not overflow: see `saturation.pairs`."""
     finish: Callable[[ir.Graph], object] | None = None
     """Last rewrite of the finished graph."""

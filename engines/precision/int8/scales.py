@@ -1,4 +1,4 @@
-"""Scales of quantized tensors: what one step of an integer is worth."""
+"""Scales of quantized tensors: the real value of one integer step."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ import numpy.typing as npt
 from export_zoo.engines.precision.fp16.half import LEAST_SCALE
 
 TINY = np.float64(np.finfo(np.float32).tiny) * 2**24
-"""Least scale. Products of two scales must stay normal in float32."""
+"""Smallest scale. Products of two scales must stay normal in float32."""
 
 
 @dataclass(frozen=True)
 class ActivationScale:
-    """real = scale * (q - zero_point), q uint8 or, with zero point 0, int8."""
+    """real = scale * (q - zero_point). q is uint8, or int8 with zero point 0."""
 
     scale: np.float32
     zero_point: np.uint8 | np.int8
 
 
 def half_scale(scale: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Scales rounded to what FP16 can hold, never 0: TensorRT wants them in the type of the tensor beside them.
+    """Scales rounded to FP16 values, never to 0. TensorRT requires scales in the type of the tensor beside them.
 
-    To be done before anything is quantized with them, or the integers belong to other scales. Below half's normal
-    numbers, where its steps are coarse, they are rounded up, so that nothing is cut off.
+    Round scales before quantizing with them. Otherwise, the integers belong to other scales. Below half's normal
+    numbers, where its steps are coarse, scales are rounded up, so that nothing is clipped.
     """
     half = scale.astype(np.float16)
     coarse = (half < np.finfo(np.float16).tiny) & (half < scale)
@@ -35,9 +35,9 @@ def half_scale(scale: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
 
 
 def symmetric_scale(low: float, high: float) -> ActivationScale:
-    """Scale of an int8 tensor whose range is [low, high]: 127 is the larger of both magnitudes, zero point 0.
+    """Scale of an int8 tensor whose range is [low, high]. 127 is the larger of both magnitudes; the zero point is 0.
 
-    Rounded to FP16, but for the smallest: those stay float32, and their Q/DQ with them.
+    Scales are rounded to FP16, except those below LEAST_SCALE. Those stay float32, and so do their Q/DQ pairs.
     """
     scale = np.float32(max(abs(low), abs(high)) / 127.0)
     if not scale > TINY:

@@ -26,13 +26,13 @@ class OnnxRuntimeEngine:
     Args:
         graph: the ONNX file.
         threads: intra-op threads, 0 for all usable cores.
-        fused: with False, no graph optimization: Q/DQ pairs are computed one by one, in float.
-        half: the graph computes in FP16; its layout optimizer crashes on FP16 transformers and is left out.
-        saturating_session: session configuration that is added where int8 sums saturate and the graph is fused, see
-            `saturation.probe`; empty for a graph that cannot saturate.
+        fused: if False, graph optimization is off: Q/DQ pairs are computed one by one, in float.
+        half: the graph computes in FP16. The layout optimizer crashes on FP16 transformers, so it is disabled.
+        saturating_session: session configuration that is added if int8 sums saturate and the graph is fused, see
+            `saturation.probe`. Empty for a graph that cannot saturate.
 
     Raises:
-        BadInputError: ONNX Runtime does not load the file.
+        BadInputError: ONNX Runtime cannot load the file.
         TargetUnavailableError: its kernels saturate here, and the graph cannot be run exactly.
     """
 
@@ -48,7 +48,7 @@ class OnnxRuntimeEngine:
         options = ort.SessionOptions()
         options.intra_op_num_threads = session_threads(threads)
         options.log_severity_level = 3
-        # Or idle threads of one engine spin on the cores of the next: up to four times as slow, three engines in turn.
+        # Otherwise, idle threads of one engine spin on the next one's cores: three engines in turn are up to 4x slower.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         if not fused:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -67,7 +67,7 @@ class OnnxRuntimeEngine:
         except Exception as error:  # ONNX Runtime raises a dozen types of its own
             raise BadInputError(
                 f"{graph}: ONNX Runtime {ort.__version__} cannot load it: {error}",
-                hint="the file is damaged, or was made for another version",
+                hint="export it again: the file is damaged, or was made for another version",
             ) from error
         (feed,) = self._session.get_inputs()
         self.input_name: str = feed.name
@@ -108,8 +108,8 @@ class OnnxRuntimeEngine:
 
 
 _SHARED = ("replace the existing tensor", "Initializer with same name exists")
-"""Words of ONNX Runtime's refusal of `session.x64quantprecision` where nodes share an int8 weight or zero point, in
-1.24 and later, and in 1.23."""
+"""Parts of ONNX Runtime's error messages if nodes share an int8 weight or zero point under `session.x64quantprecision`:
+in 1.24 and later, and in 1.23."""
 
 
 def _session(graph: Path, options: ort.SessionOptions, disabled: list[str]) -> ort.InferenceSession:

@@ -38,24 +38,24 @@ class _Groups:
 
 
 def place_onnxruntime(graph: ir.Graph, kept: Set[str] = frozenset()) -> Placement:
-    """The `onnxruntime` (CPU) column: what its kernels fuse into QLinearConv, QLinearAdd and their kin.
+    """Placement for `onnxruntime` (CPU): Q/DQ where its kernels fuse it into QLinearConv, QLinearAdd and the like.
 
     | operator         | rule                                                                             |
     |------------------|----------------------------------------------------------------------------------|
-    | Conv             | input; weight; output after Relu/Clip, else directly                             |
-    | Gemm, MatMul     | input; weight; the output only where a quantized reader asks for it              |
-    | Add              | all inputs and the output (after Relu), where every input is quantized           |
-    | MaxPool, layout  | in and out share one scale, where the input is quantized and a reader wants it   |
-    | average pooling  | input and output, where the input is quantized                                   |
+    | Conv             | input; weight; output after Relu/Clip, otherwise directly                        |
+    | Gemm, MatMul     | input; weight; the output only if a quantized reader needs it                    |
+    | Add              | all inputs and the output (after Relu), if every input is quantized              |
+    | MaxPool, layout  | in and out share one scale, if the input is quantized and a reader needs it      |
+    | average pooling  | input and output, if the input is quantized                                      |
     | Concat           | inputs and output share one scale, unless a BatchNormalization reads it (DenseNet)|
-    | all else, `kept` | FP32, as is everything between which and the logits there is only layout         |
+    | all else, `kept` | FP32, like all tensors with only layout operators between them and the logits    |
     """
     placement = Placement()
     groups = _Groups()
     wanted: set[str] = set()
 
     def want(value: ir.Value, *, needed: bool = False) -> bool:
-        """Quantize a tensor, for its readers; an output, and what it is a view of, only where a layer reads it, too."""
+        """Quantize a tensor for its readers. An output, or a tensor it is a view of, only if a layer reads it too."""
         if constant(value) or value.name is None or (ends_in_output(value) and not needed):
             return False
         wanted.add(value.name)
@@ -101,7 +101,7 @@ def _share(groups: _Groups, values: list[ir.Value], quantized: bool) -> None:
 
 
 def _asked_for(value: ir.Value, wanted: set[str]) -> bool:
-    """A reader behind any chain of layout operators wants `value` quantized."""
+    """Whether a reader after any chain of layout operators needs `value` quantized."""
     return value.name in wanted or any(
         node.op_type in SAME_SCALE and _asked_for(node.outputs[0], wanted) for node in readers(value)
     )

@@ -1,4 +1,4 @@
-"""Build TensorRT and TensorRT-RTX engines from precision graphs, each in a process of its own."""
+"""Build TensorRT and TensorRT-RTX engines from precision graphs, each in its own process."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _LEVELS = {
 WORKER: Sequence[str] = (sys.executable, "-m", "export_zoo.engines.targets.tensorrt.worker")
 
 _SHOWN = 3
-"""Errors that a message names."""
+"""Maximum number of errors that a message names."""
 
 Steps = Callable[[int, int], None]
 """Called with the builder's finished steps and their total."""
@@ -47,17 +47,17 @@ class Built:
     """A finished engine file."""
 
     version: str
-    """Of the TensorRT that built it: the engine runs with this one only, unless built otherwise."""
+    """Version of the TensorRT that built the engine. The engine runs only with this version, unless built otherwise."""
     compute_capabilities: list[str] = field(default_factory=list)
-    """Of the GPUs that it is for."""
+    """Compute capabilities of the GPUs that the engine is for."""
     warnings: dict[str, int] = field(default_factory=dict)
-    """TensorRT's warnings, and how often each came."""
+    """TensorRT's warnings, with the number of times each came."""
 
 
 def _describe(stage: str, errors: list[dict[str, str]], logged: list[str], graph: Path) -> str:
-    """What went wrong, with the node's module path where one is named."""
+    """Describe what failed, with the module path of each node that is named."""
     nodes = {}
-    if stage == "build" or any(error["node"] for error in errors):  # else the file may not be a graph at all
+    if stage == "build" or any(error["node"] for error in errors):  # otherwise, the file may not be a graph
         nodes = {node.name: node for node in graph_io.load(graph).graph}
     parts = []
     for error in errors[:_SHOWN]:
@@ -67,16 +67,16 @@ def _describe(stage: str, errors: list[dict[str, str]], logged: list[str], graph
     if len(errors) > _SHOWN:
         parts.append(f"and {len(errors) - _SHOWN} more")
     if not parts:
-        parts = logged[-_SHOWN:] or ["no reason was given"]
+        parts = logged[-_SHOWN:] or ["TensorRT gave no reason"]
         named = [nodes[word] for word in re.findall(r"\w+", " ".join(parts)) if word in nodes]
         parts += [graph_io.describe(node) for node in list(dict.fromkeys(named))[:_SHOWN]]
     return f"{stage}: " + "; ".join(parts)
 
 
 def _ended(code: int, tail: str) -> str:
-    """How a builder process that said nothing ended."""
+    """How a builder process that reported no result ended."""
     if code == -signal.SIGKILL:
-        return "the builder was killed, most likely for want of memory"
+        return "the builder was killed, most likely because memory ran out"
     name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
     return f"the builder crashed ({name})" + (f": {tail}" if tail else "")
 
@@ -84,7 +84,7 @@ def _ended(code: int, tail: str) -> str:
 def _worker(
     request: dict[str, Any], steps: Steps
 ) -> tuple[dict[str, Any], Counter[str], list[str], int, str]:
-    """Run the builder's process: its last event, its warnings, errors that it logged, exit code and end of stderr."""
+    """Run the builder's process. Returns its last event, warnings, logged errors, exit code and end of stderr."""
     with tempfile.TemporaryFile() as stderr:
         process = subprocess.Popen(
             WORKER, cwd=IMPORT_ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True
@@ -105,10 +105,10 @@ def _worker(
 
 
 def check_capabilities(options: BuildOptions) -> None:
-    """Ask TensorRT-RTX, before any work, whether it knows the compute capabilities that are to be built for.
+    """Check, before any work, that TensorRT-RTX knows the requested compute capabilities.
 
     Raises:
-        UsageError: one is unknown; names those there are.
+        UsageError: a compute capability is unknown; the hint names the known ones.
         EnvironmentFailureError: TensorRT-RTX cannot be loaded.
     """
     request = {"what": "capabilities", "target": "tensorrt-rtx"}
@@ -133,20 +133,21 @@ def build_engine(
     options: BuildOptions | None = None,
     steps: Steps = lambda done, total: None,
 ) -> Built:
-    """Build a strongly typed engine of an ONNX precision graph, with one optimization profile over the batch
-    and, where they are dynamic, height and width.
+    """Build a strongly typed engine of an ONNX precision graph.
+
+    It has one optimization profile over the batch and, if they are dynamic, height and width.
 
     Args:
-        graph: ONNX file; its types are the engine's.
-        out: the engine file to write; nothing is left there on failure. `tensorrt` writes its timing cache beside
-            it, with the suffix `.timing`.
+        graph: ONNX file. The engine has its types.
+        out: the engine file to write. On failure, no file is left. `tensorrt` writes its timing cache beside it, with
+            the suffix `.timing`.
         target: `tensorrt` (needs the GPU it builds for) or `tensorrt-rtx` (needs none).
         batch: min, opt and max of the first dimension of every input.
-        sizes: min, opt and max (height, width) of every input; None where the graph fixes them.
+        sizes: min, opt and max (height, width) of every input; None if the graph fixes them.
 
     Raises:
         UsageError: an option, the batch or the sizes do not fit this TensorRT or this graph.
-        ExportDefectError: the parser or the builder refuses the graph; names node and module.
+        ExportDefectError: the parser or the builder rejects the graph; the message names node and module.
         EnvironmentFailureError: the builder crashed or was killed.
     """
     options = options or BuildOptions()
@@ -176,16 +177,16 @@ def build_engine(
             hint="free some space, or move the cache (EXPORT_ZOO_CACHE; with --no-cache, TMPDIR)",
         )
     if final["event"] == "error" and final["stage"] == "configure":
-        raise UsageError(f"{target}: {final['errors'][0]['text']}", hint="`export-zoo export --help`")
+        raise UsageError(f"{target}: {final['errors'][0]['text']}", hint="see `export-zoo export --help`")
     reason = f"build: {fatal[0]}" if fatal else _describe(final["stage"], final["errors"], logged, graph)
     raise ExportDefectError(
         f"{target}: cannot build {graph.name}: {reason}",
-        hint="-v shows TensorRT's log; --target onnxruntime builds without TensorRT",
+        hint="use -v to see TensorRT's log, or --target onnxruntime to build without TensorRT",
     )
 
 
 def _follow(events: IO[str], steps: Steps) -> tuple[dict[str, Any], Counter[str], list[str]]:
-    """Read a worker's events to their end: the final one, warnings with their number, and errors logged."""
+    """Read all events of a worker. Returns the final event, warnings with their number, and logged errors."""
     final: dict[str, Any] = {}
     warnings: Counter[str] = Counter()
     logged: list[str] = []

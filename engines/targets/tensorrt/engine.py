@@ -1,6 +1,6 @@
 """Run a TensorRT or TensorRT-RTX engine on a CUDA device, without PyTorch.
 
-EXPERIMENTAL: written against the documented API, and never run on a GPU by us so far (see docs/gpu.md).
+EXPERIMENTAL: written against the documented API, and not run on a GPU yet (see docs/gpu.md).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _checked(cuda: Any, result: tuple[Any, ...]) -> Any:
     """The value of a CUDA runtime call.
 
     Raises:
-        EnvironmentFailureError: with CUDA's own description.
+        EnvironmentFailureError: the call failed; the message has CUDA's own description.
     """
     status, *values = result
     if status != cuda.cudaError_t.cudaSuccess:
@@ -66,17 +66,17 @@ class TensorRTEngine:
     Args:
         plan: the engine file.
         target: `tensorrt` or `tensorrt-rtx`.
-        weights: for a plan without weights: the ONNX graph that it was built from, which has them.
-        runtime_cache: where TensorRT-RTX keeps the kernels that it compiles for this GPU; read if it is there, and
-            written after each input shape that is run for the first time. Unused by `tensorrt`: it compiles nothing.
-        host_code: the plan was built `--version-compatible`: it brings code of its own for the host, which TensorRT
-            loads only when it is allowed to.
-        cuda_graphs: TensorRT-RTX captures each input shape's kernels as a CUDA graph, and launches that. Unused by
-            `tensorrt`.
+        weights: for a plan without weights, the ONNX graph that it was built from, which has the weights.
+        runtime_cache: file for the kernels that TensorRT-RTX compiles for this GPU. It is read if it exists, and
+            written after the first run of each input shape. `tensorrt` does not use it: it compiles nothing.
+        host_code: the plan was built with `--version-compatible`. It contains its own host code, which TensorRT loads
+            only if that is allowed.
+        cuda_graphs: TensorRT-RTX captures the kernels of each input shape as a CUDA graph and launches that graph.
+            `tensorrt` does not use it.
 
     Raises:
         TargetUnavailableError: the packages are missing, or the plan belongs to another GPU or version.
-        EnvironmentFailureError: CUDA refuses.
+        EnvironmentFailureError: CUDA reports an error.
     """
 
     def __init__(
@@ -97,8 +97,8 @@ class TensorRTEngine:
                 f"the package of {target} cannot be imported: {error}",
                 hint=f"pip install 'export-zoo[{target}]'",
             ) from error
-        _checked(cuda, cuda.cudaFree(0))  # a context on the device, or CUDA's reason why not
-        # Kept: an engine must not outlive the runtime, nor that its logger.
+        _checked(cuda, cuda.cudaFree(0))  # creates a context on the device, or fails with CUDA's reason
+        # Kept: an engine must not outlive the runtime, and the runtime must not outlive its logger.
         self._logger = _logger(trt)
         self._runtime = trt.Runtime(self._logger)
         if host_code:
@@ -113,8 +113,8 @@ class TensorRTEngine:
                     if int(bit) & int(diagnostics)
                 ]
                 raise TargetUnavailableError(
-                    f"{plan}: not for this machine: {', '.join(names) or 'no reason given'}",
-                    hint="export again with this version, and with --compute-capability of this GPU",
+                    f"{plan}: cannot run on this machine: {', '.join(names) or 'no reason given'}",
+                    hint="export again with this tensorrt-rtx version and the --compute-capability of this GPU",
                 )
         self._engine = self._runtime.deserialize_cuda_engine(data)
         if self._engine is None:
@@ -154,58 +154,59 @@ class TensorRTEngine:
         parser = trt.OnnxParserRefitter(refitter, self._logger)
         if not parser.refit_from_file(str(weights)) or not refitter.refit_cuda_engine():
             raise EnvironmentFailureError(
-                f"{weights}: TensorRT could not put these weights into the engine", hint="-v shows its log"
+                f"{weights}: TensorRT could not put these weights into the engine",
+                hint="use -v to see its log",
             )
 
     def _create_context(self) -> Any:
-        """An execution context, with the kernels of the runtime cache and with CUDA graphs where they were asked for
+        """An execution context, with the kernels of the runtime cache and with CUDA graphs if these were requested
         (NVIDIA, TensorRT-RTX documentation, "Working with Runtime Cache", "Working with RTX CUDA Graphs")."""
         if self._cache_path is None and not self._cuda_graphs:
-            return self._made(self._engine.create_execution_context(), "an execution context")
+            return self._created(self._engine.create_execution_context(), "an execution context")
         config = self._engine.create_runtime_config()
         if self._cuda_graphs:
             config.cuda_graph_strategy = self._trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
         if self._cache_path is not None:
             self._cache = config.create_runtime_cache()
-            # One of another GPU or version is not used, says NVIDIA, and is then replaced by ours.
+            # NVIDIA: a cache of another GPU or version is not used. It is then replaced by ours.
             if self._cache_path.is_file() and not self._cache.deserialize(self._cache_path.read_bytes()):
                 log.warning(
-                    "%s: not a runtime cache for this GPU and version: starting anew", self._cache_path
+                    "%s: not a runtime cache for this GPU and version: starting empty", self._cache_path
                 )
             config.set_runtime_cache(self._cache)
-        return self._made(self._engine.create_execution_context(config), "an execution context")
+        return self._created(self._engine.create_execution_context(config), "an execution context")
 
-    def _made(self, what: Any, name: str) -> Any:
-        """TensorRT gives None where it cannot make a thing."""
+    def _created(self, what: Any, name: str) -> Any:
+        """Returns `what`, or raises an error: TensorRT returns None if it cannot create an object."""
         if what is None:
             raise EnvironmentFailureError(
-                f"TensorRT {self._trt.__version__} could not make {name}",
-                hint="see nvidia-smi: free memory, other processes; -v shows TensorRT's log",
+                f"TensorRT {self._trt.__version__} could not create {name}",
+                hint="see nvidia-smi: free memory, other processes; use -v to see TensorRT's log",
             )
         return what
 
     def layers(self) -> str:
-        """What TensorRT made of the graph, as JSON: each layer with its precision and kernel, as far as it tells."""
-        inspector = self._made(self._engine.create_engine_inspector(), "an engine inspector")
+        """The engine's layers as JSON, each with its precision and kernel as far as TensorRT reports them."""
+        inspector = self._created(self._engine.create_engine_inspector(), "an engine inspector")
         inspector.execution_context = self._context
         return str(inspector.get_engine_information(self._trt.LayerInformationFormat.JSON))
 
     def start(self, count: int) -> None:
-        """Launch a batch of whatever lies in the device's input buffer, and copy nothing: for timing.
+        """Launch a batch on the current content of the device's input buffer, without copies. For timing.
 
         Raises:
             EnvironmentFailureError: TensorRT fails.
         """
         self._context.set_input_shape(self.input_name, (count, *self._most[1:]))
         if not self._context.execute_async_v3(int(self._stream)):
-            raise EnvironmentFailureError("TensorRT could not run the engine", hint="-v shows its log")
+            raise EnvironmentFailureError("TensorRT could not run the engine", hint="use -v to see its log")
 
     def wait(self) -> None:
-        """Until all that was started has ended."""
+        """Wait until all started work has ended."""
         _checked(self._cuda, self._cuda.cudaStreamSynchronize(self._stream))
 
     def _keep_kernels(self, shape: tuple[int, ...]) -> None:
-        """Write the runtime cache, whole, after an input shape's first run. A full disk costs time, nothing else."""
+        """Write the whole runtime cache after an input shape's first run. A full disk costs only time."""
         if self._cache is None or self._cache_path is None or shape in self._shapes_run:
             return
         self._shapes_run.add(shape)
@@ -250,7 +251,9 @@ class TensorRTEngine:
             to, back = kinds.cudaMemcpyHostToDevice, kinds.cudaMemcpyDeviceToHost
             _checked(cuda, cuda.cudaMemcpyAsync(source, batch.ctypes.data, batch.nbytes, to, self._stream))
             if not self._context.execute_async_v3(int(self._stream)):
-                raise EnvironmentFailureError("TensorRT could not run the engine", hint="-v shows its log")
+                raise EnvironmentFailureError(
+                    "TensorRT could not run the engine", hint="use -v to see its log"
+                )
             for name, output in outputs.items():
                 pointer = self._buffers[name]
                 _checked(

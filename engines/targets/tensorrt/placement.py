@@ -11,7 +11,7 @@ from export_zoo.engines.precision.placement import Placement, constant, input_of
 
 
 def place_tensorrt(graph: ir.Graph, kept: Set[str] = frozenset()) -> Placement:
-    """The `tensorrt` column: Q/DQ where TensorRT's builder fuses it into int8 kernels, float everywhere else.
+    """Placement for TensorRT: Q/DQ where TensorRT's builder fuses it into int8 kernels, float everywhere else.
 
     | operator         | rule                                                                             |
     |------------------|----------------------------------------------------------------------------------|
@@ -29,7 +29,7 @@ def place_tensorrt(graph: ir.Graph, kept: Set[str] = frozenset()) -> Placement:
     """
     placement = Placement()
     depth: dict[int, int] = {}
-    """Weighted layers on the longest way from the input to a value, by id."""
+    """Number of weighted layers on the longest path from the input to a value, by the value's id."""
 
     def want(value: ir.Value | None) -> None:
         if value is not None and not constant(value) and value.name is not None:
@@ -49,7 +49,10 @@ def place_tensorrt(graph: ir.Graph, kept: Set[str] = frozenset()) -> Placement:
 
 
 def _identity(add: ir.Node, placement: Placement, depth: Mapping[int, int]) -> ir.Value | None:
-    """The input of a residual Add that is not straight from the int8 convolution it fuses with; None if none is."""
+    """The input of a residual Add that does not come directly from the int8 convolution that the Add fuses with.
+
+    None if the Add fuses with no convolution.
+    """
 
     def fuses(value: ir.Value | None) -> bool:
         producer = value.producer() if value is not None else None

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from export_zoo.engines.targets.plan import Plan
 
 CUDA = 13
-"""Major version of CUDA that the driver must support: TensorRT's since 11, TensorRT-RTX's since 1.7."""
+"""Major version of CUDA that the driver must support: since TensorRT 11 and TensorRT-RTX 1.7."""
 
 
 def driver_too_old() -> str:
-    """Why the driver cannot run TensorRT; empty where it can, or where there is none."""
+    """Why the driver cannot run TensorRT; empty if it can, or if there is no driver."""
     version = driver_version()
     if version is None or version[0] >= CUDA:
         return ""
@@ -30,7 +30,7 @@ def driver_too_old() -> str:
 
 
 class _Plans(Target):
-    """Shared by both."""
+    """Base class of both targets."""
 
     device: Literal["cpu", "gpu"] = "gpu"
     compiled = True
@@ -70,7 +70,7 @@ class _Plans(Target):
         )
 
     def _gpu(self, options: BuildOptions) -> str | None:
-        """The GPU that kernels are chosen on while building; None where they are chosen when the engine runs."""
+        """The GPU on which kernels are chosen during the build; None if they are chosen when the engine runs."""
         del options
         return device_name()
 
@@ -107,7 +107,7 @@ class _Plans(Target):
 
 
 class TensorRT(_Plans):
-    """TensorRT: builds on the GPU that it builds for."""
+    """TensorRT: builds only on the GPU that it builds for."""
 
     name = distribution = "tensorrt"
     install = "install it with `pip install 'export-zoo[tensorrt]'`"
@@ -121,12 +121,12 @@ class TensorRT(_Plans):
         if reason := super().unavailable:
             return reason
         if not has_cuda_device():
-            return "it builds on the GPU that it builds for, and there is no CUDA device here"
+            return "it builds only on the GPU that the engine is for, and there is no CUDA device here"
         return driver_too_old()
 
 
 class TensorRTRTX(_Plans):
-    """TensorRT-RTX: builds for GPUs that are not there, and compiles kernels when it runs."""
+    """TensorRT-RTX: builds without the GPU that it builds for, and compiles kernels when the engine runs."""
 
     name = distribution = "tensorrt-rtx"
     install = "install it with `pip install 'export-zoo[tensorrt-rtx]'`"
@@ -135,15 +135,15 @@ class TensorRTRTX(_Plans):
 
     def check(self, options: BuildOptions) -> None:
         if (options.refittable or options.strip_weights) and not has_cuda_device():
-            # Its builder ends in an internal error (1.7.1, any convolution).
+            # Without a GPU, its builder fails with an internal error (1.7.1, any convolution).
             raise TargetUnavailableError(
-                "--refittable and --strip-weights: tensorrt-rtx does this only where there is a GPU",
-                hint="leave them out, or build where the GPU is",
+                "--refittable and --strip-weights: tensorrt-rtx needs a GPU in this machine for them",
+                hint="leave them out, or build on a machine with a GPU",
             )
         if CURRENT in options.compute_capabilities and not has_cuda_device():
             raise TargetUnavailableError(
                 f"--compute-capability {CURRENT}: there is no CUDA device here",
-                hint="name what to build for, 8.9 for example, or build where the GPU is",
+                hint="give the compute capability, for example 8.9, or build on the machine with the GPU",
             )
         if options.compute_capabilities:
             from export_zoo.engines.targets.tensorrt.build import check_capabilities

@@ -1,7 +1,8 @@
 """The process that builds one TensorRT engine: a request on stdin, events on stdout. Run by `tensorrt.build`.
 
-A process of its own: a builder may crash or be killed for memory, and its libraries need not stay loaded.
-One implementation for `tensorrt` (11) and `tensorrt_rtx`, which share this API; the differences are named.
+It is a separate process because a builder may crash or be killed when memory runs out. Its libraries also need not stay
+loaded. One implementation serves `tensorrt` (11) and `tensorrt_rtx`, which share this API. The code marks the
+differences.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 """Python modules by target."""
 
 RTX_DEFAULT_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0")
-"""What TensorRT-RTX builds for unless told otherwise (NVIDIA, TensorRT-RTX documentation; 1.7)."""
+"""Compute capabilities that TensorRT-RTX builds for by default (NVIDIA, TensorRT-RTX documentation; 1.7)."""
 
 TIMING_SUFFIX = ".timing"
 
 FATAL_WARNINGS = ("Profile kMAX values are not self-consistent",)
-"""Warnings of engines that will misbehave."""
+"""Warnings after which an engine will misbehave."""
 
 
 def _logger(trt: Any, emit: Any) -> Any:
@@ -41,7 +42,7 @@ def _logger(trt: Any, emit: Any) -> Any:
 
 def _monitor(trt: Any, emit: Any) -> Any:
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
-        """Reports the outermost phase only: its steps are the build's."""
+        """Reports only the outermost phase: its steps are the steps of the build."""
 
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
@@ -99,12 +100,12 @@ def _configure(trt: Any, builder: Any, network: Any, request: dict[str, Any]) ->
             name = "CURRENT" if text == CURRENT else "SM" + text.replace(".", "")
             capability = trt.ComputeCapability.__members__.get(name)
             if capability is None or not config.set_compute_capability(capability, index):
-                raise ValueError(f"--compute-capability {text}: refused")
+                raise ValueError(f"--compute-capability {text}: TensorRT-RTX refused it")
     return config
 
 
 def _capabilities(trt: Any) -> list[str]:
-    """Compute capabilities that TensorRT-RTX knows, "8.9" say."""
+    """Compute capabilities that TensorRT-RTX knows, for example "8.9"."""
     return [f"{name[2:-1]}.{name[-1]}" for name in trt.ComputeCapability.__members__ if name.startswith("SM")]
 
 
@@ -116,16 +117,16 @@ def _write(path: Path, data: Any) -> None:
 
 
 def _use_timing_cache(config: Any, path: str | None) -> None:
-    """Start from the kernel timings of a file, or from none."""
+    """Load the kernel timings of a file, or start without timings."""
     known = Path(path).read_bytes() if path else b""
     cache = config.create_timing_cache(known)
-    # A cache of another GPU or version must not decide: its timings are not this one's.
+    # A cache of another GPU or version must not be used: its timings do not apply.
     if cache is None or not config.set_timing_cache(cache, False):
         raise ValueError(f"--timing-cache {path}: belongs to another GPU or TensorRT version")
 
 
 def _build(request: dict[str, Any], emit: Any) -> dict[str, Any]:
-    """The event that ends the build: `done` or `error`."""
+    """Build the engine. Returns the final event: `done` or `error`."""
     trt = importlib.import_module(MODULES[request["target"]])
     logger = _logger(trt, emit)
     builder = trt.Builder(logger)
@@ -180,7 +181,7 @@ def main(request: TextIO, events: TextIO) -> None:
 
 
 if __name__ == "__main__":
-    # Native libraries print to stdout as they please: events go through a copy of it, and they go to stderr.
+    # Native libraries may print to stdout. So events go to a copy of stdout, and stdout itself goes to stderr.
     with os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8") as channel:
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
         main(sys.stdin, channel)

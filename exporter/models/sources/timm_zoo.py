@@ -14,8 +14,7 @@ from export_zoo.exporter.models.eager import outputs_of
 from export_zoo.exporter.models.model_arguments import value_of
 from export_zoo.exporter.models.preprocessing import read_preprocess, resized
 from export_zoo.exporter.models.spec import ModelSpec
-from export_zoo.exporter.models.weights import state_dicts as weights_room
-from export_zoo.exporter.models.weights import weights_files
+from export_zoo.exporter.models.weights import state_dicts, weights_files
 from export_zoo.exporter.options import ExportOptions
 
 if TYPE_CHECKING:
@@ -37,7 +36,7 @@ def preprocess_of(name: str) -> Preprocess:
     """The preprocessing of timm's evaluation (`timm.data.transforms_factory.transforms_imagenet_eval`).
 
     Raises:
-        BadInputError: a crop mode, an interpolation or an input that we cannot reproduce.
+        BadInputError: the crop mode, interpolation or input cannot be reproduced.
     """
     timm = _timm()
     config = timm.data.resolve_data_config({}, pretrained_cfg=timm.get_pretrained_cfg(name).to_dict())
@@ -51,7 +50,7 @@ def preprocess_of(name: str) -> Preprocess:
         raise BadInputError(
             f"timm/{name}: its preprocessing cannot be reproduced: input {config['input_size']}, crop mode "
             f"{config['crop_mode']}, interpolation {config['interpolation']}",
-            hint="say what to do in its place with --preprocess FILE",
+            hint="give the preprocessing with --preprocess FILE",
         )
     return Preprocess(
         resize_size=math.floor(height / config["crop_pct"]),
@@ -80,7 +79,7 @@ def _check_name(name: str) -> None:
 
 
 def resolve(options: ExportOptions) -> ModelSpec:
-    """From options to the model; with `--weights DEFAULT` timm downloads its own.
+    """Resolve the options to a model. With `--weights DEFAULT`, timm downloads its own weights.
 
     Raises:
         BadInputError: timm has no such model, or its preprocessing cannot be reproduced.
@@ -95,11 +94,11 @@ def resolve(options: ExportOptions) -> ModelSpec:
         preprocess = preprocess_of(name)
     preprocess = resized(preprocess, options)
     weights = weights_files.chosen(options, "timm", f"timm/{name}")
-    module = _made(
+    module = _build(
         name, options.model_args, options.num_classes, preprocess, pretrained=weights.kind == "timm"
     )
     if weights.kind == "timm":
-        weights = dataclasses.replace(weights, sha256=weights_room.state_digest(module))
+        weights = dataclasses.replace(weights, sha256=state_dicts.state_digest(module))
     return ModelSpec.of(
         options,
         zoo="timm",
@@ -112,7 +111,7 @@ def resolve(options: ExportOptions) -> ModelSpec:
     )
 
 
-def _made(
+def _build(
     name: str,
     model_args: tuple[tuple[str, str], ...],
     num_classes: int | None,
@@ -134,7 +133,7 @@ def _made(
         raise EnvironmentFailureError(
             f"timm/{name}: download of its weights ({config.hf_hub_id or config.url} on Hugging Face) failed: "
             f"{str(error).splitlines()[0]}",
-            hint="run it where there is a network once, or pass --weights FILE; --weights none runs without",
+            hint="run it once with network access, or pass --weights FILE; --weights none needs no trained weights",
         ) from error
     except Exception as error:
         raise BadInputError(
@@ -145,13 +144,13 @@ def _made(
 
 
 def construct(spec: ModelSpec, state: Mapping[str, torch.Tensor] | None) -> nn.Module:
-    """The model as timm makes it, with timm's weights unless a file or random ones are to come.
+    """Build the model as timm does, with timm's weights unless the weights are random or come from a file.
 
     Raises:
         As `resolve`.
     """
     del state
-    return _made(
+    return _build(
         spec.name,
         spec.model_args,
         spec.num_classes_given,

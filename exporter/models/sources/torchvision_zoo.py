@@ -22,12 +22,11 @@ from export_zoo.exporter.models import dynamic_size, memory
 from export_zoo.exporter.models.model_arguments import value_of
 from export_zoo.exporter.models.preprocessing import read_preprocess, resized
 from export_zoo.exporter.models.spec import ModelSpec, Output
-from export_zoo.exporter.models.weights import state_dicts as weights_room
-from export_zoo.exporter.models.weights import weights_files
+from export_zoo.exporter.models.weights import state_dicts, weights_files
 from export_zoo.exporter.options import ExportOptions
 
 TRANSFORM_INPUT_MODELS = ("googlenet", "inception_v3")
-"""torchvision gives these `transform_input=True` with pretrained weights: they were trained with other
+"""Models that torchvision builds with `transform_input=True` for pretrained weights: they were trained with other
 statistics than the transforms normalize to."""
 
 _AUX_KEYS = {"googlenet": "aux1.", "inception_v3": "AuxLogits."}
@@ -35,14 +34,14 @@ _SEGMENTATION_AUX = "aux_classifier."
 
 _UNSUPPORTED = {
     "detection": (
-        "non-maximum suppression gives as many boxes as there are, which no fixed graph can",
-        "write a factory that returns backbone and heads (FILE.py:FUNCTION), and keep the suppression outside of it",
+        "non-maximum suppression returns a varying number of boxes, which a fixed graph cannot",
+        "write a factory (FILE.py:FUNCTION) that returns backbone and heads, and run the suppression outside of it",
     ),
     "video": (
         "it takes clips [N, 3, T, H, W], not images",
-        "torch.onnx.export takes it; calibration and comparison here are for images",
+        "use torch.onnx.export: calibration and comparison here are for images only",
     ),
-    "optical_flow": ("it takes two images", "torch.onnx.export takes it; calibration here is for one image"),
+    "optical_flow": ("it takes two images", "use torch.onnx.export: calibration here is for one image only"),
     "quantization": (
         "it is quantized already, for PyTorch's own kernels",
         "export the float model of that name with --precision int8",
@@ -63,7 +62,11 @@ def segmentation_names() -> tuple[str, ...]:
 
 
 def check_model(name: str) -> None:
-    """Raises BadInputError, with the reason or the nearest names, where torchvision has no such model for us."""
+    """Check that torchvision has the model and that it is supported.
+
+    Raises:
+        BadInputError: the model is unknown or not supported; names the reason or the nearest names.
+    """
     known = model_names() + segmentation_names()
     if name in known:
         return
@@ -80,9 +83,11 @@ def check_model(name: str) -> None:
 def preprocess_of(weights: WeightsEnum) -> Preprocess:
     """The preprocessing of torchvision weights, from their own `transforms()`.
 
+    For SemanticSegmentation, a centre crop to a square is added to the resize: an engine's input has one size.
+
     Raises:
-        BadInputError: transforms that are not ImageClassification's with bilinear or bicubic resizing, nor those of
-            SemanticSegmentation, to whose resize a centre crop to a square is added: an engine's input has one size.
+        BadInputError: the transforms are neither those of ImageClassification, with bilinear or bicubic resizing, nor
+            those of SemanticSegmentation.
     """
     transforms = weights.transforms()
     names = {InterpolationMode.BILINEAR: "bilinear", InterpolationMode.BICUBIC: "bicubic"}
@@ -115,7 +120,7 @@ def _choose_transforms(options: ExportOptions, known: WeightsEnum | None) -> Pre
     if len(distinct) > 1:
         raise UsageError(
             f"--weights {options.weights}: {options.model} has several preprocessings, and the file does not "
-            f"tell which it was trained with: {'; '.join(_summary(n, p) for n, p in found.items())}",
+            f"say which one it was trained with: {'; '.join(_summary(n, p) for n, p in found.items())}",
             hint=f"add --transforms {next(iter(found))} (or another of them)",
         )
     return next(iter(found.values()))
@@ -133,8 +138,8 @@ _OTHER_OPTIONS = {
     "input_size": "--input-size",
     "transform_input": "--transform-input",
     "init_weights": "--weights none",
-    "aux_logits": "a file that has them, or not",
-    "progress": "nothing: it changes no model",
+    "aux_logits": "a weights file with or without these heads",
+    "progress": "nothing: it does not change the model",
 }
 
 
@@ -142,7 +147,7 @@ def model_argument(key: str, text: str) -> Any:
     """The value of a `--model-arg`, see `models.model_arguments`.
 
     Raises:
-        UsageError: an argument that has an option of its own, or a value that is none.
+        UsageError: the argument has its own option, or the value is not valid.
     """
     if key in _OTHER_OPTIONS:
         raise UsageError(f"--model-arg {key}: use {_OTHER_OPTIONS[key]}", hint="leave it out")
@@ -150,7 +155,7 @@ def model_argument(key: str, text: str) -> Any:
 
 
 def resolve(options: ExportOptions) -> ModelSpec:
-    """From options to the model that they mean; finds or downloads the weights file.
+    """Resolve the options to a model; finds or downloads the weights file.
 
     Raises:
         BadInputError: unknown model or weights, or a damaged file.
@@ -162,7 +167,7 @@ def resolve(options: ExportOptions) -> ModelSpec:
     if options.transform_input is not None and name not in TRANSFORM_INPUT_MODELS:
         raise UsageError(
             f"--transform-input: {name} has no such option",
-            hint=f"it is for {' and '.join(TRANSFORM_INPUT_MODELS)}",
+            hint=f"leave it out: it is only for {' and '.join(TRANSFORM_INPUT_MODELS)}",
         )
     if options.dynamic_size is not None and not options.fully_convolutional and name in model_names():
         with memory.without_memory(), warnings.catch_warnings():  # before weights are downloaded
@@ -191,7 +196,7 @@ def resolve(options: ExportOptions) -> ModelSpec:
         )
     transform_input: bool | None = None
     if name in TRANSFORM_INPUT_MODELS:
-        # A local file was trained, or fine-tuned, behind the same normalization as torchvision's own.
+        # A local file was trained or fine-tuned with the same normalization as torchvision's own weights.
         transform_input = options.weights != "none"
         if options.transform_input is not None:
             transform_input = options.transform_input
@@ -206,7 +211,7 @@ def resolve(options: ExportOptions) -> ModelSpec:
         shape = (num_classes, preprocess.crop_height, preprocess.crop_width)
         auxiliary = bool(arguments.get("aux_loss"))
         if weights.path is not None:
-            state = weights_room.read_weights(weights.path, weights_room.Reading.of(options)).state
+            state = state_dicts.read_weights(weights.path, state_dicts.Reading.of(options)).state
             auxiliary = any(key.startswith(_SEGMENTATION_AUX) for key in state)
         outputs = tuple(Output(n, shape) for n in (("out", "aux") if auxiliary else ("out",)))
     return ModelSpec.of(
@@ -222,7 +227,7 @@ def resolve(options: ExportOptions) -> ModelSpec:
 
 
 def construct(spec: ModelSpec, state: Mapping[str, torch.Tensor] | None) -> nn.Module:
-    """The model as torchvision initializes it, with auxiliary heads where the state dict has them.
+    """Build the model as torchvision initializes it, with auxiliary heads if the state dict has them.
 
     Raises:
         BadInputError: torchvision refuses the arguments or the input size.
@@ -249,8 +254,8 @@ def construct(spec: ModelSpec, state: Mapping[str, torch.Tensor] | None) -> nn.M
         if spec.model_args:
             given = " ".join(f"--model-arg {key}={text}" for key, text in spec.model_args)
             raise BadInputError(
-                f"{given}: {spec.name} cannot be built with that: {error}",
-                hint="see the arguments of torchvision's function and of its class",
+                f"{given}: {spec.name} cannot be built with these arguments: {error}",
+                hint="check the arguments of torchvision's function and of its class",
             ) from error
         raise BadInputError(
             f"{spec.name} cannot be built for input {height}x{width}: {error}",

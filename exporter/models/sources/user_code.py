@@ -25,16 +25,15 @@ from export_zoo.exporter.models.eager import outputs_of
 from export_zoo.exporter.models.model_arguments import value_of
 from export_zoo.exporter.models.preprocessing import read_preprocess, resized
 from export_zoo.exporter.models.spec import ModelSpec
-from export_zoo.exporter.models.weights import state_dicts as weights_room
-from export_zoo.exporter.models.weights import weights_files
+from export_zoo.exporter.models.weights import state_dicts, weights_files
 from export_zoo.exporter.options import ExportOptions
 
 _files: dict[tuple[Path, int], ModuleType] = {}
-"""Those that were imported, by place and time of their last change: registries take a name but once."""
+"""Imported modules, by path and modification time. A file is imported once: registries refuse the same name twice."""
 
 
 def _imported(source: str, model: str) -> ModuleType:
-    """The module of `FILE.py` or of `package.module`; what it imports from beside it is found."""
+    """Import `FILE.py` or `package.module`. Its own imports from the same directory work, too."""
     path = Path(source)
     is_file = source.endswith(".py")
     if is_file and not path.is_file():
@@ -43,8 +42,8 @@ def _imported(source: str, model: str) -> ModuleType:
     if known in _files:
         return _files[known]
     folder = str(path.resolve().parent if is_file else Path.cwd())
-    if folder not in sys.path:  # kept there: functions import when they are called, too
-        sys.path.append(folder)  # last: a profile.py in it is not the standard library's
+    if folder not in sys.path:  # stays there: functions may import when they are called
+        sys.path.append(folder)  # last: a profile.py there must not replace the standard library's
     try:
         if known is None:
             return importlib.import_module(source)
@@ -53,17 +52,17 @@ def _imported(source: str, model: str) -> ModuleType:
         assert found is not None
         assert found.loader is not None
         module = importlib.util.module_from_spec(found)
-        sys.modules[name] = module  # dataclasses and pickle look there
+        sys.modules[name] = module  # dataclasses and pickle look it up there
         found.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         if isinstance(error, ModuleNotFoundError) and error.name == source.partition(".")[0]:
             raise BadInputError(
-                f"{model}: no module {error.name!r} here",
+                f"{model}: module {error.name!r} was not found",
                 hint="give FILE.py:FUNCTION, or a module that is installed or in this directory",
             ) from error
         raise BadInputError(
             f"{model}: {source} cannot be imported: {type(error).__name__}: {error}",
-            hint="it must import where export-zoo runs; for relative imports give package.module:FUNCTION",
+            hint="make it importable where export-zoo runs; for relative imports give package.module:FUNCTION",
         ) from error
     _files[known] = module
     return module
@@ -86,12 +85,12 @@ def _factory(model: str) -> Callable[..., Any]:
             f"{model}: {source} has no function {name!r}",
             hint=f"did you mean {' or '.join(near)}?" if near else "name a function that returns the network",
         )
-    # A copy: it is kept with its file, and weights are loaded into what is exported.
+    # A copy: the module stays in `_files`, and weights are loaded into the network that is exported.
     return (lambda: copy.deepcopy(found)) if isinstance(found, nn.Module) else found
 
 
-def _made(model: str, arguments: Mapping[str, Any], seed: int, size: tuple[int, int]) -> nn.Module:
-    """In eval mode, on the CPU, with the types of its weights as they are."""
+def _build(model: str, arguments: Mapping[str, Any], seed: int, size: tuple[int, int]) -> nn.Module:
+    """Call the factory. The network is in eval mode, on the CPU; the dtypes of its weights are unchanged."""
     factory = _factory(model)
     shown = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
     try:
@@ -99,9 +98,9 @@ def _made(model: str, arguments: Mapping[str, Any], seed: int, size: tuple[int, 
     except TypeError as error:
         raise BadInputError(
             f"{model}: cannot be called with ({shown}): {error}",
-            hint="--num-classes and --model-arg become its keyword arguments",
+            hint="check --num-classes and --model-arg: they become its keyword arguments",
         ) from error
-    except ValueError:  # no signature to ask
+    except ValueError:  # no signature is available
         pass
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -111,7 +110,7 @@ def _made(model: str, arguments: Mapping[str, Any], seed: int, size: tuple[int, 
         except (Exception, SystemExit) as error:
             raise BadInputError(
                 f"{model}: called with ({shown}), it raises {type(error).__name__}: {error}",
-                hint="--num-classes and --model-arg become its keyword arguments",
+                hint="check --num-classes and --model-arg: they become its keyword arguments",
             ) from error
         while isinstance(made, nn.Module) and isinstance(inner := _wrapped(made), nn.Module):
             made = inner
@@ -127,14 +126,14 @@ def _made(model: str, arguments: Mapping[str, Any], seed: int, size: tuple[int, 
 
 
 def _materialize(module: nn.Module, size: tuple[int, int]) -> None:
-    """Give lazy layers their shapes, which a first run decides."""
+    """Run the module once if it has lazy layers, which get their shapes from the first run."""
     if any(isinstance(part, LazyModuleMixin) for part in module.modules()):
         with contextlib.suppress(Exception), torch.no_grad(), contextlib.redirect_stdout(sys.stderr):
-            module(torch.zeros(2, 3, *size))  # where it does not run, `outputs_of` says so
+            module(torch.zeros(2, 3, *size))  # if it does not run, `outputs_of` reports that
 
 
 def _wrapped(module: nn.Module) -> object:
-    """What torch.compile, DataParallel and DistributedDataParallel wrap."""
+    """The module that torch.compile, DataParallel or DistributedDataParallel wraps; None if there is none."""
     if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         return module.module
     return getattr(module, "_orig_mod", None)
@@ -146,28 +145,28 @@ def _arguments(spec_args: tuple[tuple[str, str], ...], num_classes: int | None) 
 
 
 def resolve(options: ExportOptions) -> ModelSpec:
-    """Import the factory and call it once, to see outputs and weights.
+    """Import the factory and call it once to find its outputs and weights.
 
     Raises:
-        BadInputError: it cannot be imported or called, or its network is none for images.
-        UsageError: no `--preprocess`.
+        BadInputError: the factory cannot be imported or called, or its network does not take images.
+        UsageError: the model is not FILE.py:FUNCTION or package.module:FUNCTION.
     """
     model = options.model
     assert options.preprocess is not None
     preprocess, labels = read_preprocess(options.preprocess)
     preprocess = resized(preprocess, options)
     size = (preprocess.crop_height, preprocess.crop_width)
-    module = _made(model, _arguments(options.model_args, options.num_classes), options.seed, size)
+    module = _build(model, _arguments(options.model_args, options.num_classes), options.seed, size)
     kinds = {str(p.dtype).removeprefix("torch.") for p in module.parameters() if p.is_floating_point()}
     notes = tuple(
-        f"{model}: its weights are {kind}: exported, and compared, as float32"
+        f"{model}: its weights are {kind}; they are exported and compared as float32"
         for kind in sorted(kinds - {"float32"})
     )
     module = module.float()
     outputs = outputs_of(module, *size, model)
     weights = weights_files.chosen(options, "factory", "as the factory returns them")
     if weights.kind == "factory":
-        weights = dataclasses.replace(weights, sha256=weights_room.state_digest(module))
+        weights = dataclasses.replace(weights, sha256=state_dicts.state_digest(module))
     source, _, function = model.rpartition(":")
     return ModelSpec.of(
         options,
@@ -177,15 +176,18 @@ def resolve(options: ExportOptions) -> ModelSpec:
         preprocess=preprocess,
         labels=labels,
         outputs=outputs,
-        factory=f"{_told(Path(source))}:{function}",
+        factory=f"{_shown(Path(source))}:{function}",
         factory_path=source,
         notes=notes,
-        version=uuid.uuid4().hex,  # the code may be any: the cache cannot tell when it changed
+        version=uuid.uuid4().hex,  # the cache cannot know when user code changes
     )
 
 
-def _told(source: Path) -> str:
-    """As it was given where that is relative: no machine's folders get into the bundle."""
+def _shown(source: Path) -> str:
+    """The path as given, or only its file name if it is absolute or contains `..`.
+
+    The bundle must not name this machine's folders.
+    """
     return source.name if source.is_absolute() or ".." in source.parts else source.as_posix()
 
 
@@ -194,4 +196,4 @@ def construct(spec: ModelSpec, state: Mapping[str, torch.Tensor] | None) -> nn.M
     del state
     arguments = _arguments(spec.model_args, spec.num_classes_given)
     size = (spec.preprocess.crop_height, spec.preprocess.crop_width)
-    return _made(f"{spec.factory_path}:{spec.name}", arguments, spec.seed, size).float()
+    return _build(f"{spec.factory_path}:{spec.name}", arguments, spec.seed, size).float()

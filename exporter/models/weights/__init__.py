@@ -1,1 +1,1 @@
-"""Weights of a network: find the file, read it, load it strictly; or random ones."""
+"""Weights of a network: finds, reads and strictly loads a weights file, or makes random weights."""

@@ -1,4 +1,4 @@
-"""Random weights that are of use: logits that vary with the input, so that parity has something to compare."""
+"""Usable random weights: the logits vary with the input, so that parity has something to compare."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from export_zoo.calibration.preprocess import normalize
 from export_zoo.exporter.models.spec import ModelSpec
 
 RESIDUAL_GAIN = 0.25
-"""Of residual branches, at most; one over the root of their number where there are more than 16 (De & Smith 2020, arXiv
-2002.10444, section 3), or a random network of 80 blocks is chaos: 20 dB between two orders of summation in FP32."""
+"""Largest gain of residual branches. With more than 16 branches, the gain is one over the square root of their number
+(De & Smith 2020, arXiv 2002.10444, section 3). Without this limit, a random network of 80 blocks is chaotic: 20 dB
+between two orders of summation in FP32."""
 
 
 def _last_norm_of_branch(block: nn.Module) -> nn.BatchNorm2d | None:
@@ -43,14 +44,14 @@ def _last_norm_of_branch(block: nn.Module) -> nn.BatchNorm2d | None:
 def make_usable(model: nn.Module, spec: ModelSpec) -> None:
     """Give random weights logits that vary with the input, so that parity has something to compare.
 
-    The user's own network gets its layers' own initialization, whatever weights its function gave it.
+    A user's network is reset to its layers' own initialization, whatever weights its function gave it.
 
-    ViT's head is initialized to zero and ConvNeXt's layer scale to 1e-6; BatchNorm's untrained statistics let
-    activations vanish or explode, and are estimated on a few seeded images instead. Residual branches start
-    small, as in training (Goyal et al. 2017, arXiv 1706.02677, section 5.1, start at 0): at full strength a random
-    ResNet is so chaotic that one flipped rounding tie decides its answer.
+    ViT's head is initialized to zero and ConvNeXt's layer scale to 1e-6; both are initialized again. BatchNorm's
+    untrained statistics let activations vanish or explode; they are estimated on a few seeded images instead. Residual
+    branches start small, as in training (Goyal et al. 2017, arXiv 1706.02677, section 5.1, start at 0): at full
+    strength, a random ResNet is so chaotic that one flipped rounding tie decides its answer.
     """
-    if spec.zoo == "python":  # the user's function may have loaded trained ones
+    if spec.zoo == "python":  # the user's function may have loaded trained weights
         for module in model.modules():
             if callable(reset := getattr(module, "reset_parameters", None)):
                 reset()

@@ -1,4 +1,4 @@
-"""Weights: read a state dict, whatever it is wrapped in, and load it into a model, strictly."""
+"""Reads a state dict from a file, unwraps it, and loads it strictly into a model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from export_zoo.exporter.options import ExportOptions
 
 _NESTED_KEYS = ("state_dict", "model_state_dict", "model")
 _AVERAGED_KEYS = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
-"""Moving averages of the weights, of timm, torchvision's references and others."""
+"""Keys of moving averages of the weights, in checkpoints of timm, torchvision's references and others."""
 _PREFIXES = ("module.", "_orig_mod.")
 _DENSENET = re.compile(
     r"^(.*denselayer\d+\.(?:norm|relu|conv))\.((?:[12])\.(?:weight|bias|running_mean|running_var))$"
@@ -32,10 +32,10 @@ class Reading:
     """How a file becomes a model's state dict.
 
     Attributes:
-        key: entry of a training checkpoint, `model_ema` say, with dots between several.
-        renames: prefixes of names and what takes their place.
-        skip: globs over names that are left out.
-        allow_pickle: run the code in a pickle.
+        key: entry of a training checkpoint, such as `model_ema`; dots separate nested entries.
+        renames: prefixes of names and their replacements.
+        skip: glob patterns of names to leave out.
+        allow_pickle: whether to run the code in a pickle.
     """
 
     key: str | None = None
@@ -45,17 +45,17 @@ class Reading:
 
     @classmethod
     def of(cls, options: ExportOptions) -> Reading:
-        """As the command line asks for."""
+        """The settings of the command line."""
         return cls(options.weights_key, options.renames, options.skip_weights, options.allow_pickle)
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A state dict, where in the file it was, what else is there, and the names that were left out."""
+    """A state dict, its entry in the file, the other entries there, and the names that were left out."""
 
     state: dict[str, torch.Tensor]
     versions: Mapping[str, Any] = field(default_factory=dict)
-    """Of each module's state, by the module's name, as PyTorch keeps them; none in safetensors and plain mappings."""
+    """Version of each module's state, by module name, as PyTorch keeps it. Empty for safetensors and plain mappings."""
     entry: str = ""
     others: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
@@ -63,7 +63,8 @@ class Loaded:
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What a model's weights became: names left at random, names of the file left out, and the entry that was read."""
+    """Result of loading weights: parameters left at random values, names of the file left out, the entry that was read,
+    and the other entries."""
 
     initialized: list[str]
     skipped: list[str]
@@ -82,7 +83,7 @@ def state_digest(module: nn.Module) -> str:
 
 
 def _why_unreadable(path: Path, error: Exception) -> str:
-    """PyTorch's messages are long, advise what we never do, or are one number."""
+    """The reason in short. PyTorch's own messages are long, give advice that does not apply, or are only a number."""
     if isinstance(error, OSError):
         return error.strerror or str(error)
     with path.open("rb") as file:
@@ -90,7 +91,7 @@ def _why_unreadable(path: Path, error: Exception) -> str:
     if path.suffix == ".safetensors":
         return f"not a safetensors file: {error}"
     if start[8:9] == b"{":
-        return "a safetensors file by its content: name it .safetensors"
+        return "its content is that of a safetensors file: name it .safetensors"
     if start[:2] == b"PK" or start[:1] == b"\x80":
         if "weights_only" in str(error) or "WeightsUnpickler" in str(error):
             return "the pickle holds more than tensors"
@@ -103,7 +104,7 @@ def _is_state(value: object) -> bool:
 
 
 def _entry(path: Path, loaded: object, key: str | None) -> tuple[object, str, tuple[str, ...]]:
-    """The state dict in a checkpoint, its key, and the keys of other ones."""
+    """The state dict in a checkpoint, its key, and the keys of other state dicts there."""
     if key is not None:
         for part in key.split("."):
             if not isinstance(loaded, Mapping) or part not in loaded:
@@ -129,14 +130,15 @@ def _module_state(value: object) -> object:
 
 
 def read_weights(path: Path, reading: Reading = Reading()) -> Loaded:
-    """Read a state dict; nested ones are unwrapped, `module.` and `_orig_mod.` prefixes removed.
+    """Read a state dict. Nested state dicts are unwrapped; `module.` and `_orig_mod.` prefixes are removed.
 
-    Of a training checkpoint the weights are taken, moving averages only where there is nothing else. Pickles are read
+    From a training checkpoint, the weights are taken; moving averages only if there is nothing else. Pickles are read
     with `weights_only=True` unless `allow_pickle` is set.
 
     Raises:
-        BadInputError: not a state dict, damaged, a pickle that holds more than tensors, or without the key.
-        UsageError: a rename or skip that matches nothing.
+        BadInputError: the file is not a state dict, is damaged, is a pickle that holds more than tensors, or does not
+            have the key.
+        UsageError: a rename or skip pattern matches nothing.
     """
     try:
         if path.suffix == ".safetensors":
@@ -150,11 +152,11 @@ def read_weights(path: Path, reading: Reading = Reading()) -> Loaded:
         raise BadInputError(
             f"--weights {path}: cannot be read as a state dict: {text}",
             hint="save it with torch.save(model.state_dict(), path) or safetensors.torch.save_file"
-            + ("" if reading.allow_pickle else "; --allow-pickle, if you trust it, runs the code in it"),
+            + ("" if reading.allow_pickle else "; if you trust the file, --allow-pickle runs the code in it"),
         ) from error
     loaded, entry, others = _entry(path, loaded, reading.key)
     versions = dict(getattr(loaded, "_metadata", {}))
-    if isinstance(loaded, Mapping):  # of torch.optim.swa_utils.AveragedModel
+    if isinstance(loaded, Mapping):  # torch.optim.swa_utils.AveragedModel adds n_averaged
         loaded = {name: value for name, value in loaded.items() if name != "n_averaged"}
     if (
         not isinstance(loaded, Mapping)
@@ -208,7 +210,7 @@ def read_weights(path: Path, reading: Reading = Reading()) -> Loaded:
 def _entry_advice(loaded: object) -> str:
     entries = [str(k) for k, v in loaded.items() if _is_state(v)] if isinstance(loaded, Mapping) else []
     if entries:
-        return f"--weights-key {entries[0]} reads the state dict in it"
+        return f"use --weights-key {entries[0]} to read the state dict in it"
     return "save model.state_dict(), not the model or the whole checkpoint"
 
 
@@ -227,14 +229,14 @@ def load_into(
     """Load a state dict strictly; returns the parameters left at their (seeded) random initialization.
 
     Args:
-        versions: of modules' states, as `Loaded` has them: a module brings an older one up to date as it is loaded.
-        init_missing: glob patterns of parameters that may be missing or of another shape: a new head.
+        versions: versions of modules' states, as in `Loaded`. A module updates an older state while loading it.
+        init_missing: glob patterns of parameters that may be missing or have another shape, such as a new head.
 
     Raises:
         BadInputError: keys are missing, unexpected or mis-shaped; the message lists them.
     """
-    # Old DenseNet checkpoints have names from before modules could hold dots. Without versions modules apply their
-    # own renaming of old checkpoints (ViT's MLP, BatchNorm's counter).
+    # Old DenseNet checkpoints have dots in module names (`norm.1`), which PyTorch no longer allows. Without versions,
+    # modules apply their own renaming of old checkpoints (ViT's MLP, BatchNorm's counter).
     state = {(f"{m[1]}{m[2]}" if (m := _DENSENET.match(name)) else name): t for name, t in state.items()}
     wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
     kinds = {n: t.dtype for n, t in model.state_dict().items() if n in state and t.is_floating_point()}
@@ -245,7 +247,7 @@ def load_into(
         )
     misshaped = [name for name in wanted if name in state and state[name].shape != wanted[name]]
     given = OrderedDict((name, tensor) for name, tensor in state.items() if name not in misshaped)
-    # MNASNet refuses a state dict that does not say its version; 2 is what torchvision publishes.
+    # MNASNet refuses a state dict without a version; torchvision publishes version 2.
     usual = {name: {"version": 2} for name, module in model.named_modules() if isinstance(module, MNASNet)}
     if known := {**usual, **(versions or {})}:
         given._metadata = known  # type: ignore[attr-defined]
@@ -275,7 +277,8 @@ def load_into(
     ]
     if damaged:
         raise BadInputError(
-            f"--weights {origin}: not finite: {_shown(damaged)}", hint="the training diverged"
+            f"--weights {origin}: not finite: {_shown(damaged)}",
+            hint="use other weights: the training diverged",
         )
     initialized = sorted(name for name in [*absent, *misshaped] if allowed(name))
     for pattern in init_missing:
@@ -287,17 +290,19 @@ def load_into(
     return initialized
 
 
-_ARCHITECTURE = "is it the state dict of this architecture? --init-missing PATTERN accepts a new head"
+_ARCHITECTURE = (
+    "check that it is the state dict of this architecture; --init-missing PATTERN accepts a new head"
+)
 
 
 def _advice(state: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Size], wrong: Sequence[str]) -> str:
-    """What would fit: another head or input size is the usual reason."""
+    """A hint for weights that do not fit. The usual reason is another head or input size."""
     prefix = f"{next(iter(state), '').partition('.')[0]}."
     if all(name.startswith(prefix) for name in state) and wanted.keys() & {
         n.removeprefix(prefix) for n in state
     }:
-        return f"all names begin with {prefix!r}: --rename {prefix}= takes it away"
-    weights = [name for name in wanted if name.endswith(".weight")]  # none where all are parametrized
+        return f"all names begin with {prefix!r}: --rename {prefix}= removes it"
+    weights = [name for name in wanted if name.endswith(".weight")]  # empty if all are parametrized
     head = weights[-1].removesuffix(".weight") if weights else ""
     if f"{head}.weight" in wrong:
         found, expected = state[f"{head}.weight"].shape[0], wanted[f"{head}.weight"][0]
@@ -306,5 +311,5 @@ def _advice(state: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Size],
         if len(heads) == len(wrong):
             return f"the file has {found} classes: pass --num-classes {found}, or --init-missing '{head}.*'"
     if any("pos_embedding" in name for name in wrong):
-        return "position embeddings depend on the input size: pass the --input-size it was trained at"
+        return "pass the --input-size that the model was trained at: its position embeddings depend on it"
     return _ARCHITECTURE

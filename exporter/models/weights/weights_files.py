@@ -1,4 +1,4 @@
-"""Weights: find the file, on disk or by download, and tell which torchvision weights it is."""
+"""Finds a weights file, on disk or by download, and identifies torchvision's own weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WEIGHT_SUFFIXES = (".pth", ".pt", ".safetensors")
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """A state dict on disk. `known` is the torchvision weights that it is, by hash."""
+    """A state dict on disk. `known`: the torchvision weights with the same hash, if any."""
 
     path: Path
     sha256: str
@@ -35,7 +35,7 @@ def _hash_in_name(name: str) -> str | None:
 
 
 def names_of(model: str) -> list[str]:
-    """Names of a model's torchvision weights, `IMAGENET1K_V1` say."""
+    """Names of a model's torchvision weights, such as `IMAGENET1K_V1`."""
     return [w.name for w in get_model_weights(model)]
 
 
@@ -63,22 +63,25 @@ def looks_like_file(weights: str) -> bool:
 
 
 def local_file(path: Path, model: str | None = None) -> WeightsFile:
-    """A state dict file; its hash tells whether it is one of a torchvision model's own weights.
+    """A state dict file. Its hash shows whether it is one of a torchvision model's own weights.
 
     Raises:
-        BadInputError: missing or empty, or named by a hash that its content does not have.
+        BadInputError: not a readable file, another suffix, or a hash in its name that its content does not have.
     """
     if path.is_dir():
         raise BadInputError(
             f"--weights {path}: is a directory", hint="pass a .pth or .safetensors state dict"
         )
     if not os.access(path, os.R_OK) and path.exists():
-        raise BadInputError(f"--weights {path}: may not be read", hint="check its permissions")
+        raise BadInputError(
+            f"--weights {path}: cannot be read: permission denied", hint="check its permissions"
+        )
     if not path.is_file():
         raise BadInputError(f"--weights {path}: no such file", hint="pass a .pth or .safetensors state dict")
     if path.suffix not in WEIGHT_SUFFIXES:
         raise BadInputError(
-            f"--weights {path}: not a weights file by its suffix", hint=f"use {', '.join(WEIGHT_SUFFIXES)}"
+            f"--weights {path}: does not have the suffix of a weights file",
+            hint=f"use {', '.join(WEIGHT_SUFFIXES)}",
         )
     sha256 = sha256_of(path)
     for weights in get_model_weights(model) if model is not None else ():
@@ -87,7 +90,7 @@ def local_file(path: Path, model: str | None = None) -> WeightsFile:
             return WeightsFile(path, sha256, weights)
         if prefix and _hash_in_name(path.name) == prefix:
             raise BadInputError(
-                f"--weights {path}: the name says {weights} (SHA-256 {prefix}...), the content is "
+                f"--weights {path}: its name says {weights} (SHA-256 {prefix}...), but its SHA-256 is "
                 f"{sha256[:8]}...: a damaged download, or other weights under that name",
                 hint="download it again, or rename it if it was changed on purpose",
             )
@@ -110,8 +113,8 @@ def downloaded(weights: WeightsEnum) -> WeightsFile:
             reason = getattr(error, "reason", None) or error
             raise EnvironmentFailureError(
                 f"--weights {weights}: download of {weights.url} failed: {reason}",
-                hint=f"get that file where there is a network, then pass --weights ./{name} "
-                f"(or put it into {path.parent}); --weights none runs without trained weights",
+                hint=f"download that file on a machine with network access, then pass --weights ./{name} "
+                f"(or put it into {path.parent}); --weights none needs no trained weights",
             ) from error
     sha256 = sha256_of(path)
     prefix = _hash_in_name(name)
@@ -124,7 +127,7 @@ def downloaded(weights: WeightsEnum) -> WeightsFile:
 
 @dataclass(frozen=True)
 class ChosenWeights:
-    """What a network is to hold: of which kind, by which name, from which file."""
+    """The weights that a network gets: their kind, name and file."""
 
     kind: WeightsKind
     name: str
@@ -133,7 +136,7 @@ class ChosenWeights:
 
 
 def chosen(options: ExportOptions, default_kind: WeightsKind, default_name: str) -> ChosenWeights:
-    """Of --weights: none, a file, or DEFAULT, which the network's source brings with it.
+    """The weights that --weights selects: none, a file, or DEFAULT, the weights of the network's source.
 
     Raises:
         BadInputError: no such file.

@@ -1,1 +1,1 @@
-"""How INT8 of a target is made best: candidates, and which one is taken."""
+"""Tunes INT8 for a target: makes candidates, measures them and chooses one."""

@@ -1,4 +1,4 @@
-"""Candidates for INT8 of a target: what each is made of, made once, and how good it is on the select images."""
+"""INT8 candidates of a target: makes the parts of each once, and measures it on the select images."""
 
 from __future__ import annotations
 
@@ -43,22 +43,22 @@ from export_zoo.exporter.stages.tuning.int8_parts import Int8Parts
 OFF = "off"
 
 APPROXIMATE = "0.75 approximate"
-"""Strength with which layers are equalized through ReLU6, too, which is not the same function on all images."""
+"""Strength of equalization through ReLU6, too. The result is not the same function on all images."""
 
 FEW_IMAGES = 64
-"""Images that channels' magnitudes and layers' mean inputs are taken from."""
+"""Number of images for channels' magnitudes and layers' mean inputs."""
 
 MOMENT_IMAGES = 256
-"""Images that second moments of layers' inputs are taken from: they have more to tell, and less to tell it with."""
+"""Number of images for second moments of layers' inputs. These have many more entries to estimate."""
 
 
 class Candidate(BaseModel):
-    """One way to make INT8 of a target; see `tuning.int8_parts.Int8Parts` for the parts."""
+    """One INT8 configuration of a target; see `tuning.int8_parts.Int8Parts` for the parts."""
 
     model_config = ConfigDict(frozen=True)
 
     strength: str = OFF
-    """Of equalization."""
+    """Strength of equalization."""
     bias: bool = False
     method: str = "minmax"
     clipped: tuple[str, ...] = ()
@@ -68,13 +68,13 @@ class Candidate(BaseModel):
 
 @dataclass(frozen=True)
 class Store:
-    """Where the parts of candidates lie, so that a cached stage finds them again."""
+    """Paths of the parts of candidates, so that a cached stage finds them again."""
 
     directory: Path
     graph: Path
     ranges: Ranges
     _read: dict[str, Ranges] = field(default_factory=dict)
-    """By strength."""
+    """Ranges read so far, by strength."""
 
     def __post_init__(self) -> None:
         self._read[OFF] = self.ranges
@@ -86,7 +86,7 @@ class Store:
         return self.directory / f"means-{_file(strength)}.safetensors"
 
     def rounding(self, strength: str, target: Target) -> Path:
-        """Targets differ only in how scales are rounded."""
+        """Path of the rounding steps; targets differ only in how scales are rounded."""
         scales = "half" if target.int8.half else "float"
         return self.directory / f"rounding-{_file(strength)}-{scales}.safetensors"
 
@@ -99,7 +99,7 @@ class Store:
         return self._read[strength]
 
     def keep(self, chosen: Iterable[tuple[Candidate, Target]]) -> None:
-        """Delete what no chosen candidate (with its target) is made of."""
+        """Delete the parts that no chosen candidate (with its target) uses."""
         kept = set()
         for candidate, target in chosen:
             parts = self.parts(candidate, target)
@@ -120,12 +120,12 @@ class Store:
         )
 
 
-class Workshop:
-    """Makes the parts of candidates, and measures candidates by the SQNR of their logits to the FP32 graph's.
+class Evaluator:
+    """Makes the parts of candidates, and measures candidates by the SQNR of their logits against the FP32 graph's.
 
     Args:
         select: images to measure on, uint8 [N, H, W, 3].
-        few: how many of them SQNR is of.
+        few: number of them that the SQNR is measured on.
     """
 
     def __init__(
@@ -148,7 +148,7 @@ class Workshop:
         check_reference(as_rows(self._reference))
         self._signal = float(((rows - rows.mean(axis=0)) ** 2).sum())
         self._known: dict[tuple[Candidate, Target], Float64Array] = {}
-        self._made = {graph_io.sha256_of(store.graph)}
+        self._hashes = {graph_io.sha256_of(store.graph)}
         self._decoded: dict[int, UInt8Array] = {}
         self._orders: dict[str, ChannelOrder] = {}
 
@@ -159,7 +159,7 @@ class Workshop:
         return self._decoded[count]
 
     def _outputs(self, engine: Runner, start: int, stop: int) -> npt.NDArray[np.float32]:
-        """First outputs of some images."""
+        """First outputs of the select images from `start` to `stop`."""
         return run_in_batches(engine, self._select[start:stop], self._preprocess, IMAGE_BATCH)[0]
 
     def _noise(self, engine: Runner, start: int, stop: int) -> Float64Array:
@@ -172,14 +172,14 @@ class Workshop:
         return squares
 
     def sqnr(self, candidate: Candidate, target: Target) -> float:
-        """Of a candidate whose parts have been made, on the few first images, in dB."""
+        """SQNR of a candidate on the first `few` images, in dB. Its parts must have been made."""
         noise = float(self.noise(candidate, target, self.few).sum())
         if not np.isfinite(noise):
             return -WITHOUT_NOISE
         return WITHOUT_NOISE if noise == 0 else min(WITHOUT_NOISE, 10 * math.log10(self._signal / noise))
 
     def noise(self, candidate: Candidate, target: Target, count: int) -> Float64Array:
-        """Squared errors of the first images' logits, [count], of a candidate whose parts have been made."""
+        """Squared errors of a candidate's logits on the first images, [count]. Its parts must have been made."""
         known = self._known.get((candidate, target), np.empty(0))
         if len(known) < count:
             with tempfile.TemporaryDirectory(prefix="export-zoo-") as directory:
@@ -190,7 +190,7 @@ class Workshop:
                 if target.compiled:
                     write_twin(graph, twin)
                     engine = OnnxRuntimeEngine(twin, fused=False)
-                else:  # it cannot saturate, so it needs no exact session, which is slower
+                else:  # it cannot saturate, so it does not need the slower exact session
                     engine = target.open(Opening(graph, INT8))
                 known = np.concatenate([known, self._noise(engine, len(known), count)])
             self._known[candidate, target] = known
@@ -198,7 +198,7 @@ class Workshop:
 
     @cached_property
     def equalized(self) -> list[str]:
-        """Strengths with which layers can be equalized; makes the graphs, and calibrates each."""
+        """Strengths with which layers can be equalized. Makes and calibrates the graph of each."""
         names = observed(graph_io.load(self._store.graph).graph)
         if not names:
             return []
@@ -207,7 +207,7 @@ class Workshop:
 
     @cached_property
     def approximated(self) -> bool:
-        """Whether there are more layers to be equalized through ReLU6; makes that graph, and calibrates it."""
+        """Whether more layers can be equalized through ReLU6. Makes and calibrates that graph."""
         graph = graph_io.load(self._store.graph).graph
         names = observed(graph, approximate=True)
         return names != observed(graph) and self._equalize(APPROXIMATE, self._magnitudes(names))
@@ -223,9 +223,9 @@ class Workshop:
             return False
         path = self._store.equalized(strength)
         graph_io.save(model, path)
-        if graph_io.sha256_of(path) in self._made:  # another strength came to the same powers of two
+        if graph_io.sha256_of(path) in self._hashes:  # another strength gave the same powers of two
             return False
-        self._made.add(graph_io.sha256_of(path))
+        self._hashes.add(graph_io.sha256_of(path))
         stream = ImageStream(self._files, self._preprocess, IMAGE_BATCH, self._root)
         wanted = quantized_tensors(model.graph, kept_float(model.graph, self._context.options.keep_float))
         with self._context.reporter.bar("tune", len(self._files)) as progress:
@@ -234,14 +234,14 @@ class Workshop:
         return True
 
     def means(self, strength: str) -> None:
-        """Have mean inputs of layers."""
+        """Write the mean inputs of layers, unless they exist."""
         path = self._store.means(strength)
         if not path.exists():
             graph = self._store.graph_of(strength)
             save_file(layer_means(graph, self._pixels(FEW_IMAGES), self._preprocess, _layers(graph)), path)
 
     def rounding(self, strength: str, target: Target) -> None:
-        """Have weights rounded; the longest of all steps."""
+        """Round the weights and write the rounding steps, unless they exist; the slowest step of tuning."""
         path = self._store.rounding(strength, target)
         if path.exists():
             return
@@ -255,7 +255,7 @@ class Workshop:
         save_file(steps, path)
 
     def _order(self, strength: str, target: Target) -> ChannelOrder | None:
-        """The order of channels of a graph for a target, chosen once."""
+        """The channel order of a graph for a target, chosen once per strength; None if no sums are in 16 bits."""
         if not target.int8.sums_in_16_bits:
             return None
         if strength not in self._orders:
@@ -263,14 +263,14 @@ class Workshop:
         return self._orders[strength]
 
     def clipped(self, strength: str, target: Target) -> list[str]:
-        """Tensors that gain by clipping, most first."""
+        """Tensors that gain by clipping, largest gain first."""
         graph, ranges = self._store.graph_of(strength), self._store.ranges_of(strength)
         return worth_clipping(
             graph_io.load(graph).graph, ranges, target.int8, self._context.options.keep_float
         )
 
     def classifiers(self) -> list[tuple[str, ...]]:
-        """Patterns of the layer that makes the logits, and of it with all behind the last convolution."""
+        """Patterns of the layer that makes the logits, and of all layers behind the last convolution."""
         layers = classifier_layers(graph_io.load(self._store.graph).graph)
         return [tuple(map(escape, some)) for some in dict.fromkeys((layers[-1:], layers)) if some]
 

@@ -1,4 +1,4 @@
-"""How much better one candidate is than another on the same images, and how far chance moves that."""
+"""Gain of one candidate over another on the same images, with its standard error."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ import numpy.typing as npt
 Float64Array = npt.NDArray[np.float64]
 
 _LEAST, _MOST = 1e-30, 1e30
-"""Sums of squares are kept within, so that a perfect candidate and one that is not finite have figures, too."""
+"""Limits of sums of squares, so that perfect and non-finite candidates have finite gains, too."""
 
 
 class Gain(NamedTuple):
-    """In dB: what the noise of all images together falls by, and the standard error of that."""
+    """Decrease of the total noise of all images, and its standard error, in dB."""
 
     decibels: float
     error: float
 
 
 def gain(before: Float64Array, after: Float64Array) -> Gain:
-    """What a change brings.
+    """Gain of `after` over `before`.
 
-    The images are the same, so what is hard for both candidates cancels: the error is of the difference. It is the
-    jackknife's (Efron and Tibshirani 1993, An Introduction to the Bootstrap, 11.5), of leaving out each image in turn.
+    Both candidates see the same images, so the difficulty of an image cancels: the standard error is that of the
+    difference. It is the jackknife's, which leaves out each image in turn (Efron and Tibshirani 1993, An Introduction
+    to the Bootstrap, 11.5).
 
     Args:
         before, after: squared errors of each image's logits, [N], N > 1.
@@ -39,7 +40,7 @@ def gain(before: Float64Array, after: Float64Array) -> Gain:
         return difference
 
     count = parts.shape[1]
-    # Sums over the others: a difference of sums would lose what is small beside the one left out.
+    # Sum the other images directly: subtracting a large image from the total would lose the small ones.
     without = decibels(parts @ (1 - np.eye(count)))
     error = np.sqrt((count - 1) / count * ((without - without.mean()) ** 2).sum())
     return Gain(float(decibels(totals)[0]), float(error))

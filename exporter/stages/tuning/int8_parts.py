@@ -1,4 +1,4 @@
-"""What INT8 of one target is made of, and how it is put together."""
+"""The parts of the INT8 graph of one target, and how they are combined."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from export_zoo.exporter.options import ExportOptions
 
 @dataclass(frozen=True)
 class Int8Parts:
-    """A graph, its ranges, and what `tuning.tune` chose."""
+    """A graph, its ranges, and the choices of `tuning.tune`."""
 
     graph: Path
     ranges: Ranges
     method: str
     clipped: tuple[str, ...] = ()
-    """Tensors whose range is that of least squared error, whatever the method."""
+    """Tensors whose range minimizes the squared error, whatever the method."""
     means: Path | None = None
-    """Mean inputs of layers, .safetensors by node name, where biases are corrected."""
+    """Mean inputs of layers, .safetensors by node name; None if biases are not corrected."""
     rounding: Path | None = None
-    """Steps from the nearest integers, .safetensors by node name, where weights are rounded otherwise."""
+    """Steps from the nearest integers, .safetensors by node name; None if all weights are rounded to nearest."""
     kept: tuple[str, ...] = ()
-    """Patterns of layers that stay float, beside those of --keep-float."""
+    """Patterns of layers that stay float, in addition to those of --keep-float."""
 
     def write(
         self, out: Path, target: Target, options: ExportOptions, order: ChannelOrder | None = None
     ) -> list[Path]:
-        """The INT8 graph of a target; raises what `int8.qdq.quantize` does, which says what `order` is."""
+        """Write the INT8 graph of a target; see `int8.qdq.quantize` for `order` and for the errors."""
         return quantize(
             self.graph,
             self.ranges,
@@ -51,7 +51,7 @@ class Int8Parts:
         )
 
     def key(self, target: Target, options: ExportOptions) -> dict[str, Any]:
-        """All that `write`'s result depends on, but for library versions."""
+        """Everything that the result of `write` depends on, except library versions."""
         return {
             "graph": sha256_of(self.graph),
             "target": target.name,

@@ -1,4 +1,4 @@
-"""Stage: how INT8 of each target is made best, tried on the *select* images, which neither calibrate nor verify."""
+"""Stage: tune INT8 of each target on the *select* images, which are not used to calibrate or verify."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from export_zoo.engines.targets.base import Target
 from export_zoo.engines.targets.registry import TARGETS
 from export_zoo.exporter.run.context import IMAGE_BATCH, Context
 from export_zoo.exporter.stages.images import ChosenImages
-from export_zoo.exporter.stages.tuning.candidates import APPROXIMATE, OFF, Candidate, Store, Workshop
+from export_zoo.exporter.stages.tuning.candidates import APPROXIMATE, OFF, Candidate, Evaluator, Store
 from export_zoo.exporter.stages.tuning.gain import gain
 from export_zoo.exporter.stages.tuning.int8_parts import Int8Parts
 
@@ -32,56 +32,56 @@ WANTED: dict[StepName, tuple[float, float]] = {
     "method": (3.0, 0.0),
     "float": (1.0, 0.5),
 }
-"""Standard errors, and decibels, that the gain of a step must come to. Other scales round other values up and down:
-better or worse, as it happens, and the best of ten methods is better by luck. A bias corrected takes a known error
-away. So do weights rounded to less error, so much of it that images need only not contradict. Layers in float cost
-time."""
+"""Least gain of each step: a number of standard errors plus a number of decibels. Other scales round other values, with
+better or worse results by chance, and the best of ten methods is better by luck. A bias correction removes a known
+error. Rounding's gain is large and known in advance; the few select images only must not contradict it. Layers in float
+cost time."""
 
 MOST_LOST = 1.5
-"""Decibels that no step may cost, whatever their error."""
+"""Largest loss of a step in decibels, whatever its standard error."""
 
 CLEAR = 2.0
-"""Standard errors from what is wanted at which no more images are asked."""
+"""Distance from the least gain, in standard errors, at which no more images are tried."""
 
 MIN_SELECT, MAX_SELECT, MAX_PIXELS = 32, 128, 128 * 64 * 64
-"""Images that candidates are tried on: fewer where they are large, for TensorRT's graphs run unfused here. The best is
-tried on up to MAX_SELECT where it is close."""
+"""Limits of the images that candidates are tried on. Large images are limited by their pixels, since TensorRT's graphs
+run unfused here. A close decision is tried on up to MAX_SELECT images."""
 
 ON = "on"
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """What INT8 of one target is made of, and why."""
+    """The parts of the INT8 graph of one target, and the tuning that chose them."""
 
     parts: Int8Parts
     tuning: Tuning | None
 
 
 class _Choosing:
-    """Goes through the steps for one target, each from what the last one left."""
+    """Runs the steps for one target. Each starts from the result of the previous one."""
 
-    def __init__(self, workshop: Workshop, target: Target, candidate: Candidate) -> None:
-        self._workshop, self._target = workshop, target
+    def __init__(self, evaluator: Evaluator, target: Target, candidate: Candidate) -> None:
+        self._evaluator, self._target = evaluator, target
         self.candidate = candidate
         self.steps: list[TuningStep] = []
 
     def step(self, name: StepName, default: str, candidates: Mapping[str, Candidate]) -> None:
-        """The best candidate where it is better than the default by more than luck, else the default."""
-        figures = {what: self._workshop.sqnr(c, self._target) for what, c in candidates.items()}
+        """Choose the best candidate if it is better than the default by more than chance, otherwise the default."""
+        figures = {what: self._evaluator.sqnr(c, self._target) for what, c in candidates.items()}
         best = max((what for what in figures if what != default), key=lambda what: figures[what])
         errors, decibels = WANTED[name]
-        count = self._workshop.few
+        count = self._evaluator.few
         while True:
             before, after = (
-                self._workshop.noise(candidates[what], self._target, count) for what in (default, best)
+                self._evaluator.noise(candidates[what], self._target, count) for what in (default, best)
             )
             found = gain(before, after)
             above = found.decibels - decibels - errors * found.error
-            if abs(above) > CLEAR * found.error or count == self._workshop.images:
+            if abs(above) > CLEAR * found.error or count == self._evaluator.images:
                 break
-            count = min(2 * count, self._workshop.images)
-        # One image that is far worse has a large error, and candidates that are equal have none.
+            count = min(2 * count, self._evaluator.images)
+        # One image that is far worse makes the standard error large, and equal candidates have none.
         worthy = bool(np.isfinite(after).all()) and found.decibels > (0 if errors > 0 else -MOST_LOST)
         chosen = best if above >= 0 and worthy else default
         self.candidate = candidates[chosen]
@@ -100,31 +100,31 @@ class _Choosing:
         )
 
 
-def _tune(workshop: Workshop, target: Target, steps: Sequence[str], method: str) -> _Choosing:
-    """The choices for one target, step by step, each with the figures of its candidates."""
-    choosing = _Choosing(workshop, target, Candidate(method="minmax" if method == "auto" else method))
+def _tune(evaluator: Evaluator, target: Target, steps: Sequence[str], method: str) -> _Choosing:
+    """Run the steps for one target; returns the choices with the figures of all candidates."""
+    choosing = _Choosing(evaluator, target, Candidate(method="minmax" if method == "auto" else method))
 
     def now(**change: Any) -> Candidate:
         return choosing.candidate.model_copy(update=change)
 
-    if "equalize" in steps and (strengths := workshop.equalized):
+    if "equalize" in steps and (strengths := evaluator.equalized):
         choosing.step("equalize", OFF, {s: now(strength=s) for s in (OFF, *strengths)})
-    if "equalize" in steps and workshop.approximated:
+    if "equalize" in steps and evaluator.approximated:
         choosing.step("relu6", OFF, {OFF: now(), ON: now(strength=APPROXIMATE)})
     strength = choosing.candidate.strength
     if "round" in steps:
-        workshop.rounding(strength, target)
+        evaluator.rounding(strength, target)
         choosing.step("round", OFF, {OFF: now(), ON: now(rounded=True)})
-    if "bias" in steps:  # of what rounding left
-        workshop.means(strength)
+    if "bias" in steps:  # corrects the error that rounding leaves
+        evaluator.means(strength)
         choosing.step("bias", OFF, {OFF: now(), ON: now(bias=True)})
     if method == "auto":
-        clipped = tuple(workshop.clipped(strength, target))
+        clipped = tuple(evaluator.clipped(strength, target))
         counts = [2**i for i in range(len(clipped).bit_length()) if 2**i < len(clipped)]
         some = {f"mse on {count}": now(clipped=clipped[:count]) for count in counts}
         choosing.step("method", "minmax", {**{name: now(method=name) for name in METHODS}, **some})
     if "float" in steps and target.int8.half:  # on the CPU they would cost four times the memory traffic
-        layers = {_count(kept): now(kept=kept) for kept in workshop.classifiers()}
+        layers = {_count(kept): now(kept=kept) for kept in evaluator.classifiers()}
         choosing.step("float", OFF, {OFF: now(), **layers})
     return choosing
 
@@ -139,9 +139,9 @@ def tune(
     *,
     random: bool,
 ) -> dict[str, Tuned]:
-    """What INT8 of each target is made of, by target.
+    """Tune INT8 of each target; returns the parts by target name.
 
-    With random weights nothing is tried: figures would be of rounding errors in chaotic networks.
+    With random weights, nothing is tried: the figures would only show rounding errors in chaotic networks.
     """
     options = context.options
     wanted = options.steps or options.method == "auto"
@@ -160,11 +160,11 @@ def tune(
         assert options.calib is not None
         store = Store(directory, graph, ranges)
         pixels = ImageStream(files, preprocess, IMAGE_BATCH, options.calib).all()
-        workshop = Workshop(context, store, chosen, preprocess, pixels, few)
-        found = {t: _tune(workshop, t, options.steps, options.method) for t in targets}
+        evaluator = Evaluator(context, store, chosen, preprocess, pixels, few)
+        found = {t: _tune(evaluator, t, options.steps, options.method) for t in targets}
         store.keep([(choosing.candidate, target) for target, choosing in found.items()])
         return {
-            "images": workshop.few,
+            "images": evaluator.few,
             "targets": {
                 target.name: [choosing.candidate.model_dump(), [step.model_dump() for step in choosing.steps]]
                 for target, choosing in found.items()
@@ -223,4 +223,4 @@ def _describe(tuning: Tuning) -> str:
             parts.append(f"{what[step.name]} {step.gain or 0.0:+.1f} dB")
         elif step.name == "method":
             parts.append(step.chosen)
-    return ", ".join(parts) or "as it was"
+    return ", ".join(parts) or "unchanged"

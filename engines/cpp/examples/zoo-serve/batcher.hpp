@@ -1,4 +1,4 @@
-// Requests of many threads, run together in batches by one.
+// Collects requests of many threads, and runs them in batches in one thread.
 #pragma once
 
 #include <atomic>
@@ -16,28 +16,29 @@
 
 namespace zoo_serve {
 
-// The queue is full, or the server is going down: try again later.
+// The queue is full, or the server is shutting down: try again later.
 struct Busy : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
 struct Limits {
-  std::size_t batch = 8;                  // most images at once
-  std::chrono::microseconds wait{2000};   // longest that one waits for others
-  std::size_t queue = 256;                // most that wait
+  std::size_t batch = 8;                  // maximum batch size
+  std::chrono::microseconds wait{2000};   // maximum time that a request waits for others
+  std::size_t queue = 256;                // maximum number of waiting requests
 };
 
 class Batcher {
  public:
-  // A request that is being prepared: the batch before it waits a moment for it, and for no other reason.
+  // A request that is being prepared. A batch waits, for a limited time, only while there is such a request.
   class Coming {
    public:
+    // Throws Busy.
     explicit Coming(Batcher& batcher);
     Coming(const Coming&) = delete;
     Coming& operator=(const Coming&) = delete;
-    ~Coming();  // of one that came to nothing, too
+    ~Coming();  // also without submit(), if the preparation failed
 
-    // Logits of one preprocessed image. Throws Busy.
+    // Queues one preprocessed image. The future holds its logits.
     std::future<std::vector<float>> submit(std::vector<float> input);
 
    private:
@@ -48,7 +49,7 @@ class Batcher {
   Batcher(const export_zoo::Engine& engine, Limits limits);
   Batcher(const Batcher&) = delete;
   Batcher& operator=(const Batcher&) = delete;
-  // Answers all that wait, then stops.
+  // Answers all waiting requests, then stops.
   ~Batcher();
 
   [[nodiscard]] std::size_t waiting() const;
@@ -61,7 +62,7 @@ class Batcher {
     std::promise<std::vector<float>> logits;
   };
 
-  // The next batch; empty when all is done.
+  // Waits for the next batch; empty when all is done.
   std::vector<Item> next();
   void work();
 

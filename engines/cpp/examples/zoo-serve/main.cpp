@@ -1,4 +1,4 @@
-// zoo-serve: a small HTTP service to start from.
+// zoo-serve: a small HTTP service, an example to start from.
 //
 //   POST /v1/predict   a JPEG or PNG as the body -> classes as JSON; ?top=5, ?logits=1
 //   GET  /healthz      200 while it serves
@@ -56,7 +56,7 @@ struct Settings {
   int admin_port = 0;
 };
 
-// What /metrics tells.
+// Metrics that /metrics reports.
 class Metrics {
  public:
   void answered(int status, Clock::duration time) {
@@ -80,7 +80,7 @@ class Metrics {
       out << "zoo_serve_request_seconds_bucket{le=\"" << kBounds.at(i) << "\"} " << counts_.at(i) << '\n';
     }
     out << "zoo_serve_request_seconds_bucket{le=\"+Inf\"} " << count_ << '\n';
-    out << std::setprecision(17);  // sums grow; the labels above are 0.1, not 0.10000000000000001
+    out << std::setprecision(17);  // for the sum, which grows; the labels above stay 0.1, not 0.10000000000000001
     out << "zoo_serve_request_seconds_sum " << seconds_ << "\nzoo_serve_request_seconds_count " << count_ << '\n';
     out << "# TYPE zoo_serve_batches_total counter\nzoo_serve_batches_total " << batcher.batches() << '\n';
     out << "# TYPE zoo_serve_images_total counter\nzoo_serve_images_total " << batcher.images() << '\n';
@@ -97,13 +97,13 @@ class Metrics {
   double seconds_ = 0;
 };
 
-// httplib lets five connections wait; a burst of more would be reset.
+// httplib lets five connections wait. In a larger burst, connections would be reset.
 class Server : public httplib::Server {
  public:
   void widen() { ::listen(svr_sock_, SOMAXCONN); }
 };
 
-// No second server on the same port, which httplib allows.
+// Prevents a second server on the same port, which httplib allows.
 void own_port(socket_t socket) {
   const int yes = 1;
   static_cast<void>(setsockopt(socket, SOL_SOCKET, SO_REUSEADDR, &yes, sizeof(yes)));
@@ -122,14 +122,14 @@ class Service {
         batcher_(engine_, limits()),
         decoders_(std::max(1U, std::thread::hardware_concurrency())) {
     if (engine_.metadata().output.shape.size() > 2) {
-      throw ez::Error(ez::ErrorCode::shape, engine_.metadata().model + " gives classes for each pixel, and this service "
-                                                "classes for each image: use the library");
+      throw ez::Error(ez::ErrorCode::shape, engine_.metadata().model + " gives classes for each pixel, this service "
+                                                "only classes for each image: use the library");
     }
     server_.new_task_queue = [this] { return new httplib::ThreadPool(settings_.threads); };
     server_.set_payload_max_length(settings.max_bytes);
-    // One request a connection: httplib would take the rest of a body that was refused for the next request.
+    // One request per connection: otherwise, httplib would read the rest of a refused body as the next request.
     server_.set_keep_alive_max_count(1);
-    server_.set_tcp_nodelay(true);  // or each answer's body waits 40 ms for the acknowledgement of its head
+    server_.set_tcp_nodelay(true);  // otherwise, each answer's body waits 40 ms for the ACK of its headers
     server_.set_socket_options(own_port);
     server_.set_pre_routing_handler([this](const auto& request, auto& response) { return admit(request, response); });
     server_.set_exception_handler([this](const auto&, auto& response, const std::exception_ptr&) {
@@ -139,7 +139,7 @@ class Service {
     });
     server_.set_read_timeout(settings.timeout_s);
     server_.set_write_timeout(settings.timeout_s);
-    // With a reader of its own: a body that curl calls a form would be cut at 8 KiB.
+    // With a content reader: otherwise, httplib would cut a body that curl labels as a form at 8 KiB.
     server_.Post("/v1/predict", [this](const httplib::Request& request, httplib::Response& response,
                                        const httplib::ContentReader& reader) { predict(request, response, reader); });
     server_.set_error_handler([](const auto&, auto& response) {
@@ -159,14 +159,14 @@ class Service {
     admin_.set_socket_options(own_port);
   }
 
-  // Until stop() is called. False if the port cannot be had.
+  // Serves until stop() is called. Returns false if the port is not available.
   bool run() {
     const bool served = serve();
     ended_ = true;
     return served;
   }
 
-  // Lets those that wait finish, for --grace seconds; then ends the process, with code 1.
+  // Lets waiting requests finish. If they take longer than --grace seconds, ends the process with exit code 1.
   void stop() {
     stopping_ = true;
     const auto deadline = Clock::now() + std::chrono::seconds(settings_.grace_s);
@@ -233,11 +233,11 @@ class Service {
     metrics_.answered(status, {});
   }
 
-  // Their bodies are left unread by httplib.
+  // Whether the request only reads. httplib does not read the body of such a request.
   static bool reads(const httplib::Request& request) { return request.method == "GET" || request.method == "HEAD"; }
 
-  // What is refused by its head: httplib would read the body to its end first, and for all but our own reader into
-  // memory, without a limit where it is chunked or compressed.
+  // Refuses requests by their headers. Otherwise, httplib would read the body to its end first. Except with our own
+  // reader, it would read it into memory, without a limit if the body is chunked or compressed.
   httplib::Server::HandlerResponse admit(const httplib::Request& request, httplib::Response& response) {
     using Handled = httplib::Server::HandlerResponse;
     if (reads(request)) return Handled::Unhandled;
@@ -250,8 +250,8 @@ class Service {
       refuse(response, 404, request.path + ": POST the image to /v1/predict");
       return Handled::Handled;
     }
-    if (request.is_multipart_form_data()) {  // httplib would throw at one that is chunked
-      refuse(response, 415, "a form: send the image itself, curl --data-binary @cat.jpg");
+    if (request.is_multipart_form_data()) {  // httplib would throw on a chunked one
+      refuse(response, 415, "forms are not supported: send the image itself, curl --data-binary @cat.jpg");
       return Handled::Handled;
     }
     const auto length = request.get_header_value("Content-Length");
@@ -263,11 +263,11 @@ class Service {
     std::uint64_t size = 0;
     const auto [end, failed] = std::from_chars(length.data(), length.data() + length.size(), size);
     if (end != length.data() + length.size() || (failed != std::errc() && failed != std::errc::result_out_of_range)) {
-      refuse(response, 400, "Content-Length: " + length + " is no length");
+      refuse(response, 400, "Content-Length: " + length + " is not a length");
       return Handled::Handled;
     }
     if (failed != std::errc() || size > settings_.max_bytes) {
-      refuse(response, 413, "more than " + std::to_string(settings_.max_bytes) + " bytes: --max-bytes");
+      refuse(response, 413, "the body has more than " + std::to_string(settings_.max_bytes) + " bytes (--max-bytes)");
       return Handled::Handled;
     }
     return Handled::Unhandled;
@@ -294,7 +294,7 @@ class Service {
     });
     const auto start = Clock::now();
     if (!whole) {  // too large, too slow, or gone
-      // httplib has put 413, or 400 for all else.
+      // httplib has set 413, or 400 for everything else.
       if (body.size() > settings_.max_bytes) response.status = 413;
       if (response.status != 413) response.status = start >= deadline ? 408 : 400;
       reply(response, {{"error", "HTTP " + std::to_string(response.status)}});
@@ -325,7 +325,7 @@ class Service {
     metrics_.answered(response.status == -1 ? 200 : response.status, Clock::now() - start);
   }
 
-  // No more at once than there are cores: more would not be faster, and each image takes memory.
+  // Decodes and preprocesses, at most one image per core at once: more would not be faster, and each takes memory.
   std::vector<float> prepare(const std::string& body) {
     std::vector<float> input(preprocess_.size());
     decoders_.acquire();
@@ -345,7 +345,7 @@ class Service {
     const auto text = request.get_param_value("top");
     const auto* end = text.data() + text.size();
     const auto [read, failed] = std::from_chars(text.data(), end, top);
-    if (read != end || failed != std::errc() || top < 1) throw BadQuery("top=" + text + " is no number of classes");
+    if (read != end || failed != std::errc() || top < 1) throw BadQuery("top=" + text + " is not a number of classes");
     return top;
   }
 
@@ -389,26 +389,30 @@ int main(int argc, char** argv) {
       {"built", ez::State::built}, {"graph", ez::State::graph_verified}, {"verified", ez::State::verified}};
   app.add_option("--state", settings.engine.least, "Weakest state to load: built, graph (default) or verified")
       ->transform(CLI::CheckedTransformer(states));
-  app.add_option("--ort-threads", settings.engine.threads, "Of ONNX Runtime (default: all cores)")
+  app.add_option("--ort-threads", settings.engine.threads, "Threads of ONNX Runtime (default: all cores)")
       ->check(CLI::Range(0, 1024));
-  app.add_option("--max-batch", settings.batch, "Most images at once (default: the bundle's optimum)");
-  app.add_option("--max-wait-us", settings.wait_us, "Longest that one waits for others")
+  app.add_option("--max-batch", settings.batch, "Maximum batch size (default: the bundle's optimum)");
+  app.add_option("--max-wait-us", settings.wait_us, "Maximum microseconds that a request waits for others")
       ->check(CLI::Range(0, 10000000))
       ->capture_default_str();
-  app.add_option("--queue", settings.queue, "Most requests that wait")->check(CLI::PositiveNumber)->capture_default_str();
-  app.add_option("--max-bytes", settings.max_bytes, "Largest body")->check(CLI::PositiveNumber)->capture_default_str();
-  app.add_option("--max-pixels", settings.max_pixels, "Largest image")
+  app.add_option("--queue", settings.queue, "Maximum number of waiting requests")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
-  app.add_option("--threads", settings.threads, "Connections at once; more wait")
+  app.add_option("--max-bytes", settings.max_bytes, "Maximum size of a body, in bytes")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  app.add_option("--max-pixels", settings.max_pixels, "Maximum size of an image, in pixels")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  app.add_option("--threads", settings.threads, "Number of connections served at once; more wait")
       ->check(CLI::Range(1, 10000))
       ->capture_default_str();
-  app.add_option("--grace", settings.grace_s, "Seconds that requests have to end after SIGTERM")
+  app.add_option("--grace", settings.grace_s, "Seconds to finish requests after SIGTERM")
       ->check(CLI::Range(0, 3600))
       ->capture_default_str();
   app.add_option("--admin-port", settings.admin_port, "Port for /healthz and /metrics alone, which clients cannot occupy")
       ->check(CLI::Range(1, 65535));
-  app.add_option("--timeout", settings.timeout_s, "Seconds for a slow client")
+  app.add_option("--timeout", settings.timeout_s, "Seconds after which a slow client is disconnected")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
   try {
@@ -417,7 +421,7 @@ int main(int argc, char** argv) {
     return app.exit(error) == 0 ? 0 : 2;
   }
 
-  // Signals are waited for by one thread; all others inherit the mask.
+  // One thread waits for signals. All others inherit the mask.
   sigset_t signals;
   sigemptyset(&signals);
   sigaddset(&signals, SIGINT);

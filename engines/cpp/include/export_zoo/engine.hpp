@@ -12,10 +12,10 @@
 namespace export_zoo {
 
 struct Options {
-  std::string engine;  ///< name of an engine; empty: the fastest of those in the strongest state that may be loaded here
+  std::string engine;  ///< engine name; empty: the fastest engine in the strongest state that may be loaded here
   State least = State::graph_verified;  ///< weakest state that may be loaded
-  bool allow_failed = false;       ///< load from a bundle that failed its gate, to look into it
-  int threads = 0;                 ///< of ONNX Runtime, 0: all cores
+  bool allow_failed = false;       ///< load from a bundle that failed its parity gate, for inspection
+  int threads = 0;                 ///< threads of ONNX Runtime; 0: all cores
   int device = 0;                  ///< CUDA device of TensorRT
   std::filesystem::path onnxruntime;  ///< libonnxruntime.so.1; empty: $EXPORT_ZOO_ONNXRUNTIME, then the system's
   std::filesystem::path tensorrt;     ///< libnvinfer or libtensorrt_rtx; empty: $EXPORT_ZOO_TENSORRT, then the system's
@@ -26,22 +26,22 @@ class EngineState;
 class ContextState;
 }  // namespace detail
 
-/// What one thread runs an engine with: it owns the buffers and, on a GPU, the stream. Not to be shared. One that was
-/// moved from may only be destroyed or assigned to. Threads must not be in infer() when the process calls exit().
+/// Execution context of one thread. It owns the buffers and, on a GPU, the stream. Do not share it between threads.
+/// A moved-from object may only be destroyed or assigned to. No thread may be in infer() when the process calls exit().
 class EXPORT_ZOO_API Context {
  public:
   Context(Context&&) noexcept;
   Context& operator=(Context&&) noexcept;
   ~Context();
 
-  /// Logits of `batch` preprocessed images of the size that Metadata::preprocess makes, batch * classes values, image by
-  /// image.
+  /// Returns the logits of `batch` preprocessed images: batch * classes values, image by image. The images have the
+  /// size that Metadata::preprocess produces.
   ///
-  /// `input` holds batch * 3 * height * width values. The result is valid until the next call or the context's end.
-  /// Throws Error: shape before anything is run, runtime if the backend fails.
+  /// `input` holds batch * 3 * height * width values. The result is valid until the next call, or until the context is
+  /// destroyed. Throws Error: shape, before anything runs; runtime, if the backend fails.
   [[nodiscard]] std::span<const float> infer(std::span<const float> input, std::int64_t batch);
 
-  /// The same for images of another size, within Metadata::size_min and size_max. To make them, preprocess with
+  /// The same for images of another size, from Metadata::size_min to size_max. Preprocess them with
   /// at_size(options, size).
   [[nodiscard]] std::span<const float> infer(std::span<const float> input, std::int64_t batch, InputSize size);
 
@@ -51,26 +51,27 @@ class EXPORT_ZOO_API Context {
   std::unique_ptr<detail::ContextState> state_;
 };
 
-/// A loaded engine: immutable, cheap to copy, shared by all threads. One that was moved from may only be destroyed or
+/// A loaded engine: immutable, cheap to copy, shared by all threads. A moved-from object may only be destroyed or
 /// assigned to.
 class EXPORT_ZOO_API Engine {
  public:
-  /// Load an engine after checking its files' hashes. What `export-zoo verify` attested in the bundle on a machine like
-  /// this one (instruction set; for a GPU, compute capability) overrules the manifest's states. Throws Error.
+  /// Loads an engine after checking its files' hashes. Attestations that `export-zoo verify` wrote into the bundle on a
+  /// machine like this one (same instruction set; for a GPU, same compute capability) override the manifest's states.
+  /// Throws Error.
   [[nodiscard]] static Engine load(const std::filesystem::path& bundle, const Options& options = {});
 
-  /// A context for one thread. Throws Error (runtime, device). It keeps the engine alive.
+  /// Creates a context for one thread. The context keeps the engine alive. Throws Error (runtime, device).
   [[nodiscard]] Context context() const;
 
   [[nodiscard]] const Metadata& metadata() const noexcept;
   [[nodiscard]] const EngineInfo& info() const noexcept;
 
-  /// Name and version of the library that runs it: "ONNX Runtime 1.31.1". On a CPU whose INT8 sums saturate,
-  /// ", exact INT8 sums (session.x64quantprecision)" follows where that entry makes the engine exact.
+  /// Name and version of the library that runs the engine: "ONNX Runtime 1.31.1". On a CPU whose INT8 sums saturate,
+  /// ", exact INT8 sums (session.x64quantprecision)" follows if that session entry makes the engine exact.
   [[nodiscard]] const std::string& backend() const noexcept;
 
-  /// Why this engine was chosen: "asked for", or "fastest verified engine that may be loaded here". Each engine that
-  /// cannot be loaded here follows: "; onnxruntime-int8 was left out: <reason>", and
+  /// Why this engine was chosen: "asked for", or "fastest verified engine that may be loaded here". After the latter,
+  /// the text lists each engine that cannot be loaded here: "; onnxruntime-int8 was left out: <reason>". Last, it lists
   /// each attestation that cannot be read.
   [[nodiscard]] const std::string& why() const noexcept;
 

@@ -7,18 +7,18 @@
 
 namespace export_zoo {
 
-/// What went wrong, for programs; the message says what to do, for people.
+/// Kind of error, for programs. The message tells people what to do.
 enum class ErrorCode {
-  bundle,           ///< not a bundle, a damaged manifest, or one of another version
-  checksum,         ///< a file is missing or is not the one that the manifest describes
-  state,            ///< the bundle failed its gate, or the engine did not reach the state that is asked for
+  bundle,           ///< not a bundle, or its manifest is damaged or of another version
+  checksum,         ///< a file is missing, or is not the one that the manifest describes
+  state,            ///< the bundle failed its parity gate, or the engine did not reach the required state
   backend_missing,  ///< the runtime library was not found, or no engine can run here
-  backend_version,  ///< the runtime library is too old, or not the one that built the engine
+  backend_version,  ///< the runtime library is too old, or is not the version that built the engine
   device,           ///< no such GPU here
   shape,            ///< wrong number of values, or a batch outside the verified range
   image,            ///< bytes that cannot be decoded to an 8-bit RGB image
   runtime,          ///< the runtime library failed
-  cpu,              ///< on this CPU the INT8 engine would give other logits than those that were verified
+  cpu,              ///< on this CPU the INT8 engine's logits would differ from the verified ones
 };
 
 /// The only exception that the library throws, std::bad_alloc aside.

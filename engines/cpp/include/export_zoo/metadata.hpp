@@ -21,7 +21,7 @@ enum class State {
 
 [[nodiscard]] EXPORT_ZOO_API const char* name(State state) noexcept;
 
-/// Of an input, in pixels.
+/// Height and width of an input, in pixels.
 struct InputSize {
   std::int64_t height = 0;
   std::int64_t width = 0;
@@ -29,8 +29,8 @@ struct InputSize {
   [[nodiscard]] bool operator==(const InputSize&) const = default;
 };
 
-/// An input or output. `shape[0]`, the batch, is -1; so are height and width (of the input, and of an output that has them),
-/// where they are dynamic.
+/// An input or output. `shape[0]`, the batch, is -1. Dynamic height and width are -1 as well, in the input and in
+/// outputs that have them.
 struct Port {
   std::string name;
   std::string dtype;   ///< "float32"
@@ -38,8 +38,8 @@ struct Port {
   std::vector<std::int64_t> shape;
 };
 
-/// What turns an image into the input: decode, EXIF orientation, RGB, resize of the shorter side (antialiased),
-/// centre crop, x / 255, (x - mean) / std, NCHW.
+/// Options of the preprocessing that turns an image into the input: decode, EXIF orientation, RGB, resize of the
+/// shorter side (antialiased), centre crop, x / 255, (x - mean) / std, NCHW.
 struct PreprocessOptions {
   enum class Interpolation { bilinear, bicubic };
 
@@ -58,36 +58,36 @@ struct EngineInfo {
   std::string precision;  ///< "fp32", "fp16", "int8"
   State state = State::built;
   std::uint64_t size_bytes = 0;
-  std::string built_by;           ///< version of the library that it was built for; of TensorRT it must be the same
-  std::vector<std::string> compute_capabilities;  ///< of TensorRT: GPUs that it was built for, "8.9"
-  bool hardware_compatible = false;               ///< of TensorRT: runs on other GPUs, too
-  bool version_compatible = false;                ///< of TensorRT: runs with later versions, too
-  bool has_weights = true;                        ///< of TensorRT: false for a plan that must be refitted, in Python
-  std::optional<double> speedup;  ///< over FP32, as measured at export
+  std::string built_by;           ///< version of the library that it was built for; with TensorRT it must be the same
+  std::vector<std::string> compute_capabilities;  ///< TensorRT: GPUs that it was built for, such as "8.9"
+  bool hardware_compatible = false;               ///< TensorRT: runs on other GPUs, too
+  bool version_compatible = false;                ///< TensorRT: runs with later versions, too
+  bool has_weights = true;                        ///< TensorRT: false for a plan that must be refitted, in Python
+  std::optional<double> speedup;  ///< speedup over FP32, measured at export
   /// Session entries of ONNX Runtime that keep an INT8 engine exact on a CPU whose INT8 sums saturate. Empty: the graph
-  /// cannot saturate. Nothing: an older bundle, which does not say; {"session.x64quantprecision": "1"} is used.
+  /// cannot saturate. nullopt: an older bundle without this field; {"session.x64quantprecision": "1"} is used.
   std::optional<std::map<std::string, std::string>> saturating_cpu_session;
 };
 
-/// What a bundle holds, read without loading anything.
+/// Contents of a bundle, read without loading an engine.
 struct Metadata {
   std::string model;  ///< "resnet50"
-  bool ok = false;    ///< false: the bundle failed its gate and is not to be served
+  bool ok = false;    ///< false: the bundle failed its parity gate and must not be served
   Port input;
-  Port output;  ///< what Context::infer gives: logits [N, classes], or of each pixel, [N, classes, height, width]
-  std::vector<Port> further_outputs;  ///< of networks with several; Context::infer does not give them
-  std::int64_t batch_min = 1;  ///< batches that were verified
+  Port output;  ///< returned by Context::infer: logits [N, classes], or for each pixel [N, classes, height, width]
+  std::vector<Port> further_outputs;  ///< of networks with several outputs; Context::infer does not return them
+  std::int64_t batch_min = 1;  ///< verified batch sizes
   std::int64_t batch_opt = 1;
   std::int64_t batch_max = 1;
-  InputSize size_min;  ///< input sizes that were verified; all three are the same unless exported with --dynamic-size
-  InputSize size_opt;  ///< what `preprocess` makes
+  InputSize size_min;  ///< verified input sizes; all three are equal unless exported with --dynamic-size
+  InputSize size_opt;  ///< size that `preprocess` produces
   InputSize size_max;
-  std::vector<std::string> labels;  ///< class names by index; empty where they are not known
+  std::vector<std::string> labels;  ///< class names by index; empty if unknown
   PreprocessOptions preprocess;
   std::vector<EngineInfo> engines;
 };
 
-/// Read a bundle's manifest, with states as they were at export. Throws Error (bundle).
+/// Reads a bundle's manifest. The states are those at export. Throws Error (bundle).
 [[nodiscard]] EXPORT_ZOO_API Metadata read_metadata(const std::filesystem::path& bundle);
 
 }  // namespace export_zoo

@@ -16,7 +16,7 @@ struct Class {
   float score;
 };
 
-/// The k largest of one image's scores, largest first; equal ones in the order of their index, NaN last.
+/// The k largest scores of one image, largest first. Equal scores are ordered by index; NaN comes last.
 [[nodiscard]] EXPORT_ZOO_API std::vector<Class> top_k(std::span<const float> scores, std::size_t k);
 
 }  // namespace export_zoo

@@ -18,29 +18,32 @@ struct Image {
   std::vector<std::uint8_t> rgb;
 };
 
-/// Where Pillow, too, refuses a file as a decompression bomb.
+/// Maximum number of pixels of an image. Pillow refuses larger files, too, as decompression bombs.
 inline constexpr std::uint64_t kMostPixels = 178'956'970;
 
-/// JPEG or PNG bytes to an image, with the pixels that Pillow decodes: EXIF (or XMP) orientation applied, grayscale,
-/// palette and CMYK converted, alpha dropped, 16-bit cut to its high byte. Throws Error (image): another format, damaged,
-/// truncated, or more than `most_pixels`. While it is decoded each pixel takes 3 bytes of memory, 6 where the image must be
-/// turned, 7 of a CMYK JPEG; a progressive JPEG holds its coefficients, too: up to 9 bytes, 12 turned, 15 of CMYK.
+/// Decodes a JPEG or PNG to the pixels that Pillow decodes. EXIF (or XMP) orientation is applied. Grayscale, palette
+/// and CMYK are converted, alpha is dropped, 16-bit values are cut to their high byte. Throws Error (image): another
+/// format, damaged, truncated, or more than `most_pixels`.
+///
+/// Memory per pixel while decoding: 3 bytes; 6 if the image must be turned; 7 for a CMYK JPEG. A progressive JPEG also
+/// holds its coefficients: up to 9 bytes; 12 if turned; 15 for CMYK.
 [[nodiscard]] EXPORT_ZOO_API Image decode(std::span<const std::byte> file, std::uint64_t most_pixels = kMostPixels);
 
-/// The same options for inputs of another size, of a bundle with dynamic ones: the resize keeps its proportion to the crop,
-/// as Python's preprocess(images, size=...) does. Throws Error (shape) where a side is not 1 to 65,500.
+/// The same options for inputs of another size, for bundles with dynamic height and width. The resize keeps its
+/// proportion to the crop, as in Python's preprocess(images, size=...). Throws Error (shape) if a side is not 1 to
+/// 65,500.
 [[nodiscard]] EXPORT_ZOO_API PreprocessOptions at_size(PreprocessOptions options, InputSize size);
 
-/// Images to the network's input, with the bits that torchvision's eval transforms and Pillow make of them at export.
+/// Turns images into the network's input, equal to the bit to torchvision's eval transforms and Pillow at export.
 class EXPORT_ZOO_API Preprocessor {
  public:
-  /// Throws Error (shape) where a size is not 1 to 65,500, or where mean or std_dev cannot be (std_dev is above 0).
+  /// Throws Error (shape) if a size is not 1 to 65,500, if mean or std_dev is not finite, or if std_dev is not above 0.
   explicit Preprocessor(const PreprocessOptions& options);
 
-  /// Values of one image: 3 * height * width.
+  /// Number of values of one image: 3 * height * width.
   [[nodiscard]] std::size_t size() const noexcept;
 
-  /// Write one image's values, NCHW float32, to `out`, which holds size() of them. Throws Error (image, shape).
+  /// Writes one image's values, NCHW float32, to `out`, which holds size() values. Throws Error (image, shape).
   void operator()(const Image& image, std::span<float> out) const;
 
   /// The same from JPEG or PNG bytes.
@@ -48,7 +51,7 @@ class EXPORT_ZOO_API Preprocessor {
 
  private:
   PreprocessOptions options_;
-  std::vector<float> table_;  // of the 256 values of each channel
+  std::vector<float> table_;  // normalized value of each of the 256 levels, by channel
 };
 
 }  // namespace export_zoo

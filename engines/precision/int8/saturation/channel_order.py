@@ -1,8 +1,8 @@
-"""Exchange channels between layers, so that two large weights of one sign are not added in 16 bits.
+"""Reorder channels so that two large weights of one sign are not added in 16 bits.
 
-Which channel of a tensor is which is arbitrary: what makes them and what reads them can be reordered together. Kernels
-add channels 2j and 2j + 1 of a filter in 16 bits (`saturation.pairs`), so partners are chosen for which no
-filter that reads them has two large weights of one sign: a matching of least cost. The function stays the same.
+The order of a tensor's channels is arbitrary: its producers and its readers can be reordered together. Kernels add
+channels 2j and 2j + 1 of a filter in 16 bits (`saturation.pairs`). So partners are chosen such that no filter that
+reads them has two large weights of one sign. This is a matching of least cost. The function stays the same.
 """
 
 from __future__ import annotations
@@ -41,42 +41,42 @@ CHANNELWISE = frozenset(
         *("MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool"),
     }
 )
-"""Operators of one tensor that do the same to every channel, whatever its place."""
+"""Operators on one tensor that do the same to every channel, whatever its position."""
 
 ELEMENTWISE = frozenset({"Add", "Sub", "Mul", "Div"})
 
 _BODIES = frozenset({ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS})
 
 _PASSES = 50
-"""Times that pairs are exchanged at most; a matching settles after ten or so."""
+"""Maximum number of exchange passes. A matching settles after about ten."""
 
 _MAX_WORK = 500_000_000
-"""Comparisons of two weights at most to find what partners cost, in a layer: half a second."""
+"""Maximum number of weight comparisons to find the cost of partners in a layer: half a second."""
 
 
 @dataclass
 class _Channels:
-    """Channels that can be reordered: all tensors and layers that must be reordered alike."""
+    """Channels that can be reordered, and all layers that must be reordered alike."""
 
     size: int
     made: list[ir.Node] = field(default_factory=list)
-    """Layers whose output channels they are; depthwise ones hand them on."""
+    """Layers with these output channels, including depthwise layers, which pass them on."""
     read: list[ir.Node] = field(default_factory=list)
-    """Layers whose input channels they are."""
+    """Layers with these input channels."""
 
 
 @dataclass(frozen=True)
 class ChannelOrder:
-    """For layers by node name, which channel comes where: int [channels], the old place of each new one."""
+    """New channel order of layers, by node name: int [channels], the old index of each new channel."""
 
     made: Mapping[str, IndexArray]
-    """Of output channels."""
+    """Order of output channels."""
     read: Mapping[str, IndexArray]
-    """Of input channels."""
+    """Order of input channels."""
 
 
 def _channels_of(value: ir.Value | None) -> int | None:
-    """Size of axis 1 of an image-like or flat tensor; None where that is no plain channel axis."""
+    """Size of axis 1 of an image-like or flat tensor; None if that is not a plain channel axis."""
     if value is None or value.shape is None or len(value.shape) not in (2, 4):
         return None
     size = value.shape[1]
@@ -116,7 +116,7 @@ def _scalar(value: ir.Value | None) -> bool:
 
 
 def _one_bias_a_channel(node: ir.Node) -> bool:
-    """Whether a layer has no bias, or one for each output channel: a Gemm's may be [1], or [N, channels]."""
+    """Whether a layer has no bias, or one per output channel. A Gemm's bias may be [1] or [N, channels] instead."""
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     if bias is None:
         return True
@@ -124,7 +124,7 @@ def _one_bias_a_channel(node: ir.Node) -> bool:
 
 
 def _join(node: ir.Node, groups: _Groups) -> None:
-    """Say which tensors of a node have channels that belong together, and which must keep their order."""
+    """Join the tensors of a node whose channels belong together, and fix those that must keep their order."""
     inputs = [value for value in node.inputs if value is not None]
     computed = [value for value in inputs if not constant(value)]
     tensors = [*computed, *node.outputs]
@@ -186,7 +186,7 @@ def _found(graph: ir.Graph) -> list[_Channels]:
 
 
 def _filters(node: ir.Node) -> Float64Array:
-    """A layer's filters in units of int8, the largest 127: float64 [output channels, input channels, taps]."""
+    """A layer's filters in units of int8, the largest weight 127: float64 [output channels, input channels, taps]."""
     value = node.inputs[1]
     assert value is not None
     assert value.const_value is not None
@@ -201,50 +201,50 @@ def _filters(node: ir.Node) -> Float64Array:
 def _add_excess(rows: Float64Array, cost: Float64Array) -> None:
     """Add to cost [channels, channels] the squared excess of two weights of one sign, over rows [filters, channels].
 
-    The channel with the larger weight is the row of `cost`, so both orders have to be added up. Without a branch in the
-    inner loop, compilers make it eight times as fast.
+    The channel with the larger weight is the row of `cost`, so the caller must add up both orders. Without a branch in
+    the inner loop, the compiled code is eight times as fast.
     """
     count, channels = rows.shape
     for row in range(count):
         for i in range(channels):
             large = abs(rows[row, i])
-            if large > 64.0:  # of two that are too large together, one is over half
+            if large > 64.0:  # if two are too large together, one is over half
                 sign = 1.0 if rows[row, i] > 0 else -1.0
                 for j in range(channels):
                     other = sign * rows[row, j]
                     excess = max(large + other - 128.0, 0.0)
-                    once = 0.5 if other > 64.0 else 1.0  # two large ones meet twice
+                    once = 0.5 if other > 64.0 else 1.0  # two large ones count twice
                     cost[i, j] += once * excess * excess
 
 
 @cache
 def _kernel() -> Any:
-    """`_add_excess` as machine code, in a second: NumPy takes a hundred times as long."""
+    """`_add_excess` as machine code, compiled in a second. NumPy takes a hundred times as long."""
     import numba
 
     return numba.njit("void(float64[:,::1], float64[:,::1])", nogil=True)(_add_excess)
 
 
 def _cost(channels: _Channels) -> Float64Array:
-    """What it costs to have two channels as partners: float64 [channels, channels].
+    """Cost of each pair of channels as partners: float64 [channels, channels].
 
-    The squared excess of both weights over what 16 bits hold, over all filters, in units of int8.
+    The cost is the squared excess of both weights over what 16 bits hold, summed over all filters, in units of int8.
     """
     cost = np.zeros((channels.size, channels.size))
     for node in channels.read:
         filters = _filters(node)
         if filters.shape[2] > 1 and channels.size % 2:
-            continue  # partners are of neighbouring pixels then
+            continue  # partners belong to neighbouring pixels then
         rows = np.moveaxis(filters, 2, 1).reshape(-1, channels.size)
         work = np.count_nonzero(np.abs(rows) > 64.0) * channels.size
-        # Every nth filter of a VGG's dense layer says as much as all of them, which would take minutes.
+        # Every nth filter of a VGG's dense layer is enough; all of them would take minutes.
         _kernel()(np.ascontiguousarray(rows[:: work // _MAX_WORK + 1]), cost)
     np.fill_diagonal(cost, 0.0)
     return cost + cost.T
 
 
 def _matched(cost: Float64Array) -> npt.NDArray[np.intp]:
-    """Pairs of channels, int [channels // 2, 2], of little cost together: greedily, then by exchanges."""
+    """Pairs of channels with a low total cost, int [channels // 2, 2]: chosen greedily, then improved by exchanges."""
     free = np.ones(len(cost), dtype=bool)
     pairs = []
     for channel in np.argsort(-cost.sum(axis=1), kind="stable"):
@@ -264,13 +264,13 @@ def _matched(cost: Float64Array) -> npt.NDArray[np.intp]:
 
 
 def _exchange(pairs: npt.NDArray[np.intp], cost: Float64Array) -> bool:
-    """Let pairs exchange a partner where both together cost less; each at most once. False where none does."""
+    """Let pairs exchange a partner if that lowers their total cost, each pair at most once. False if no pair does."""
     first, second = pairs.T
     now = cost[first, second]
     costly = np.flatnonzero(now > 0)
     if not len(costly):
         return False
-    # Of the pairs (a, b) and (c, d): (a, c) and (b, d), or (a, d) and (b, c).
+    # Pairs (a, b) and (c, d) become (a, c) and (b, d), or (a, d) and (b, c).
     a, b = first[costly], second[costly]
     along = cost[np.ix_(a, first)] + cost[np.ix_(b, second)]
     across = cost[np.ix_(a, second)] + cost[np.ix_(b, first)]
@@ -293,14 +293,14 @@ def _exchange(pairs: npt.NDArray[np.intp], cost: Float64Array) -> bool:
 
 
 def choose_order(graph: ir.Graph) -> ChannelOrder:
-    """The order of channels in which the layers of an FP32 graph lose least; see the head of this file.
+    """The channel order with the least loss for the layers of an FP32 graph; see the docstring of this module.
 
-    Channels of which no partners cost anything stay as they are.
+    Channels keep their order if no pair of partners has a cost in it.
     """
     made: dict[str, IndexArray] = {}
     read: dict[str, IndexArray] = {}
     if any(attribute.type in _BODIES for node in graph for attribute in node.attributes.values()):
-        return ChannelOrder(made, read)  # what branches and loops read is not followed
+        return ChannelOrder(made, read)  # reads inside branches and loops are not followed
     for channels in _found(graph):
         cost = _cost(channels)
         even = np.arange(0, channels.size - 1, 2)
@@ -315,7 +315,7 @@ def choose_order(graph: ir.Graph) -> ChannelOrder:
 
 
 def _operands(node: ir.Node, index: int) -> Iterator[tuple[ir.Node, int, bool]]:
-    """Where the constants of an operand are stored, and whether they have one number a channel only."""
+    """Where the constants of an operand are stored, and whether they have only one number per channel."""
     value = node.inputs[index] if index < len(node.inputs) else None
     producer = value.producer() if value is not None else None
     if producer is not None and producer.op_type == "DequantizeLinear":
@@ -336,9 +336,9 @@ def _reorder(graph: ir.Graph, node: ir.Node, index: int, order: IndexArray, axis
 
 
 def reorder(graph: ir.Graph, order: ChannelOrder) -> None:
-    """Reorder the channels of a Q/DQ graph, or of the FP32 graph: the function stays the same.
+    """Reorder the channels of a Q/DQ graph or of the FP32 graph. The function stays the same.
 
-    What float layers sum, they sum in another order.
+    Float layers add their products in another order.
     """
     for node in list(graph):
         name = str(node.name)

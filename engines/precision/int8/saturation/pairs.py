@@ -1,10 +1,11 @@
-"""Which int8 weights are added in 16 bits, and weights of which no two overflow them.
+"""Find int8 weights whose products are added in 16 bits, and limit them so that no two overflow.
 
 `vpmaddubsw` (x86-64 without VNNI) multiplies uint8 activations with int8 weights, adds two neighbouring products in
-16 bits and saturates. Two weights of opposite signs cannot overflow. Two of one sign cannot where their magnitudes add
-up to 128 or less, whatever the activations: 255 x 128 is 32,640. A filter's neighbours are its elements 2j and 2j + 1,
-flattened as (kernel height, kernel width, input channel), each group on its own; `benchmarks/saturation_pairs.py`
-probes that for the installed ONNX Runtime. Depthwise convolutions have kernels that multiply in 16 and add in 32 bits.
+16 bits and saturates. Two weights of opposite signs cannot overflow. Two weights of one sign cannot overflow if their
+magnitudes add up to 128 or less, whatever the activations: 255 x 128 is 32,640. A filter's neighbours are its elements
+2j and 2j + 1, flattened as (kernel height, kernel width, input channel), for each group separately.
+`benchmarks/saturation_pairs.py` checks this for the installed ONNX Runtime. Kernels of depthwise convolutions multiply
+in 16 bits and add in 32 bits.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ NONE = -1
 
 
 def _partners_in_order(order: IndexArray, size: int) -> IndexArray:
-    """Partners of weights 0 to size - 1, which a kernel reads in this order; negative places hold no weight."""
+    """Partners of weights 0 to size - 1, which a kernel reads in this order. Negative entries hold no weight."""
     padded = order if len(order) % 2 == 0 else np.append(order, NONE)
     first, second = padded.reshape(-1, 2).T
     both = (first >= 0) & (second >= 0)
@@ -47,13 +48,13 @@ def depthwise(shape: tuple[int, ...], groups: int) -> bool:
 def partners_of(
     graph: ir.Graph, node: ir.Node, rule: QuantizedWeight, order: IndexArray | None = None
 ) -> IndexArray:
-    """Which weights of a layer's filters are added in 16 bits, once the FP32 graph is an INT8 graph for the CPU.
+    """Partner of each weight of a layer's filters in 16-bit sums, once the FP32 graph is an INT8 graph for the CPU.
 
     Args:
-        order: in which the layer's input channels will be, the old place of each; by default as they are.
+        order: new order of the layer's input channels, as the old index of each; by default unchanged.
 
-    Returns int [K] of indices into a filter flattened as the weight lies (a Conv's as C, kH, kW), NONE for a weight
-    that is added alone.
+    Returns int [K], indices into a filter flattened in storage order (C, kH, kW for a Conv). NONE for a weight that is
+    added alone.
     """
     value = node.inputs[rule.index]
     assert value is not None
@@ -69,13 +70,13 @@ def partners_of(
     if order is not None:
         places = places[:, order]
     if (blocks := blocks_of(graph)) is not None and blocks.conv is node:
-        # Filled with 0 where a block has no weight, so that places count from 1.
+        # 0 marks a block's place without a weight, so places count from 1.
         places = blocked_weight(places + 1, blocks.top_left) - 1
     return _partners_in_order(np.moveaxis(places, 1, 3).reshape(-1), size)
 
 
 def within_pairs(integers: Float64Array, partners: IndexArray) -> Float64Array:
-    """Weights of which no two neighbours overflow: both of a pair that does lose half of what is too much.
+    """Weights of which no two neighbours overflow. In a pair that does, both weights lose half of the excess.
 
     Args:
         integers: float64 [channels, K], whole numbers from -127 to 127.
@@ -101,7 +102,7 @@ def _sums(rows: npt.NDArray[Any], partners: IndexArray) -> tuple[IndexArray, npt
 def sums_that_overflow(
     scaled: npt.NDArray[np.floating], partners: IndexArray
 ) -> tuple[IndexArray, npt.NDArray[np.floating]]:
-    """Of weights in units of int8 [channels, K]: the channel, and the magnitude, of each sum of neighbours over 128."""
+    """Channel and magnitude of each sum of neighbours over 128, for weights in units of int8 [channels, K]."""
     _, total = _sums(scaled, partners)
     magnitudes = np.abs(total)
     channels, pairs = np.nonzero(magnitudes > LARGEST_SUM)
@@ -109,7 +110,7 @@ def sums_that_overflow(
 
 
 def overflowing(integers: npt.NDArray[np.generic], partners: IndexArray) -> npt.NDArray[np.bool_]:
-    """Whether a filter, of integers [channels, K], has neighbours that can overflow: bool [channels]."""
+    """Whether each filter of integers [channels, K] has neighbours that can overflow, bool [channels]."""
     _, total = _sums(integers.astype(np.int16), partners)
     return np.asarray((np.abs(total) > LARGEST_SUM).any(axis=1))
 
@@ -129,9 +130,9 @@ def quantized_weights(graph: ir.Graph) -> list[tuple[ir.Node, ir.Node, ir.Value]
 
 
 def saturating_layers(graph: ir.Graph) -> list[str]:
-    """Names of the layers of a finished Q/DQ graph that can saturate: proof, where there are none, that it cannot.
+    """Names of the layers of a finished Q/DQ graph that can saturate.
 
-    Layers whose activations are int8 (TensorRT's) count, too.
+    An empty list proves that the graph cannot saturate. Layers whose activations are int8 (TensorRT's) count, too.
     """
     found = []
     for node, _, weight in quantized_weights(graph):
@@ -152,10 +153,10 @@ def saturating_layers(graph: ir.Graph) -> list[str]:
 
 
 def layers_with_partners(graph: ir.Graph, orders: Mapping[str, IndexArray]) -> dict[str, IndexArray]:
-    """`partners_of` each layer of an FP32 graph that can have an int8 weight, by node name.
+    """Result of `partners_of` for each layer of an FP32 graph that can have an int8 weight, by node name.
 
     Args:
-        orders: of layers' input channels, by node name, see `saturation.channel_order`.
+        orders: new orders of layers' input channels, by node name, see `saturation.channel_order`.
     """
     rules = ((node, weight_of(node)) for node in graph)
     return {

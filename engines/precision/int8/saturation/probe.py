@@ -1,8 +1,8 @@
-"""Asks ONNX Runtime's kernels whether sums of uint8 x int8 products saturate in this process.
+"""Test whether sums of uint8 x int8 products saturate in ONNX Runtime's kernels in this process.
 
 On x86-64 without VNNI (Intel before Cascade Lake and Ice Lake, AMD before Zen 4) `vpmaddubsw` adds two products in
-16 bits and saturates: 255 x 127 + 255 x 127 is 64,770 and becomes 32,767. The name of a CPU does not tell which kernels
-ONNX Runtime takes; the result of a graph with a known answer does.
+16 bits and saturates: 255 x 127 + 255 x 127 is 64,770 and becomes 32,767. The name of a CPU does not show which kernels
+ONNX Runtime uses. The result of a graph with a known answer does.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import numpy as np
 import onnxruntime as ort
 
 EXACT_SESSION: Mapping[str, str] = {"session.x64quantprecision": "1"}
-"""Session configuration with which ONNX Runtime's sums are exact where its kernels saturate: int8 weights outside
-[-64, 64] become uint8 at load (microsoft/onnxruntime, pull request 12088). It makes INT8 2 to 3 times slower on CPUs
-with VNNI, where nothing saturates, so it is set only where something does."""
+"""Session configuration that makes ONNX Runtime's sums exact on CPUs where its kernels saturate: int8 weights outside
+[-64, 64] become uint8 at load (microsoft/onnxruntime, pull request 12088). On CPUs with VNNI, where nothing saturates,
+it makes INT8 2 to 3 times slower. So it is set only where sums saturate."""
 
 _PRODUCTS = 64
 _MODEL = (
@@ -30,7 +30,7 @@ _MODEL = (
 
 @cache
 def saturates() -> bool:
-    """True where sums of uint8 x int8 products saturate; found once a process, in a few milliseconds."""
+    """True if sums of uint8 x int8 products saturate. Measured once per process, in a few milliseconds."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3

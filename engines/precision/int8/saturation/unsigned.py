@@ -1,4 +1,4 @@
-"""uint8 weights: sums of uint8 x uint8 products are taken in 32 bits, in any runtime and on any CPU."""
+"""uint8 weights: sums of uint8 x uint8 products are computed in 32 bits, in any runtime and on any CPU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from export_zoo.engines.precision.rewrites import add_constant, remove_unused_in
 def unsigned_weights(graph: ir.Graph) -> int:
     """Store the int8 weights of a Q/DQ graph's layers as uint8 with 128 added, and 128 as their zero point.
 
-    The numbers, and the logits, are the same to the bit. On CPUs with VNNI, INT8 becomes 2 to 3 times slower.
+    The weights' values and the logits stay the same to the bit. On CPUs with VNNI, INT8 becomes 2 to 3 times slower.
 
     Returns the number of layers.
     """
