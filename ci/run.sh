@@ -3,9 +3,25 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export EXPORT_ZOO_CACHE="${EXPORT_ZOO_CACHE:-$PWD/.ci-cache}" PIP_DISABLE_PIP_VERSION_CHECK=1 NO_COLOR=1
-trap 'rm -rf .ci-cache' EXIT
-
-step() { printf '\n=== %s (%ss)\n' "$1" "$SECONDS"; }
+# What each step takes, for ci/budget.py.
+taken=$(mktemp -d)
+number=-1
+used() { df -BM --output=used . | tail -n 1 | tr -dc 0-9; }
+mark() {
+  times >"$taken/times"  # not in a pipe: that would be a shell of its own, without children
+  printf '%s | %s | %s\n' "$1" "$(tail -n 1 "$taken/times")" "$(used)" >>"$taken/steps"
+  number=$((number + 1))
+  echo "$number" >"$taken/number"
+}
+step() {
+  printf '\n=== %s (%ss)\n' "$1" "$SECONDS"
+  mark "$1"
+}
+echo 0 >"$taken/number"
+: >"$taken/disk"
+(while sleep 5; do echo "$(cat "$taken/number") $(used)" >>"$taken/disk"; done) &
+sampler=$!
+trap 'kill "$sampler" 2>/dev/null; rm -rf .ci-cache "$taken"' EXIT
 
 step "system packages"
 bash ci/system-packages.sh
@@ -34,7 +50,7 @@ step "a visit to a GPU, rehearsed"
 .venv/bin/python ci/gpu_visit.py rehearse demo/gpu-visit --images demo/photos --digits demo/digits
 rm -rf demo/gpu-visit
 
-step "wheel"
+step "wheels"
 bash ci/wheel.sh demo/resnet18-digits.bundle
 
 step "C++ library and ctest"
@@ -42,4 +58,7 @@ bash ci/cpp.sh
 
 # Last, so that the closing line of the log is that of the tests.
 step "README commands: make test"
+.venv/bin/python ci/budget.py "$taken"
 make test
+mark "end"
+.venv/bin/python ci/budget.py "$taken" >/dev/null
