@@ -153,6 +153,34 @@ TEST_F(Engine, IsChosenAsInPython) {
   }
 }
 
+// Bundles that earlier versions wrote: tests/cases/bundles, a folder for each version (tests/test_old_bundles.py).
+TEST_F(Engine, OfEarlierVersionsGivesItsLogits) {
+  for (const auto& entry : fs::directory_iterator(fs::path(EXPORT_ZOO_TEST_CASES) / "bundles")) {
+    const auto& bundle = entry.path();
+    const auto held = nlohmann::json::parse(support::read(bundle / "manifest.json"))["artifacts"]["held_out"];
+    const auto expected = support::read_npy(bundle / held["logits"]["path"].get<std::string>());
+    const auto pixels = support::read(bundle / held["inputs"]["path"].get<std::string>());  // uint8 [N, H, W, 3]
+    ez::Options options;
+    options.engine = "onnxruntime-fp32";
+    const auto engine = ez::Engine::load(bundle, options);
+    EXPECT_EQ(engine.info().state, ez::State::verified);
+    const auto& p = engine.metadata().preprocess;
+    const auto area = static_cast<std::size_t>(p.crop_height) * static_cast<std::size_t>(p.crop_width);
+    const auto* first = pixels.data() + (pixels.size() - held["count"].get<std::size_t>() * area * 3);
+    std::vector<float> input(3 * area);
+    for (std::size_t i = 0; i < input.size(); ++i) {
+      const auto channel = i / area;
+      const auto value = static_cast<unsigned char>(first[i % area * 3 + channel]);
+      input[i] = (static_cast<float>(value) / 255 - p.mean.at(channel)) / p.std_dev.at(channel);
+    }
+    auto context = engine.context();
+    const auto logits = context.infer(input, 1);
+    for (std::size_t i = 0; i < logits.size(); ++i) EXPECT_NEAR(logits[i], expected[i], 1e-4) << bundle;
+    options.engine = "onnxruntime-int8";
+    EXPECT_EQ(ez::Engine::load(bundle, options).info().state, ez::State::verified);
+  }
+}
+
 TEST_F(Engine, OfALaterVersionIsLeftOutAndWhySaysSo) {
   const auto bundle = copy();
   change(bundle, "/artifacts/engines/1/target", "openvino");
