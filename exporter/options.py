@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from export_zoo.base.errors import UsageError
 from export_zoo.engines.precision.registry import BASELINE, PRECISIONS
@@ -174,28 +174,6 @@ def parse_size(text: str, option: str = "--input-size") -> tuple[int, int]:
             f"{option} {text!r}: not N or HxW", hint="for example 224 or 224x320 (height, width)"
         )
     return int(match[1]), int(match[2] or match[1])
-
-
-def model_options(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert the command line's options for the network and its images to arguments of `ExportOptions`."""
-    same = (
-        "calib calib_images verify verify_images weights transforms preprocess num_classes transform_input "
-        "resize_size seed"
-    )
-    return {
-        **{name: given[name] for name in same.split()},
-        "init_missing": tuple(given["init_missing"]),
-        "fully_convolutional": given["fully_convolutional"],
-        "model_args": parse_model_args(given["model_args"]),
-        "weights_key": given["weights_key"],
-        "renames": parse_renames(given["renames"]),
-        "skip_weights": tuple(given["skip_weights"]),
-        "allow_pickle": given["allow_pickle"],
-        "input_size": parse_size(given["input_size"]) if given["input_size"] else None,
-        "dynamic_size": SizeRange.parse(given["dynamic_size"]) if given["dynamic_size"] else None,
-        "cache": not given["no_cache"],
-        "memory_check": not given["no_memory_check"],
-    }
 
 
 def parse_model_args(texts: Sequence[str]) -> tuple[tuple[str, str], ...]:

@@ -9,17 +9,20 @@ from typing import Any
 import click
 
 from export_zoo.base.errors import UsageError
-from export_zoo.exporter import options
 from export_zoo.exporter.cli import outcome
 from export_zoo.exporter.cli.common_options import (
     EXIT_CODES,
     given_options,
     json_option,
-    keep_float_option,
-    model_options,
     option_name,
     quiet_option,
     verbose_option,
+)
+from export_zoo.exporter.cli.option_table import (
+    CALIBRATE_OPTIONS,
+    SectionedCommand,
+    add,
+    export_options,
 )
 from export_zoo.exporter.run.report import ConsoleReporter
 
@@ -31,7 +34,7 @@ def _shard(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-@click.command(epilog=EXIT_CODES)
+@click.command(cls=SectionedCommand, epilog=EXIT_CODES)
 @click.argument("what", nargs=-1, metavar="MODEL | --merge FILE FILE...")
 @click.option(
     "--merge", "merging", is_flag=True, help="Merge the ranges files of shards, instead of calibrating."
@@ -45,8 +48,7 @@ def _shard(text: str) -> tuple[int, int]:
     metavar="FILE",
     help="Ranges file to write. Default: ./MODEL.ranges.json. Required with --merge.",
 )
-@model_options
-@keep_float_option
+@add(CALIBRATE_OPTIONS)
 @json_option
 @quiet_option
 @verbose_option
@@ -84,9 +86,7 @@ def calibrate(
         if len(what) != 1:
             raise UsageError("calibrate needs one MODEL", hint="`export-zoo list` shows all")
         part = _shard(shard)
-        chosen = options.ExportOptions(
-            model=what[0], keep_float=tuple(given["keep_float"]), **options.model_options(given)
-        )
+        chosen = export_options(what[0], given, CALIBRATE_OPTIONS)
         out = out if out is not None else Path(f"{chosen.short_name}.ranges.json")
         from export_zoo.exporter.calibrate import calibrate as run
 
