@@ -67,7 +67,9 @@ def calibrate(
             )
         exported = network.export_graph(context, spec, network.EagerModel(spec))
         simplified = network.simplify_graph(context, spec, exported)
-        _, ranges = ranges_stage.calibrate(context, spec, simplified.directory / "graph.onnx", chosen, shard)
+        _, ranges = ranges_stage.calibrate(
+            context, spec, simplified.file(network.Simplified.GRAPH), chosen, shard
+        )
         _write(ranges, out)
     return ranges
 

@@ -21,7 +21,9 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Generic, TypeVar, overload
+
+from pydantic import TypeAdapter
 
 from export_zoo.base.errors import EnvironmentFailureError, UsageError
 from export_zoo.base.graph_io import sha256_of
@@ -60,14 +62,21 @@ def digest(key: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
 
 
+ResultT = TypeVar("ResultT")
+
+
 @dataclass(frozen=True)
-class StageResult:
-    """A finished stage: `directory` holds its files, `data` is its return value."""
+class StageResult(Generic[ResultT]):
+    """A finished stage: `directory` holds its files, `data` is its return value. Later stages only read both."""
 
     directory: Path
-    data: Any
+    data: ResultT
     cached: bool
     key: str
+
+    def file(self, name: str) -> Path:
+        """A file of the stage."""
+        return self.directory / name
 
 
 def _limit_bytes() -> float:
@@ -166,20 +175,32 @@ class StageCache:
         if self._root is not None and kind is None:
             self._prune(self._root)
 
-    def run(self, stage: str, key: Mapping[str, Any], make: Callable[[Path], Any]) -> StageResult:
+    @overload
+    def run(self, stage: str, key: Mapping[str, Any], make: Callable[[Path], Any]) -> StageResult[Any]: ...
+
+    @overload
+    def run(
+        self, stage: str, key: Mapping[str, Any], make: Callable[[Path], ResultT], kind: Any
+    ) -> StageResult[ResultT]: ...
+
+    def run(
+        self, stage: str, key: Mapping[str, Any], make: Callable[[Path], Any], kind: Any = Any
+    ) -> StageResult[Any]:
         """The result of a stage: from the cache, or made by `make(directory)` and stored.
 
-        `make` writes its files into `directory`, without subdirectories, and returns a value that JSON can hold.
+        `make` writes its files into `directory`, without subdirectories, and returns a value of the type `kind`, which
+        pydantic must be able to write as JSON and to read again.
         """
         name = digest({"stage": stage, **key})
-        if self._root is not None and (hit := self._hit(stage, name)) is not None:
+        adapter = TypeAdapter(kind)
+        if self._root is not None and (hit := self._hit(stage, name, adapter)) is not None:
             return hit
         directory = self._work / f"{stage}-{name[:16]}-{uuid.uuid4().hex[:8]}"
         try:
             directory.mkdir()
             data = make(directory)
             if self._root is not None:
-                self._keep(stage, name, key, directory, data)
+                self._keep(stage, name, key, directory, adapter.dump_python(data, mode="json"))
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
@@ -189,7 +210,11 @@ class StageCache:
             ) from error
         return StageResult(directory, data, cached=False, key=name)
 
-    def _hit(self, stage: str, name: str) -> StageResult | None:
+    def scratch(self) -> Path:
+        """A new directory that is removed at the end of the run."""
+        return Path(tempfile.mkdtemp(prefix="scratch-", dir=self._work))
+
+    def _hit(self, stage: str, name: str, adapter: TypeAdapter[Any]) -> StageResult[Any] | None:
         assert self._root is not None
         entry = self._root / stage / name
         directory = self._work / f"{stage}-{name[:16]}-{uuid.uuid4().hex[:8]}"
@@ -197,7 +222,8 @@ class StageCache:
             if not entry.exists():
                 return None
             described = json.loads((entry / _ENTRY).read_text(encoding="utf-8"))
-            result = StageResult(directory, described["data"], cached=True, key=name)
+            data = adapter.validate_python(described["data"])
+            result = StageResult(directory, data, cached=True, key=name)
             directory.mkdir()
             for file, sha256 in described["files"].items():
                 _link(entry / file, directory / file)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 from export_zoo.base.graph_io import sha256_of
 from export_zoo.base.machine import library_versions
@@ -19,6 +19,9 @@ from export_zoo.engines.targets.tensorrt.worker import TIMING_SUFFIX
 from export_zoo.exporter.run.cache import StageResult
 from export_zoo.exporter.run.context import Context
 from export_zoo.exporter.stages.tuning.tune import Tuned
+
+GRAPH = "engine.onnx"
+"""File name of a precision graph in its stage."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,16 @@ class EngineFiles:
         return not TARGETS[self.target].why_not_run(self.plan)
 
 
+@dataclass(frozen=True)
+class Compilation:
+    """An engine that a builder compiled."""
+
+    ENGINE: ClassVar[str] = "engine.plan"
+    plan: Plan
+    warnings: dict[str, int]
+    """The builder's, with their number."""
+
+
 def _precision_graph(
     context: Context,
     graph: Path,
@@ -70,17 +83,17 @@ def _precision_graph(
         parts = tuned.parts
 
         def make(directory: Path) -> None:
-            parts.write(directory / "engine.onnx", target, context.options)
+            parts.write(directory / GRAPH, target, context.options)
 
         inputs = parts.key(target, context.options)
     else:
 
         def make(directory: Path) -> None:
-            precision.write(graph, directory / "engine.onnx", ranges)
+            precision.write(graph, directory / GRAPH, ranges)
 
         inputs = {"graph": sha256_of(graph), "ranges": ranges.digest() if ranges is not None else None}
     result = context.cache.run(precision.name, context.key("onnx_ir", "numpy", **inputs), make)
-    return result.directory / "engine.onnx", result.cached
+    return result.directory / GRAPH, result.cached
 
 
 def build(
@@ -122,10 +135,10 @@ def build(
                 saturating_cpu_session=session,
             )
         compiled = _compile(context, precise, target)
-        stage.cached, warnings = compiled.cached, compiled.data["warnings"]
+        stage.cached, warnings = compiled.cached, compiled.data.warnings
         if warnings:
             stage.detail += f"; {sum(warnings.values())} warnings by TensorRT (-v shows them)"
-    file = compiled.directory / "engine.plan"
+    file = compiled.file(Compilation.ENGINE)
     timings = file.with_suffix(TIMING_SUFFIX)
     return EngineFiles(
         target.name,
@@ -134,13 +147,13 @@ def build(
         precise,
         built_by,
         tuning,
-        Plan.model_validate(compiled.data["plan"]),
+        compiled.data.plan,
         timings if timings.is_file() else None,
     )
 
 
-def _compile(context: Context, graph: Path, target: Target) -> StageResult:
-    """Compile a precision graph to `engine.plan`; the result also has the builder's warnings."""
+def _compile(context: Context, graph: Path, target: Target) -> StageResult[Compilation]:
+    """Compile a precision graph; the result also has the builder's warnings."""
     batch, sizes = context.options.batch, context.options.dynamic_size
     request = BuildRequest(
         graph,
@@ -149,10 +162,12 @@ def _compile(context: Context, graph: Path, target: Target) -> StageResult:
         context.options.build,
     )
 
-    def make(directory: Path) -> dict[str, Any]:
+    def make(directory: Path) -> Compilation:
         with context.reporter.bar("build", None) as advance:
-            compiled = target.build(request, directory / "engine.plan", lambda done, total: advance(1, total))
-        return {"warnings": dict(compiled.warnings), "plan": compiled.plan.model_dump(mode="json")}
+            compiled = target.build(
+                request, directory / Compilation.ENGINE, lambda done, total: advance(1, total)
+            )
+        return Compilation(compiled.plan, dict(compiled.warnings))
 
     key = context.key(
         graph=sha256_of(graph),
@@ -161,4 +176,4 @@ def _compile(context: Context, graph: Path, target: Target) -> StageResult:
         sizes=str(sizes),
         **target.build_key(request),
     )
-    return context.cache.run(target.name, key, make)
+    return context.cache.run(target.name, key, make, Compilation)

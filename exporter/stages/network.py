@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,48 @@ if TYPE_CHECKING:
 
     from export_zoo.exporter.models.spec import ModelSpec
     from export_zoo.exporter.models.weights.state_dicts import LoadReport
+
+
+@dataclass(frozen=True)
+class Exported:
+    """The exported graph, checked against eager."""
+
+    GRAPH: ClassVar[str] = "model.onnx"
+    initialized: list[str]
+    """Parameters left at random values."""
+    skipped: list[str]
+    """Names of the weights file that were left out."""
+    entry: str
+    """Entry of the checkpoint that was read; empty if it has none."""
+    others: list[str]
+    """Its other entries."""
+    error: float
+    """Largest difference to eager's logits, relative to their largest."""
+    opset: int
+
+
+@dataclass(frozen=True)
+class Simplified:
+    """The simplified graph: the FP32 graph of the bundle."""
+
+    GRAPH: ClassVar[str] = "graph.onnx"
+    summary: str
+    warning: str
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The verify images, uint8, and eager's outputs of them; files are named by `file`."""
+
+    sha256: list[str]
+    """Hashes of the image files, in order; empty for synthetic images."""
+    unreadable: list[tuple[str, str]]
+    """Names of images that were left out, with reasons."""
+
+    @staticmethod
+    def file(name: str, size: Size | None = None) -> str:
+        """Of `inputs` or an output (`reference_files`), at a further size (height, width)."""
+        return f"{name}.npy" if size is None else f"{name}-{size[0]}x{size[1]}.npy"
 
 
 class EagerModel:
@@ -107,15 +149,15 @@ def _synthetic(spec: ModelSpec, count: int, seed: int) -> Iterator[npt.NDArray[n
         yield normalize(images.synthetic_images(count, height, width, seed), spec.preprocess)
 
 
-def export_graph(context: Context, spec: ModelSpec, model: EagerModel) -> StageResult:
-    """Export the eager model to `model.onnx`, and check it against eager at two batches of every size."""
+def export_graph(context: Context, spec: ModelSpec, model: EagerModel) -> StageResult[Exported]:
+    """Export the eager model, and check it against eager at two batches of every size."""
 
-    def make(directory: Path) -> dict[str, Any]:
+    def make(directory: Path) -> Exported:
         from export_zoo.exporter.graph import to_onnx
 
         module, report = model.built
         p = spec.preprocess
-        path = directory / "model.onnx"
+        path = directory / Exported.GRAPH
         names = [output.name for output in spec.outputs]
         own = spec.zoo == "python"
         to_onnx.export(module, p.crop_height, p.crop_width, path, outputs=names, sizes=spec.sizes, own=own)
@@ -123,56 +165,58 @@ def export_graph(context: Context, spec: ModelSpec, model: EagerModel) -> StageR
         for inputs in _synthetic(spec, max(to_onnx.CHECK_BATCHES), spec.seed):
             follows = spec.sizes is not None
             error = max(error, to_onnx.check_batches(path, module, inputs, follows=follows))
-        return {**asdict(report), "error": error, "opset": to_onnx.OPSET}
+        return Exported(**asdict(report), error=error, opset=to_onnx.OPSET)
 
     with context.reporter.stage("export") as stage:
         libraries = ("torch", "torchvision", "onnx", "onnxscript", "onnx_ir")
-        result = context.cache.run("export", context.key(*libraries, spec=spec.key()), make)
+        result = context.cache.run("export", context.key(*libraries, spec=spec.key()), make, Exported)
         stage.cached = result.cached
         stage.detail = (
-            f"ONNX opset {result.data['opset']}, dynamic batch{', height and width' if spec.sizes else ''}; "
-            f"eager's logits within {result.data['error']:.0e} at batches 1 and 3"
+            f"ONNX opset {result.data.opset}, dynamic batch{', height and width' if spec.sizes else ''}; "
+            f"eager's logits within {result.data.error:.0e} at batches 1 and 3"
         )
         if spec.sizes is not None:
             stage.detail += f" of {', '.join(f'{height}x{width}' for height, width in _all_sizes(spec))}"
-        if entry := result.data["entry"]:
+        if entry := result.data.entry:
             stage.detail += f"; weights: {entry} of the checkpoint"
-    if others := result.data["others"]:
+    if others := result.data.others:
         context.reporter.warn(
-            f"--weights: read {result.data['entry']}; the file also has {', '.join(others)}: --weights-key selects it"
+            f"--weights: read {result.data.entry}; the file also has {', '.join(others)}: --weights-key selects it"
         )
-    if skipped := result.data["skipped"]:
+    if skipped := result.data.skipped:
         context.reporter.warn(f"--skip-weights: left out of the file: {', '.join(skipped)}")
-    if names := result.data["initialized"]:
+    if names := result.data.initialized:
         context.reporter.warn(f"initialized at random: {', '.join(names)}: accuracy figures mean nothing")
     return result
 
 
-def simplify_graph(context: Context, spec: ModelSpec, exported: StageResult) -> StageResult:
-    """Simplify `model.onnx` to `graph.onnx`, and prove that the logits did not change."""
+def simplify_graph(
+    context: Context, spec: ModelSpec, exported: StageResult[Exported]
+) -> StageResult[Simplified]:
+    """Simplify the exported graph, and prove that the logits did not change."""
 
-    def make(directory: Path) -> dict[str, str]:
+    def make(directory: Path) -> Simplified:
         from export_zoo.exporter.graph import simplify
 
         inputs = _synthetic(spec, 3, spec.seed + 1)
-        done = simplify.simplify(exported.directory / "model.onnx", directory, *inputs)
-        return {"summary": done.summary, "warning": done.warning}
+        done = simplify.simplify(exported.file(Exported.GRAPH), directory, *inputs)
+        return Simplified(done.summary, done.warning)
 
     with context.reporter.stage("simplify") as stage:
         key = context.key("onnx", "onnx_ir", "onnxsim", "onnxruntime", graph=exported.key)
-        result = context.cache.run("simplify", key, make)
-        stage.cached, stage.detail = result.cached, result.data["summary"]
-    if result.data["warning"]:
-        context.reporter.warn(result.data["warning"])
+        result = context.cache.run("simplify", key, make, Simplified)
+        stage.cached, stage.detail = result.cached, result.data.summary
+    if result.data.warning:
+        context.reporter.warn(result.data.warning)
     return result
 
 
 def run_reference(
     context: Context, spec: ModelSpec, model: EagerModel, chosen: ChosenImages
-) -> tuple[StageResult, HeldOut]:
-    """Decode the verify set and run eager PyTorch on it: `inputs.npy`, `logits.npy` and files of further outputs.
+) -> tuple[StageResult[Reference], HeldOut]:
+    """Decode the verify set and run eager PyTorch on it.
 
-    If the input size is dynamic, the first images also run at further sizes: `inputs-HxW.npy` and `logits-HxW.npy`.
+    If the input size is dynamic, the first images also run at further sizes.
 
     Raises:
         BadInputError: too many images cannot be decoded, or too few are left.
@@ -182,7 +226,7 @@ def run_reference(
     files = chosen.splits["verify"]
     identity = ["synthetic", SYNTHETIC_IMAGES] if chosen.synthetic else [i.sha256 for i in files]
 
-    def make(directory: Path) -> dict[str, Any]:
+    def make(directory: Path) -> Reference:
         from export_zoo.exporter.graph.reference import eager_outputs
 
         stream = None
@@ -201,49 +245,48 @@ def run_reference(
                 )
         with context.reporter.bar("reference", len(pixels)) as progress:
             outputs = eager_outputs(model.built[0], pixels, p, progress)
-        np.save(directory / "inputs.npy", pixels)
+        np.save(directory / Reference.file("inputs"), pixels)
         for name, output in zip(reference_files(spec), outputs, strict=True):
             check_reference(as_rows(output), "" if name == "logits" else f"{name}: ")
-            np.save(directory / f"{name}.npy", output)
+            np.save(directory / Reference.file(name), output)
         for height, width in _further_sizes(spec):
             there = p.at_size(height, width)
             if stream is None:
                 pixels = images.synthetic_images(SUBSET, height, width, spec.seed + 2)
             else:
                 pixels = ImageStream(stream.images[:SUBSET], there, IMAGE_BATCH, stream.root).all()
-            np.save(directory / f"inputs-{height}x{width}.npy", pixels)
+            np.save(directory / Reference.file("inputs", (height, width)), pixels)
             outputs = eager_outputs(model.built[0], pixels, there)
             for name, output in zip(reference_files(spec), outputs, strict=True):
                 check_reference(as_rows(output), f"at {height}x{width}, ")
-                np.save(directory / f"{name}-{height}x{width}.npy", output)
-        return {
-            "sha256": [i.sha256 for i in stream.images] if stream else [],
-            "unreadable": [(u.name, u.reason) for u in stream.unreadable] if stream else [],
-        }
+                np.save(directory / Reference.file(name, (height, width)), output)
+        if stream is None:
+            return Reference([], [])
+        return Reference([i.sha256 for i in stream.images], [(u.name, u.reason) for u in stream.unreadable])
 
     with context.reporter.stage("reference") as stage:
         libraries = ("torch", "torchvision", "numpy", "pillow")
         key = context.key(*libraries, spec=spec.key(), images=identity, isa=instruction_set())
-        result = context.cache.run("reference", key, make)
+        result = context.cache.run("reference", key, make, Reference)
 
-        def held(suffix: str = "") -> HeldOut:
+        def held(size: Size | None = None) -> HeldOut:
             inputs, logits, *further = (
-                np.load(result.directory / f"{name}{suffix}.npy")
+                np.load(result.file(Reference.file(name, size)))
                 for name in ("inputs", *reference_files(spec))
             )
             return HeldOut(inputs, logits, None, tuple(further))
 
         whole = held()
-        sizes = tuple(held(f"-{height}x{width}") for height, width in _further_sizes(spec))
+        sizes = tuple(held(size) for size in _further_sizes(spec))
         kind = "synthetic images" if chosen.synthetic else "images"
         stage.cached, stage.detail = result.cached, f"eager PyTorch FP32 on {len(whole.pixels)} {kind}"
         for part in sizes:
             stage.detail += f", {len(part.pixels)} at {part.pixels.shape[1]}x{part.pixels.shape[2]}"
-    context.warn_unreadable(chosen.verify_root, result.data["unreadable"])
+    context.warn_unreadable(chosen.verify_root, result.data.unreadable)
     labels = None
     if chosen.labels is not None:
         by_hash = dict(zip((i.sha256 for i in files), chosen.labels, strict=True))
-        labels = [by_hash[sha256] for sha256 in result.data["sha256"]]
+        labels = [by_hash[sha256] for sha256 in result.data.sha256]
     return result, dataclasses.replace(whole, labels=labels, sizes=sizes)
 
 

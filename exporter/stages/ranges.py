@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, ClassVar
 
 from export_zoo.base import graph_io
 from export_zoo.base.errors import BadInputError, UsageError
@@ -24,6 +25,17 @@ if TYPE_CHECKING:
     from export_zoo.exporter.models.spec import ModelSpec
 
 
+@dataclass(frozen=True)
+class Calibrated:
+    """A ranges file, made from images or from synthetic ones."""
+
+    RANGES: ClassVar[str] = "ranges.json"
+    unreadable: list[tuple[str, str]]
+    """Names of images that were left out, with reasons."""
+    alike: list[tuple[str, str]]
+    """Names of images that look alike."""
+
+
 def calibrate(
     context: Context, spec: ModelSpec, graph: Path, chosen: ChosenImages, shard: tuple[int, int] = (1, 1)
 ) -> tuple[Path, Ranges]:
@@ -38,7 +50,7 @@ def calibrate(
     if context.options.quantizes:
         histograms = _quantized(context, graph)
 
-    def make(directory: Path) -> dict[str, Any]:
+    def make(directory: Path) -> Calibrated:
         stream = (
             FingerprintedStream(files, spec.preprocess, IMAGE_BATCH, root)
             if root is not None
@@ -46,9 +58,9 @@ def calibrate(
         )
         with context.reporter.bar("calibrate", len(files)) as progress:
             ranges = collect(graph, stream, histograms=histograms, progress=progress)
-        ranges.write(directory / "ranges.json")
+        ranges.write(directory / Calibrated.RANGES)
         pairs = stream.alike() if isinstance(stream, FingerprintedStream) else []
-        return {"unreadable": [(u.name, u.reason) for u in stream.unreadable], "alike": pairs}
+        return Calibrated([(u.name, u.reason) for u in stream.unreadable], pairs)
 
     with context.reporter.stage("calibrate") as stage:
         key = context.key(
@@ -61,17 +73,17 @@ def calibrate(
             histograms=histograms,
             isa=instruction_set(),
         )
-        result = context.cache.run("calibrate", key, make)
-        ranges = Ranges.read(result.directory / "ranges.json")
+        result = context.cache.run("calibrate", key, make, Calibrated)
+        ranges = Ranges.read(result.file(Calibrated.RANGES))
         stage.cached = result.cached
         kind = "images" if root is not None else "synthetic images"
         stage.detail = f"{len(ranges.tensors)} tensors over {len(ranges.image_sha256)} {kind}"
-    context.warn_unreadable(root, result.data["unreadable"])
+    context.warn_unreadable(root, result.data.unreadable)
     if histograms:
         names = {file.sha256: file.name for file in files}
-        for text in warnings_of(ranges, names, alike=result.data["alike"], whole=shard[1] == 1):
+        for text in warnings_of(ranges, names, alike=result.data.alike, whole=shard[1] == 1):
             context.reporter.warn(text)
-    return result.directory / "ranges.json", ranges
+    return result.file(Calibrated.RANGES), ranges
 
 
 def _quantized(context: Context, graph: Path) -> list[str]:

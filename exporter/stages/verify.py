@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -25,6 +24,7 @@ from export_zoo.engines.verification.verify import judge_engine
 from export_zoo.exporter.run.cache import StageResult
 from export_zoo.exporter.run.context import Context
 from export_zoo.exporter.stages.build import EngineFiles
+from export_zoo.exporter.stages.network import Reference
 
 
 def tolerances_for(
@@ -53,7 +53,11 @@ def tolerances_for(
 
 
 def judge_engines(
-    context: Context, engines: Sequence[EngineFiles], recipe: Recipe, held: HeldOut, reference: StageResult
+    context: Context,
+    engines: Sequence[EngineFiles],
+    recipe: Recipe,
+    held: HeldOut,
+    reference: StageResult[Reference],
 ) -> dict[str, Gate]:
     """The gate of each engine, by name. A failed gate is returned, not raised."""
     for tolerance in context.options.tolerances:
@@ -67,18 +71,18 @@ def judge_engines(
 
 
 def _judge(
-    context: Context, engine: EngineFiles, recipe: Recipe, held: HeldOut, reference: StageResult
+    context: Context, engine: EngineFiles, recipe: Recipe, held: HeldOut, reference: StageResult[Reference]
 ) -> Gate:
     labelled = len(held.labels) if held.labels is not None else 0
     tolerances, unfused = tolerances_for(
         context, engine, random=recipe.source.weights.random, labelled=labelled
     )
 
-    def make(_: Path) -> dict[str, Any]:
+    def make(_: Path) -> Gate:
         further = sum(len(part.pixels) for part in held.sizes)
         total = images_compared(len(held.pixels), recipe.batch, further)
         with context.reporter.bar("verify", total) as progress:
-            gate = judge_engine(
+            return judge_engine(
                 engine.file,
                 engine.graph,
                 target=engine.target,
@@ -91,7 +95,6 @@ def _judge(
                 tolerances=tolerances,
                 progress=progress,
             )
-        return gate.model_dump(mode="json")
 
     with context.reporter.stage("verify") as stage:
         key = context.key(
@@ -106,8 +109,8 @@ def _judge(
             unfused=unfused,
             isa=instruction_set(),
         )
-        result = context.cache.run("verify", key, make)
-        gate = Gate.model_validate(result.data)
+        result = context.cache.run("verify", key, make, Gate)
+        gate = result.data
         stage.cached = result.cached
         stage.detail = f"{engine.name}: {describe_gate(gate)}"
     return gate
@@ -140,7 +143,7 @@ def time_engines(
     if not timed:
         return {}
 
-    def make(_: Path) -> dict[str, Any]:
+    def make(_: Path) -> dict[str, Latency]:
         baseline = BASELINE.name
         sessions: dict[str, Runner] = {baseline: OnnxRuntimeEngine(fp32, saturating_session={})}
         for name, engine in timed.items():
@@ -157,7 +160,7 @@ def time_engines(
         index = np.arange(recipe.batch.opt) % len(held.pixels)
         batch = normalize(held.pixels[index], recipe.preprocess)
         found = bench.measure(sessions, batch, baseline=baseline, machine=cpu_model())
-        return {name: found[name if name in sessions else baseline].model_dump(mode="json") for name in timed}
+        return {name: found[name if name in sessions else baseline] for name in timed}
 
     with context.reporter.stage("bench") as stage:
         hashes = {
@@ -167,13 +170,12 @@ def time_engines(
         key = context.key(
             "onnxruntime", engines=hashes, batch=recipe.batch.opt, machine=[cpu_model(), device_name()]
         )
-        result = context.cache.run("bench", key, make)
+        result = context.cache.run("bench", key, make, dict[str, Latency])
         stage.cached = result.cached
         stage.detail = f"{len(timed)} engine(s) in turn with FP32 at batch {recipe.batch.opt}"
-    latencies = {name: Latency.model_validate(data) for name, data in result.data.items()}
-    for name, latency in latencies.items():
+    for name, latency in result.data.items():
         if timed[name].precision != BASELINE.name and latency.speedup < 1.0:
             context.reporter.warn(
                 f"{name} is slower than FP32 here ({latency.speedup:.2f}x at batch {latency.batch})"
             )
-    return latencies
+    return result.data

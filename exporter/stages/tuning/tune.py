@@ -58,6 +58,15 @@ class Tuned:
     tuning: Tuning | None
 
 
+@dataclass(frozen=True)
+class Choices:
+    """The candidate of each target, with the steps that led to it."""
+
+    images: int
+    """Number of select images that candidates were compared on."""
+    targets: dict[str, tuple[Candidate, list[TuningStep]]]
+
+
 class _Choosing:
     """Runs the steps for one target. Each starts from the result of the previous one."""
 
@@ -156,20 +165,17 @@ def tune(
     files = chosen.splits["select"][:MAX_SELECT]
     few = min(MAX_SELECT, max(MIN_SELECT, affordable))
 
-    def make(directory: Path) -> dict[str, Any]:
+    def make(directory: Path) -> Choices:
         assert options.calib is not None
         store = Store(directory, graph, ranges)
         pixels = ImageStream(files, preprocess, IMAGE_BATCH, options.calib).all()
         evaluator = Evaluator(context, store, chosen, preprocess, pixels, few)
         found = {t: _tune(evaluator, t, options.steps, options.method) for t in targets}
         store.keep([(choosing.candidate, target) for target, choosing in found.items()])
-        return {
-            "images": evaluator.few,
-            "targets": {
-                target.name: [choosing.candidate.model_dump(), [step.model_dump() for step in choosing.steps]]
-                for target, choosing in found.items()
-            },
-        }
+        return Choices(
+            evaluator.few,
+            {target.name: (choosing.candidate, choosing.steps) for target, choosing in found.items()},
+        )
 
     with context.reporter.stage("tune") as stage:
         key = context.key(
@@ -185,20 +191,18 @@ def tune(
             options=[options.steps, options.method, options.keep_float],
             isa=instruction_set(),
         )
-        result = context.cache.run("tune", key, make)
+        result = context.cache.run("tune", key, make, Choices)
         stage.cached = result.cached
         store = Store(result.directory, graph, ranges)
         tuned = {}
-        for name, (candidate, steps) in result.data["targets"].items():
-            tuning = Tuning(
-                images=result.data["images"], steps=[TuningStep.model_validate(step) for step in steps]
-            )
-            tuned[name] = Tuned(store.parts(Candidate.model_validate(candidate), TARGETS[name]), tuning)
+        for name, (candidate, steps) in result.data.targets.items():
+            tuning = Tuning(images=result.data.images, steps=steps)
+            tuned[name] = Tuned(store.parts(candidate, TARGETS[name]), tuning)
         stage.detail = "; ".join(
             f"{name}-int8 {_describe(found.tuning)}" for name, found in tuned.items() if found.tuning
         )
         asked = {step.images or 0 for found in tuned.values() if found.tuning for step in found.tuning.steps}
-        few, most = result.data["images"], max(asked, default=0)
+        few, most = result.data.images, max(asked, default=0)
         stage.detail += f", on {few} images" if most <= few else f", on {few} to {most} images"
     return tuned
 
