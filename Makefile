@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEMO := demo
 
-.PHONY: demo test check venv clean
+.PHONY: demo test test-fast check venv clean
 
 venv: $(INSTALLED)
 
@@ -28,6 +28,10 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+# Without the tests that export, train, emulate or start processes.
+test-fast: $(INSTALLED)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu"
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .

@@ -791,7 +791,7 @@ def _tests(visit: Visit) -> None:
         sys.executable,
         "-m",
         "pytest",
-        "tests/test_tensorrt.py",
+        "tests/engines/test_tensorrt.py",
         "-m",
         "gpu",
         "-rA",

@@ -38,7 +38,32 @@ FIRST = (
 """Files that take longest, which begin first: else one process has nothing to do while the other runs the last."""
 
 
+SLOW = {
+    "test_bundle.py",
+    "test_calibrate.py",
+    "test_cli.py",
+    "test_dynamic_size.py",
+    "test_emulation.py",
+    "test_gpu_visit.py",
+    "test_model_args.py",
+    "test_models.py",
+    "test_own_models.py",
+    "test_pipeline.py",
+    "test_saturation.py",
+    "test_segmentation.py",
+    "test_tensorrt.py",
+    "test_timm.py",
+    "test_triton.py",
+}
+"""Files whose tests export, emulate or start processes."""
+
+SLOW_FIXTURES = {"digits", "digits_bundle"}
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.name in SLOW or SLOW_FIXTURES & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
     order = {name: place for place, name in enumerate(FIRST)}
     items.sort(key=lambda item: order.get(item.path.name, len(order)))
 

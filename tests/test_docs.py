@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-ROOT = Path(__file__).parent.parent
+from support.paths import ROOT
 
 
 def test_the_program_in_the_readme_is_the_one_that_ctest_builds():

@@ -112,7 +112,7 @@ TEST_F(Engine, TakesTheFastestVerifiedOneUnlessOneIsAskedFor) {
             "fastest graph verified engine that may be loaded here; onnxruntime-int8 was left out: built, not graph verified");
 }
 
-// The table that pytest runs, too (tests/test_selection.py). C++ loads what is graph verified unless it is told not to.
+// The table that pytest runs, too (tests/engines/test_selection.py). C++ loads what is graph verified unless it is told not to.
 TEST_F(Engine, IsChosenAsInPython) {
   using nlohmann::json;
   const std::map<std::string, double> speedups{{"onnxruntime-fp32", 1.0}, {"onnxruntime-int8", 2.0}};
@@ -153,7 +153,7 @@ TEST_F(Engine, IsChosenAsInPython) {
   }
 }
 
-// Bundles that earlier versions wrote: tests/cases/bundles, a folder for each version (tests/test_old_bundles.py).
+// Bundles that earlier versions wrote: tests/cases/bundles, a folder for each version (tests/engines/test_old_bundles.py).
 TEST_F(Engine, OfEarlierVersionsGivesItsLogits) {
   for (const auto& entry : fs::directory_iterator(fs::path(EXPORT_ZOO_TEST_CASES) / "bundles")) {
     const auto& bundle = entry.path();

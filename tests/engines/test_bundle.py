@@ -20,6 +20,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper
+from support.paths import ROOT
 
 import export_zoo
 from export_zoo.base.errors import BadInputError, ParityError, TargetUnavailableError, UsageError
@@ -33,7 +34,6 @@ from export_zoo.engines.verification.verify import verify
 from export_zoo.exporter import publish as publish_module
 from export_zoo.exporter.publish import check_destination, describe, failed_place, publish
 
-ROOT = Path(__file__).parent.parent
 ENGINES = ["onnxruntime-fp32", "onnxruntime-int8"]
 
 

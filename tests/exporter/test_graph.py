@@ -14,6 +14,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from onnx import numpy_helper
+from support.paths import ROOT
 from torch import nn
 
 from export_zoo.base import graph_io
@@ -21,8 +22,6 @@ from export_zoo.base.errors import BadInputError, ExportDefectError, ParityError
 from export_zoo.base.graph_io import external_files, sha256_of
 from export_zoo.engines.targets.onnxruntime.engine import OnnxRuntimeEngine
 from export_zoo.exporter.graph import simplify, to_onnx
-
-ROOT = Path(__file__).parent.parent
 
 
 class Tiny(nn.Module):
@@ -205,7 +204,8 @@ def test_export_in_another_process_and_folder_is_the_same_bytes(exported, tmp_pa
         "from export_zoo.exporter.graph import to_onnx\n"
         "to_onnx.export(_made(Tiny), 8, 8, Path(sys.argv[1]))"
     )
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    folders = [ROOT, ROOT / "tests", ROOT / "tests" / "exporter"]
+    path = os.pathsep.join([*map(str, folders), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": "12345"}
     command = [sys.executable, "-c", script, str(tmp_path / "other.onnx")]
     subprocess.run(command, check=True, env=environment, cwd=tmp_path, capture_output=True)

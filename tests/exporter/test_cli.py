@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from support.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 SIZES = ["--num-classes", "10", "--input-size", "32", "--resize-size", "32"]
 RANDOM = ["resnet18", "--weights", "none", *SIZES]
 """The cheapest export: made once, from the cache after that."""

@@ -12,6 +12,7 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
+from support.paths import ROOT
 
 from export_zoo.base.errors import EnvironmentFailureError, UsageError
 from export_zoo.exporter.cli.app import main
@@ -22,7 +23,6 @@ from export_zoo.exporter.matrix.inputs import _of_folder as fingerprinted
 from export_zoo.exporter.matrix.inputs import fingerprints
 from export_zoo.exporter.matrix.run import CellResult
 
-ROOT = Path(__file__).parent.parent
 needs_qemu = pytest.mark.skipif(
     not shutil.which("qemu-x86_64"), reason="qemu-x86_64 is not installed (qemu-user)"
 )

@@ -14,13 +14,13 @@ import threading
 from pathlib import Path
 
 import pytest
+from support.paths import ROOT
 
 from export_zoo.base.errors import EnvironmentFailureError, ExportZooError
 from export_zoo.exporter.run import cache as stage_cache
 from export_zoo.exporter.run.cache import StageCache, StageResult, code_digest, default_root, digest
 
 KEY = {"model": "resnet18", "opset": 18}
-ROOT = Path(__file__).parent.parent
 
 
 class Make:

@@ -17,6 +17,7 @@ import pytest
 import torch
 from own_networks import Pixels, TwoHeads, padded
 from safetensors.torch import save_file
+from support.paths import ROOT
 
 import export_zoo
 from export_zoo.base.errors import BadInputError, UsageError
@@ -27,7 +28,6 @@ from export_zoo.exporter.models import zoo
 from export_zoo.exporter.models.preprocessing import PreprocessFile, main, read_preprocess
 from export_zoo.exporter.options import ExportOptions
 
-ROOT = Path(__file__).parent.parent
 NETWORKS = ROOT / "tests" / "own_networks.py"
 PREPROCESS = {
     "resize_size": 72,
@@ -576,7 +576,7 @@ def test_a_zoo_model_takes_a_preprocessing_file_too(preprocess):
 
 def test_the_published_schema_is_that_of_the_code(capsys):
     main()
-    schema = Path(__file__).parent.parent / "docs" / "preprocess.schema.json"
+    schema = ROOT / "docs" / "preprocess.schema.json"
     assert json.loads(schema.read_text()) == json.loads(capsys.readouterr().out)
     import jsonschema
 

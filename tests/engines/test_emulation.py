@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import pytest
+from support.paths import ROOT
 
 import export_zoo
 from export_zoo.base import machine
@@ -37,7 +38,6 @@ from export_zoo.engines.targets.onnxruntime.engine import OnnxRuntimeEngine
 from export_zoo.engines.targets.registry import TARGETS
 from export_zoo.engines.verification.verify import verify
 
-ROOT = Path(__file__).parent.parent
 INT8 = "onnxruntime-int8"
 x86 = pytest.mark.skipif(
     platform.machine().lower() not in ("x86_64", "amd64"),

@@ -14,6 +14,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from support.paths import ROOT
 
 from export_zoo.base import graph_io
 from export_zoo.base.errors import BadInputError
@@ -398,7 +399,7 @@ def _peaks(graph: Path, folder: Path, *counts: int) -> list[int]:
     """Peak memory in KiB of a process of its own, after calibrating on so many images in turn."""
     command = [sys.executable, "-c", MEASURE, str(graph), str(folder), *map(str, counts)]
     environment = {**os.environ, "MALLOC_ARENA_MAX": "2"}
-    root = Path(__file__).parent.parent
+    root = ROOT
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return [int(line) for line in done.stdout.split()]
