@@ -40,8 +40,8 @@ from export_zoo.calibration import images  # noqa: E402
 from export_zoo.calibration.preprocess import normalize  # noqa: E402
 from export_zoo.engines.bundle import reader as bundle  # noqa: E402
 from export_zoo.engines.parity.metrics import compare  # noqa: E402
-from export_zoo.engines.precision.fp16.twin import write_twin  # noqa: E402
 from export_zoo.engines.precision.int8 import equalize  # noqa: E402
+from export_zoo.engines.precision.twin import write_twin  # noqa: E402
 from export_zoo.engines.targets.onnxruntime.engine import OnnxRuntimeEngine  # noqa: E402
 from export_zoo.engines.verification.gate import run_in_batches  # noqa: E402
 from export_zoo.exporter.options import BatchRange, Tolerance  # noqa: E402

@@ -23,8 +23,8 @@ from export_zoo.calibration.collect import collect
 from export_zoo.calibration.images import SyntheticStream, synthetic_images
 from export_zoo.calibration.preprocess import normalize
 from export_zoo.engines.parity.metrics import compare
-from export_zoo.engines.precision.fp16.twin import write_twin
 from export_zoo.engines.precision.int8.qdq import quantize
+from export_zoo.engines.precision.twin import write_twin
 from export_zoo.engines.targets.onnxruntime.engine import OnnxRuntimeEngine
 from export_zoo.engines.targets.registry import TARGETS
 

@@ -152,7 +152,7 @@ def _convolutions(visit: Visit) -> None:
     from export_zoo.base.cuda import device_capability
     from export_zoo.base.errors import ExportZooError
     from export_zoo.engines.parity.metrics import compare
-    from export_zoo.engines.precision.fp16.twin import write_twin
+    from export_zoo.engines.precision.twin import write_twin
     from export_zoo.engines.targets.onnxruntime.engine import OnnxRuntimeEngine
     from export_zoo.engines.targets.options import CURRENT, BuildOptions
     from export_zoo.engines.targets.tensorrt.build import build_engine

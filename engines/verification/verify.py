@@ -20,10 +20,10 @@ from export_zoo.calibration.images import Progress
 from export_zoo.calibration.preprocess import UInt8Array
 from export_zoo.engines.bundle import manifest as m
 from export_zoo.engines.bundle.reader import ATTESTATIONS, MANIFEST, HeldOut, checked, held_out, read_manifest
-from export_zoo.engines.precision.fp16.twin import write_twin
 from export_zoo.engines.precision.int8.saturation.pairs import saturating_layers
 from export_zoo.engines.precision.int8.saturation.probe import saturates
 from export_zoo.engines.precision.registry import PRECISIONS
+from export_zoo.engines.precision.twin import write_twin
 from export_zoo.engines.targets.base import Opening, Runner
 from export_zoo.engines.targets.onnxruntime.engine import OnnxRuntimeEngine
 from export_zoo.engines.targets.plan import Plan

@@ -15,9 +15,9 @@ from export_zoo.calibration.collect import channel_magnitudes, collect
 from export_zoo.calibration.images import ImageFile, ImageStream
 from export_zoo.calibration.preprocess import Preprocess, normalize
 from export_zoo.engines.parity.metrics import compare
-from export_zoo.engines.precision.fp16.twin import write_twin
 from export_zoo.engines.precision.int8.equalize import STRENGTHS, equalize, links, observed, scale
 from export_zoo.engines.precision.int8.qdq import quantize
+from export_zoo.engines.precision.twin import write_twin
 from export_zoo.engines.targets.onnxruntime.engine import OnnxRuntimeEngine
 from export_zoo.engines.targets.registry import TARGETS, quantized_tensors
 

@@ -25,7 +25,6 @@ from export_zoo.calibration.preprocess import Preprocess, normalize
 from export_zoo.calibration.ranges import Ranges, TensorRange
 from export_zoo.engines.parity.metrics import compare
 from export_zoo.engines.precision.fp16.half import to_half
-from export_zoo.engines.precision.fp16.twin import write_twin
 from export_zoo.engines.precision.int8 import qdq
 from export_zoo.engines.precision.int8.first_conv import block_first_convolution, blocked_weight
 from export_zoo.engines.precision.int8.int8_weights import quantize_weight
@@ -33,6 +32,7 @@ from export_zoo.engines.precision.int8.qdq import quantize
 from export_zoo.engines.precision.int8.saturation.channel_order import choose_order, reorder
 from export_zoo.engines.precision.int8.scales import activation_scale, half_scale, symmetric_scale
 from export_zoo.engines.precision.rewrites import average_pool_instead_of_mean, plain_einsum
+from export_zoo.engines.precision.twin import write_twin
 from export_zoo.engines.targets.onnxruntime.engine import OnnxRuntimeEngine
 from export_zoo.engines.targets.registry import TARGETS
 

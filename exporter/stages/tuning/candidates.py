@@ -23,7 +23,6 @@ from export_zoo.calibration.preprocess import Preprocess, UInt8Array
 from export_zoo.calibration.ranges import Ranges
 from export_zoo.engines.parity.metrics import WITHOUT_NOISE, check_reference
 from export_zoo.engines.parity.outputs import as_rows
-from export_zoo.engines.precision.fp16.twin import write_twin
 from export_zoo.engines.precision.int8.clipping import worth_clipping
 from export_zoo.engines.precision.int8.equalize import STRENGTHS, equalize, observed
 from export_zoo.engines.precision.int8.keep_float import kept_float
@@ -31,6 +30,7 @@ from export_zoo.engines.precision.int8.precision import INT8
 from export_zoo.engines.precision.int8.rounding import LARGEST, rounding
 from export_zoo.engines.precision.int8.saturation.channel_order import ChannelOrder, choose_order
 from export_zoo.engines.precision.placement import classifier_layers, weight_of
+from export_zoo.engines.precision.twin import write_twin
 from export_zoo.engines.targets.base import Opening, Runner, Target
 from export_zoo.engines.targets.onnxruntime.engine import OnnxRuntimeEngine
 from export_zoo.engines.targets.registry import quantized_tensors

@@ -14,19 +14,21 @@ import onnx_ir as ir
 
 from export_zoo.base import graph_io
 
-HALF, FLOAT = ir.DataType.FLOAT16, ir.DataType.FLOAT
+FLOAT = ir.DataType.FLOAT
+REDUCED = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+"""Types of tensors that the twin holds as rounded float32."""
 
 
-def _rounded(graph: ir.Graph, value: ir.Value) -> None:
-    """Round a tensor to half for all its readers."""
+def _rounded(graph: ir.Graph, value: ir.Value, dtype: ir.DataType) -> None:
+    """Round a tensor to a type for all its readers."""
     producer = value.producer()
     assert producer is not None
     uses = list(value.uses())
-    down = ir.node("Cast", [value], {"to": int(HALF)}, name=f"{value.name}_twin_half")
+    down = ir.node("Cast", [value], {"to": int(dtype)}, name=f"{value.name}_twin_half")
     up = ir.node("Cast", [down.outputs[0]], {"to": int(FLOAT)}, name=f"{value.name}_twin_float")
-    for node, dtype in ((down, HALF), (up, FLOAT)):
+    for node, found in ((down, dtype), (up, FLOAT)):
         node.outputs[0].name = f"{node.name}_output"
-        node.outputs[0].dtype = dtype
+        node.outputs[0].dtype = found
         node.outputs[0].shape = value.shape
     graph.insert_after(producer, [down, up])
     for use in uses:
@@ -37,20 +39,20 @@ def write_twin(graph: Path, out: Path) -> list[Path]:
     """Write the twin of a precision graph and return the files written.
 
     Outputs of DequantizeLinear are not rounded: engines fuse it, and integers times the scale that was chosen for them
-    cannot overflow. If the graph has no FP16 tensors, the twin is the graph itself.
+    cannot overflow. If all tensors are float32, the twin is the graph itself.
     """
     model = graph_io.load(graph)
     for value in model.graph.initializers.values():
-        if value.dtype is HALF and value.const_value is not None:
+        if value.dtype in REDUCED and value.const_value is not None:
             array = value.const_value.numpy().astype(np.float32)
             value.const_value = ir.tensor(array, name=value.name)
             value.dtype = FLOAT
     for node in list(model.graph):
         for output in node.outputs:
-            if output.dtype is HALF:
+            if (dtype := output.dtype) in REDUCED:
                 output.dtype = FLOAT
                 if node.op_type != "DequantizeLinear":
-                    _rounded(model.graph, output)
-        if node.op_type == "Cast" and node.attributes.get_int("to", 0) == int(HALF):
+                    _rounded(model.graph, output, dtype)
+        if node.op_type == "Cast" and node.attributes.get_int("to", 0) in REDUCED:
             node.attributes["to"] = ir.AttrInt64("to", int(FLOAT))
     return graph_io.save(model, out)
