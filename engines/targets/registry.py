@@ -25,6 +25,9 @@ TARGETS: Mapping[str, Target] = {
 }
 """Targets by name."""
 
+BASELINE_TARGET = TARGETS["onnxruntime"]
+"""Runs the FP32 graph that engines are timed beside."""
+
 AUTO = "auto"
 AUTOMATIC: Sequence[str] = tuple(TARGETS)
 """Names of the targets that `auto` chooses from."""

@@ -17,7 +17,7 @@ from export_zoo.engines.parity.metrics import MIN_UNFUSED_COSINE
 from export_zoo.engines.precision.registry import BASELINE, PRECISIONS
 from export_zoo.engines.targets.base import Opening, Runner
 from export_zoo.engines.targets.onnxruntime.engine import OnnxRuntimeEngine
-from export_zoo.engines.targets.registry import TARGETS
+from export_zoo.engines.targets.registry import BASELINE_TARGET, TARGETS
 from export_zoo.engines.verification import bench
 from export_zoo.engines.verification.gate import MIN_LABELLED, images_compared
 from export_zoo.engines.verification.verify import judge_engine
@@ -101,6 +101,8 @@ def _judge(
             "onnxruntime",
             "numpy",
             engine=sha256_of(engine.file if engine.runs_here else engine.graph),
+            target=engine.target,  # two targets may run the same file
+            precision=engine.precision,
             only_graph=not engine.runs_here,
             reference=reference.key,
             labels=held.labels,
@@ -147,7 +149,7 @@ def time_engines(
         baseline = BASELINE.name
         sessions: dict[str, Runner] = {baseline: OnnxRuntimeEngine(fp32, saturating_session={})}
         for name, engine in timed.items():
-            if engine.file != fp32:
+            if (engine.file, engine.target) != (fp32, BASELINE_TARGET.name):
                 sessions[name] = TARGETS[engine.target].open(
                     Opening(
                         engine.file,

@@ -43,6 +43,27 @@ def test_second_run_is_cached_and_makes_the_same_graphs(digits, cli, tmp_path):
     assert first.json["engines"][0]["file"] == fresh.json["engines"][0]["file"]
 
 
+def test_a_second_target_that_runs_the_same_file_is_verified_and_timed_itself(cli, tmp_path, monkeypatch):
+    from export_zoo.engines.targets.onnxruntime.target import OnnxRuntime
+
+    opened = []
+
+    class Other(OnnxRuntime):
+        name = "other"
+
+        def open(self, opening):
+            opened.append(opening.file)
+            return super().open(opening)
+
+    monkeypatch.setitem(TARGETS, "other", Other())
+    arguments = ["resnet18", "--weights", "none", "--input-size", "32", "--resize-size", "32"]
+    done = cli(*arguments, "--target", "onnxruntime", "--target", "other", "--out", tmp_path / "out")
+    assert done.code == 0, done.err
+    assert [e["name"] for e in done.json["engines"]] == ["onnxruntime-fp32", "other-fp32"]
+    assert len(opened) == 2, "once to verify, once to time"
+    assert done.json["engines"][0]["latency"] != done.json["engines"][1]["latency"]
+
+
 def test_python_api_runs_without_a_command_line(digits, digits_bundle, tmp_path):
     from export_zoo import ExportOptions, export
 
