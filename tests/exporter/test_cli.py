@@ -452,13 +452,13 @@ def test_an_infinite_tolerance_is_refused_or_can_be_read_back(cli, tmp_path):
 
 
 def test_an_engine_that_makes_nan_fails_its_gate_with_valid_json(cli, tmp_path, monkeypatch):
-    from export_zoo.engines.bundle import loading
+    from export_zoo.engines.targets.onnxruntime import engine
 
-    class Broken(loading.OnnxRuntimeEngine):
+    class Broken(engine.OnnxRuntimeEngine):
         def run_all(self, batch):
             return tuple(np.full_like(output, np.nan) for output in super().run_all(batch))
 
-    monkeypatch.setattr(loading, "OnnxRuntimeEngine", Broken)
+    monkeypatch.setattr(engine, "OnnxRuntimeEngine", Broken)
     done = cli(*RANDOM, "--tolerance", "sqnr=61", "--out", tmp_path / "out")
     _refused(done, 3, "parity")
     assert cli("inspect", tmp_path / "out.failed").code == 0

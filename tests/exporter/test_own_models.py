@@ -440,14 +440,14 @@ def test_images_and_sizes_of_a_wrong_kind_are_refused(digits_bundle, photos):
 def test_an_engine_whose_second_output_is_wrong_fails_by_that_outputs_name(
     cli, photos, preprocess, tmp_path, monkeypatch
 ):
-    from export_zoo.engines.bundle import loading
+    from export_zoo.engines.targets.onnxruntime import engine
 
-    class Broken(loading.OnnxRuntimeEngine):
+    class Broken(engine.OnnxRuntimeEngine):
         def run_all(self, batch):
             first, second = super().run_all(batch)
             return first, second[:, ::-1].copy()
 
-    monkeypatch.setattr(loading, "OnnxRuntimeEngine", Broken)
+    monkeypatch.setattr(engine, "OnnxRuntimeEngine", Broken)
     done = cli(
         *(f"{NETWORKS}:TwoHeads", *SMALL, "--verify", photos, "--preprocess", preprocess),
         *("--out", tmp_path / "b.bundle", "--no-cache"),

@@ -216,9 +216,9 @@ def test_random_weights_are_marked_everywhere_and_gated_against_the_unfused_grap
 
 
 def test_gate_catches_a_fault_with_random_weights_too(cli, photos, tmp_path, monkeypatch):
-    from export_zoo.engines.bundle import loading
+    from export_zoo.engines.targets.onnxruntime import engine
 
-    real = loading.OnnxRuntimeEngine
+    real = engine.OnnxRuntimeEngine
 
     class Broken(real):
         """A runtime whose fused kernels are wrong: the precision graph itself is right."""
@@ -231,7 +231,7 @@ def test_gate_catches_a_fault_with_random_weights_too(cli, photos, tmp_path, mon
             (logits,) = super().run_all(batch)
             return (logits[:, ::-1].copy() if self.wrong else logits,)
 
-    monkeypatch.setattr(loading, "OnnxRuntimeEngine", Broken)
+    monkeypatch.setattr(engine, "OnnxRuntimeEngine", Broken)
     arguments = "resnet18 --weights none --input-size 64 --resize-size 72 --precision int8".split()
     done = cli(*arguments, "--calib", photos, "--out", tmp_path / "out", "--no-cache")
     assert done.code == 3, done.err
