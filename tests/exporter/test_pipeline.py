@@ -273,9 +273,12 @@ def test_int8_of_a_rescaled_network_is_as_good_as_before(target, digits, cli, tm
         pytest.skip(why)
     twin = _rescaled(digits.weights["resnet18"], tmp_path / "twin.safetensors")
     common = ["--precision", "int8", "--calib", digits.images, "--target", target]
+    steps = ["--steps", "equalize,bias", "--method", "minmax"]
     model, option, _, *rest = digits.arguments()
-    plain = cli(model, option, digits.weights["resnet18"], *rest, *common, "--out", tmp_path / "plain")
-    saved = cli(model, option, twin, *rest, *common, "--out", tmp_path / "saved")
+    plain = cli(
+        model, option, digits.weights["resnet18"], *rest, *common, *steps, "--out", tmp_path / "plain"
+    )
+    saved = cli(model, option, twin, *rest, *common, *steps, "--out", tmp_path / "saved")
     lost = cli(model, option, twin, *rest, *common, "--steps", "none", "--out", tmp_path / "lost")
     assert (plain.code, saved.code, lost.code) == (0, 0, 3), saved.err
     before, after, without = (done.json["engines"][0] for done in (plain, saved, lost))
@@ -388,7 +391,7 @@ def test_few_images_to_calibrate_on_are_warned_of(digits, cli, tmp_path):
         "--out",
         tmp_path / "out",
     ]
-    done = cli(*arguments, "--calib-images", "20")
+    done = cli(*arguments, *UNTUNED, "--calib-images", "20")
     assert any("20 images" in warning and "300 to 1,000" in warning for warning in done.json["warnings"])
     assert not any("300 to 1,000" in warning for warning in cli(*arguments).json["warnings"])
 
@@ -407,7 +410,14 @@ def test_two_runs_side_by_side_on_one_cache_are_both_right(digits, tmp_path):
 
     environment = {**os.environ, "EXPORT_ZOO_CACHE": str(tmp_path / "cache")}
     command = [sys.executable, "-m", "export_zoo", *digits.arguments(), "--precision", "int8"]
-    command += ["--calib", str(digits.images)]
+    command += [
+        "--calib",
+        str(digits.images),
+        "--steps",
+        "bias",
+        "--method",
+        "minmax",
+    ]  # the quickest to tune
     runs = [
         subprocess.Popen([*command, "--out", str(tmp_path / name)], env=environment, stderr=subprocess.PIPE)
         for name in "ab"
