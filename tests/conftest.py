@@ -44,7 +44,10 @@ SLOW = {
     "test_cli.py",
     "test_dynamic_size.py",
     "test_emulation.py",
+    "test_fully_convolutional.py",
     "test_gpu_visit.py",
+    "test_keep_float.py",
+    "test_matrix.py",
     "test_model_args.py",
     "test_models.py",
     "test_own_models.py",
@@ -53,6 +56,7 @@ SLOW = {
     "test_segmentation.py",
     "test_tensorrt.py",
     "test_timm.py",
+    "test_transfer.py",
     "test_triton.py",
 }
 """Files whose tests export, emulate or start processes."""

@@ -407,6 +407,7 @@ def _peaks(graph: Path, folder: Path, *counts: int) -> list[int]:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc")
 @pytest.mark.parametrize("layers", ["Conv", "Sigmoid"])
+@pytest.mark.slow
 def test_peak_memory_does_not_grow_with_the_depth_of_the_network(layers, photos, tmp_path):
     """Tensors that are more than the budget are looked at in several passes."""
     from PIL import Image
@@ -432,6 +433,7 @@ def test_peak_memory_does_not_grow_with_the_depth_of_the_network(layers, photos,
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc")
+@pytest.mark.slow
 def test_peak_memory_does_not_grow_with_the_number_of_images(photos, tmp_path):
     # Few and small activations: what the runtime's arena takes must not drown what is measured.
     # getrusage's ru_maxrss would start at the peak of this process, which fork() hands down; VmHWM does not.

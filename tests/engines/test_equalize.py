@@ -225,6 +225,7 @@ def int8_sqnr(path: Path, fp32: Path, pixels: np.ndarray, target: str) -> float:
 
 
 @pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])
+@pytest.mark.slow
 def test_a_rescaled_network_is_quantized_within_a_decibel_of_the_network_before(trained, pixels, target):
     plain = int8_sqnr(trained, trained, pixels, target)
     twin = rescaled(trained, 7)

@@ -167,6 +167,7 @@ EVERY = [*CONVOLUTIONAL, "squeezenet1_1", "tiny densenet", "tiny vit"]
 
 
 @pytest.mark.parametrize(("model", "convolutions"), zip(CONVOLUTIONAL, [52, 20, 53, 8], strict=True))
+@pytest.mark.slow
 def test_every_convolution_becomes_qlinearconv(case, model, convolutions):
     assert case(model).fp32.counts["Conv"] == convolutions
     found = {op: n for op, n in case(model).optimized.counts.items() if "conv" in op.lower()}
@@ -174,6 +175,7 @@ def test_every_convolution_becomes_qlinearconv(case, model, convolutions):
 
 
 @pytest.mark.parametrize("model", ["squeezenet1_1", "tiny densenet", "tiny vit"])
+@pytest.mark.slow
 def test_no_convolution_stays_float_in_the_other_networks_either(case, model):
     found = {op: n for op, n in case(model).optimized.counts.items() if "conv" in op.lower()}
     assert found == {"QLinearConv": case(model).fp32.counts["Conv"]}

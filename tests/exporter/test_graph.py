@@ -198,6 +198,7 @@ def test_two_exports_are_the_same_bytes(exported, tmp_path):
     assert (tmp_path / "again.onnx").read_bytes() == exported[1].read_bytes()
 
 
+@pytest.mark.slow
 def test_export_in_another_process_and_folder_is_the_same_bytes(exported, tmp_path):
     script = (
         "import sys; from pathlib import Path; from test_graph import Tiny, _made\n"
@@ -568,6 +569,7 @@ def vit(tmp_path_factory):
     return module, directory, simplify.simplify(directory / "model.onnx", directory, _batch(size=16))
 
 
+@pytest.mark.slow
 def test_onnxsim_simplifies_a_vision_transformer_and_keeps_its_logits(vit):
     module, directory, done = vit
     assert done.warning == ""

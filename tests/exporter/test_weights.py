@@ -295,6 +295,7 @@ def test_a_head_that_is_absent_altogether_can_be_initialized(state):
     assert _load(_small(5), headless, "fc.weight", "*.bias") == ["fc.bias", "fc.weight"]
 
 
+@pytest.mark.slow
 def test_initialized_parameters_are_named_in_warning_and_manifest(cli, tmp_path):
     model, _ = zoo.build(zoo.resolve(_options("resnet18", weights="none", num_classes=10)))
     path = _save(tmp_path / "net.safetensors", model.state_dict())
