@@ -1,4 +1,4 @@
-"""What the steps of the gate took, beside their budget: `python ci/budget.py FOLDER`. Ends with 1 above the budget.
+"""Prints CPU time and disk of the gate's steps beside their budget: `python ci/budget.py FOLDER`. Ends with 1 above it.
 
 ci/run.sh writes FOLDER: `steps` has a line "name | user time, system time of all finished children so far | used MB" at
 the begin of each step and at the end; `disk` has a line "used MB" every few seconds, with the step's number.
@@ -31,7 +31,7 @@ def reference_seconds() -> float:
 
 
 def _seconds(text: str) -> float:
-    """Of `1m2.345s`, as bash's `times` prints it."""
+    """Seconds of a time such as `1m2.345s`, as bash's `times` prints it."""
     found = re.fullmatch(r"(\d+)m([\d.,]+)s", text)
     assert found is not None, text
     return 60 * int(found[1]) + float(found[2].replace(",", "."))

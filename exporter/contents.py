@@ -1,4 +1,4 @@
-"""What a bundle holds: the manifest's parts, and the files that they name."""
+"""Contents of a bundle: the parts of the manifest, and the files that they name."""
 
 from __future__ import annotations
 

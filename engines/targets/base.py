@@ -16,13 +16,12 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from export_zoo.engines.parity.metrics import Size
     from export_zoo.engines.precision.int8.rules import Int8Rules
     from export_zoo.engines.targets.plan import Plan
 
 MAX_BATCH = 4096
 """Maximum batch size. Engines are run and compared at their largest batch: 2.5 GB of input at 224x224."""
-
-Size = tuple[int, int]
 
 
 class Runner(Protocol):
@@ -148,7 +147,7 @@ class Target(ABC):
         """
 
     def build_key(self, request: BuildRequest) -> dict[str, Any]:
-        """What a compiled engine depends on besides its graph, for the stage cache. Only for `compiled` targets."""
+        """Inputs of a compiled engine besides its graph, for the stage cache. Only for `compiled` targets."""
         raise NotImplementedError(self.name)
 
     def build(self, request: BuildRequest, out: Path, steps: Callable[[int, int], None]) -> Compiled:

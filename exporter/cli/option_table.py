@@ -7,7 +7,7 @@ the table, `ExportOptions` and docs/usage.md in step.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -454,10 +454,3 @@ class SectionedCommand(click.Command):
             if records:
                 with formatter.section(section):
                     formatter.write_dl(records)
-
-
-def fields_without_option() -> set[str]:
-    """Fields of `ExportOptions` and `BuildOptions` that no option sets, except the model."""
-    known = {option.field for option in OPTIONS}
-    top = {f.name for f in fields(o.ExportOptions)} - {"model", "build"}
-    return (top | {f"build.{f.name}" for f in fields(BuildOptions)}) - known

@@ -70,7 +70,7 @@ class Reference:
 
     @staticmethod
     def file(name: str, size: Size | None = None) -> str:
-        """Of `inputs` or an output (`reference_files`), at a further size (height, width)."""
+        """File name of `inputs` or of an output (`reference_files`), at a further size (height, width)."""
         return f"{name}.npy" if size is None else f"{name}-{size[0]}x{size[1]}.npy"
 
 

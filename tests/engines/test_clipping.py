@@ -7,10 +7,11 @@ import onnx
 import pytest
 from onnx import numpy_helper
 from support.networks import PREPROCESS, network
+from support.ranges import ranges_with
 
 from export_zoo.base import graph_io
 from export_zoo.calibration.histogram import Accumulator
-from export_zoo.calibration.ranges import Ranges, TensorRange
+from export_zoo.calibration.ranges import TensorRange
 from export_zoo.engines.precision.int8.clipping import worth_clipping
 from export_zoo.engines.precision.int8.qdq import quantize
 from export_zoo.engines.targets.registry import TARGETS
@@ -29,14 +30,10 @@ def case(tmp_path):
     """conv -> relu r1 -> conv -> x -> pooling -> gemm: r1 has a long tail, x two shorter ones, the others none."""
     graph = network(tmp_path / "graph.onnx", "conv")
     rng = np.random.default_rng(0)
-    ranges = Ranges(
-        graph_sha256=graph_io.sha256_of(graph),
-        preprocess=PREPROCESS,
-        image_sha256=[],
-        unreadable=[],
-        instruction_set="any",
-        versions={},
-        tensors={
+    ranges = ranges_with(
+        graph,
+        PREPROCESS,
+        {
             "input": tensor(rng.uniform(-1, 1, 20000)),
             "r1": tensor(np.abs(rng.laplace(size=4_000_000))),
             "x": tensor(rng.laplace(size=400_000)),

@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, compose, helper, numpy_helper
+from support.ranges import ranges_with
 from support.weights import awkward_weights
 
 import export_zoo
@@ -146,14 +147,10 @@ def write(
 
 def ranges_of(graph: Path, **known: float) -> Ranges:
     """0 to FULL of all tensors but those that are known to reach further."""
-    return Ranges(
-        graph_sha256=sha256_of(graph),
-        preprocess=PREPROCESS,
-        image_sha256=[],
-        unreadable=[],
-        instruction_set="any",
-        versions={},
-        tensors={
+    return ranges_with(
+        graph,
+        PREPROCESS,
+        {
             name: TensorRange(min=0.0, max=known.get(name, FULL))
             for name in ("input", "flat", "relu", "hidden")
         },

@@ -8,9 +8,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from export_zoo.base.graph_io import sha256_of
 from export_zoo.calibration.preprocess import Preprocess
 from export_zoo.calibration.ranges import Ranges, TensorRange
+from support.ranges import ranges_with
 
 PREPROCESS = Preprocess(
     resize_size=12,
@@ -67,12 +67,6 @@ def network(path: Path, kind: str) -> tuple[Path, np.ndarray]:
 
 def wide_ranges(graph: Path) -> Ranges:
     """-4 to 4 of all tensors of such a graph."""
-    return Ranges(
-        graph_sha256=sha256_of(graph),
-        preprocess=PREPROCESS,
-        image_sha256=[],
-        unreadable=[],
-        instruction_set="any",
-        versions={},
-        tensors={name: TensorRange(min=-4.0, max=4.0) for name in ("input", "flat", "logits")},
+    return ranges_with(
+        graph, PREPROCESS, {name: TensorRange(min=-4.0, max=4.0) for name in ("input", "flat", "logits")}
     )

@@ -29,6 +29,11 @@ def driver_too_old() -> str:
     return f"the NVIDIA driver supports CUDA {version[0]}.{version[1]}, {CUDA}.0 is needed"
 
 
+def _recorded(options: BuildOptions) -> dict[str, Any]:
+    """Options as the manifest and the stage cache record them. The timing cache is a file of its own."""
+    return {name: value for name, value in asdict(options).items() if name != "timing_cache"}
+
+
 class _Plans(Target):
     """Base class of both targets."""
 
@@ -79,10 +84,9 @@ class _Plans(Target):
 
         options = self.own_options(request.options)
         timings = options.timing_cache
-        described = {name: value for name, value in asdict(options).items() if name != "timing_cache"}
         return {
             "versions": library_versions(self.distribution),
-            "options": described,
+            "options": _recorded(options),
             "timing_cache": sha256_of(timings) if timings is not None else None,
             "gpu": self._gpu(options),
         }
@@ -101,9 +105,8 @@ class _Plans(Target):
             options=options,
             steps=steps,
         )
-        described = {name: value for name, value in asdict(options).items() if name != "timing_cache"}
         known = {"version": built.version, "compute_capabilities": built.compute_capabilities}
-        return Compiled(Plan.model_validate({**described, **known}), built.warnings)
+        return Compiled(Plan.model_validate({**_recorded(options), **known}), built.warnings)
 
 
 class TensorRT(_Plans):
