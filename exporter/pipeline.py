@@ -73,9 +73,7 @@ def _refuse_overlap(ranges: Ranges, reference: StageResult[Reference]) -> None:
 def _run(context: Context) -> ExportResult:
     options = context.options
     publish.check_destination(options.out_dir)
-    chosen_targets = registry.choose(options.targets)
-    registry.check_options(options.build, chosen_targets)
-    registry.check_precisions(options.precisions, chosen_targets)
+    chosen_targets = registry.choose_for(options.targets, options.build, options.precisions)
     if options.ranges is not None:
         Ranges.read(options.ranges)  # a wrong file is refused before any work
     for option, folder in (("--calib", options.calib), ("--verify", options.verify)):

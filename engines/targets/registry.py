@@ -107,6 +107,14 @@ def check_precisions(precisions: Sequence[str], chosen: Sequence[Target]) -> Non
                 )
 
 
+def choose_for(names: Sequence[str], options: BuildOptions, precisions: Sequence[str]) -> list[Target]:
+    """The targets of `choose`, if they can have these options and precisions; raises what the three checks raise."""
+    chosen = choose(names)
+    check_options(options, chosen)
+    check_precisions(precisions, chosen)
+    return chosen
+
+
 def quantized_tensors(graph: ir.Graph, kept: Set[str] = frozenset()) -> frozenset[str]:
     """Activations that any target quantizes, so that one calibration serves all targets."""
     policies = {target.int8.place for target in TARGETS.values()}

@@ -44,9 +44,7 @@ def export(model: str, json_path: Path | None, quiet: bool, verbose: bool, **giv
             given_options() & {"method", "steps"}
         ):  # the pipeline cannot tell them from their defaults
             now.reporter.warn(f"{option_name(name)} has no effect without --precision int8")
-    chosen_targets = registry.choose(chosen.targets)
-    registry.check_options(chosen.build, chosen_targets)  # before PyTorch is loaded
-    registry.check_precisions(chosen.precisions, chosen_targets)
+    registry.choose_for(chosen.targets, chosen.build, chosen.precisions)  # before PyTorch is loaded
     from export_zoo.exporter import pipeline
     from export_zoo.exporter.run.report import print_table
 

@@ -12,6 +12,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -111,16 +112,23 @@ def check_capabilities(options: BuildOptions) -> None:
         UsageError: a compute capability is unknown; the hint names the known ones.
         EnvironmentFailureError: TensorRT-RTX cannot be loaded.
     """
+    known = _capabilities()
+    for text in options.compute_capabilities:
+        if text not in (*known, CURRENT):
+            raise UsageError(
+                f"--compute-capability {text}: unknown to this tensorrt-rtx",
+                hint=f"choose from {', '.join(known)}",
+            )
+
+
+@cache
+def _capabilities() -> tuple[str, ...]:
+    """Compute capabilities that TensorRT-RTX knows. Asked once: it takes a process."""
     request = {"what": "capabilities", "target": "tensorrt-rtx"}
     final, _, _, code, tail = _worker(request, lambda done, total: None)
     if "capabilities" not in final:
         raise EnvironmentFailureError(f"tensorrt-rtx: {_ended(code, tail)}", hint="reinstall tensorrt-rtx")
-    for text in options.compute_capabilities:
-        if text not in (*final["capabilities"], CURRENT):
-            raise UsageError(
-                f"--compute-capability {text}: unknown to this tensorrt-rtx",
-                hint=f"choose from {', '.join(final['capabilities'])}",
-            )
+    return tuple(final["capabilities"])
 
 
 def build_engine(
