@@ -8,13 +8,13 @@ from functools import reduce
 from pathlib import Path
 
 from export_zoo.base.errors import EnvironmentFailureError, UsageError
-from export_zoo.base.files import replacing
+from export_zoo.base.files import cache_directory, replacing
 from export_zoo.calibration.images import check_folder
 from export_zoo.calibration.range_warnings import warnings_of
 from export_zoo.calibration.ranges import Ranges
 from export_zoo.engines.precision.int8.precision import INT8
 from export_zoo.exporter.options import ExportOptions
-from export_zoo.exporter.run.cache import StageCache, default_root
+from export_zoo.exporter.run.cache import StageCache
 from export_zoo.exporter.run.context import Context
 from export_zoo.exporter.run.report import Reporter
 from export_zoo.exporter.stages import network
@@ -56,7 +56,7 @@ def calibrate(
     _check_out(out)
     check_folder(options.calib, "--calib")
     options = dataclasses.replace(options, precisions=(INT8.name,))
-    with StageCache(default_root() if options.cache else None) as cache:
+    with StageCache(cache_directory() if options.cache else None) as cache:
         context = Context(options, reporter or Reporter(), cache)
         spec = network.resolve_model(context)
         chosen = choose_images(context, spec)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from export_zoo.base.errors import EnvironmentFailureError, ExportZooError, ParityError, StateNotReachedError
+from export_zoo.base.files import cache_directory
 from export_zoo.base.package import __version__
 from export_zoo.calibration.images import check_folder
 from export_zoo.calibration.ranges import Ranges
@@ -18,7 +19,7 @@ from export_zoo.engines.targets import registry
 from export_zoo.exporter import publish
 from export_zoo.exporter.contents import Contents, describe_engine, describe_held_out, describe_recipe
 from export_zoo.exporter.options import ExportOptions
-from export_zoo.exporter.run.cache import StageCache, StageResult, default_root
+from export_zoo.exporter.run.cache import StageCache, StageResult
 from export_zoo.exporter.run.context import Context
 from export_zoo.exporter.run.report import Reporter
 from export_zoo.exporter.stages import network
@@ -163,6 +164,6 @@ def export(options: ExportOptions, *, reporter: Reporter | None = None) -> Expor
     Raises:
         ExportZooError: see `base.errors` for its kinds and exit codes.
     """
-    root = default_root() if options.cache else None
+    root = cache_directory() if options.cache else None
     with StageCache(root) as cache:
         return _run(Context(options, reporter or Reporter(), cache))

@@ -9,11 +9,14 @@ from typing import TypedDict
 import numpy as np
 import numpy.typing as npt
 
+from export_zoo.base.cuda import device_capability
 from export_zoo.base.errors import BadInputError, ParityError, TargetUnavailableError
 from export_zoo.calibration.preprocess import UnreadableImageError, decode, normalize, resize_and_crop
+from export_zoo.engines.bundle import local_latencies
 from export_zoo.engines.bundle import manifest as m
+from export_zoo.engines.bundle.bench import BRIEF, run_in_turn
 from export_zoo.engines.bundle.reader import attestations, checked, named, read_manifest
-from export_zoo.engines.bundle.selection import not_verified, rank, standing
+from export_zoo.engines.bundle.selection import Speeds, fastest_first, not_verified, speeds, standing
 from export_zoo.engines.precision.registry import PRECISIONS
 from export_zoo.engines.targets.base import Opening
 from export_zoo.engines.targets.registry import TARGETS
@@ -153,12 +156,14 @@ def load(
     threads: int = 0,
     allow_failed: bool = False,
     runtime_cache: Path | str | None = None,
+    measure: bool = True,
 ) -> LoadedEngine:
     """Load the best engine of a bundle, or the one named, after checking its hashes.
 
-    The best engine is the fastest *verified* one that runs on this machine, by the latencies in the manifest. An
-    attestation of `verify` on a machine like this one (same instruction set; for a GPU, same compute capability)
-    overrules the manifest.
+    The best engine is the fastest *verified* one that runs on this machine. Its speed is the one measured on a machine
+    like this one (same instruction set; for a GPU, same compute capability): by `verify`, whose attestation is in the
+    bundle, or at export. If no such machine timed the engines, they are timed here in a few runs, and the result is
+    kept in the user's cache directory. An attestation overrules the manifest's states, too.
 
     Args:
         bundle: the directory that `export-zoo export` wrote.
@@ -167,6 +172,8 @@ def load(
         allow_failed: whether to load from a bundle whose parity gate failed, for inspection.
         runtime_cache: file in which TensorRT-RTX keeps the kernels that it compiles for this GPU. The file is created
             if it does not exist. Without it, each process compiles the kernels again.
+        measure: whether engines that no machine like this one timed are timed here. Otherwise, the speeds at export
+            decide.
 
     Raises:
         BadInputError: `bundle` is not a bundle or is damaged, or it has no such engine.
@@ -194,50 +201,75 @@ def load(
                 f"{root}: {engine} cannot run here: {reason}",
                 hint="load another engine of the bundle, or export again on this machine",
             )
-    else:
-        reasons = {
-            name: TARGETS[e.target].why_not_run(e.plan)
-            or ("" if states[name] == "verified" or allow_failed else not_verified(standings[name]))
-            for name, e in engines.items()
-        }
-        reasons |= dict.fromkeys(manifest.unknown_engines, "this version does not know it")
-        beside = "".join(f"; {name} was left out: {reason}" for name, reason in reasons.items() if reason)
-        runnable = [e for name, e in engines.items() if not reasons[name]]
-        if not runnable:
-            listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-            raise TargetUnavailableError(
-                f"{root}: no verified engine that runs here: {listed}",
-                hint="export again on this machine, or run `export-zoo verify` where an engine runs",
-            )
-        ranked = sorted(runnable, key=rank, reverse=True)
-        return _first_that_opens(root, manifest, ranked, states, beside + unreadable, opening)
-    return LoadedEngine(root, manifest, best, state=states[best.name], why=why, **opening)
+        return LoadedEngine(root, manifest, best, state=states[best.name], why=why, **opening)
+    reasons = {
+        name: TARGETS[e.target].why_not_run(e.plan)
+        or ("" if states[name] == "verified" or allow_failed else not_verified(standings[name]))
+        for name, e in engines.items()
+    }
+    reasons |= dict.fromkeys(manifest.unknown_engines, "this version does not know it")
+    runnable = [e for name, e in engines.items() if not reasons[name]]
+    if not runnable:
+        listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        raise TargetUnavailableError(
+            f"{root}: no verified engine that runs here: {listed}",
+            hint="export again on this machine, or run `export-zoo verify` where an engine runs",
+        )
+    opener = _Opener(root, manifest, states, opening)
+    measured = speeds(runnable, attested)
+    if measure and len(runnable) > 1 and not measured.like_here:
+        gpu = device_capability() if any(TARGETS[e.target].device == "gpu" for e in runnable) else None
+        measured = _measured_here(opener, runnable, local_latencies.file_for(root, gpu, threads))
+    best_here = next(filter(None, map(opener.open, fastest_first(runnable, measured))), None)
+    if best_here is None:
+        raise next(iter(opener.left_out.values()))
+    reasons |= {name: error.message for name, error in opener.left_out.items()}
+    told = [f"fastest verified engine that may be loaded here{', ' * bool(measured.told(best_here.name))}"]
+    told += [measured.told(best_here.name)]
+    told += [f"; {name} was left out: {reason}" for name, reason in reasons.items() if reason]
+    best_here.why = "".join(told) + unreadable
+    return best_here
 
 
-def _first_that_opens(
-    root: Path,
-    manifest: m.Manifest,
-    engines: Sequence[m.Engine],
-    states: Mapping[str, m.State],
-    beside: str,
-    opening: _Opening,
-) -> LoadedEngine:
-    """Load the first engine that this machine can run. Engines are tried in the given order, fastest first.
+class _Opener:
+    """Opens engines of a bundle, each at most once."""
 
-    Args:
-        beside: text that `why` ends with, about other engines and attestations.
+    def __init__(
+        self, root: Path, manifest: m.Manifest, states: Mapping[str, m.State], opening: _Opening
+    ) -> None:
+        self.root, self.manifest, self._states, self._opening = root, manifest, states, opening
+        self._opened: dict[str, LoadedEngine] = {}
+        self.left_out: dict[str, TargetUnavailableError] = {}
+        """Engines that this machine cannot run, in the order in which they were tried."""
 
-    Raises:
-        TargetUnavailableError: no engine can run; the error is the first engine's.
-    """
-    left_out: list[TargetUnavailableError] = []
-    reasons = ""
-    for engine in engines:
-        speed = f", {engine.latency.speedup:.2f}x the speed of FP32" if engine.latency is not None else ""
-        why = f"fastest verified engine as measured at export{speed}{reasons}{beside}"
-        try:
-            return LoadedEngine(root, manifest, engine, state=states[engine.name], why=why, **opening)
-        except TargetUnavailableError as error:
-            left_out.append(error)
-            reasons += f"; {engine.name} was left out: {error.message}"
-    raise left_out[0]
+    def open(self, engine: m.Engine) -> LoadedEngine | None:
+        """Open an engine; None if this machine cannot run it. Raises what `LoadedEngine` raises otherwise."""
+        name = engine.name
+        if name not in self._opened and name not in self.left_out:
+            try:
+                self._opened[name] = LoadedEngine(
+                    self.root, self.manifest, engine, state=self._states[name], why="", **self._opening
+                )
+            except TargetUnavailableError as error:
+                self.left_out[name] = error
+        return self._opened.get(name)
+
+
+def _measured_here(opener: _Opener, engines: Sequence[m.Engine], kept: Path | None) -> Speeds:
+    """Speeds on this machine, from the file of an earlier load or, for engines that are not in it, from a few runs."""
+    median_ms = local_latencies.read(kept)
+    # An engine that could not be opened before may have become usable, for example because a library was installed.
+    if any(opener.open(engine) for engine in engines if engine.name not in median_ms):
+        opened = {engine.name: found for engine in engines if (found := opener.open(engine))}
+        times = run_in_turn(opened, _noise(opener.manifest.recipe), BRIEF)
+        median_ms = {name: float(np.median(seconds)) * 1e3 for name, seconds in times.items()}
+        local_latencies.write(kept, median_ms)
+    images = 1e3 * opener.manifest.recipe.batch.opt
+    per_second = {e.name: images / median_ms[e.name] for e in engines if e.name in median_ms}
+    return Speeds(per_second, "here", like_here=True, unit=" images per second")
+
+
+def _noise(recipe: m.Recipe) -> Float32Array:
+    """A batch of the optimal size and of normal values, as normalized images have them, float32 [N, 3, H, W]."""
+    shape = (recipe.batch.opt, 3, recipe.preprocess.crop_height, recipe.preprocess.crop_width)
+    return np.random.default_rng(0).standard_normal(shape, dtype=np.float32)

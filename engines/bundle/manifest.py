@@ -519,6 +519,9 @@ class Attestation(_Model):
     warnings: list[str]
     engines: dict[str, Gate]
     states: dict[str, State] = Field(description="State of each engine; empty for an emulated CPU.")
+    latencies: dict[str, Latency] = Field(
+        default={}, description="Latency of each engine that ran; empty for an emulated CPU."
+    )
     emulation: Emulation | None = Field(
         default=None, description="Null if `verify` ran on the machine's own CPU."
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from export_zoo.base.cuda import device_capability
@@ -30,13 +31,8 @@ def standing(engine: m.Engine, attested: Attested) -> Standing:
     real_first = sorted(attested.by_file.items(), key=lambda item: item[1].emulation is not None)
     emulated: set[str] = set()
     for name, attestation in real_first:
-        alike = (
-            attestation.compute_capability == device_capability()
-            if TARGETS[engine.target].device == "gpu"
-            else attestation.instruction_set == instruction_set()
-        )
         gate = attestation.engines.get(engine.name)
-        if alike and gate is not None and gate.ran == "engine":
+        if _attested_like_here(engine, attestation) and gate is not None and gate.ran == "engine":
             found = Standing(m.state_after(gate), f"{name}: {attestation.machine}")
             if attestation.emulation is None:
                 return found
@@ -51,12 +47,65 @@ def not_verified(found: Standing) -> str:
     return f"{found.state}, not verified" + (f" ({found.source})" if found.source else "")
 
 
-def rank(engine: m.Engine) -> tuple[bool, float, int]:
-    """Sort key: the best engine has the largest key.
+class Speeds(NamedTuple):
+    """Speeds of engines, measured in one run."""
 
-    GPU engines that were never timed are preferred to CPU engines; among them, the lowest precision is preferred.
-    Otherwise, the engine with the largest speedup is preferred.
+    by_engine: Mapping[str, float]
+    """Speed by engine; the largest is the fastest. Engines that were not timed are missing."""
+    where: str
+    """Where they were measured, for messages."""
+    like_here: bool
+    """Whether that was a machine like this one, and all engines were timed."""
+    unit: str = "x the speed of FP32"
+
+    def told(self, name: str) -> str:
+        """Where the engine was measured and its speed, as text; empty if it was not timed."""
+        if name not in self.by_engine:
+            return ""
+        return f"measured {self.where}, {self.by_engine[name]:.2f}{self.unit}"
+
+
+def speeds(engines: Sequence[m.Engine], attested: Attested) -> Speeds:
+    """The speeds of engines as measured on a machine like this one, otherwise as measured at export.
+
+    An attestation counts if it is of a real machine and timed all of the engines; the newest one goes first.
     """
-    untimed = TARGETS[engine.target].device == "gpu" and engine.latency is None
-    speedup = engine.latency.speedup if engine.latency is not None else 0.0
-    return untimed, speedup, list(PRECISIONS).index(engine.precision)
+    for name, attestation in attested.by_file.items():
+        timed = {e.name: found.speedup for e in engines if (found := attestation.latencies.get(e.name))}
+        alike = attestation.emulation is None and all(_attested_like_here(e, attestation) for e in engines)
+        if alike and len(timed) == len(engines):
+            return Speeds(timed, f"by {name}: {attestation.machine}", like_here=True)
+    exported = {e.name: e.latency.speedup for e in engines if e.latency is not None}
+    elsewhere = [e for e in engines if e.name in exported and not _exported_like_here(e)]
+    if not elsewhere:
+        return Speeds(exported, "at export", like_here=len(exported) == len(engines))
+    on_cpu = [e.instruction_set for e in elsewhere if TARGETS[e.target].device == "cpu"]
+    other = f"another instruction set ({on_cpu[0]})" if on_cpu else "another GPU"
+    return Speeds(exported, f"on {other}, at export", like_here=False)
+
+
+def _attested_like_here(engine: m.Engine, attestation: m.Attestation) -> bool:
+    """Whether an attestation's machine is like this one for an engine."""
+    if TARGETS[engine.target].device == "gpu":
+        return attestation.compute_capability == device_capability()
+    return attestation.instruction_set == instruction_set()
+
+
+def _exported_like_here(engine: m.Engine) -> bool:
+    """Whether the machine that exported an engine is like this one."""
+    if engine.plan is not None:
+        return device_capability() in engine.plan.compute_capabilities
+    return engine.instruction_set == instruction_set()
+
+
+def fastest_first(engines: Sequence[m.Engine], found: Speeds) -> list[m.Engine]:
+    """Engines by speed, the fastest first.
+
+    GPU engines that were not timed come before all others, lower precisions first.
+    """
+
+    def key(engine: m.Engine) -> tuple[bool, float, int]:
+        untimed = TARGETS[engine.target].device == "gpu" and engine.name not in found.by_engine
+        return untimed, found.by_engine.get(engine.name, 0.0), list(PRECISIONS).index(engine.precision)
+
+    return sorted(engines, key=key, reverse=True)

@@ -27,7 +27,7 @@ from export_zoo.base.errors import (
 )
 from export_zoo.engines.bundle import manifest as m
 from export_zoo.engines.bundle.reader import attestations, checked, named, read_manifest
-from export_zoo.engines.bundle.selection import not_verified, rank, standing
+from export_zoo.engines.bundle.selection import fastest_first, not_verified, speeds, standing
 from export_zoo.engines.precision.int8.saturation.pairs import saturating_layers
 from export_zoo.engines.precision.int8.saturation.unsigned import unsigned_weights
 from export_zoo.engines.precision.registry import PRECISIONS
@@ -116,7 +116,7 @@ def _chosen(bundle: Path, manifest: m.Manifest, wanted: str | None) -> m.Engine:
             + (f": {listed}" if listed else ""),
             hint="choose an engine with --engine, or export with --target onnxruntime",
         )
-    return max(verified, key=rank)
+    return fastest_first(verified, speeds(verified, attested))[0]
 
 
 def _for_cpus(bundle: Path, engine: m.Engine, graph: Path, cpu_graph: CpuGraph) -> ir.Model | None:
@@ -159,8 +159,7 @@ def write_repository(
     """Add an engine to a Triton model repository, completely or not at all. Returns the model's directory.
 
     Args:
-        engine: name of the engine. Default: the fastest verified engine, by the manifest and by attestations of
-            `verify` on a machine like this one.
+        engine: name of the engine. Default: the fastest verified engine, as for `load` with `measure=False`.
         name: name of the model. Default: the network's name.
         version: version number of the model, and name of its folder. All versions of a model must have the same
             configuration.

@@ -29,6 +29,7 @@ from export_zoo.engines.targets.onnxruntime.engine import OnnxRuntimeEngine
 from export_zoo.engines.targets.plan import Plan
 from export_zoo.engines.targets.registry import TARGETS
 from export_zoo.engines.verification.gate import judge, run_in_batches
+from export_zoo.engines.verification.latency import TimedEngine, measure_latencies
 
 Float32Array = npt.NDArray[np.float32]
 
@@ -97,11 +98,18 @@ def judge_engine(
     )
 
 
-def verify(bundle: Path | str, *, progress: Progress = lambda _: None) -> tuple[m.Attestation, Path | None]:
+def verify(
+    bundle: Path | str, *, latencies: bool = True, progress: Progress = lambda _: None
+) -> tuple[m.Attestation, Path | None]:
     """Check every hash of a bundle and every engine's logits on this machine; write an attestation.
+
+    The engines that run here are timed as well, so that `load` knows the fastest one on machines like this one.
 
     Returns the attestation and its path. The path is None if the bundle cannot be written to. The attestation's
     `status` is `failed` if a gate failed. No error is raised for a failed gate: the caller decides what to do.
+
+    Args:
+        latencies: whether to time the engines, about two seconds each.
 
     Raises:
         BadInputError: not a bundle, or damaged.
@@ -143,6 +151,21 @@ def verify(bundle: Path | str, *, progress: Progress = lambda _: None) -> tuple[
         )
         gates[engine.name] = gate = with_claim(gate, engine, root / engine.file.path)
         states[engine.name] = m.state_after(gate)
+    ran = [engine for engine in manifest.artifacts.engines if gates[engine.name].ran == "engine"]
+    timed = {
+        engine.name: TimedEngine(
+            engine.target,
+            Opening(
+                root / engine.file.path,
+                PRECISIONS[engine.precision],
+                engine.plan,
+                root / (engine.graph or engine.file).path,
+                saturating_session=engine.session_where_saturating(),
+            ),
+        )
+        for engine in ran
+    }
+    graph, recipe = root / manifest.recipe.graph.path, manifest.recipe
     attestation = attested(
         root,
         gates,
@@ -152,6 +175,7 @@ def verify(bundle: Path | str, *, progress: Progress = lambda _: None) -> tuple[
         compute_capability=device_capability(),
         versions=library_versions(*(target.distribution for target in TARGETS.values()), "numpy", "pillow"),
         warnings=warnings,
+        latencies=measure_latencies(timed, graph, recipe, held.pixels) if latencies and timed else {},
     )
     return attestation, write_attestation(root, attestation)
 
@@ -186,6 +210,7 @@ def attested(
     compute_capability: str | None,
     versions: dict[str, str],
     warnings: Sequence[str] = (),
+    latencies: Mapping[str, m.Latency] = {},
     emulation: m.Emulation | None = None,
 ) -> m.Attestation:
     """The attestation of a bundle in its current state; the arguments are its fields."""
@@ -201,6 +226,7 @@ def attested(
         warnings=list(warnings),
         engines=gates,
         states=states,
+        latencies=dict(latencies),
         emulation=emulation,
     )
 

@@ -3,9 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+
+
+def cache_directory() -> Path:
+    """The cache directory: $EXPORT_ZOO_CACHE, else $XDG_CACHE_HOME/export-zoo, else ~/.cache/export-zoo.
+
+    Raises:
+        RuntimeError: none of them is set and the user has no home directory.
+    """
+    if directory := os.environ.get("EXPORT_ZOO_CACHE"):
+        return Path(directory)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "export-zoo"
 
 
 @contextlib.contextmanager

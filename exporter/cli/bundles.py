@@ -35,6 +35,11 @@ if TYPE_CHECKING:
     metavar="N",
     help="Held-out images that INT8 engines run on each --cpu; float engines run at most 2. Default: 16.",
 )
+@click.option(
+    "--no-latency",
+    is_flag=True,
+    help="Do not time the engines. Loading on such a machine then times them at first load.",
+)
 @json_option
 @quiet_option
 @verbose_option
@@ -42,18 +47,22 @@ def verify(
     bundle: Path | None,
     cpus: tuple[str, ...],
     images: int | None,
+    no_latency: bool,
     json_path: Path | None,
     quiet: bool,
     verbose: bool,
 ) -> None:
-    """Check a bundle's hashes and its engines' logits on this machine; write an attestation. Needs no PyTorch."""
+    """Check a bundle's hashes and its engines' logits on this machine, and time the engines; write an attestation.
+
+    Needs no PyTorch.
+    """
     del json_path
     if verbose:
         show_log()
     now = outcome.current()
     now.reporter = reporter = ConsoleReporter(quiet=quiet)
     if "list" in cpus:
-        if bundle is not None or images is not None or cpus != ("list",):
+        if bundle is not None or images is not None or no_latency or cpus != ("list",):
             raise UsageError(
                 "--cpu list: cannot be combined with BUNDLE or other options", hint="leave them out"
             )
@@ -65,10 +74,14 @@ def verify(
         raise UsageError(
             "--images has no effect without --cpu", hint="add --cpu haswell, or leave --images out"
         )
+    if no_latency and cpus:
+        raise UsageError(
+            "--no-latency has no effect with --cpu: emulated CPUs are not timed", hint="leave it out"
+        )
     if cpus:
         _verify_emulated(bundle, cpus, images, reporter, quiet=quiet)
     else:
-        _verify_here(bundle, reporter, quiet=quiet)
+        _verify_here(bundle, reporter, latencies=not no_latency, quiet=quiet)
 
 
 def _list_cpus(*, quiet: bool) -> None:
@@ -103,7 +116,7 @@ def _written(bundle: Path, attestation: Path | None) -> str:
     return f"attestation: {attestation or f'not written, {bundle / ATTESTATIONS} cannot be written to'}"
 
 
-def _verify_here(bundle: Path, reporter: ConsoleReporter, *, quiet: bool) -> None:
+def _verify_here(bundle: Path, reporter: ConsoleReporter, *, latencies: bool, quiet: bool) -> None:
     from export_zoo.engines.verification import verify as verification
     from export_zoo.engines.verification.gate import images_compared
 
@@ -113,7 +126,7 @@ def _verify_here(bundle: Path, reporter: ConsoleReporter, *, quiet: bool) -> Non
     per_engine = images_compared(held.count, manifest.recipe.batch, sum(part.count for part in held.sizes))
     with reporter.stage("verify") as stage:
         with reporter.bar("verify", per_engine * len(manifest.artifacts.engines)) as progress:
-            attestation, path = verification.verify(bundle, progress=progress)
+            attestation, path = verification.verify(bundle, latencies=latencies, progress=progress)
         stage.detail = (
             f"{bundle}: hashes and logits of {len(attestation.engines)} engine(s), on {attestation.machine}"
         )
@@ -122,7 +135,7 @@ def _verify_here(bundle: Path, reporter: ConsoleReporter, *, quiet: bool) -> Non
     now.document |= {
         "bundle": str(bundle),
         "attestation": str(path) if path else None,
-        "engines": attestation.model_dump(mode="json")["engines"],
+        **attestation.model_dump(mode="json", include={"engines", "latencies"}),
     }
     if not quiet:
         with outcome.printing():
@@ -130,7 +143,9 @@ def _verify_here(bundle: Path, reporter: ConsoleReporter, *, quiet: bool) -> Non
                 sqnr, top1 = gate.eager_metrics["sqnr"] or 0.0, gate.eager_metrics["top1"] or 0.0
                 state = "FAILED" if gate.failures else attestation.states[name]
                 images = f"{100 * top1:.1f} % of {gate.metrics['images']} images"
-                click.echo(f"{name}: {state}, SQNR {sqnr:.1f} dB, top-1 agreement {images}")
+                timed = attestation.latencies.get(name)
+                speed = f", {timed.speedup:.2f}x the speed of FP32" if timed is not None else ""
+                click.echo(f"{name}: {state}, SQNR {sqnr:.1f} dB, top-1 agreement {images}{speed}")
             click.echo(_written(bundle, path))
     failures = [f"{name}: {text}" for name, gate in attestation.engines.items() for text in gate.failures]
     if failures:

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from export_zoo.base.errors import BadInputError
+from export_zoo.base.files import cache_directory
 from export_zoo.base.machine import library_versions
 from export_zoo.calibration.preprocess import Preprocess
 from export_zoo.exporter.models import memory, zoo
 from export_zoo.exporter.models.sources import torchvision_zoo
 from export_zoo.exporter.options import DEFAULT_BATCH, BatchRange, ExportOptions
-from export_zoo.exporter.run.cache import StageCache, code_digest, default_root
+from export_zoo.exporter.run.cache import StageCache, code_digest
 from export_zoo.exporter.run.report import make_console
 
 
@@ -52,7 +53,7 @@ def listed(pattern: str) -> list[ListedWeights]:
     if not names:
         raise BadInputError(f"no model matches {pattern!r}", hint="`export-zoo list` shows all")
     found = []
-    with StageCache(default_root()) as cache:
+    with StageCache(cache_directory()) as cache:
         for name in names:
             for weights in get_model_weights(name):
                 p = torchvision_zoo.preprocess_of(weights)

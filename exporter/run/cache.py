@@ -29,19 +29,11 @@ from export_zoo.base.errors import EnvironmentFailureError, UsageError
 from export_zoo.base.graph_io import sha256_of
 from export_zoo.base.package import PACKAGE
 
-CACHE_VARIABLE = "EXPORT_ZOO_CACHE"
 LIMIT_VARIABLE = "EXPORT_ZOO_CACHE_GB"
 DEFAULT_LIMIT_GB = 20.0
 _ABANDONED_SECONDS, _GRACE_SECONDS = 24 * 3600, 60
 _ENTRY = "entry.json"
 _TEMPORARY, _MARKER = "export-zoo-", ".export-zoo-work"  # the marker identifies our own directories
-
-
-def default_root() -> Path:
-    """The cache directory: $EXPORT_ZOO_CACHE, else $XDG_CACHE_HOME/export-zoo, else ~/.cache/export-zoo."""
-    if directory := os.environ.get(CACHE_VARIABLE):
-        return Path(directory)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "export-zoo"
 
 
 @cache
@@ -206,7 +198,7 @@ class StageCache:
                 raise
             raise EnvironmentFailureError(
                 f"{self._root or self._work}: {error.strerror} ({stage})",
-                hint=f"free some space, or move the cache ({CACHE_VARIABLE}; with --no-cache, TMPDIR)",
+                hint="free some space, or move the cache (EXPORT_ZOO_CACHE; with --no-cache, TMPDIR)",
             ) from error
         return StageResult(directory, data, cached=False, key=name)
 

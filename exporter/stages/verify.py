@@ -5,21 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from export_zoo.base.cuda import device_name
 from export_zoo.base.graph_io import sha256_of
 from export_zoo.base.machine import cpu_model, instruction_set
-from export_zoo.calibration.preprocess import normalize
 from export_zoo.engines.bundle.manifest import Gate, Latency, Recipe
 from export_zoo.engines.bundle.reader import HeldOut
 from export_zoo.engines.parity.metrics import MIN_UNFUSED_COSINE
 from export_zoo.engines.precision.registry import BASELINE, PRECISIONS
-from export_zoo.engines.targets.base import Opening, Runner
-from export_zoo.engines.targets.onnxruntime.engine import OnnxRuntimeEngine
-from export_zoo.engines.targets.registry import BASELINE_TARGET, TARGETS
-from export_zoo.engines.verification import bench
+from export_zoo.engines.targets.base import Opening
 from export_zoo.engines.verification.gate import MIN_LABELLED, images_compared
+from export_zoo.engines.verification.latency import TimedEngine, measure_latencies
 from export_zoo.engines.verification.verify import judge_engine
 from export_zoo.exporter.run.cache import StageResult
 from export_zoo.exporter.run.context import Context
@@ -146,23 +141,20 @@ def time_engines(
         return {}
 
     def make(_: Path) -> dict[str, Latency]:
-        baseline = BASELINE.name
-        sessions: dict[str, Runner] = {baseline: OnnxRuntimeEngine(fp32, saturating_session={})}
-        for name, engine in timed.items():
-            if (engine.file, engine.target) != (fp32, BASELINE_TARGET.name):
-                sessions[name] = TARGETS[engine.target].open(
-                    Opening(
-                        engine.file,
-                        PRECISIONS[engine.precision],
-                        engine.plan,
-                        engine.graph,
-                        saturating_session=engine.saturating_cpu_session or {},
-                    )
-                )
-        index = np.arange(recipe.batch.opt) % len(held.pixels)
-        batch = normalize(held.pixels[index], recipe.preprocess)
-        found = bench.measure(sessions, batch, baseline=baseline, machine=cpu_model())
-        return {name: found[name if name in sessions else baseline] for name in timed}
+        engines_to_time = {
+            name: TimedEngine(
+                engine.target,
+                Opening(
+                    engine.file,
+                    PRECISIONS[engine.precision],
+                    engine.plan,
+                    engine.graph,
+                    saturating_session=engine.saturating_cpu_session or {},
+                ),
+            )
+            for name, engine in timed.items()
+        }
+        return measure_latencies(engines_to_time, fp32, recipe, held.pixels)
 
     with context.reporter.stage("bench") as stage:
         hashes = {

@@ -17,8 +17,9 @@ import pytest
 from support.paths import ROOT
 
 from export_zoo.base.errors import EnvironmentFailureError, ExportZooError
+from export_zoo.base.files import cache_directory
 from export_zoo.exporter.run import cache as stage_cache
-from export_zoo.exporter.run.cache import StageCache, StageResult, code_digest, default_root, digest
+from export_zoo.exporter.run.cache import StageCache, StageResult, code_digest, digest
 
 KEY = {"model": "resnet18", "opset": 18}
 
@@ -178,13 +179,13 @@ def test_the_code_digest_changes_with_any_source_file(tmp_path):
 
 def test_the_cache_lies_where_the_environment_says(monkeypatch, tmp_path):
     monkeypatch.setenv("EXPORT_ZOO_CACHE", str(tmp_path / "own"))
-    assert default_root() == tmp_path / "own"
+    assert cache_directory() == tmp_path / "own"
     monkeypatch.setenv("EXPORT_ZOO_CACHE", "")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert default_root() == tmp_path / "xdg" / "export-zoo"
+    assert cache_directory() == tmp_path / "xdg" / "export-zoo"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert default_root() == tmp_path / ".cache" / "export-zoo"
+    assert cache_directory() == tmp_path / ".cache" / "export-zoo"
 
 
 def test_the_work_directory_is_removed(root):

@@ -186,6 +186,7 @@ int main(int argc, char** argv) {
       ->transform(CLI::CheckedTransformer(states));
   app.add_option("--tensorrt", arguments.options.tensorrt, "libnvinfer or libtensorrt_rtx to load");
   app.add_option("--onnxruntime", arguments.options.onnxruntime, "libonnxruntime.so.1 to load");
+  app.add_flag("!--no-measure", arguments.options.measure, "Do not time engines that no machine like this one timed");
   app.add_flag("--json", arguments.json, "Print JSON");
   try {
     app.parse(argc, argv);

@@ -58,6 +58,22 @@ std::optional<json> read_attestation(const fs::path& path) {
   return std::nullopt;
 }
 
+// The attestation's path within the bundle, and its machine.
+std::string describe(const Attestation& attestation) {
+  const auto& machine = entry(attestation.document, "machine");
+  return attestation.name + (machine.is_string() ? ": " + machine.get<std::string>() : "");
+}
+
+// Speedups over FP32, by engine. Entries that are not numbers are left out.
+std::map<std::string, double> speedups_of(const json& attestation) {
+  std::map<std::string, double> found;
+  for (const auto& [engine, latency] : entry(attestation, "latencies").items()) {
+    const auto& speedup = latency.is_object() ? entry(latency, "speedup") : latency;
+    if (speedup.is_number()) found.emplace(engine, speedup.get<double>());
+  }
+  return found;
+}
+
 // Name of the CPU that was emulated; empty for a real machine.
 std::string emulated_cpu(const json& attestation) {
   const auto& emulation = entry(attestation, "emulation");
@@ -104,6 +120,7 @@ Attested apply_attestations(const fs::path& bundle, const std::optional<std::str
     const auto& document = attestation.document;
     const bool cpu = entry(document, "instruction_set") == instructions;
     const bool gpu = compute_capability && entry(document, "compute_capability") == *compute_capability;
+    if (is_real(attestation)) attested.timed.push_back({describe(attestation), cpu, gpu, speedups_of(document)});
     for (std::size_t i = 0; i < engines.size(); ++i) {
       auto& engine = engines[i];
       if (!(target_of(engine).on_gpu ? gpu : cpu) || settled.contains({engine.name, ""})) continue;
@@ -113,8 +130,7 @@ Attested apply_attestations(const fs::path& bundle, const std::optional<std::str
         if (!settled.insert({engine.name, emulated_cpu(document)}).second) continue;
         if (!is_real(attestation) && *state != State::built) continue;
         engine.state = *state;
-        const auto& machine = entry(document, "machine");
-        attested.sources[i] = attestation.name + (machine.is_string() ? ": " + machine.get<std::string>() : "");
+        attested.sources[i] = describe(attestation);
       }
     }
   }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <filesystem>
+#include <map>
 #include <optional>
 #include <string>
 #include <vector>
@@ -10,11 +11,20 @@
 
 namespace export_zoo::detail {
 
+// Latencies that a real machine measured.
+struct Timed {
+  std::string source;   // the attestation, and its machine
+  bool cpu_like_here;   // same instruction set
+  bool gpu_like_here;   // same compute capability
+  std::map<std::string, double> speedups;  // over FP32, by engine
+};
+
 struct Attested {
   // For each engine, the attestation that its state comes from, and its machine; empty if the state is the manifest's.
   std::vector<std::string> sources;
   // Paths, within the bundle, of attestations that this version cannot read.
   std::vector<std::string> unreadable;
+  std::vector<Timed> timed;  // newest first
 };
 
 // Sets each engine's state from the newest attestation of a machine like this one that ran the engine, if there is one.

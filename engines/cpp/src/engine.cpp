@@ -1,15 +1,19 @@
 #include <export_zoo/engine.hpp>
 
 #include <algorithm>
+#include <chrono>
+#include <map>
 #include <optional>
-#include <tuple>
+#include <random>
 #include <vector>
 
 #include <export_zoo/error.hpp>
 
 #include "attestation.hpp"
 #include "backend.hpp"
+#include "local_latencies.hpp"
 #include "manifest.hpp"
+#include "selection.hpp"
 #include "targets.hpp"
 
 namespace export_zoo {
@@ -60,24 +64,17 @@ std::string why_not(const EngineInfo& info, const std::string& source, const std
 
 std::string text(InputSize size) { return std::to_string(size.height) + "x" + std::to_string(size.width); }
 
-// Sort key. The state comes before the speed. GPU engines that were never timed come before CPU engines, the lower
-// precision first: as in Python.
-std::tuple<State, bool, double, std::size_t> rank(const EngineInfo& info) {
-  const bool untimed = detail::target_of(info).on_gpu && !info.speedup;
-  return {info.state, untimed, info.speedup.value_or(0), detail::order_of(detail::precision_of(info))};
-}
-
 // An engine that cannot be loaded here.
 struct LeftOut {
   std::string name;
   std::string reason;
 };
 
-// Indices of the engines that can be loaded, the best first, or of the one that is asked for. Engines that cannot be
-// loaded are added to `left_out`. Throws Error.
-std::vector<std::size_t> choose(const std::filesystem::path& bundle, const Metadata& metadata,
-                                const detail::Attested& attested, const std::optional<std::string>& capability, const Options& options,
-                                std::vector<LeftOut>& left_out) {
+// Indices of the engines whose description allows loading them here, or of the one that is asked for. Other engines are
+// added to `left_out`. Throws Error.
+std::vector<std::size_t> loadable(const std::filesystem::path& bundle, const Metadata& metadata,
+                                  const detail::Attested& attested, const std::optional<std::string>& capability,
+                                  const Options& options, std::vector<LeftOut>& left_out) {
   std::string reasons;
   bool lower = false;  // whether a lower Options::least would help
   std::vector<std::size_t> found;
@@ -93,8 +90,6 @@ std::vector<std::size_t> choose(const std::filesystem::path& bundle, const Metad
       left_out.push_back({info.name, reason});
     }
   }
-  std::stable_sort(found.begin(), found.end(),
-                   [&](auto a, auto b) { return rank(metadata.engines[a]) > rank(metadata.engines[b]); });
   if (!found.empty()) return found;
   if (reasons.empty()) {
     std::string names;
@@ -119,11 +114,109 @@ bool is_of_the_machine(ErrorCode code) {
          code == ErrorCode::cpu;
 }
 
-std::string why_chosen(const EngineInfo& info, const std::vector<LeftOut>& left_out, const detail::Attested& attested,
-                       const Options& options) {
+// Opens engines of a bundle, each at most once.
+class Opener {
+ public:
+  Opener(const std::filesystem::path& bundle, const detail::Manifest& manifest, const Options& options,
+         std::vector<LeftOut>& left_out)
+      : bundle_(bundle), manifest_(manifest), options_(options), left_out_(left_out) {}
+
+  // nullptr if this machine cannot run the engine, which is then added to `left_out`. Throws Error.
+  const detail::Backend* open(std::size_t index) {
+    const auto [entry, is_new] = opened_.try_emplace(index);
+    if (is_new) {
+      const auto& info = manifest_.metadata.engines[index];
+      try {
+        entry->second = export_zoo::open(bundle_, manifest_.files[index], info, manifest_.metadata, options_);
+      } catch (const Error& error) {
+        if (!is_of_the_machine(error.code())) throw;
+        const std::string reason = error.what();
+        left_out_.push_back({info.name, reason});
+        code_ = code_.value_or(error.code());
+        if (reasons_.find(reason) == std::string::npos) reasons_ += (reasons_.empty() ? "" : "; ") + reason;
+      }
+    }
+    return entry->second.get();
+  }
+
+  // An engine that was opened.
+  std::unique_ptr<detail::Backend> take(std::size_t index) { return std::move(opened_.at(index)); }
+
+  // The first failure's code, and all reasons. Throws Error.
+  [[noreturn]] void fail() const { throw Error(code_.value_or(ErrorCode::runtime), reasons_); }
+
+ private:
+  const std::filesystem::path& bundle_;
+  const detail::Manifest& manifest_;
+  const Options& options_;
+  std::vector<LeftOut>& left_out_;
+  std::map<std::size_t, std::unique_ptr<detail::Backend>> opened_;
+  std::optional<ErrorCode> code_;
+  std::string reasons_;
+};
+
+// Runs each engine once and then times it, in turn, on a batch of the optimal size: at least 3 and at most 20 rounds,
+// about 0.3 s for each engine. As Python's engines/bundle/bench.py. Throws Error.
+detail::Medians time_in_turn(const std::map<std::string, const detail::Backend*>& engines, const Metadata& metadata) {
+  using Clock = std::chrono::steady_clock;
+  const auto batch = metadata.batch_opt;
+  const auto size = metadata.size_opt;
+  std::vector<float> input(static_cast<std::size_t>(batch) * detail::values_of_image(metadata.input, size));
+  std::mt19937 random(0);
+  std::normal_distribution<float> normal;  // as normalized images have
+  for (auto& value : input) value = normal(random);
+  std::vector<float> output(static_cast<std::size_t>(batch) * detail::values_of_image(metadata.output, size));
+  std::map<std::string, std::unique_ptr<detail::Runner>> runners;
+  for (const auto& [name, backend] : engines) runners.emplace(name, backend->runner());
+  std::map<std::string, std::vector<double>> times;
+  const auto begin = Clock::now();
+  const auto limit = std::chrono::duration<double>(0.3 * static_cast<double>(engines.size()));
+  for (int round = 1; round <= 20 && (round <= 3 || Clock::now() - begin <= limit); ++round) {
+    for (const auto& [name, runner] : runners) {
+      runner->run(input, batch, size, output);
+      const auto start = Clock::now();
+      runner->run(input, batch, size, output);
+      times[name].push_back(std::chrono::duration<double, std::milli>(Clock::now() - start).count());
+    }
+  }
+  detail::Medians medians;
+  for (auto& [name, runs] : times) {
+    const auto middle = runs.begin() + static_cast<std::ptrdiff_t>(runs.size() / 2);
+    std::nth_element(runs.begin(), middle, runs.end());
+    medians.emplace(name, *middle);
+  }
+  return medians;
+}
+
+// Speeds on this machine, from the file of an earlier load or, for engines that are not in it, from a few runs.
+detail::Speeds measured_here(Opener& opener, const std::vector<std::size_t>& indices, const Metadata& metadata,
+                             const std::optional<std::filesystem::path>& kept) {
+  auto medians = detail::read_latencies(kept);
+  // An engine that could not be opened before may have become usable, for example because a library was installed.
+  const auto is_new = [&](std::size_t index) {
+    return !medians.contains(metadata.engines[index].name) && opener.open(index) != nullptr;
+  };
+  if (std::any_of(indices.begin(), indices.end(), is_new)) {
+    std::map<std::string, const detail::Backend*> opened;
+    for (const auto index : indices) {
+      if (const auto* backend = opener.open(index)) opened.emplace(metadata.engines[index].name, backend);
+    }
+    medians = time_in_turn(opened, metadata);
+    detail::write_latencies(kept, medians);
+  }
+  detail::Speeds found{.by_engine = {}, .where = "here", .like_here = true, .unit = " images per second"};
+  for (const auto& [name, median] : medians) {
+    found.by_engine.emplace(name, 1e3 * static_cast<double>(metadata.batch_opt) / median);
+  }
+  return found;
+}
+
+std::string why_chosen(const EngineInfo& info, const std::string& measured, const std::vector<LeftOut>& left_out,
+                       const detail::Attested& attested, const Options& options) {
   std::string why = "asked for";
   if (options.engine.empty()) {
     why = std::string("fastest ") + name(info.state) + " engine that may be loaded here";
+    if (!measured.empty()) why += ", " + measured;
     for (const auto& other : left_out) why += "; " + other.name + " was left out: " + other.reason;
   }
   for (const auto& file : attested.unreadable) why += "; " + file + " cannot be read, and is not used";
@@ -151,10 +244,6 @@ Engine Engine::load(const std::filesystem::path& bundle, const Options& options)
   }
 #endif
   const auto attested = detail::apply_attestations(bundle, capability, manifest.metadata.engines);
-  auto state = std::make_shared<detail::EngineState>();
-  state->metadata = std::move(manifest.metadata);
-  std::optional<ErrorCode> code;  // of the best engine
-  std::string reasons;
   std::vector<LeftOut> left_out;
   for (const auto& unknown : manifest.unknown) {
     if (unknown == options.engine) {
@@ -163,21 +252,36 @@ Engine Engine::load(const std::filesystem::path& bundle, const Options& options)
     }
     left_out.push_back({unknown, "this version does not know it"});
   }
-  for (const auto i : choose(bundle, state->metadata, attested, capability, options, left_out)) {
-    try {
-      state->info = state->metadata.engines[i];
-      state->backend = open(bundle, manifest.files[i], state->info, state->metadata, options);
-      state->why = why_chosen(state->info, left_out, attested, options);
+  const auto& metadata = manifest.metadata;
+  const auto candidates = loadable(bundle, metadata, attested, capability, options, left_out);
+  Opener opener(bundle, manifest, options, left_out);
+  // The state comes before the speed.
+  for (const auto level : {State::verified, State::graph_verified, State::built}) {
+    std::vector<std::size_t> indices;
+    std::vector<EngineInfo> engines;
+    for (const auto i : candidates) {
+      if (metadata.engines[i].state != level) continue;
+      indices.push_back(i);
+      engines.push_back(metadata.engines[i]);
+    }
+    auto measured = detail::speeds(engines, attested, capability);
+    if (options.measure && engines.size() > 1 && !measured.like_here) {
+      const auto on_gpu = [](const EngineInfo& info) { return detail::target_of(info).on_gpu; };
+      const auto gpu = std::any_of(engines.begin(), engines.end(), on_gpu) ? capability : std::nullopt;
+      measured = measured_here(opener, indices, metadata, detail::latencies_file(bundle, gpu, options.threads));
+    }
+    for (const auto i : detail::fastest_first(engines, measured)) {
+      const auto index = indices[i];
+      if (opener.open(index) == nullptr) continue;
+      auto state = std::make_shared<detail::EngineState>();
+      state->info = engines[i];
+      state->why = why_chosen(state->info, measured.told(state->info.name), left_out, attested, options);
+      state->backend = opener.take(index);
+      state->metadata = std::move(manifest.metadata);
       return Engine(std::move(state));
-    } catch (const Error& error) {
-      if (!is_of_the_machine(error.code())) throw;
-      code = code.value_or(error.code());
-      const std::string reason = error.what();
-      left_out.push_back({state->info.name, reason});
-      if (reasons.find(reason) == std::string::npos) reasons += (reasons.empty() ? "" : "; ") + reason;
     }
   }
-  throw Error(*code, reasons);
+  opener.fail();
 }
 
 Context Engine::context() const {

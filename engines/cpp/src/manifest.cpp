@@ -223,6 +223,7 @@ EngineInfo parse_engine(const json& document, detail::EngineFiles& files) {
     engine.has_weights = !plan.at("strip_weights").get<bool>();
   }
   if (const auto& latency = document.at("latency"); !latency.is_null()) engine.speedup = latency.at("speedup");
+  engine.instruction_set = document.at("instruction_set");
   if (const auto found = document.find("saturating_cpu_session"); found != document.end() && !found->is_null()) {
     engine.saturating_cpu_session = parse_session(*found);
   }

@@ -1,6 +1,7 @@
 // Engines give Python's logits to the bit, from many threads, and refuse what they cannot do before they try.
 
 #include <algorithm>
+#include <cstdlib>
 #include <map>
 #include <optional>
 #include <thread>
@@ -46,6 +47,15 @@ class Engine : public support::WithBundles {
     change(bundle, "/artifacts/engines/1/plan",
            {{"version", "11.1.0"}, {"compute_capabilities", {"8.9"}}, {"hardware_compatible", false},
             {"version_compatible", false}, {"refittable", false}, {"strip_weights", false}, {"workspace_mb", nullptr}});
+  }
+
+  // The file of the CPU's latencies that the library keeps, whose directory is made.
+  static fs::path latencies_file(const fs::path& bundle) {
+    const auto attestation = nlohmann::json::parse(support::read(bundles() / "attestation.json"));
+    const auto directory = fs::path(std::getenv("EXPORT_ZOO_CACHE")) / "latencies";
+    fs::create_directories(directory);
+    return directory / (support::sha256(bundle / "manifest.json").substr(0, 32) + "-" +
+                        attestation["instruction_set"].get<std::string>() + "-0.json");
   }
 
   static std::vector<fs::path> images() {
@@ -97,7 +107,8 @@ TEST_F(Engine, TakesTheFastestVerifiedOneUnlessOneIsAskedFor) {
   const auto bundle = copy();
   change(bundle, "/artifacts/engines/1/latency/speedup", 2.5);
   EXPECT_EQ(ez::Engine::load(bundle).info().name, "onnxruntime-int8");
-  EXPECT_EQ(ez::Engine::load(bundle).why(), "fastest verified engine that may be loaded here");
+  EXPECT_THAT(ez::Engine::load(bundle).why(),
+              testing::MatchesRegex("fastest verified engine that may be loaded here, measured at export, .*x the speed of FP32"));
   ez::Options options;
   options.engine = "onnxruntime-fp32";
   EXPECT_EQ(ez::Engine::load(bundle, options).info().name, "onnxruntime-fp32");
@@ -108,14 +119,16 @@ TEST_F(Engine, TakesTheFastestVerifiedOneUnlessOneIsAskedFor) {
   EXPECT_EQ(ez::Engine::load(bundle).info().name, "onnxruntime-int8") << "run before fast";
   change(bundle, "/artifacts/engines/1/state", "built");
   EXPECT_EQ(ez::Engine::load(bundle).info().name, "onnxruntime-fp32");
-  EXPECT_EQ(ez::Engine::load(bundle).why(),
-            "fastest graph verified engine that may be loaded here; onnxruntime-int8 was left out: built, not graph verified");
+  EXPECT_THAT(ez::Engine::load(bundle).why(), testing::StartsWith("fastest graph verified engine that may be loaded here, "));
+  EXPECT_THAT(ez::Engine::load(bundle).why(),
+              HasSubstr("; onnxruntime-int8 was left out: built, not graph verified"));
 }
 
 // The table that pytest runs, too (tests/engines/test_selection.py). C++ loads what is graph verified unless it is told not to.
 TEST_F(Engine, IsChosenAsInPython) {
   using nlohmann::json;
   const std::map<std::string, double> speedups{{"onnxruntime-fp32", 1.0}, {"onnxruntime-int8", 2.0}};
+  ::setenv("EXPORT_ZOO_CACHE", (directory_.path() / "cache").c_str(), 1);
   ez::Options options;
   options.least = ez::State::verified;
   for (const auto& given : json::parse(support::read(fs::path(EXPORT_ZOO_TEST_CASES) / "selection.json"))) {
@@ -144,13 +157,60 @@ TEST_F(Engine, IsChosenAsInPython) {
         const auto failed = wanted.value("failed", std::vector<std::string>());
         gate["failures"] = std::count(failed.begin(), failed.end(), engine) ? json::array({"wrong"}) : json::array();
       }
+      attestation["latencies"] = json::object();
+      const auto speedups_here = wanted.value("speedups", json::object());
+      for (const auto& [engine, speedup] : speedups_here.items()) {
+        attestation["latencies"][engine] = {{"speedup", speedup}};
+      }
       support::write(bundle / "attestations" / (number + ".json"), wanted.value("text", attestation.dump()));
     }
+    if (given.contains("kept_ms")) support::write(latencies_file(bundle), json{{"median_ms", given["kept_ms"]}}.dump());
+    options.measure = given.value("measure", true);
     const auto engine = ez::Engine::load(bundle, options);
     EXPECT_EQ(engine.info().name, given["chosen"]) << name;
     EXPECT_THAT(engine.why(), HasSubstr(given.value("why", ""))) << name;
     fs::remove_all(bundle);
   }
+}
+
+TEST_F(Engine, IsTimedOnceIfNoMachineLikeThisOneTimedIt) {
+  using nlohmann::json;
+  ::setenv("EXPORT_ZOO_CACHE", (directory_.path() / "cache").c_str(), 1);
+  const auto bundle = copy();
+  for (const auto* engine : {"0", "1"}) {
+    change(bundle, (std::string("/artifacts/engines/") + engine + "/instruction_set").c_str(), "z80");
+  }
+  const auto file = latencies_file(bundle);
+  const auto read = [&] { return json::parse(support::read(file))["median_ms"].get<std::map<std::string, double>>(); };
+  ez::Options options;
+  options.measure = false;
+  EXPECT_THAT(ez::Engine::load(bundle, options).why(), HasSubstr("measured on another instruction set (z80), at export"));
+  EXPECT_FALSE(fs::exists(file));
+  options.measure = true;
+  auto engine = ez::Engine::load(bundle, options);
+  auto medians = read();
+  ASSERT_EQ(medians.size(), 2U);
+  const auto slower = [](const auto& a, const auto& b) { return a.second < b.second; };
+  const auto fastest = std::min_element(medians.begin(), medians.end(), slower)->first;
+  const auto other = std::max_element(medians.begin(), medians.end(), slower)->first;
+  EXPECT_EQ(engine.info().name, fastest);
+  EXPECT_THAT(engine.why(), testing::MatchesRegex("fastest verified engine that may be loaded here, measured here, .* images per second"));
+  const std::vector<float> input(ez::Preprocessor(engine.metadata().preprocess).size());
+  EXPECT_FALSE(engine.context().infer(input, 1).empty());
+  // The next load reads the file, and measures what is not in it.
+  support::write(file, json{{"median_ms", {{fastest, 9.0}, {other, 3.0}}}}.dump());
+  EXPECT_EQ(ez::Engine::load(bundle, options).info().name, other);
+  support::write(file, json{{"median_ms", {{fastest, 9.0}}}}.dump());
+  (void)ez::Engine::load(bundle, options);
+  EXPECT_EQ(read().size(), 2U);
+  EXPECT_NE(read()[fastest], 9.0);
+  for (const auto* damaged : {"{", "[]", R"({"median_ms": 3})"}) {
+    support::write(file, damaged);
+    (void)ez::Engine::load(bundle, options);
+    EXPECT_EQ(read().size(), 2U) << damaged;
+  }
+  ::setenv("EXPORT_ZOO_CACHE", (bundle / "manifest.json").c_str(), 1);  // a file: nothing can be kept there
+  EXPECT_THAT(ez::Engine::load(bundle, options).why(), HasSubstr("measured here"));
 }
 
 // Bundles that earlier versions wrote: tests/cases/bundles, a folder for each version (tests/engines/test_old_bundles.py).
@@ -350,7 +410,7 @@ TEST_F(Int8, ThatCannotBeExactIsLeftOut) {
   const auto engine = ez::Engine::load(bundle);
   EXPECT_EQ(engine.info().name, "onnxruntime-fp32");
   EXPECT_THAT(engine.why(),
-              testing::MatchesRegex("fastest verified engine that may be loaded here; onnxruntime-int8 was left out: .*"
+              testing::MatchesRegex("fastest verified engine that may be loaded here, measured .*; onnxruntime-int8 was left out: .*"
                                     "share an INT8 tensor: export the bundle again"));
   auto [code, message] = error_of([&] { static_cast<void>(load(bundle, "onnxruntime-int8")); });
   EXPECT_EQ(code, ez::ErrorCode::cpu);

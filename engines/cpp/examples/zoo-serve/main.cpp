@@ -391,6 +391,7 @@ int main(int argc, char** argv) {
       ->transform(CLI::CheckedTransformer(states));
   app.add_option("--ort-threads", settings.engine.threads, "Threads of ONNX Runtime (default: all cores)")
       ->check(CLI::Range(0, 1024));
+  app.add_flag("!--no-measure", settings.engine.measure, "Do not time engines that no machine like this one timed");
   app.add_option("--max-batch", settings.batch, "Maximum batch size (default: the bundle's optimum)");
   app.add_option("--max-wait-us", settings.wait_us, "Maximum microseconds that a request waits for others")
       ->check(CLI::Range(0, 10000000))

@@ -64,6 +64,7 @@ struct EngineInfo {
   bool version_compatible = false;                ///< TensorRT: runs with later versions, too
   bool has_weights = true;                        ///< TensorRT: false for a plan that must be refitted, in Python
   std::optional<double> speedup;  ///< speedup over FP32, measured at export
+  std::string instruction_set;    ///< of the machine that exported and timed it, such as "avx512-vnni"
   /// Session entries of ONNX Runtime that keep an INT8 engine exact on a CPU whose INT8 sums saturate. Empty: the graph
   /// cannot saturate. nullopt: an older bundle without this field; {"session.x64quantprecision": "1"} is used.
   std::optional<std::map<std::string, std::string>> saturating_cpu_session;
