@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from export_zoo.engines.parity.metrics import Size
     from export_zoo.engines.precision.int8.rules import Int8Rules
-    from export_zoo.engines.targets.plan import Plan
+    from export_zoo.engines.targets.plan import Compiled, Plan
 
 MAX_BATCH = 4096
 """Maximum batch size. Engines are run and compared at their largest batch: 2.5 GB of input at 224x224."""
@@ -61,15 +61,6 @@ class BuildRequest:
     batch: tuple[int, int, int]
     sizes: tuple[Size, Size, Size] | None
     options: BuildOptions
-
-
-@dataclass(frozen=True)
-class Compiled:
-    """The result of compiling an engine, besides the file."""
-
-    plan: Plan
-    warnings: Mapping[str, int]
-    """Warnings of the builder, with their number."""
 
 
 @dataclass(frozen=True)
@@ -150,11 +141,11 @@ class Target(ABC):
         """Inputs of a compiled engine besides its graph, for the stage cache. Only for `compiled` targets."""
         raise NotImplementedError(self.name)
 
-    def build(self, request: BuildRequest, out: Path, steps: Callable[[int, int], None]) -> Compiled:
+    def build(self, request: BuildRequest, folder: Path, steps: Callable[[int, int], None]) -> Compiled:
         """Compile an engine. Only for `compiled` targets.
 
         Args:
-            out: the engine file to write.
+            folder: where to write the engine's files.
             steps: called with the number of finished steps and their total.
 
         Raises:

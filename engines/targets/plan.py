@@ -1,6 +1,8 @@
-"""Properties of a compiled engine."""
+"""A compiled engine: its properties, and the files that a target wrote."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -20,3 +22,16 @@ class Plan(BaseModel):
     refittable: bool
     strip_weights: bool
     workspace_mb: int | None
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """The result of compiling an engine. File names are relative to the folder that was given to `Target.build`."""
+
+    file: str
+    """Name of the engine's file."""
+    plan: Plan
+    warnings: dict[str, int]
+    """Warnings of the builder, with their number."""
+    timing_cache: str | None = None
+    """Name of the file with the kernel timings that the builder used."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 from export_zoo.base.graph_io import sha256_of
 from export_zoo.base.machine import library_versions
@@ -13,9 +12,8 @@ from export_zoo.engines.bundle.manifest import Tuning
 from export_zoo.engines.precision.base import Precision
 from export_zoo.engines.precision.registry import BASELINE, PRECISIONS
 from export_zoo.engines.targets.base import BuildRequest, Target
-from export_zoo.engines.targets.plan import Plan
+from export_zoo.engines.targets.plan import Compiled, Plan
 from export_zoo.engines.targets.registry import TARGETS
-from export_zoo.engines.targets.tensorrt.worker import TIMING_SUFFIX
 from export_zoo.exporter.run.cache import StageResult
 from export_zoo.exporter.run.context import Context
 from export_zoo.exporter.stages.tuning.tune import Tuned
@@ -55,16 +53,6 @@ class EngineFiles:
     def runs_here(self) -> bool:
         """Whether the engine itself can be run, or only its graph."""
         return not TARGETS[self.target].why_not_run(self.plan)
-
-
-@dataclass(frozen=True)
-class Compilation:
-    """An engine that a builder compiled."""
-
-    ENGINE: ClassVar[str] = "engine.plan"
-    plan: Plan
-    warnings: dict[str, int]
-    """The builder's, with their number."""
 
 
 def _precision_graph(
@@ -138,21 +126,20 @@ def build(
         stage.cached, warnings = compiled.cached, compiled.data.warnings
         if warnings:
             stage.detail += f"; {sum(warnings.values())} warnings by TensorRT (-v shows them)"
-    file = compiled.file(Compilation.ENGINE)
-    timings = file.with_suffix(TIMING_SUFFIX)
+    timings = compiled.data.timing_cache
     return EngineFiles(
         target.name,
         precision.name,
-        file,
+        compiled.file(compiled.data.file),
         precise,
         built_by,
         tuning,
         compiled.data.plan,
-        timings if timings.is_file() else None,
+        compiled.file(timings) if timings is not None else None,
     )
 
 
-def _compile(context: Context, graph: Path, target: Target) -> StageResult[Compilation]:
+def _compile(context: Context, graph: Path, target: Target) -> StageResult[Compiled]:
     """Compile a precision graph; the result also has the builder's warnings."""
     batch, sizes = context.options.batch, context.options.dynamic_size
     request = BuildRequest(
@@ -162,12 +149,9 @@ def _compile(context: Context, graph: Path, target: Target) -> StageResult[Compi
         context.options.build,
     )
 
-    def make(directory: Path) -> Compilation:
+    def make(directory: Path) -> Compiled:
         with context.reporter.bar("build", None) as advance:
-            compiled = target.build(
-                request, directory / Compilation.ENGINE, lambda done, total: advance(1, total)
-            )
-        return Compilation(compiled.plan, dict(compiled.warnings))
+            return target.build(request, directory, lambda done, total: advance(1, total))
 
     key = context.key(
         graph=sha256_of(graph),
@@ -176,4 +160,4 @@ def _compile(context: Context, graph: Path, target: Target) -> StageResult[Compi
         sizes=str(sizes),
         **target.build_key(request),
     )
-    return context.cache.run(target.name, key, make, Compilation)
+    return context.cache.run(target.name, key, make, Compiled)

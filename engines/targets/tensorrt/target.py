@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from export_zoo.base.cuda import device_capability, device_name, driver_version, has_cuda_device
 from export_zoo.base.errors import TargetUnavailableError
 from export_zoo.base.machine import library_versions
-from export_zoo.engines.targets.base import BuildRequest, Compiled, OpenEngine, Opening, Target, TritonBackend
+from export_zoo.engines.targets.base import BuildRequest, OpenEngine, Opening, Target, TritonBackend
 from export_zoo.engines.targets.options import CURRENT, BuildOptions
 
 if TYPE_CHECKING:
     from export_zoo.engines.precision.int8.rules import Int8Rules
-    from export_zoo.engines.targets.plan import Plan
+    from export_zoo.engines.targets.plan import Compiled, Plan
 
 CUDA = 13
 """Major version of CUDA that the driver must support: since TensorRT 11 and TensorRT-RTX 1.7."""
@@ -91,14 +91,16 @@ class _Plans(Target):
             "gpu": self._gpu(options),
         }
 
-    def build(self, request: BuildRequest, out: Path, steps: Callable[[int, int], None]) -> Compiled:
-        from export_zoo.engines.targets.plan import Plan
+    def build(self, request: BuildRequest, folder: Path, steps: Callable[[int, int], None]) -> Compiled:
+        from export_zoo.engines.targets.plan import Compiled, Plan
         from export_zoo.engines.targets.tensorrt.build import build_engine
+        from export_zoo.engines.targets.tensorrt.worker import TIMING_SUFFIX
 
         options = self.own_options(request.options)
+        engine = folder / "engine.plan"
         built = build_engine(
             request.graph,
-            out,
+            engine,
             target=self.name,
             batch=request.batch,
             sizes=request.sizes,
@@ -106,7 +108,13 @@ class _Plans(Target):
             steps=steps,
         )
         known = {"version": built.version, "compute_capabilities": built.compute_capabilities}
-        return Compiled(Plan.model_validate({**_recorded(options), **known}), built.warnings)
+        timings = engine.with_suffix(TIMING_SUFFIX)
+        return Compiled(
+            engine.name,
+            Plan.model_validate({**_recorded(options), **known}),
+            built.warnings,
+            timings.name if timings.is_file() else None,
+        )
 
 
 class TensorRT(_Plans):
