@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 from filelock import FileLock
+from support.options import TUNED_LITTLE
 from support.paths import ROOT
 
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "benchmarks")]
@@ -96,6 +98,34 @@ def _shared_cache(tmp_path_factory: pytest.TempPathFactory):
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _short_benchmarks():
+    """A tenth of the time of each measurement in this process: no test looks at how exact a latency is."""
+    from export_zoo.engines.verification import bench
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench, "SECONDS", bench.SECONDS / 10)
+        yield
+
+
+BEFORE_FAULTS = ("export", "simplify", "reference", "calibrate")
+"""Stages that a fault in a later one leaves as they are."""
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A stage cache of this test's own, with what the shared one has up to the ranges.
+
+    For tests that put a fault into a later stage: their results must not reach other tests.
+    """
+    shared, own = Path(os.environ["EXPORT_ZOO_CACHE"]), tmp_path / "own-cache"
+    for stage in BEFORE_FAULTS:
+        if (shared / stage).is_dir():
+            shutil.copytree(shared / stage, own / stage, copy_function=os.link)
+    monkeypatch.setenv("EXPORT_ZOO_CACHE", str(own))
+    return own
+
+
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """80 photographs as JPEG files in one folder."""
@@ -117,6 +147,13 @@ class Digits:
         """Command line arguments that load the network: weights, classes and sizes."""
         given = f"--weights {self.weights[model]} --num-classes 10 --input-size 32 --resize-size 32"
         return [model, *given.split()]
+
+    def tuned_once(self) -> list[str | Path]:
+        """Arguments of images for tests of all that INT8 is tuned by: with the same images, one of them makes it.
+
+        224 images to verify on, so that half a point of accuracy can be seen.
+        """
+        return ["--calib", self.images, "--verify-images", "224"]
 
 
 @pytest.fixture(scope="session")
@@ -182,6 +219,7 @@ def digits_bundle(digits: Digits, tmp_path_factory: pytest.TempPathFactory) -> P
     shared = shared_directory(tmp_path_factory)
     out = shared / "bundle" / "digits.bundle"
     arguments = [*digits.arguments(), "--precision", "fp32", "--precision", "int8", "--calib", digits.images]
+    arguments += TUNED_LITTLE
     with FileLock(shared / "bundle.lock"):
         if not out.exists():
             assert main([*map(str, arguments), "--out", str(out), "--quiet"]) == 0

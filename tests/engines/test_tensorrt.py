@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from support.options import UNTUNED
 
 import export_zoo
 from export_zoo.base.cuda import has_cuda_device
@@ -274,7 +275,7 @@ def test_an_engine_that_was_not_run_does_not_satisfy_require_verified(digits, cl
 
 
 @pytest.mark.parametrize("fault", ["scale", "swap"])
-def test_gate_catches_faults_in_the_tensorrt_graph(digits, cli, tmp_path, monkeypatch, fault):
+def test_gate_catches_faults_in_the_tensorrt_graph(digits, cli, own_cache, tmp_path, monkeypatch, fault):
     from export_zoo.exporter.stages.tuning import int8_parts
 
     real = int8_parts.quantize
@@ -306,9 +307,9 @@ def test_gate_catches_faults_in_the_tensorrt_graph(digits, cli, tmp_path, monkey
         digits.images,
         "--target",
         "tensorrt-rtx",
-        *("--steps", "none", "--method", "minmax"),
+        *UNTUNED,
     ]
-    done = cli(*arguments, "--out", tmp_path / "out", "--no-cache")
+    done = cli(*arguments, "--out", tmp_path / "out")
     assert done.code == 3, done.err
     assert "tensorrt-rtx-int8" in done.json["error"]["message"]
     assert done.json["engines"][0]["state"] == "built"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
+from support.options import TUNED_LITTLE, UNTUNED
 
 from export_zoo.calibration.ranges import Ranges
 
@@ -25,7 +26,7 @@ def calibrated(cli, arguments, out: Path, *more) -> Path:
 
 def test_ranges_are_reused_for_the_same_engine(cli, arguments, tmp_path):
     path = calibrated(cli, arguments, tmp_path / "digits.json")
-    export = [*arguments, "--precision", "int8"]
+    export = [*arguments, "--precision", "int8", *TUNED_LITTLE]
     plain = cli(*export, "--out", tmp_path / "plain")
     reused = cli(*export, "--ranges", path, "--out", tmp_path / "reused")
     assert (plain.code, reused.code) == (0, 0), reused.err
@@ -91,7 +92,8 @@ def test_without_calib_ranges_are_enough_to_build_and_verify_elsewhere(cli, digi
         (["--resize-size", "40"], "another preprocessing"),
     ],
 )
-def test_ranges_of_something_else_are_refused(cli, arguments, tmp_path, change, says):
+def test_ranges_of_something_else_are_refused(cli, digits, tmp_path, change, says):
+    arguments = [*digits.arguments("squeezenet1_1"), "--calib", digits.images]
     path = calibrated(cli, arguments, tmp_path / "digits.json")
     export = [*arguments, "--precision", "int8", "--ranges", path, "--out", tmp_path / "out"]
     done = cli(*export, *change)
@@ -103,7 +105,7 @@ def test_ranges_of_something_else_are_refused(cli, arguments, tmp_path, change, 
 
 def test_a_shard_alone_is_warned_of_and_one_of_too_few_images_refused(cli, arguments, tmp_path):
     quarter = calibrated(cli, arguments, tmp_path / "1.json", "--shard", "1/4")
-    export = [*arguments, "--precision", "int8", "--steps", "none", "--method", "minmax"]
+    export = [*arguments, "--precision", "int8", *UNTUNED]
     done = cli(*export, "--ranges", quarter, "--out", tmp_path / "out")
     assert done.code == 0, done.err
     assert any("128 of the 512 calibration images" in warning for warning in done.json["warnings"])
@@ -160,7 +162,7 @@ def test_the_same_preprocessing_under_another_name_belongs(cli, arguments, tmp_p
     parts[1].write_text(json.dumps(document))
     done = cli("calibrate", "--merge", *reversed(parts), "--out", tmp_path / "merged.json")
     assert done.code == 0, done.err
-    export = [*arguments, "--precision", "int8", "--steps", "none", "--method", "minmax"]
+    export = [*arguments, "--precision", "int8", *UNTUNED]
     done = cli(*export, "--ranges", tmp_path / "merged.json", "--out", tmp_path / "out")
     assert done.code == 0, done.err
 
@@ -229,12 +231,12 @@ def test_a_dead_layer_is_an_error_until_it_is_kept_float(cli, digits, arguments,
         assert "layer1.0.relu) is 0 on all" in refused.json["error"]["message"]
         assert "--keep-float layer1.0" in refused.json["error"]["hint"]
         assert not (tmp_path / "out").exists()
-    kept, untuned = ["--keep-float", "layer1.0"], ["--steps", "none", "--method", "minmax"]
+    kept = ["--keep-float", "layer1.0"]
     path = calibrated(cli, given, tmp_path / "r.json", *kept)
-    export = [*given, "--precision", "int8", "--tolerance", "accuracy_drop=1", *untuned, *kept]
-    done = cli(*export, "--out", tmp_path / "kept")
+    export = [*given, "--precision", "int8", "--tolerance", "accuracy_drop=1", *kept]
+    done = cli(*export, *UNTUNED, "--out", tmp_path / "kept")
     assert done.code == 0, done.err
-    reused = cli(*export, "--ranges", path, "--out", tmp_path / "reused")
+    reused = cli(*export, *UNTUNED, "--ranges", path, "--out", tmp_path / "reused")
     assert reused.json["engines"][0]["file"]["sha256"] == done.json["engines"][0]["file"]["sha256"]
     other = cli(
         *export[:-2], "--steps", "none", "--method", "mse", "--ranges", path, "--out", tmp_path / "other"

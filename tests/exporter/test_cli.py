@@ -1239,7 +1239,7 @@ def test_inspect_shows_the_manifest_and_changes_nothing(bundle, cli):
     assert shown["batch"] == "1 to 32, best at 8"
     assert "resize 32 bilinear" in shown["preprocess"]
     assert shown["labels"] == "10 names"
-    assert shown["calibration"].startswith("auto, ")
+    assert shown["calibration"].startswith("minmax, ")
     assert "images with eager logits" in shown["held"]
     for name in ("onnxruntime-fp32", "onnxruntime-int8"):
         assert name in done.out

@@ -60,8 +60,7 @@ def test_int8_is_no_worse_than_onnxruntimes_quantizer(model, digits, cli, tmp_pa
     from export_zoo.engines.verification.gate import run_in_batches
 
     out = tmp_path / "out"
-    arguments = [*digits.arguments(model), "--precision", "int8", "--calib", digits.images]
-    done = cli(*arguments, "--verify-images", "224", "--out", out)
+    done = cli(*digits.arguments(model), "--precision", "int8", *digits.tuned_once(), "--out", out)
     assert done.code == 0, done.err
     ours = done.json["engines"][0]["gate"]["metrics"]
     assert ours["images"] >= 200
