@@ -40,6 +40,13 @@ class Footprint:
     layers: int
 
 
+_FILLS = frozenset(
+    "normal_ trunc_normal_ uniform_ kaiming_normal_ kaiming_uniform_ xavier_normal_ xavier_uniform_ "
+    "constant_ ones_ zeros_ zero_ fill_ mul_ add_ clamp_ erfinv_".split()
+)
+"""Functions that give a parameter its values: without memory they change nothing, and take half of the time."""
+
+
 class _EmptyOnMeta(TorchFunctionMode):
     """Makes parameters without memory: `torch.empty` returns a shape only. Small constants stay as they are."""
 
@@ -49,7 +56,27 @@ class _EmptyOnMeta(TorchFunctionMode):
         given = dict(kwargs or {})
         if func is torch.empty:
             given["device"] = "meta"
+        tensor = args[0] if args else given.get("tensor")
+        if getattr(func, "__name__", "") in _FILLS and isinstance(tensor, torch.Tensor) and tensor.is_meta:
+            return tensor
         return func(*args, **given)
+
+
+_SAME_SHAPE = frozenset(
+    "batch_norm layer_norm relu relu6 silu gelu hardswish hardsigmoid softmax dropout".split()
+)
+"""Functions of `torch.nn.functional` whose result has the shape of their first argument."""
+
+
+class _ShapesAsTheyAre(TorchFunctionMode):
+    """Skips normalizations and activations, of which PyTorch takes milliseconds to say that the shape stays."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if args and getattr(func, "__name__", "") in _SAME_SHAPE and isinstance(args[0], torch.Tensor):
+            return args[0]
+        return func(*args, **(kwargs or {}))
 
 
 def without_memory() -> TorchFunctionMode:
@@ -69,7 +96,7 @@ def footprint(module: nn.Module, height: int, width: int) -> Footprint:
 
     for layer in module.modules():
         layer.register_forward_hook(look)
-    with torch.inference_mode():
+    with torch.inference_mode(), _ShapesAsTheyAre():
         module(torch.empty(1, 3, height, width, device="meta"))
     weights = sum(4 * tensor.numel() for tensor in module.state_dict().values())
     return Footprint(weights, largest, layers)

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from support.options import TUNED_LITTLE
 from support.paths import ROOT
 
 SIZES = ["--num-classes", "10", "--input-size", "32", "--resize-size", "32"]
@@ -388,7 +389,7 @@ def test_a_tolerance_applies_to_the_engines_it_selects_and_no_others(
 ):
     both = ["--precision", "fp32", "--precision", "int8", "--calib", digits.images]
     tolerances = ["--tolerance", f"{selector}cosine=0.25", "--tolerance", f"{selector}sqnr={UNREACHABLE}"]
-    done = cli(*digits.arguments(), *both, *tolerances, "--out", tmp_path / "out")
+    done = cli(*digits.arguments(), *both, *TUNED_LITTLE, *tolerances, "--out", tmp_path / "out")
     _refused(done, 3, "parity")
     gates = {e["name"]: e["gate"] for e in done.json["engines"]}
     assert list(gates) == ["onnxruntime-fp32", "onnxruntime-int8"]

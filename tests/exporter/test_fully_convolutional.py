@@ -64,10 +64,10 @@ def test_it_is_another_network_to_the_cache():
     assert plain != dense
 
 
-def test_the_bundle_says_so(cli, tmp_path):
+def test_the_bundle_says_so(cli, photos, tmp_path):
     done = cli(
         *("alexnet", "--fully-convolutional", "--weights", "none", "--num-classes", "10"),
-        *("--batch", "1:2:3", "--out", tmp_path / "a.bundle"),
+        *("--verify", photos, "--verify-images", "32", "--batch", "4:8:8", "--out", tmp_path / "a.bundle"),
     )
     assert done.code == 0, done.json["error"]
     assert done.json["stages"][0]["detail"].endswith(", fully convolutional")

@@ -26,10 +26,14 @@ SIZES = {
 COMPILED = ("densenet121", "mobilenet_v2", "resnet18", "squeezenet1_1", "vit_b_32")
 """Those that TensorRT-RTX compiles, too: of large networks it takes minutes, and `make demo` does resnet50."""
 
+LARGE = ("alexnet", "vgg11_bn", "vit_b_32")
+"""Those whose runs take as long as reading their weights: one image at a time takes half of the test."""
+
 
 @pytest.mark.parametrize("model", sorted(SIZES))
 def test_model_reaches_a_verified_bundle(model, cli, photos, tmp_path):
-    arguments = [model, "--weights", "none", "--input-size", str(SIZES[model]), "--batch", "1:4:8"]
+    arguments = [model, "--weights", "none", "--input-size", str(SIZES[model])]
+    arguments += ["--batch", "4:8:8" if model in LARGE else "1:4:8"]
     built = ["onnxruntime"]
     if model in COMPILED and not TARGETS["tensorrt-rtx"].unavailable:
         built.append("tensorrt-rtx")
