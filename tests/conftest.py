@@ -66,6 +66,12 @@ SLOW = {
 SLOW_FIXTURES = {"digits", "digits_bundle"}
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Without the slow tests, files that have no other are not even imported: that takes a worker seconds."""
+    wanted = config.getoption("markexpr")
+    return True if collection_path.name in SLOW and wanted.startswith("not slow") else None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.name in SLOW or SLOW_FIXTURES & set(getattr(item, "fixturenames", ())):
@@ -150,7 +156,7 @@ class Digits:
         return [model, *given.split()]
 
     def tuned_once(self) -> list[str | Path]:
-        """Arguments of images for tests of all that INT8 is tuned by: with the same images, one of them makes it.
+        """Arguments of images for tests of whole tuning: with the same images, one of them makes it for all.
 
         224 images to verify on, so that half a point of accuracy can be seen.
         """

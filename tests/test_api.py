@@ -20,6 +20,7 @@ def _loaded(code: str) -> set[str]:
     return set(done.stdout.split())
 
 
+@pytest.mark.slow
 def test_import_loads_nothing_heavy():
     assert (
         not _loaded("import export_zoo; export_zoo.ExportZooError, export_zoo.__version__, dir(export_zoo)")
@@ -27,6 +28,7 @@ def test_import_loads_nothing_heavy():
     )
 
 
+@pytest.mark.slow
 def test_options_and_registries_load_nothing_heavy():
     code = "import export_zoo; export_zoo.ExportOptions('resnet18')\n"
     code += "import export_zoo.engines.targets.registry, export_zoo.engines.precision.registry"
@@ -34,6 +36,7 @@ def test_options_and_registries_load_nothing_heavy():
 
 
 @pytest.mark.parametrize("name", ["load", "verify", "LoadedEngine"])
+@pytest.mark.slow
 def test_what_serves_bundles_does_not_load_pytorch(name):
     loaded = _loaded(f"import export_zoo; export_zoo.{name}")
     assert "numpy" in loaded
@@ -48,6 +51,7 @@ def test_every_public_name_is_there():
         export_zoo.nothing  # noqa: B018
 
 
+@pytest.mark.slow
 def test_a_package_that_is_not_installed_is_named():
     """As where export-zoo-runtime is installed."""
     program = (

@@ -213,13 +213,13 @@ class Pixels(ImageStream):
 
 def int8_sqnr(path: Path, fp32: Path, pixels: np.ndarray, target: str) -> float:
     """Of the INT8 graph of `path` to the float logits of `fp32`, in dB, on images not calibrated on."""
-    ranges = collect(path, Pixels(pixels[:400]), histograms=quantized_tensors(graph_io.load(path).graph))
+    ranges = collect(path, Pixels(pixels[:128]), histograms=quantized_tensors(graph_io.load(path).graph))
     out = path.with_name(f"{path.stem}-{target}.onnx")
     quantize(path, ranges, out, rules=TARGETS[target].int8)
     if target == "tensorrt":
         write_twin(out, out.with_suffix(".twin.onnx"))
         out = out.with_suffix(".twin.onnx")
-    held_out = normalize(pixels[400:700], DIGITS)
+    held_out = normalize(pixels[400:528], DIGITS)
     found = OnnxRuntimeEngine(out, fused=target != "tensorrt").run(held_out)
     return compare(OnnxRuntimeEngine(fp32).run(held_out), found).sqnr
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import onnx
 import pytest
+from support.options import UNTUNED
 
 from export_zoo.base.errors import UsageError
 from export_zoo.base.graph_io import load
@@ -21,8 +22,7 @@ def exported(digits, tmp_path_factory) -> Path:
     from export_zoo.exporter.cli.app import main
 
     out = tmp_path_factory.mktemp("keep") / "bundle"
-    arguments = [*digits.arguments("mobilenet_v2"), "--precision", "int8", "--calib", digits.images]
-    arguments += ["--steps", "none", "--method", "minmax"]
+    arguments = [*digits.arguments("mobilenet_v2"), "--precision", "int8", *digits.tuned_once(), *UNTUNED]
     assert main([*map(str, [*arguments, "--out", out])]) == 0
     return out
 
@@ -100,7 +100,7 @@ def test_keeping_everything_is_refused(graph, ranges, tmp_path):
 
 def test_it_reaches_the_engine_and_stands_in_the_manifest(digits, cli, tmp_path):
     arguments = [*digits.arguments(), "--precision", "int8", "--calib", digits.images]
-    arguments += ["--steps", "none", "--method", "minmax"]
+    arguments += UNTUNED
     done = cli(*arguments, "--keep-float", "layer4.*", "--keep-float", "fc", "--out", tmp_path / "out")
     assert done.code == 0, done.err
     assert done.json["recipe"]["keep_float"] == ["layer4.*", "fc"]

@@ -159,14 +159,21 @@ def case(tmp_path_factory):
     return make
 
 
-CONVOLUTIONAL = ["mobilenet_v2", "resnet18", "resnet50", "vgg11_bn"]
+SLOW = pytest.mark.slow
+MOBILENET, RESNET50, VGG = (
+    pytest.param(name, marks=SLOW) for name in ("mobilenet_v2", "resnet50", "vgg11_bn")
+)
+"""Networks that take ten seconds each to export. Tests of all do it once, the fast tests have resnet18."""
+CONVOLUTIONAL = [MOBILENET, "resnet18", RESNET50, VGG]
 EVERY = [*CONVOLUTIONAL, "squeezenet1_1", "tiny densenet", "tiny vit"]
 
 
 # -- what ONNX Runtime fuses -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("model", "convolutions"), zip(CONVOLUTIONAL, [52, 20, 53, 8], strict=True))
+@pytest.mark.parametrize(
+    ("model", "convolutions"), [("mobilenet_v2", 52), ("resnet18", 20), ("resnet50", 53), ("vgg11_bn", 8)]
+)
 @pytest.mark.slow
 def test_every_convolution_becomes_qlinearconv(case, model, convolutions):
     assert case(model).fp32.counts["Conv"] == convolutions
@@ -181,7 +188,14 @@ def test_no_convolution_stays_float_in_the_other_networks_either(case, model):
     assert found == {"QLinearConv": case(model).fp32.counts["Conv"]}
 
 
-@pytest.mark.parametrize(("model", "adds"), [("resnet18", 8), ("resnet50", 16), ("mobilenet_v2", 10)])
+@pytest.mark.parametrize(
+    ("model", "adds"),
+    [
+        ("resnet18", 8),
+        pytest.param("resnet50", 16, marks=SLOW),
+        pytest.param("mobilenet_v2", 10, marks=SLOW),
+    ],
+)
 def test_every_residual_add_becomes_qlinearadd(case, model, adds):
     residual = [n for n in case(model).fp32.all("Add") if not set(n.input) & set(case(model).fp32.constants)]
     assert len(residual) == adds
@@ -189,7 +203,7 @@ def test_every_residual_add_becomes_qlinearadd(case, model, adds):
     assert case(model).optimized.counts["Add"] == 0
 
 
-@pytest.mark.parametrize("model", ["mobilenet_v2", "resnet18", "resnet50"])
+@pytest.mark.parametrize("model", [MOBILENET, "resnet18", RESNET50])
 def test_nothing_is_computed_in_float_but_the_end(case, model):
     left = {
         op: n for op, n in case(model).optimized.counts.items() if not op.startswith(("QLinear", "QGemm"))
@@ -267,7 +281,7 @@ def test_shared_scale_covers_the_widest_member(case):
         assert scale * (255 - zero) >= max(ranges[name].max for name in members) * (1 - 1e-6)
 
 
-@pytest.mark.parametrize("model", ["resnet18", "squeezenet1_1", "vgg11_bn"])
+@pytest.mark.parametrize("model", ["resnet18", "squeezenet1_1", VGG])
 def test_maxpool_has_one_scale_in_and_out(case, model):
     net = case(model).int8
     assert net.all("MaxPool")
@@ -571,7 +585,7 @@ def test_ranges_of_another_graph_are_refused(case, tmp_path):
     with pytest.raises(BadInputError, match="another graph") as raised:
         quantize(
             case("resnet18").fp32_path,
-            case("mobilenet_v2").ranges,
+            case("squeezenet1_1").ranges,
             tmp_path / "int8.onnx",
             rules=TARGETS["onnxruntime"].int8,
         )
@@ -1008,7 +1022,7 @@ def _float_source(net: Net, name: str) -> str:
     return name
 
 
-TENSORRT = ["resnet18", "mobilenet_v2", "squeezenet1_1", "tiny densenet", "tiny vit"]
+TENSORRT = ["resnet18", MOBILENET, "squeezenet1_1", "tiny densenet", "tiny vit"]
 
 
 @pytest.mark.parametrize("model", TENSORRT)

@@ -19,7 +19,11 @@ def found(model: str, size: int = 64) -> memory.Footprint | None:
 
 
 @pytest.mark.parametrize(
-    "model", ["resnet18", "vit_b_32", "swin_t", "regnet_x_400mf", "maxvit_t", "googlenet"]
+    "model",
+    [
+        *("resnet18", "vit_b_32", "swin_t", "regnet_x_400mf", "googlenet"),
+        pytest.param("maxvit_t", marks=pytest.mark.slow),
+    ],
 )
 def test_weights_are_counted_as_they_are(model):
     size = 224 if model == "maxvit_t" else 64

@@ -503,6 +503,7 @@ def start(root: Path) -> subprocess.Popen[str]:
     return process
 
 
+@pytest.mark.slow
 def test_processes_that_make_the_same_entry_both_get_their_result_and_one_is_kept(root):
     processes = [start(root), start(root)]
     for process in processes:
@@ -514,6 +515,7 @@ def test_processes_that_make_the_same_entry_both_get_their_result_and_one_is_kep
     assert_hit(root)
 
 
+@pytest.mark.slow
 def test_a_process_that_finds_the_entry_made_meanwhile_leaves_it_alone(root):
     process = start(root)
     run_once(root, Make())
@@ -525,6 +527,7 @@ def test_a_process_that_finds_the_entry_made_meanwhile_leaves_it_alone(root):
     assert_hit(root)
 
 
+@pytest.mark.slow
 def test_a_run_that_ends_does_not_take_the_work_of_another_away(root):
     process = start(root)
     run_once(root, Make(), key={"other": 1})
@@ -535,6 +538,7 @@ def test_a_run_that_ends_does_not_take_the_work_of_another_away(root):
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs kill -9")
+@pytest.mark.slow
 def test_a_kill_in_the_middle_of_a_stage_leaves_no_entry(root):
     process = start(root)
     assert [path.name for path in root.rglob("graph.onnx")] == ["graph.onnx"]

@@ -297,16 +297,16 @@ def test_a_head_that_is_absent_altogether_can_be_initialized(state):
 
 @pytest.mark.slow
 def test_initialized_parameters_are_named_in_warning_and_manifest(cli, tmp_path):
-    model, _ = zoo.build(zoo.resolve(_options("resnet18", weights="none", num_classes=10)))
+    model, _ = zoo.build(zoo.resolve(_options("squeezenet1_1", weights="none", num_classes=10)))
     path = _save(tmp_path / "net.safetensors", model.state_dict())
-    sizes = ["--num-classes", "5", "--input-size", "32", "--resize-size", "32"]
-    done = cli("resnet18", "--weights", path, *sizes, "--init-missing", "fc.*", "--out", tmp_path / "out")
+    given = ["--num-classes", "5", "--input-size", "64", "--init-missing", "classifier.1.*"]
+    done = cli("squeezenet1_1", "--weights", path, *given, "--out", tmp_path / "out")
     assert done.code == 0, done.err
     trained = done.json["recipe"]["source"]["weights"]
-    assert trained["initialized"] == ["fc.bias", "fc.weight"]
+    assert trained["initialized"] == ["classifier.1.bias", "classifier.1.weight"]
     assert (trained["kind"], trained["random"]) == ("file", False)
     assert (trained["name"], trained["sha256"]) == ("net.safetensors", sha256_of(path))
-    assert any("fc.bias, fc.weight" in warning for warning in done.json["warnings"])
+    assert any("classifier.1.bias, classifier.1.weight" in warning for warning in done.json["warnings"])
 
 
 @pytest.mark.parametrize("patterns", [["head.*"], ["fc.*", "head.*"], ["conv1.*", "fc.*"]])
@@ -871,7 +871,9 @@ def test_a_network_of_parametrized_layers_refuses_plain_weights_with_their_names
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-@pytest.mark.parametrize("model", ["mnasnet0_5", "vit_b_32", "densenet121"])
+@pytest.mark.parametrize(
+    "model", ["mnasnet0_5", pytest.param("vit_b_32", marks=pytest.mark.slow), "densenet121"]
+)
 def test_networks_that_ask_a_state_dict_for_its_version_are_loaded(model, suffix, tmp_path):
     size = {"image_size": 32} if model == "vit_b_32" else {}
     trained = get_model(model, weights=None, num_classes=10, **size)
