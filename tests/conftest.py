@@ -27,15 +27,16 @@ if WORKER and hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, {cores[int(WORKER.removeprefix("gw")) % len(cores)]})
 
 FIRST = (
-    "test_pipeline.py",
     "test_models.py",
+    "test_pipeline.py",
     "test_cli.py",
     "test_own_models.py",
+    "test_segmentation.py",
     "test_calibrate.py",
-    "test_tensorrt.py",
     "test_dynamic_size.py",
-    "test_saturation.py",
+    "test_emulation.py",
     "test_model_args.py",
+    "test_placement.py",
 )
 """Files that take longest, which begin first: else one process has nothing to do while the other runs the last."""
 

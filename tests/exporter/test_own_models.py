@@ -351,7 +351,7 @@ def test_outputs_that_other_layers_read_are_exact_and_their_readers_quantized(
     cli, photos, preprocess, tmp_path
 ):
     given = (
-        f"--batch 1:2:3 --verify-images 32 --input-size 32 --tolerance top1=0 --tolerance misplaced={10**6}"
+        f"--batch 1:2:3 --verify-images 32 --input-size 16 --tolerance top1=0 --tolerance misplaced={10**6}"
     )
     done = cli(
         *(f"{NETWORKS}:Taps", *given.split(), *INT8, "--calib", photos, "--preprocess", preprocess),
