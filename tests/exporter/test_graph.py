@@ -580,6 +580,7 @@ def test_onnxsim_simplifies_a_vision_transformer_and_keeps_its_logits(vit):
     assert to_onnx.check_batches(done.files[0], module, _batch(size=16)) < 1e-4
 
 
+@pytest.mark.slow
 def test_module_paths_survive_onnxsim(vit):
     _, directory, _ = vit
     before, after = (_modules(directory / name) for name in ("model.onnx", "graph.onnx"))
@@ -592,17 +593,20 @@ def test_module_paths_survive_onnxsim(vit):
     assert _traces(directory / "graph.onnx") == []
 
 
+@pytest.mark.slow
 def test_every_node_has_a_name_of_its_own_after_onnxsim(vit):
     names = [node.name for node in onnx.load(vit[1] / "graph.onnx").graph.node]
     assert all(names)
     assert len(set(names)) == len(names)
 
 
+@pytest.mark.slow
 def test_module_paths_name_modules(vit):
     module, directory, _ = vit
     assert set(_modules(directory / "model.onnx").values()) <= set(dict(module.named_modules()))
 
 
+@pytest.mark.slow
 def test_modules_with_equal_weights_keep_their_own_path(vit):
     nodes = [n for n in onnx.load(vit[1] / "model.onnx").graph.node if n.op_type == "LayerNormalization"]
     modules = _modules(vit[1] / "model.onnx")

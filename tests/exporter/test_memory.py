@@ -69,6 +69,7 @@ def test_more_weights_larger_batches_and_calibration_are_expected_to_take_more()
     assert expected(wide, batch=1) < expected(wide, calibrated=True, batch=1)
 
 
+@pytest.mark.slow
 def test_a_model_that_does_not_fit_is_refused_before_anything_is_done(cli, tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "available_memory", lambda: GIB)
     given = ["squeezenet1_1", "--weights", "none", "--input-size", "64", "--batch", "1:2:3"]
