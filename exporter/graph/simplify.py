@@ -47,12 +47,17 @@ class Simplified:
 
 
 _ONNXSIM = """
-import sys
+import os, sys
 sys.modules["torch"] = None
-from onnxsim import main
-main()
+import onnx, onnxsim
+source, out = sys.argv[1:]
+model, ok = onnxsim.simplify(source, overwrite_input_shapes={})
+if not ok:
+    sys.exit("its result is not valid")
+onnx.save(model, out, save_as_external_data=True, location=os.path.basename(out) + ".data")
 """
-"""The onnxsim command. Version 0.8 imports torch for a feature that is not used here, which takes seconds."""
+"""Runs onnxsim. Its command does the same, and then compares both graphs in a table, which takes three times as long on
+a network of 350 MB. Version 0.8 imports torch for a feature that is not used here, which takes seconds."""
 
 
 def _run_onnxsim(source: Path, out: Path) -> str:
