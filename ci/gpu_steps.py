@@ -165,8 +165,8 @@ def _convolutions(visit: Visit) -> None:
     batch = np.random.default_rng(1).normal(size=(4, 64, 32, 32)).astype(np.float32)
     with tempfile.TemporaryDirectory(prefix="export-zoo-") as directory:
         for precision, graph in _convolution(Path(directory)).items():
-            write_twin(graph, graph.with_suffix(".twin.onnx"))
-            expected = OnnxRuntimeEngine(graph.with_suffix(".twin.onnx"), fused=False).run(batch)
+            twin = write_twin(graph, graph.with_suffix(".twin.onnx"))
+            expected = OnnxRuntimeEngine(twin, fused=False).run(batch)
             for asked in ("default", *([here, CURRENT] if here else [])):
                 plan, found = graph.with_suffix(".plan"), {"precision": precision, "built for": asked}
                 options = BuildOptions(compute_capabilities=() if asked == "default" else (asked,))

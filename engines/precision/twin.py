@@ -35,24 +35,31 @@ def _rounded(graph: ir.Graph, value: ir.Value, dtype: ir.DataType) -> None:
         use.node.replace_input_with(use.idx, up.outputs[0])
 
 
-def write_twin(graph: Path, out: Path) -> list[Path]:
-    """Write the twin of a precision graph and return the files written.
+def write_twin(graph: Path, out: Path) -> Path:
+    """Write the twin of a precision graph and return its path: `out`, or `graph` if all its tensors are float32.
 
     Outputs of DequantizeLinear are not rounded: engines fuse it, and integers times the scale that was chosen for them
-    cannot overflow. If all tensors are float32, the twin is the graph itself.
+    cannot overflow.
     """
     model = graph_io.load(graph)
+    changed = False
     for value in model.graph.initializers.values():
         if value.dtype in REDUCED and value.const_value is not None:
             array = value.const_value.numpy().astype(np.float32)
             value.const_value = ir.tensor(array, name=value.name)
             value.dtype = FLOAT
+            changed = True
     for node in list(model.graph):
         for output in node.outputs:
             if (dtype := output.dtype) in REDUCED:
                 output.dtype = FLOAT
+                changed = True
                 if node.op_type != "DequantizeLinear":
                     _rounded(model.graph, output, dtype)
         if node.op_type == "Cast" and node.attributes.get_int("to", 0) in REDUCED:
             node.attributes["to"] = ir.AttrInt64("to", int(FLOAT))
-    return graph_io.save(model, out)
+            changed = True
+    if not changed:
+        return graph
+    graph_io.save(model, out)
+    return out

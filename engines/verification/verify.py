@@ -76,8 +76,7 @@ def judge_engine(
     engine: Runner
     if only_graph:
         with tempfile.TemporaryDirectory(prefix="export-zoo-") as directory:
-            twin = Path(directory) / "twin.onnx"
-            write_twin(graph, twin)
+            twin = write_twin(graph, Path(directory) / "twin.onnx")
             engine = OnnxRuntimeEngine(twin, fused=False)
     else:
         engine = TARGETS[target].open(

@@ -188,8 +188,7 @@ class Evaluator:
                 parts.write(graph, target, options, self._order(candidate.strength, target))
                 engine: Runner
                 if target.compiled:
-                    write_twin(graph, twin)
-                    engine = OnnxRuntimeEngine(twin, fused=False)
+                    engine = OnnxRuntimeEngine(write_twin(graph, twin), fused=False)
                 else:  # it cannot saturate, so it does not need the slower exact session
                     engine = target.open(Opening(graph, INT8))
                 known = np.concatenate([known, self._noise(engine, len(known), count)])
