@@ -10,9 +10,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from export_zoo.base import graph_io
+from export_zoo.engines.precision.placement import constant
+from export_zoo.engines.precision.rewrites import add_constant, remove_unused_initializers
 
 FLOAT = ir.DataType.FLOAT
 REDUCED = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
@@ -35,11 +38,33 @@ def _rounded(graph: ir.Graph, value: ir.Value, dtype: ir.DataType) -> None:
         use.node.replace_input_with(use.idx, up.outputs[0])
 
 
-def write_twin(graph: Path, out: Path) -> Path:
+def _dequantized(node: ir.Node) -> npt.NDArray[np.float32]:
+    """What a DequantizeLinear of constants computes, float32, to the bit as ONNX Runtime does."""
+    integers, scale, *zero_points = (
+        value.const_value.numpy()
+        for value in node.inputs
+        if value is not None and value.const_value is not None
+    )
+    shape = [1] * integers.ndim
+    if scale.ndim > 0:
+        shape[node.attributes.get_int("axis", 1)] = -1
+    found = integers.astype(np.float32)
+    for zero_point in zero_points:
+        found -= zero_point.astype(np.float32).reshape(shape)
+    found *= scale.astype(np.float32).reshape(shape)
+    return found
+
+
+def write_twin(graph: Path, out: Path, *, dequantized: bool = False) -> Path:
     """Write the twin of a precision graph and return its path: `out`, or `graph` if all its tensors are float32.
 
     Outputs of DequantizeLinear are not rounded: engines fuse it, and integers times the scale that was chosen for them
     cannot overflow.
+
+    Args:
+        dequantized: whether to write weights as the floats that DequantizeLinear makes from them. The file is larger,
+            and pays off after a few runs: without graph optimization, each run dequantizes all weights again. Sums
+            with constant weights are taken in another order, so that their last bits differ.
     """
     model = graph_io.load(graph)
     changed = False
@@ -59,7 +84,13 @@ def write_twin(graph: Path, out: Path) -> Path:
         if node.op_type == "Cast" and node.attributes.get_int("to", 0) in REDUCED:
             node.attributes["to"] = ir.AttrInt64("to", int(FLOAT))
             changed = True
+        if dequantized and node.op_type == "DequantizeLinear" and all(map(constant, node.inputs)):
+            weight = add_constant(model.graph, f"{node.outputs[0].name}_twin", _dequantized(node))
+            ir.convenience.replace_all_uses_with(node.outputs[0], weight)
+            model.graph.remove(node, safe=True)
+            changed = True
     if not changed:
         return graph
+    remove_unused_initializers(model.graph)
     graph_io.save(model, out)
     return out

@@ -76,7 +76,7 @@ def judge_engine(
     engine: Runner
     if only_graph:
         with tempfile.TemporaryDirectory(prefix="export-zoo-") as directory:
-            twin = write_twin(graph, Path(directory) / "twin.onnx")
+            twin = write_twin(graph, Path(directory) / "twin.onnx", dequantized=True)
             engine = OnnxRuntimeEngine(twin, fused=False)
     else:
         engine = TARGETS[target].open(

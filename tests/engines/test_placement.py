@@ -1095,6 +1095,17 @@ def test_tensorrt_graph_is_nearly_as_close_as_the_cpu_graph(case, tensorrt, mode
     assert ours > cpu - 6  # one bit of the activations goes to the sign
 
 
+@pytest.mark.parametrize("model", TENSORRT)
+def test_twin_with_dequantized_weights_computes_the_same(case, tensorrt, model, tmp_path):
+    plain, floats = tmp_path / "plain.onnx", tmp_path / "floats.onnx"
+    write_twin(tensorrt(model), plain)
+    write_twin(tensorrt(model), floats, dequantized=True)
+    assert not any(t.data_type == TensorProto.INT8 and t.dims for t in onnx.load(floats).graph.initializer)
+    inputs = case(model).inputs
+    want, found = (OnnxRuntimeEngine(path, fused=False).run(inputs) for path in (plain, floats))
+    assert compare(want, found).sqnr > 60
+
+
 @pytest.mark.parametrize(
     ("low", "high"), [(-1.0, 3.0), (-5.0, 2.0), (0.0, 100.0), (-1e-3, 1e-3), (0.0, 1e-5)]
 )
