@@ -233,15 +233,17 @@ def collect(
         progress: called with the number of images done since the last call.
 
     Raises:
-        BadInputError: a tensor has a value that is not finite, or is to be quantized and is 0 on all images (the
-            message names its module path); or no image could be used.
+        BadInputError: a tensor has a value that is not finite (the message names its module path); the input or all
+            tensors to be quantized are 0 on all images; or no image could be used.
     """
     threads = threads or usable_cores()
     workers = min(threads, _WORKERS)
     kernels()  # compiled once, before threads start
     p = images.preprocess
     crop = (p.crop_height, p.crop_width)
-    observed = _observe(_at_size(graph_io.load(graph), crop), histograms, crop, workers)
+    model = _at_size(graph_io.load(graph), crop)
+    feed = model.graph.inputs[0].name
+    observed = _observe(model, histograms, crop, workers)
     passes = list(_passes(observed, budget))
     shown = 0
     for index, tensors in enumerate(passes):
@@ -256,14 +258,14 @@ def collect(
         del observer  # before the next one is made
     if not images.images:
         raise BadInputError(f"{images.root}: no image could be used for calibration", hint="check the folder")
-    for tensor in observed:
-        if tensor.accumulator is not None and tensor.low == tensor.high == 0:
-            raise BadInputError(
-                f"calibration: tensor {tensor.name!r} (module {tensor.module or 'unknown'}) is 0 on all calibration "
-                "images: no 8-bit scale can be chosen for it",
-                hint="check the weights and the images, or leave the layers that write and read it unquantized: "
-                f"--keep-float {tensor.module.rpartition('.')[0] or 'PATTERN'}",
-            )
+    quantized = [tensor for tensor in observed if tensor.accumulator is not None]
+    dead = [tensor for tensor in quantized if tensor.low == tensor.high == 0]
+    if dead and (len(dead) == len(quantized) or dead[0].name == feed):
+        what = "all tensors are" if len(dead) == len(quantized) else "the input is"
+        raise BadInputError(
+            f"calibration: {what} 0 on all calibration images: no 8-bit scale can be chosen",
+            hint="check the weights, the images and the preprocessing",
+        )
     return Ranges(
         graph_sha256=graph_io.sha256_of(graph),
         preprocess=images.preprocess,

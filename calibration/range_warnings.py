@@ -20,7 +20,9 @@ ALONE = 2.0
 def warnings_of(
     ranges: Ranges, names: Mapping[str, str], alike: Sequence[Sequence[str]] = (), *, whole: bool = True
 ) -> list[str]:
-    """Warnings for people: too few images, many that look alike, single images that widen ranges of quantized tensors.
+    """Warnings for people.
+
+    They are about few images, images that look alike, tensors that are always 0, and single images that widen ranges.
 
     Args:
         names: image names by SHA-256.
@@ -35,6 +37,13 @@ def warnings_of(
         found.append(
             f"{len(alike)} of {count} images look like another image, for example {alike[0][0]} like {alike[0][1]}: "
             "they add little to the calibration. Check for video frames and copies"
+        )
+    dead = [t.module or name for name, t in ranges.tensors.items() if t.histogram and t.min == t.max == 0]
+    if dead:
+        found.append(
+            f"{len(dead)} tensor(s) are 0 on all calibration images, the first at {dead[0]}: INT8 gives them a scale "
+            "of 1, and what other images give there is lost. Check the weights, or leave the layers unquantized with "
+            f"--keep-float {dead[0].rpartition('.')[0] or 'PATTERN'}"
         )
     widened: dict[str, list[tuple[float, str]]] = defaultdict(list)
     for name, tensor in ranges.tensors.items():

@@ -248,16 +248,18 @@ def test_an_image_that_alone_widens_ranges_is_named(network, images, tmp_path):
     assert second.startswith("the bright one.jpg alone widens the range of ")
 
 
-def test_a_tensor_to_be_quantized_that_is_always_zero_is_an_error_with_its_module(tmp_path, images):
+def test_a_tensor_to_be_quantized_that_is_always_zero_is_warned_of_with_its_module(tmp_path, images):
     def dead(weights):
         weights["stem.weight"][...] = 0
         weights["stem.bias"][...] = -1
 
     graph = tiny_network(tmp_path / "dead.onnx", dead)
     assert collect(graph, images[:3]).tensors["relu1"].max == 0
-    with pytest.raises(BadInputError, match=r"tensor 'relu1' \(module stem\.act\) is 0 on all") as caught:
-        collect(graph, images[:3], histograms=QUANTIZED)
-    assert "--keep-float" in caught.value.hint
+    told = warnings_of(collect(graph, images[:3], histograms=QUANTIZED), {})[1]
+    assert "are 0 on all calibration images, the first at stem.act" in told
+    assert "--keep-float stem" in told
+    with pytest.raises(BadInputError, match="all tensors are 0 on all calibration images"):
+        collect(graph, images[:3], histograms=["relu1"])
 
 
 def test_ranges_record_where_they_come_from(network, images, tmp_path):
