@@ -66,6 +66,30 @@ def ends_in_output(value: ir.Value) -> bool:
     )
 
 
+def chooses_indices(node: ir.Node) -> bool:
+    """Whether a node's result depends on which value is the largest, as pooling indices do that are read.
+
+    Rounding makes values equal and moves the maximum: what reads the indices then finds another place.
+    """
+    if node.op_type == "MaxPool":
+        return len(node.outputs) > 1 and bool(readers(node.outputs[1]))
+    return node.op_type in ("ArgMax", "ArgMin", "TopK")
+
+
+def layers_before_indices(graph: ir.Graph) -> frozenset[str]:
+    """Names of the weighted layers whose output, after activations, goes to a node that chooses indices."""
+    found = set()
+    for node in graph:
+        if weight_of(node) is None:
+            continue
+        value = node.outputs[0]
+        while (after := activated(value)) is not value:
+            value = after
+        if any(map(chooses_indices, readers(value))):
+            found.add(name_of(node))
+    return frozenset(found)
+
+
 def weight_of(node: ir.Node) -> QuantizedWeight | None:
     """The int8 weight that a node can have; None if the operand is computed or the layout is not supported."""
     if len(node.inputs) < 2 or not constant(node.inputs[1]) or constant(node.inputs[0]):

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from export_zoo.base import graph_io
 from export_zoo.calibration.ranges import Ranges
-from export_zoo.engines.precision.placement import ACTIVATIONS, LAYOUT, constant
+from export_zoo.engines.precision.placement import ACTIVATIONS, LAYOUT, chooses_indices, constant
 from export_zoo.engines.precision.rewrites import remove_unused_initializers
 
 KEEP_FLOAT = frozenset(
@@ -43,6 +43,43 @@ _LEAST_NORMAL, _LARGEST = float(np.finfo(np.float16).tiny), float(np.finfo(np.fl
 
 QDQ = frozenset({"QuantizeLinear", "DequantizeLinear"})
 _CARRY_EPSILON = LAYOUT | {"Expand", "Sqrt"}
+_GUARDS = LAYOUT | ACTIVATIONS | {"Abs", "Add", "BatchNormalization", "Expand", "Max", "Sqrt"}
+"""Operators between a value and an operator that is steep near zero, or that chooses indices."""
+
+
+def _needs_exact_input(node: ir.Node) -> bool:
+    """Whether a small error of the input is not a small error of the output.
+
+    Logarithms, reciprocals and negative powers are steep near zero, where half has few bits or none: log(1e-7) is off
+    by 0.18. Indices of the largest value change where rounding makes values equal.
+    """
+    if node.op_type == "Pow":
+        exponent = node.inputs[1]
+        return constant(exponent) and _least(exponent) < 0
+    return node.op_type in ("Log", "Reciprocal") or chooses_indices(node)
+
+
+def _least(value: ir.Value | None) -> float:
+    assert value is not None
+    assert value.const_value is not None
+    array = value.const_value.numpy()
+    return float(array.min()) if array.size else 0.0
+
+
+def _exact(nodes: Iterable[ir.Node]) -> set[int]:
+    """Ids of the nodes that need exact inputs, of their guards, and of the nodes that compute the guarded values."""
+    found: set[int] = set()
+    todo = [node for node in nodes if _needs_exact_input(node)]
+    while todo:
+        node = todo.pop()
+        if id(node) in found:
+            continue
+        found.add(id(node))
+        if _needs_exact_input(node) or node.op_type in _GUARDS:
+            todo += [
+                producer for value in node.inputs if value is not None and (producer := value.producer())
+            ]
+    return found
 
 
 def _largest(value: ir.Value) -> float:
@@ -76,13 +113,14 @@ def _decide(nodes: Iterable[ir.Node], overflowing: Set[str]) -> dict[int, bool]:
     """Whether each node runs in half, by id, for nodes in graph order.
 
     An epsilon guards a division: `x / max(norm, 1e-12)` is 0 / 0 if the maximum is cast to half before the division.
-    So all nodes from the epsilon to the division stay float.
+    So all nodes from the epsilon to the division stay float. So do those of `_exact`.
 
     Args:
         overflowing: names of tensors that half might not hold. Their producers and readers stay float.
     """
     decisions: dict[int, bool] = {}
     nodes = list(nodes)
+    exact = _exact(nodes)
     large = set(overflowing)
     # Ranges lack the values that an activation cuts off below: its input is at least as large as its output.
     for node in reversed(nodes):
@@ -101,7 +139,9 @@ def _decide(nodes: Iterable[ir.Node], overflowing: Set[str]) -> dict[int, bool]:
         overflows = any(v is not None and v.name in large for v in [*node.inputs, *node.outputs])
         if node.op_type in QDQ and (overflows or (constant(node.inputs[0]) and not runs_in_half(node))):
             large.update(str(value.name) for value in node.outputs)  # the same values
-        decisions[id(node)] = runs_in_half(node) and not (carries or divides or overflows)
+        decisions[id(node)] = runs_in_half(node) and not (
+            carries or divides or overflows or id(node) in exact
+        )
     return decisions
 
 

@@ -31,6 +31,7 @@ from export_zoo.engines.precision.placement import (
     LAYOUT,
     Placement,
     QuantizedWeight,
+    chooses_indices,
     ends_in_output,
 )
 from export_zoo.engines.precision.rewrites import add_constant, remove_unused_initializers
@@ -123,11 +124,13 @@ class _Quantizer:
 
     def _activation(self, value: ir.Value) -> None:
         name = str(value.name)
-        # Readers that only pass the tensor to an output, through layout operators, keep the exact values.
+        # Readers that only pass the tensor to an output, through layout operators, or that choose the largest value,
+        # keep the exact values.
         uses = [
             use
             for use in value.uses()
             if not (use.node.op_type in LAYOUT and ends_in_output(use.node.outputs[0]))
+            and not chooses_indices(use.node)
         ]
         scale = self.scales[name]
         producer = value.producer()

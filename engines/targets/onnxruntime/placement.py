@@ -13,9 +13,11 @@ from export_zoo.engines.precision.placement import (
     SAME_SCALE,
     Placement,
     activated,
+    chooses_indices,
     constant,
     ends_in_output,
     input_of,
+    layers_before_indices,
     name_of,
     readers,
     weight_of,
@@ -46,17 +48,21 @@ def place_onnxruntime(graph: ir.Graph, kept: Set[str] = frozenset()) -> Placemen
     | Gemm, MatMul     | input; weight; the output only if a quantized reader needs it                    |
     | Add              | all inputs and the output (after Relu), if every input is quantized              |
     | MaxPool, layout  | in and out share one scale, if the input is quantized and a reader needs it      |
+    | MaxPool's indices| if they are read, the layer before stays FP32; also for ArgMax, ArgMin, TopK     |
     | average pooling  | input and output, if the input is quantized                                      |
     | Concat           | inputs and output share one scale, unless a BatchNormalization reads it (DenseNet)|
     | all else, `kept` | FP32, like all tensors with only layout operators between them and the logits    |
     """
     placement = Placement()
+    kept = kept | layers_before_indices(graph)
     groups = _Groups()
     wanted: set[str] = set()
 
     def want(value: ir.Value, *, needed: bool = False) -> bool:
         """Quantize a tensor for its readers. An output, or a tensor it is a view of, only if a layer reads it too."""
         if constant(value) or value.name is None or (ends_in_output(value) and not needed):
+            return False
+        if not needed and readers(value) and all(map(chooses_indices, readers(value))):
             return False
         wanted.add(value.name)
         return True
@@ -77,7 +83,7 @@ def place_onnxruntime(graph: ir.Graph, kept: Set[str] = frozenset()) -> Placemen
     for node in graph:
         inputs = [value for value in node.inputs if value is not None and not constant(value)]
         output = node.outputs[0]
-        if not inputs or not quantized(iter(inputs)):
+        if not inputs or not quantized(iter(inputs)) or chooses_indices(node):
             continue
         if node.op_type == "Add" and len(inputs) == 2:
             want(activated(output))

@@ -7,7 +7,15 @@ from collections.abc import Mapping, Set
 import onnx_ir as ir
 
 from export_zoo.engines.precision.int8.rules import Int8Rules
-from export_zoo.engines.precision.placement import Placement, constant, input_of, name_of, readers, weight_of
+from export_zoo.engines.precision.placement import (
+    Placement,
+    constant,
+    input_of,
+    layers_before_indices,
+    name_of,
+    readers,
+    weight_of,
+)
 
 
 def place_tensorrt(graph: ir.Graph, kept: Set[str] = frozenset()) -> Placement:
@@ -22,12 +30,14 @@ def place_tensorrt(graph: ir.Graph, kept: Set[str] = frozenset()) -> Placement:
     | MaxPool, Concat, | nothing of their own: the builder moves a reader's quantizer up through them      |
     | layout           |                                                                                  |
     | average pooling  | nothing of its own: it sums, and does not commute with a quantizer                |
+    | MaxPool's indices| if they are read, the layer before stays float; also for ArgMax, ArgMin, TopK    |
     | all else, `kept` | float                                                                            |
 
     Source: NVIDIA, TensorRT documentation, "Working with Quantized Types", section "Q/DQ Layer-Placement
     Recommendations".
     """
     placement = Placement()
+    kept = kept | layers_before_indices(graph)
     depth: dict[int, int] = {}
     """Number of weighted layers on the longest path from the input to a value, by the value's id."""
 
