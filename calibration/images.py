@@ -325,6 +325,24 @@ class SyntheticStream(ImageStream):
             yield pixels[start : start + self.batch_size]
 
 
+TEST_PATTERNS = ("black", "white", "gray", "noise", "half", "checkerboard")
+"""Names of `test_patterns`, in order."""
+
+
+def test_patterns(height: int, width: int) -> UInt8Array:
+    """Images unlike photographs, uint8 [6, height, width, 3]: even, noisy and of the largest contrast.
+
+    Photographs never show a graph that divides by zero where a channel is even, or that overflows at extremes.
+    """
+    images = np.empty((len(TEST_PATTERNS), height, width, 3), dtype=np.uint8)
+    images[0], images[1], images[2] = 0, 255, 128
+    images[3] = np.random.default_rng(0).integers(0, 256, images.shape[1:], dtype=np.uint8)
+    images[4, :, : width // 2], images[4, :, width // 2 :] = 0, 255
+    rows, columns = np.indices((height, width))
+    images[5] = 255 * ((rows + columns) % 2)[..., None]
+    return images
+
+
 def synthetic_images(count: int, height: int, width: int, seed: int) -> UInt8Array:
     """Seeded images with the 1/f spectrum of photographs; uint8 [count, height, width, 3].
 

@@ -180,6 +180,11 @@ def describe_held_out(
             np.save(path, array[:MAX_HELD_OUT])
         files[name] = contents.add(path, name)
     inputs, logits, *further = files.values()
+    assert held.patterns is not None
+    pattern_inputs, pattern_logits, *pattern_further = (
+        contents.add(reference.file(Reference.file(name + Reference.PATTERNS)), f"{name}-patterns")
+        for name in ("inputs", *reference_files(spec))
+    )
     return manifest.HeldOut(
         inputs=inputs,
         logits=logits,
@@ -189,4 +194,11 @@ def describe_held_out(
         labels=held.labels[:MAX_HELD_OUT] if held.labels is not None else None,
         image_sha256=reference.data.sha256[:MAX_HELD_OUT],
         sizes=[_held_out_size(reference, spec, part, contents) for part in held.sizes],
+        patterns=manifest.HeldOutPatterns(
+            inputs=pattern_inputs,
+            logits=pattern_logits,
+            further=pattern_further,
+            count=len(held.patterns.pixels),
+            names=list(held.patterns.names),
+        ),
     )

@@ -108,11 +108,10 @@ def _shared_cache(tmp_path_factory: pytest.TempPathFactory):
 @pytest.fixture(scope="session", autouse=True)
 def _short_benchmarks():
     """A tenth of the time of each measurement in this process: no test looks at how exact a latency is."""
-    from export_zoo.engines.verification import bench
+    from export_zoo.engines.bundle import bench
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench, "SECONDS", bench.SECONDS / 10)
-        patch.setattr(bench, "ROUNDS_MIN", 2)
+        patch.setattr(bench, "FULL", bench.FULL._replace(seconds=bench.FULL.seconds / 10, rounds_min=2))
         yield
 
 

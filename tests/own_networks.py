@@ -289,3 +289,103 @@ def text() -> str:
 
 made = padded()
 NOT_CALLABLE = 3
+
+
+class Small(nn.Module):
+    """A convolution, a mean and a dense layer: what the networks below are made of."""
+
+    def __init__(self, num_classes: int = 5) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.Linear(8, num_classes)
+
+    def body(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x).relu()
+
+    def head(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x.mean((2, 3)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(x))
+
+
+class Stretched(Small):
+    """The epsilon keeps an even image from 0 / 0, and the factor from 1 is no identity."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        low, high = x.amin((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)
+        return super().forward((x - low) / (high - low + 1e-8) * (1 + 8e-6))
+
+
+class InPlace(Small):
+    """Changes its input."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x.sub_(0.45)
+        return super().forward(x)
+
+
+class Autocast(Small):
+    """Runs under autocast, as in training."""
+
+    @torch.autocast("cpu", dtype=torch.bfloat16)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x)
+
+
+class Counter(Small):
+    """Counts its runs in a buffer, which changes no logit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("runs", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.runs += 1
+        return super().forward(x)
+
+
+class NoStatistics(Small):
+    """BatchNorm over the batch at hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(8, track_running_stats=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(self.body(x)))
+
+
+class Squeezed(Small):
+    """squeeze() drops the batch dimension of one image, too."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(nn.functional.adaptive_avg_pool2d(self.body(x), 1).squeeze())
+
+
+class Unrolled(Small):
+    """A loop over the images."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.stack([self.body(image[None])[0] for image in x]))
+
+
+class Unpooled(nn.Module):
+    """Pooling indices are read again, as in SegNet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Conv2d(i, o, 3, padding=1) for i, o in ((3, 8), (8, 8), (8, 5)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pooled, where = nn.functional.max_pool2d(self.a(x).relu(), 2, return_indices=True)
+        return self.c(nn.functional.max_unpool2d(self.b(pooled).relu(), where, 2))
+
+
+class Guarded(Small):
+    """The logarithm of a guarded probability, a guarded reciprocal and a guarded negative power."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.body(x)
+        power = x.pow(2).mean((1, 2, 3), keepdim=True)
+        x = x * (power + 1e-9).pow(-0.5) * torch.reciprocal(power + 1e-9)
+        return torch.log(self.head(x).softmax(1).clamp(min=1e-7))

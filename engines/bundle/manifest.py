@@ -211,6 +211,11 @@ class Gate(_Model):
     )
     eager_metrics: MetricValues = Field(description="The same metrics, against eager PyTorch.")
     further: dict[str, FurtherMetrics] = Field(default={}, description="Metrics of further outputs, by name.")
+    patterns: dict[str, float] = Field(
+        default={},
+        description="SQNR of the first output on each test pattern, in dB: the error there against the signal of the "
+        "held-out images. -200 if it is not finite. Patterns for which eager's outputs are not finite are missing.",
+    )
     failures: list[str]
 
     @field_validator("tolerances")
@@ -374,6 +379,18 @@ class HeldOutSize(_HeldOutImages):
     width: int
 
 
+class HeldOutPatterns(_HeldOutImages):
+    """Test patterns: even and extreme images, which are unlike the images that were calibrated on."""
+
+    names: list[str]
+
+    @model_validator(mode="after")
+    def _named(self) -> HeldOutPatterns:
+        if len(self.names) != self.count:
+            raise ValueError(f"{self.count} test patterns, {len(self.names)} names")
+        return self
+
+
 class HeldOut(_HeldOutImages):
     """Inputs that were never used to calibrate, and their eager logits: the reference on machines without PyTorch."""
 
@@ -385,6 +402,13 @@ class HeldOut(_HeldOutImages):
     sizes: list[HeldOutSize] = Field(
         default=[], description="Held-out images at further sizes, if height and width are dynamic."
     )
+    patterns: HeldOutPatterns | None = Field(
+        default=None, description="Test patterns; null in bundles of earlier versions."
+    )
+
+    def parts(self) -> list[_HeldOutImages]:
+        """These images, those of further sizes and the test patterns."""
+        return [self, *self.sizes, *([self.patterns] if self.patterns is not None else [])]
 
 
 class Artifacts(_Model):
@@ -453,7 +477,7 @@ class Manifest(_Model):
     @model_validator(mode="after")
     def _outputs_held_out(self) -> Manifest:
         held = self.artifacts.held_out
-        counts = {len(held.further), *(len(part.further) for part in held.sizes)}
+        counts = {len(part.further) for part in held.parts()}
         if counts != {len(self.recipe.further_outputs)}:
             raise ValueError("the held-out logits do not match the outputs")
         return self
@@ -476,8 +500,7 @@ class Manifest(_Model):
         for engine in artifacts.engines:
             files += [engine.file, *engine.external_data, *engine.graph_external_data]
             files += [file for file in (engine.graph, engine.timing_cache) if file is not None]
-        files += artifacts.held_out.files()
-        for part in artifacts.held_out.sizes:
+        for part in artifacts.held_out.parts():
             files += part.files()
         if recipe.calibration is not None:
             files.append(recipe.calibration.ranges)

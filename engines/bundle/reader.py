@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,10 @@ class HeldOut:
     """Values of the outputs after the first."""
     sizes: tuple[HeldOut, ...] = ()
     """The first images at other sizes; empty if the input size is fixed."""
+    patterns: HeldOut | None = None
+    """The test patterns (`calibration.images.test_patterns`); None for bundles of earlier versions."""
+    names: tuple[str, ...] = ()
+    """Names of the test patterns; empty for other images."""
 
     def outputs(self, recipe: m.Recipe) -> dict[str, Float32Array]:
         """Eager PyTorch's logits by output name, in the order of the outputs."""
@@ -125,7 +129,7 @@ def held_out(bundle: Path, manifest: m.Manifest) -> HeldOut:
     recipe, p = manifest.recipe, manifest.recipe.preprocess
 
     def read(
-        part: m.HeldOut | m.HeldOutSize, height: int, width: int
+        part: m.HeldOut | m.HeldOutSize | m.HeldOutPatterns, height: int, width: int
     ) -> tuple[npt.NDArray[np.uint8], list[Float32Array]]:
         pixels = _array(checked(bundle, part.inputs), np.uint8, (part.count, height, width, 3))
         shapes = [sampled_shape(port.of_image(height, width)) for port in recipe.outputs]
@@ -140,7 +144,12 @@ def held_out(bundle: Path, manifest: m.Manifest) -> HeldOut:
         pixels, (logits, *further) = read(part, part.height, part.width)
         sizes.append(HeldOut(pixels, logits, None, tuple(further)))
     pixels, (logits, *further) = read(described, p.crop_height, p.crop_width)
-    return HeldOut(pixels, logits, described.labels, tuple(further), tuple(sizes))
+    whole = HeldOut(pixels, logits, described.labels, tuple(further), tuple(sizes))
+    if described.patterns is None:
+        return whole
+    pixels, (logits, *further) = read(described.patterns, p.crop_height, p.crop_width)
+    names = tuple(described.patterns.names)
+    return replace(whole, patterns=HeldOut(pixels, logits, None, tuple(further), names=names))
 
 
 def named(bundle: Path, manifest: m.Manifest, name: str) -> m.Engine:

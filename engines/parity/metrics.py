@@ -141,6 +141,25 @@ def check_reference(reference: Logits, where: str = "") -> None:
         )
 
 
+def relative_errors(reference: Logits, found: Logits) -> list[float]:
+    """Largest difference of each image's values, relative to the largest value of the reference's finite images.
+
+    It is 0 for images where the reference itself is not finite, and infinite where only `found` is not finite.
+
+    Args:
+        reference, found: float32 [N, ...], of the same shape.
+    """
+    axes = tuple(range(1, reference.ndim))
+    usable = np.isfinite(reference).all(axis=axes)
+    largest = float(np.abs(reference[usable]).max(initial=0.0)) + 1e-12
+    with np.errstate(invalid="ignore"):  # inf - inf
+        differences = np.abs(found - reference).max(axis=axes) / largest
+    return [
+        0.0 if not finite else float(difference) if np.isfinite(difference) else float("inf")
+        for finite, difference in zip(np.atleast_1d(usable), differences, strict=True)
+    ]
+
+
 def _top(logits: Logits, count: int) -> npt.NDArray[np.intp]:
     return np.argsort(-logits, axis=1, kind="stable")[:, :count]
 

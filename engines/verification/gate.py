@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,7 @@ from export_zoo.calibration.preprocess import Preprocess, UInt8Array, normalize
 from export_zoo.engines.bundle.manifest import Batch, FurtherMetrics, Gate
 from export_zoo.engines.parity.metrics import (
     MIN_UNFUSED_COSINE,
+    WITHOUT_NOISE,
     Metrics,
     batches_to_check,
     check_reference,
@@ -51,11 +52,22 @@ def run_in_batches(
     return tuple(np.concatenate(parts) for parts in zip(*outputs, strict=True))
 
 
-def images_compared(count: int, batch: Batch, further: int = 0) -> int:
-    """Number of images that `judge` runs in all, for a progress bar; `further` counts those of further sizes."""
+def images_compared(count: int, batch: Batch, further: int = 0, patterns: int = 0) -> int:
+    """Number of images that `judge` runs in all, for a progress bar.
+
+    Args:
+        count: verify images.
+        further: images of further sizes.
+        patterns: test patterns.
+    """
     sizes = batches_to_check(batch.min, batch.opt, batch.max)
     elsewhere = further * len({batch.opt, batch.max})
-    return count + sum(min(count, max(SUBSET, size)) for size in sizes if size != batch.opt) + elsewhere
+    return (
+        count
+        + sum(min(count, max(SUBSET, size)) for size in sizes if size != batch.opt)
+        + elsewhere
+        + patterns
+    )
 
 
 Unfused = Callable[[UInt8Array], tuple[Float32Array, ...]]
@@ -113,6 +125,54 @@ def _judge_size(
     return found
 
 
+class Patterns(NamedTuple):
+    """Test patterns (`calibration.images.test_patterns`) and what is asked of an engine there."""
+
+    names: Sequence[str]
+    pixels: UInt8Array
+    eager: Mapping[str, Float32Array]
+    min_sqnr: float | None
+    """Limit on the SQNR of each image, in dB; None: outputs must be finite, no more.
+
+    INT8 clips outside its ranges by design, and half is coarse there, so only FP32 has a limit.
+    """
+
+
+def _judge_patterns(
+    engine: Runner,
+    patterns: Patterns,
+    held_out: Mapping[str, Float32Array],
+    preprocess: Preprocess,
+    batch: Batch,
+    progress: Progress,
+) -> tuple[dict[str, float], list[str]]:
+    """SQNR of the first output on each pattern, and failures of all outputs.
+
+    The error on a pattern is compared with the signal of the held-out images, as even images have none of their own.
+    """
+    outputs = run_in_batches(engine, patterns.pixels, preprocess, batch.opt, progress)
+    figures: dict[str, float] = {}
+    found = []
+    for (name, eager), output in zip(patterns.eager.items(), outputs, strict=True):
+        reference = held_out[name].astype(np.float64)
+        signal = float(((reference - reference.mean(axis=0)) ** 2).sum()) / len(reference)
+        for pattern, wanted, logits in zip(patterns.names, eager, output, strict=True):
+            if not np.isfinite(wanted).all():
+                continue
+            noise = float(((logits.astype(np.float64) - wanted) ** 2).sum())
+            sqnr = WITHOUT_NOISE if noise == 0 else -WITHOUT_NOISE
+            if noise > 0 and np.isfinite(noise):
+                sqnr = float(np.clip(10 * np.log10(signal / noise), -WITHOUT_NOISE, WITHOUT_NOISE))
+            if name == next(iter(patterns.eager)):
+                figures[pattern] = sqnr
+            where = f"test pattern {pattern!r}: " + _of_output(name, patterns.eager)
+            if not np.isfinite(logits).all():
+                found.append(f"{where}not finite, but eager's is")
+            elif patterns.min_sqnr is not None and sqnr < patterns.min_sqnr:
+                found.append(f"{where}sqnr is {sqnr:.6g}, must be >= {patterns.min_sqnr:g}")
+    return figures, found
+
+
 def _of_output(name: str, eager: Mapping[str, Float32Array]) -> str:
     return "" if name == next(iter(eager)) else f"output {name}: "
 
@@ -129,6 +189,7 @@ def judge(
     ran: Literal["engine", "precision graph"] = "engine",
     unfused: Unfused | None = None,
     sizes: Sequence[tuple[UInt8Array, Mapping[str, Float32Array]]] = (),
+    patterns: Patterns | None = None,
     progress: Progress = lambda _: None,
 ) -> Gate:
     """Compare all of an engine's outputs with the reference at batches min, opt, max and an odd one.
@@ -146,6 +207,7 @@ def judge(
         unfused: for random weights: computes the unfused precision graph's outputs for images. The gate compares with
             these, by `unfused_tolerances` unless overridden. Figures against eager are still reported.
         sizes: images of further sizes, and eager's outputs for them.
+        patterns: test patterns. Outputs must be finite where eager's are.
 
     Raises:
         ParityError: there is nothing to compare, or no tolerance to apply.
@@ -178,6 +240,10 @@ def judge(
             found += [where + text for text in problems]
     for images, outputs_of in sizes:
         found += _judge_size(engine, images, outputs_of, preprocess, batch, tolerances, unfused, progress)
+    on_patterns: dict[str, float] = {}
+    if patterns is not None:
+        on_patterns, problems = _judge_patterns(engine, patterns, eager, preprocess, batch, progress)
+        found += problems
     return Gate(
         ran=ran,
         reference="eager" if unfused is None else "unfused precision graph",
@@ -187,6 +253,7 @@ def judge(
         metrics=figures[names[0]].metrics,
         eager_metrics=figures[names[0]].eager_metrics,
         further={name: figures[name] for name in names[1:]},
+        patterns=on_patterns,
         failures=found,
     )
 

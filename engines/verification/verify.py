@@ -22,13 +22,13 @@ from export_zoo.engines.bundle import manifest as m
 from export_zoo.engines.bundle.reader import ATTESTATIONS, MANIFEST, HeldOut, checked, held_out, read_manifest
 from export_zoo.engines.precision.int8.saturation.pairs import saturating_layers
 from export_zoo.engines.precision.int8.saturation.probe import saturates
-from export_zoo.engines.precision.registry import PRECISIONS
+from export_zoo.engines.precision.registry import BASELINE, PRECISIONS
 from export_zoo.engines.precision.twin import write_twin
 from export_zoo.engines.targets.base import Opening, Runner
 from export_zoo.engines.targets.onnxruntime.engine import OnnxRuntimeEngine
 from export_zoo.engines.targets.plan import Plan
 from export_zoo.engines.targets.registry import TARGETS
-from export_zoo.engines.verification.gate import judge, run_in_batches
+from export_zoo.engines.verification.gate import Patterns, judge, run_in_batches
 from export_zoo.engines.verification.latency import TimedEngine, measure_latencies
 
 Float32Array = npt.NDArray[np.float32]
@@ -93,8 +93,17 @@ def judge_engine(
         tolerances=tolerances,
         unfused=plain_outputs(graph, recipe, half=PRECISIONS[precision].float16) if unfused else None,
         sizes=[(part.pixels, part.outputs(recipe)) for part in held.sizes],
+        patterns=_patterns(
+            recipe, held, tolerances.get("sqnr") if PRECISIONS[precision] is BASELINE else None
+        ),
         progress=progress,
     )
+
+
+def _patterns(recipe: m.Recipe, held: HeldOut, min_sqnr: float | None) -> Patterns | None:
+    """The test patterns for the gate; None if the bundle has none."""
+    found = held.patterns
+    return Patterns(found.names, found.pixels, found.outputs(recipe), min_sqnr) if found is not None else None
 
 
 def verify(

@@ -123,7 +123,9 @@ def _verify_here(bundle: Path, reporter: ConsoleReporter, *, latencies: bool, qu
     now = outcome.current()
     manifest = _manifest(bundle, reporter)
     held = manifest.artifacts.held_out
-    per_engine = images_compared(held.count, manifest.recipe.batch, sum(part.count for part in held.sizes))
+    patterns = held.patterns.count if held.patterns is not None else 0
+    further = sum(part.count for part in held.sizes)
+    per_engine = images_compared(held.count, manifest.recipe.batch, further, patterns)
     with reporter.stage("verify") as stage:
         with reporter.bar("verify", per_engine * len(manifest.artifacts.engines)) as progress:
             attestation, path = verification.verify(bundle, latencies=latencies, progress=progress)

@@ -20,6 +20,7 @@ import onnx_ir.passes.common as passes
 
 from export_zoo.base import graph_io
 from export_zoo.base.graph_io import MODULE_KEY
+from export_zoo.engines.parity.metrics import relative_errors
 from export_zoo.engines.precision.rewrites import (
     average_pool_instead_of_mean,
     plain_einsum,
@@ -107,8 +108,7 @@ def _difference(first: Path, second: Path, inputs: Sequence[Float32Array]) -> fl
         if [a.shape for a in before] != [b.shape for b in after]:
             return float("inf")
         for a, b in zip(before, after, strict=True):
-            change = float(np.abs(a - b).max() / (np.abs(a).max() + 1e-12))
-            worst = max(worst, change if np.isfinite(change) else float("inf"))
+            worst = max(worst, *relative_errors(a, b))
     return worst
 
 

@@ -22,9 +22,11 @@ from torch import nn
 from export_zoo.base import graph_io
 from export_zoo.base.errors import BadInputError, ExportDefectError, ParityError, UsageError
 from export_zoo.base.graph_io import MODULE_KEY
-from export_zoo.engines.parity.metrics import Size, odd_size
+from export_zoo.calibration.images import TEST_PATTERNS
+from export_zoo.engines.parity.metrics import Size, odd_size, relative_errors
 from export_zoo.engines.targets.onnxruntime.engine import OnnxRuntimeEngine
-from export_zoo.exporter.models.eager import run_eager
+from export_zoo.exporter.graph.culprit import first_different_module
+from export_zoo.exporter.models.eager import line_of, run_eager, without_autocast
 from export_zoo.exporter.options import SizeRange
 
 INPUT, BATCH = "input", "batch"
@@ -62,12 +64,40 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
+@contextlib.contextmanager
+def _exact_constants() -> Iterator[None]:
+    """Let the exporter's optimizer take a constant for 0 or 1 only if it is 0 or 1.
+
+    Its rules drop `x + 0`, and they compare constants with a tolerance: `x + 1e-8`, which keeps a network from dividing
+    by zero, would be dropped as well (onnxscript 0.7, rewriter/_pattern_ir.py: `Constant`). The tolerances are private:
+    where they are not found, nothing is changed, and the comparison on test patterns shows what the optimizer did.
+    """
+    from onnxscript import rewriter
+
+    constants = [
+        value
+        for rule in getattr(rewriter, "_DEFAULT_REWRITE_RULES", ())
+        for node in getattr(rule, "_target_pattern", ())
+        for value in node.inputs
+        if hasattr(value, "_abs_tol") and hasattr(value, "_rel_tol")
+    ]
+    kept = [(value._abs_tol, value._rel_tol) for value in constants]
+    try:
+        for value in constants:
+            value._abs_tol = value._rel_tol = 0.0
+        yield
+    finally:
+        for value, (absolute, relative) in zip(constants, kept, strict=True):
+            value._abs_tol, value._rel_tol = absolute, relative
+
+
 def export(
     model: nn.Module,
     height: int,
     width: int,
     out: Path,
     *,
+    optimize: bool = True,
     outputs: Sequence[str] = ("logits",),
     sizes: SizeRange | None = None,
     own: bool = False,
@@ -79,6 +109,7 @@ def export(
     Nodes carry only the module path as metadata.
 
     Args:
+        optimize: whether the exporter's optimizer folds constants and rewrites the graph.
         sizes: range of the input's height and width, which are then symbolic (`height`, `width`), too.
         own: whether the network is user code. If so, a failure of the exporter is the user's error, not a defect.
 
@@ -102,12 +133,12 @@ def export(
             _check_runs(model, size, sizes)
         _check_runs(model, (height, width), sizes, lambda: _why_fixed(model, sizes.opt, dims))
     try:
-        with _quiet():
+        with _quiet(), _exact_constants(), without_autocast():
             program = torch.onnx.export(
                 model,
                 (torch.zeros(_SAMPLE_BATCH, 3, height, width),),
                 dynamo=True,
-                optimize=True,
+                optimize=optimize,
                 opset_version=OPSET,
                 input_names=[INPUT],
                 output_names=[f"output:{index}" for index in range(len(outputs))],
@@ -119,16 +150,18 @@ def export(
             raise _one_size_only(model, (height, width), dims) from error
         text = _reason(error)
         if own:
+            line = line_of(_root(error))
             raise BadInputError(
-                f"torch.onnx.export refuses the network: {text}",
-                hint="compute the same steps for all images, with no branch on values and no TorchScript; "
-                "`torch.export.export(network, (images,))` shows where it fails",
+                f"torch.onnx.export refuses the network{f' at {line}' if line else ''}: {text}",
+                hint="compute the same steps for all images: choose between values with torch.where, not with `if`, "
+                "keep values in tensors (no .item(), int() or float()), and use no TorchScript"
+                + ("" if line else "; `torch.export.export(network, (images,))` shows where it fails"),
             ) from error
         raise ExportDefectError(f"torch.onnx.export failed: {text}", hint=_REPORT) from error
     graph = program.model
     _name_outputs(graph.graph, outputs)
     _strip_metadata(graph, dict(model.named_modules()))
-    check_dynamic_batch(graph)
+    check_dynamic_batch(graph, own=own)
     if sizes is not None and not all(isinstance(size, ir.SymbolicDim) for size in _sizes_of(graph)):
         raise _one_size_only(model, (height, width), dims)
     return graph_io.save(graph, out, external_threshold=external_threshold)
@@ -143,11 +176,15 @@ def _name_outputs(graph: ir.Graph, names: Sequence[str]) -> None:
         output.name = name
 
 
-def _reason(error: BaseException) -> str:
-    """First line of the root cause; the exporter's own message only describes its steps."""
+def _root(error: BaseException) -> BaseException:
     while error.__cause__ is not None:
         error = error.__cause__
-    text = click.unstyle(str(error)).strip().splitlines()
+    return error
+
+
+def _reason(error: BaseException) -> str:
+    """First line of the root cause; the exporter's own message only describes its steps."""
+    text = click.unstyle(str(_root(error))).strip().splitlines()
     return text[0] if text else type(error).__name__
 
 
@@ -261,11 +298,15 @@ def _is_dynamic(value: ir.Value) -> bool:
     return value.shape is not None and len(value.shape) > 0 and isinstance(value.shape[0], ir.SymbolicDim)
 
 
-def check_dynamic_batch(model: ir.Model) -> None:
+def check_dynamic_batch(model: ir.Model, *, own: bool = False) -> None:
     """The input's and the outputs' first dimension must be symbolic.
+
+    Args:
+        own: whether the network is user code.
 
     Raises:
         ExportDefectError: names the first node that has a constant batch.
+        BadInputError: the same for user code.
     """
     ends = [model.graph.inputs[0], *model.graph.outputs]
     if all(_is_dynamic(value) for value in ends):
@@ -279,6 +320,12 @@ def check_dynamic_batch(model: ir.Model) -> None:
         None,
     )
     where = graph_io.describe(culprit) if culprit is not None else "the input itself"
+    if own:
+        raise BadInputError(
+            f"the network's code makes the number of images a constant, first at {where}",
+            hint="compute over the whole batch at once: a Python loop over the images, or a size taken with int() or "
+            "len(), becomes a constant",
+        )
     raise ExportDefectError(
         f"the exporter baked the batch size into the graph, first at {where}", hint=_REPORT
     )
@@ -334,6 +381,31 @@ def check_batches(
         for (name, tensor), output in zip(wanted.items(), found, strict=True):
             worst = max(worst, _output_error(name, tensor.numpy(), output, f"at batch {batch}, {size}"))
     return worst
+
+
+def difference_on_test_patterns(graph: Path, model: nn.Module, inputs: npt.NDArray[np.float32]) -> str:
+    """What a graph does otherwise than eager on images unlike photographs, as text; empty if it does the same.
+
+    Images for which eager's own outputs are not finite are left out.
+
+    Args:
+        inputs: `test_patterns` after normalization, float32 [6, 3, H, W].
+    """
+    with torch.inference_mode():
+        wanted = run_eager(model, torch.from_numpy(inputs))
+    found = OnnxRuntimeEngine(graph, fused=False).run_all(inputs)
+    for (name, tensor), output in zip(wanted.items(), found, strict=True):
+        errors = relative_errors(tensor.numpy(), output)
+        worst = int(np.argmax(errors))
+        if errors[worst] > MAX_RELATIVE_ERROR:
+            off = errors[worst]
+            what = (
+                f"differ from eager's by {off:.1e} of the largest" if np.isfinite(off) else "are not finite"
+            )
+            module = first_different_module(graph, model, inputs[worst])
+            where = f", first seen in the output of module {module}" if module else ""
+            return f"on the test pattern {TEST_PATTERNS[worst]!r}, {name} {what}{where}"
+    return ""
 
 
 def _output_error(

@@ -4,15 +4,69 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Mapping
+import sysconfig
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from export_zoo.base.errors import BadInputError
+from export_zoo.base.package import PACKAGE
 from export_zoo.exporter.models.spec import Output
 
-_PROBE_BATCHES = (3, 2)
+_IMAGES = 3
+"""Number of noise images that a network is probed with."""
+
+_KEEP_THE_BATCH = (
+    "squeeze() drops the batch dimension when there is one image: use flatten(1), or squeeze with a dimension"
+)
+
+
+def line_of(error: BaseException) -> str:
+    """The line of a network's own code that raised an error, such as "net.py:12, `if x.mean() > 0:`".
+
+    Lines of installed packages and of export-zoo do not count. Empty if there are no others.
+    """
+    folders = [PACKAGE, *(PACKAGE / name for name in ("exporter", "engines", "calibration"))]
+    folders += [Path(path) for path in sysconfig.get_paths().values()]
+    installed = tuple(str(folder.resolve()) for folder in folders)
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if not frame.filename.startswith("<") and not str(Path(frame.filename).resolve()).startswith(
+            installed
+        ):
+            return f"{Path(frame.filename).name}:{frame.lineno}, `{frame.line}`"
+    return ""
+
+
+_entered: list[list[str]] = []
+"""The lists that `without_autocast` yielded and that are still filled."""
+
+
+@contextlib.contextmanager
+def without_autocast() -> Iterator[list[str]]:
+    """Run networks in the types of their weights. Yields a list with an entry for each `torch.autocast` entered.
+
+    Autocast belongs to training and to GPUs. ONNX Runtime has no bfloat16 convolutions on the CPU, and precisions are
+    chosen when an engine is built.
+    """
+    cls = torch.amp.autocast_mode.autocast
+    enter, leave = cls.__enter__, cls.__exit__
+
+    def note(self: torch.autocast) -> torch.autocast:
+        for types in _entered if self._enabled else ():
+            types.append(str(self.fast_dtype))
+        return self
+
+    _entered.append([])
+    cls.__enter__, cls.__exit__ = note, lambda self, *_: None  # type: ignore[method-assign]
+    try:
+        yield _entered[-1]
+    finally:
+        _entered.pop()
+        cls.__enter__, cls.__exit__ = enter, leave  # type: ignore[method-assign]
 
 
 def run_eager(module: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -24,8 +78,9 @@ def run_eager(module: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor
     Raises:
         BadInputError: the module returns something other than floating-point tensors.
     """
-    with contextlib.redirect_stdout(sys.stderr):  # stdout is for our own results only
-        found = module(images)
+    # stdout is for our own results only. The module may change its input in place.
+    with contextlib.redirect_stdout(sys.stderr), without_autocast():
+        found = module(images.clone())
     if isinstance(found, torch.Tensor):
         named: dict[str, object] = {"logits": found}
     elif isinstance(found, Mapping):
@@ -46,41 +101,49 @@ def run_eager(module: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor
     return tensors
 
 
-def outputs_of(module: nn.Module, height: int, width: int, model: str) -> tuple[Output, ...]:
-    """Outputs of an eval-mode network, found by running it on noise images.
+@dataclass(frozen=True)
+class Probed:
+    """What a run of a network on noise images shows."""
+
+    outputs: tuple[Output, ...]
+    notes: tuple[str, ...]
+    """Warnings for the user."""
+
+
+def probe(module: nn.Module, height: int, width: int, model: str) -> Probed:
+    """Find the outputs of an eval-mode network by running it on noise images, and check that it is a pure function.
 
     Raises:
         BadInputError: the network does not run, returns shapes other than [N, classes] or [N, classes, height, width],
-            puts itself into training mode, or returns different values for the same images.
+            puts itself into training mode, or returns different values for the same images: in another run, or in
+            another batch.
     """
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(max(_PROBE_BATCHES), 3, height, width, generator=generator)
-    try:
-        with torch.inference_mode():
-            first, again, fewer = (
-                run_eager(module, images[:batch]) for batch in (_PROBE_BATCHES[0], *_PROBE_BATCHES)
-            )
-    except BadInputError as error:
-        raise BadInputError(f"{model}: {error.message}", hint=error.hint) from error
-    except Exception as error:
-        raise BadInputError(
-            f"{model}: does not run on float32 [{_PROBE_BATCHES[0]}, 3, {height}, {width}]: {error}",
-            hint="the network must take any number of RGB images; choose another size with --input-size",
-        ) from error
+    images = torch.randn(_IMAGES, 3, height, width, generator=generator)
+    with torch.inference_mode(), without_autocast() as autocasts:
+        first = _run_probe(module, images, model)
+        again = _run_probe(module, images, model)
+        fewer = _run_probe(module, images[:2], model)
+        single = _run_probe(module, images[:1], model)
     if training := [name for name, part in module.named_modules() if part.training]:
         raise BadInputError(
             f"{model}: puts {training[0] or 'itself'} into training mode when it runs",
             hint="leave out .train(): BatchNorm and dropout must be in eval mode",
         )
     for name, tensor in first.items():
-        for batch, found in ((_PROBE_BATCHES[0], tensor), (_PROBE_BATCHES[1], fewer[name])):
-            shape = list(found.shape)
-            if found.ndim not in (2, 4) or shape[0] != batch or shape[1] < 2:
+        for batch, found in ((_IMAGES, first), (2, fewer)):
+            shape = list(found[name].shape)
+            if len(shape) not in (2, 4) or shape[0] != batch or shape[1] < 2:
                 raise BadInputError(
                     f"{model}: output {name!r} is {shape} for {batch} images, not [N, classes] or "
                     "[N, classes, height, width] with two classes or more",
                     hint="return logits of such a shape as a tensor, a tuple or a dictionary",
                 )
+        wanted, shape = [1, *tensor.shape[1:]], list(single[name].shape)
+        if shape != wanted:
+            raise BadInputError(
+                f"{model}: output {name!r} is {shape} for one image, not {wanted}", hint=_KEEP_THE_BATCH
+            )
         if tensor.dtype != torch.float32:
             raise BadInputError(
                 f"{model}: output {name!r} is {str(tensor.dtype).removeprefix('torch.')}, not float32",
@@ -91,14 +154,73 @@ def outputs_of(module: nn.Module, height: int, width: int, model: str) -> tuple[
                 f"{model}: output {name!r} is not finite on noise images: NaN or infinity cannot be compared",
                 hint="mask with a large negative number instead of -inf, or check whether the training diverged",
             )
-        if not torch.allclose(tensor, again[name], rtol=1e-3, atol=1e-3 * float(tensor.std())):
+        if not _alike(tensor, again[name]):
             raise BadInputError(
-                f"{model}: output {name!r} differs between two runs on the same images",
+                f"{model}: output {name!r} differs between two runs on the same images"
+                + _first_different(module, images, images),
                 hint="leave out always-on dropout, random numbers and changing state: they cannot be compared",
             )
+        for part, few in ((fewer[name], images[:2]), (single[name], images[:1])):
+            if not _alike(tensor[: len(part)], part, spread=tensor):
+                raise BadInputError(
+                    f"{model}: output {name!r} of an image depends on the other images in its batch"
+                    + _first_different(module, images, few),
+                    hint="a network for inference must not compute over the batch: BatchNorm needs running statistics "
+                    "(track_running_stats=True) and eval mode; leave out means and sorting over dimension 0",
+                )
         if name == "input" or name in module.state_dict():
             raise BadInputError(
                 f"{model}: output {name!r} has the name of {'the input' if name == 'input' else 'a parameter'}",
                 hint="give that entry of the dictionary another name",
             )
-    return tuple(Output(name, tuple(tensor.shape[1:])) for name, tensor in first.items())
+    notes = (f"{model}: runs under torch.autocast; it is exported and compared without it, in float32",)
+    outputs = tuple(Output(name, tuple(tensor.shape[1:])) for name, tensor in first.items())
+    return Probed(outputs, notes if autocasts else ())
+
+
+def _run_probe(module: nn.Module, images: torch.Tensor, model: str) -> dict[str, torch.Tensor]:
+    try:
+        return run_eager(module, images)
+    except BadInputError as error:
+        raise BadInputError(f"{model}: {error.message}", hint=error.hint) from error
+    except Exception as error:
+        shape, line = list(images.shape), line_of(error)
+        raise BadInputError(
+            f"{model}: does not run on float32 {shape}: {error}{f' ({line})' if line else ''}",
+            hint="the network must take any number of RGB images; choose another size with --input-size"
+            if len(images) == _IMAGES
+            else f"it runs on {_IMAGES} images: {_KEEP_THE_BATCH}",
+        ) from error
+
+
+def _alike(first: torch.Tensor, second: torch.Tensor, spread: torch.Tensor | None = None) -> bool:
+    spread = first if spread is None else spread
+    return torch.allclose(first, second, rtol=1e-3, atol=1e-3 * float(spread.std()))
+
+
+def _first_different(module: nn.Module, images: torch.Tensor, other: torch.Tensor) -> str:
+    """Text that names the first module whose output of `other`, the first of the images, is another one than before."""
+    runs: list[list[tuple[str, torch.Tensor]]] = []
+
+    def keep(path: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, _inputs: object, output: object) -> None:
+            if isinstance(output, torch.Tensor) and output.is_floating_point() and output.ndim > 0:
+                runs[-1].append((path, output.clone()))
+
+        return hook
+
+    hooks = [part.register_forward_hook(keep(path)) for path, part in module.named_modules() if path]
+    try:
+        with torch.inference_mode():
+            for batch in (images, other):
+                runs.append([])
+                run_eager(module, batch)
+    finally:
+        for handle in hooks:
+            handle.remove()
+    for (path, before), (_, after) in zip(*runs, strict=False):
+        if before.shape[1:] == after.shape[1:] and not _alike(before[: len(after)], after, spread=before):
+            return (
+                f", first seen in the output of module {path} ({type(module.get_submodule(path)).__name__})"
+            )
+    return ""

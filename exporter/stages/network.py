@@ -48,6 +48,8 @@ class Exported:
     error: float
     """Largest difference to eager's logits, relative to their largest."""
     opset: int
+    warning: str
+    """What the graph does otherwise than eager on test patterns, or with the optimizer; empty if nothing."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,8 @@ class Simplified:
 class Reference:
     """The verify images, uint8, and eager's outputs of them; files are named by `file`."""
 
+    PATTERNS: ClassVar[str] = "-patterns"
+    """Suffix of the names of the test patterns' files."""
     sha256: list[str]
     """Hashes of the image files, in order; empty for synthetic images."""
     unreadable: list[tuple[str, str]]
@@ -149,6 +153,12 @@ def _synthetic(spec: ModelSpec, count: int, seed: int) -> Iterator[npt.NDArray[n
         yield normalize(images.synthetic_images(count, height, width, seed), spec.preprocess)
 
 
+def _test_patterns(spec: ModelSpec) -> Iterator[npt.NDArray[np.float32]]:
+    """The test patterns as inputs, float32 [6, 3, H, W], of every size that is checked."""
+    for height, width in _all_sizes(spec):
+        yield normalize(images.test_patterns(height, width), spec.preprocess)
+
+
 def export_graph(context: Context, spec: ModelSpec, model: EagerModel) -> StageResult[Exported]:
     """Export the eager model, and check it against eager at two batches of every size."""
 
@@ -160,12 +170,28 @@ def export_graph(context: Context, spec: ModelSpec, model: EagerModel) -> StageR
         path = directory / Exported.GRAPH
         names = [output.name for output in spec.outputs]
         own = spec.zoo == "python"
-        to_onnx.export(module, p.crop_height, p.crop_width, path, outputs=names, sizes=spec.sizes, own=own)
+
+        size = (p.crop_height, p.crop_width)
+
+        def export_to(out: Path, *, optimize: bool) -> str:
+            to_onnx.export(module, *size, out, optimize=optimize, outputs=names, sizes=spec.sizes, own=own)
+            patterns = (
+                to_onnx.difference_on_test_patterns(out, module, part) for part in _test_patterns(spec)
+            )
+            return next(filter(None, patterns), "")
+
+        warning = export_to(path, optimize=True)
+        if warning:
+            plain = directory / "plain.onnx"
+            if not export_to(plain, optimize=False):
+                warning = f"the exporter's optimizer is left out: with it, {warning}"
+                plain.replace(path)
+            plain.unlink(missing_ok=True)
         error = 0.0
         for inputs in _synthetic(spec, max(to_onnx.CHECK_BATCHES), spec.seed):
             follows = spec.sizes is not None
             error = max(error, to_onnx.check_batches(path, module, inputs, follows=follows))
-        return Exported(**asdict(report), error=error, opset=to_onnx.OPSET)
+        return Exported(**asdict(report), error=error, opset=to_onnx.OPSET, warning=warning)
 
     with context.reporter.stage("export") as stage:
         libraries = ("torch", "torchvision", "onnx", "onnxscript", "onnx_ir")
@@ -185,6 +211,8 @@ def export_graph(context: Context, spec: ModelSpec, model: EagerModel) -> StageR
         )
     if skipped := result.data.skipped:
         context.reporter.warn(f"--skip-weights: left out of the file: {', '.join(skipped)}")
+    if warning := result.data.warning:
+        context.reporter.warn(warning)
     if names := result.data.initialized:
         context.reporter.warn(f"initialized at random: {', '.join(names)}: accuracy figures mean nothing")
     return result
@@ -198,7 +226,7 @@ def simplify_graph(
     def make(directory: Path) -> Simplified:
         from export_zoo.exporter.graph import simplify
 
-        inputs = _synthetic(spec, 3, spec.seed + 1)
+        inputs = [*_synthetic(spec, 3, spec.seed + 1), *_test_patterns(spec)]
         done = simplify.simplify(exported.file(Exported.GRAPH), directory, *inputs)
         return Simplified(done.summary, done.warning)
 
@@ -260,6 +288,11 @@ def run_reference(
             for name, output in zip(reference_files(spec), outputs, strict=True):
                 check_reference(as_rows(output), f"at {height}x{width}, ")
                 np.save(directory / Reference.file(name, (height, width)), output)
+        pixels = images.test_patterns(p.crop_height, p.crop_width)
+        np.save(directory / Reference.file("inputs" + Reference.PATTERNS), pixels)
+        outputs = eager_outputs(model.built[0], pixels, p)
+        for name, output in zip(reference_files(spec), outputs, strict=True):
+            np.save(directory / Reference.file(name + Reference.PATTERNS), output)
         if stream is None:
             return Reference([], [])
         return Reference([i.sha256 for i in stream.images], [(u.name, u.reason) for u in stream.unreadable])
@@ -269,12 +302,12 @@ def run_reference(
         key = context.key(*libraries, spec=spec.key(), images=identity, isa=instruction_set())
         result = context.cache.run("reference", key, make, Reference)
 
-        def held(size: Size | None = None) -> HeldOut:
+        def held(size: Size | None = None, suffix: str = "", names: tuple[str, ...] = ()) -> HeldOut:
             inputs, logits, *further = (
-                np.load(result.file(Reference.file(name, size)))
+                np.load(result.file(Reference.file(name + suffix, size)))
                 for name in ("inputs", *reference_files(spec))
             )
-            return HeldOut(inputs, logits, None, tuple(further))
+            return HeldOut(inputs, logits, None, tuple(further), names=names)
 
         whole = held()
         sizes = tuple(held(size) for size in _further_sizes(spec))
@@ -287,7 +320,8 @@ def run_reference(
     if chosen.labels is not None:
         by_hash = dict(zip((i.sha256 for i in files), chosen.labels, strict=True))
         labels = [by_hash[sha256] for sha256 in result.data.sha256]
-    return result, dataclasses.replace(whole, labels=labels, sizes=sizes)
+    patterns = held(suffix=Reference.PATTERNS, names=images.TEST_PATTERNS)
+    return result, dataclasses.replace(whole, labels=labels, sizes=sizes, patterns=patterns)
 
 
 def reference_files(spec: ModelSpec) -> list[str]:

@@ -75,7 +75,8 @@ def _judge(
 
     def make(_: Path) -> Gate:
         further = sum(len(part.pixels) for part in held.sizes)
-        total = images_compared(len(held.pixels), recipe.batch, further)
+        patterns = len(held.patterns.pixels) if held.patterns is not None else 0
+        total = images_compared(len(held.pixels), recipe.batch, further, patterns)
         with context.reporter.bar("verify", total) as progress:
             return judge_engine(
                 engine.file,
@@ -127,6 +128,9 @@ def describe_gate(gate: Gate) -> str:
         text += f"; output {name} {figures.eager_metrics['sqnr'] or 0.0:.1f} dB"
     if gate.sizes:
         text += f"; further sizes {', '.join(f'{height}x{width}' for height, width in gate.sizes)}"
+    if gate.patterns:
+        worst = min(gate.patterns, key=lambda name: gate.patterns[name])
+        text += f"; {gate.patterns[worst]:.1f} dB at worst on test patterns ({worst})"
     if gate.reference != "eager":
         text += f"; gated against its unfused graph, {gate.metrics['sqnr'] or 0.0:.1f} dB"
     return text

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from export_zoo.base.errors import ParityError
+from export_zoo.calibration import images
 from export_zoo.calibration.preprocess import Preprocess, normalize
 from export_zoo.engines.bundle.manifest import Batch
 from export_zoo.engines.parity import metrics as parity
@@ -20,7 +21,7 @@ from export_zoo.engines.parity.metrics import (
     failures,
 )
 from export_zoo.engines.precision.registry import PRECISIONS
-from export_zoo.engines.verification.gate import images_compared, judge, run_in_batches
+from export_zoo.engines.verification.gate import Patterns, images_compared, judge, run_in_batches
 
 PREPROCESS = Preprocess(
     resize_size=4,
@@ -421,6 +422,48 @@ def _judged(engine, count: int = 70, batch: tuple[int, int, int] = (1, 8, 32), *
         **changes,
     }
     return judge(engine, **given)
+
+
+class _Even(_Linear):
+    """As `_Linear`, but wrong on even images."""
+
+    def __init__(self, wrong: float) -> None:
+        super().__init__()
+        self.value = wrong
+
+    def run(self, batch: np.ndarray) -> np.ndarray:
+        even = np.ptp(batch, axis=(2, 3)).max(axis=1) == 0
+        return np.where(even[:, None], np.float32(self.value), super().run(batch)).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "limit", "failures"),
+    [
+        (np.nan, 60.0, "not finite, but eager's is"),
+        (np.nan, None, "not finite, but eager's is"),
+        (np.inf, None, "not finite, but eager's is"),
+        (5.0, 60.0, "must be >= 60"),
+        (5.0, None, ""),
+    ],
+)
+def test_test_patterns_are_compared_too(wrong, limit, failures):
+    pixels = images.test_patterns(4, 4)
+    eager = {"logits": _Linear().run(normalize(pixels, PREPROCESS))}
+    patterns = Patterns(images.TEST_PATTERNS, pixels, eager, limit)
+    right = _judged(_Linear(), patterns=patterns)
+    assert right.failures == []
+    assert right.patterns == dict.fromkeys(images.TEST_PATTERNS, 200.0)
+    gate = _judged(_Even(wrong), patterns=patterns)
+    assert [text.partition(": ")[0] for text in gate.failures] == [
+        f"test pattern {name!r}" for name in ("black", "white", "gray") if failures
+    ]
+    assert all(failures in text for text in gate.failures)
+    assert gate.patterns["noise"] == 200.0
+    assert gate.patterns["black"] < 60
+    # Where eager's own logits are not finite, nothing is asked.
+    eager["logits"][:3] = np.nan
+    assert _judged(_Even(wrong), patterns=patterns).failures == []
+    assert set(_judged(_Even(wrong), patterns=patterns).patterns) == {"noise", "half", "checkerboard"}
 
 
 @pytest.mark.parametrize(("count", "batch"), [(7, 3), (6, 3), (1, 1), (2, 5), (3, 8), (5, 1), (33, 32)])

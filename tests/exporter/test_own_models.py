@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -13,17 +14,21 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import own_networks
 import pytest
 import torch
 from own_networks import Pixels, TwoHeads, padded
 from safetensors.torch import save_file
+from support.options import UNTUNED
 from support.paths import ROOT
 
 import export_zoo
 from export_zoo.base.errors import BadInputError, UsageError
+from export_zoo.calibration.images import TEST_PATTERNS
 from export_zoo.calibration.preprocess import normalize
 from export_zoo.engines.bundle.reader import held_out, read_manifest
 from export_zoo.engines.parity.outputs import as_rows, sampled, sampled_shape
+from export_zoo.exporter.graph import to_onnx
 from export_zoo.exporter.models import zoo
 from export_zoo.exporter.models.preprocessing import PreprocessFile, main, read_preprocess
 from export_zoo.exporter.options import ExportOptions
@@ -96,6 +101,51 @@ def test_the_factorys_own_weights_are_exported_and_recorded(cli, preprocess, tmp
         batch = normalize(held.pixels[:2], engine.manifest.recipe.preprocess)
         wanted = eager(torch.from_numpy(batch)).numpy()
     np.testing.assert_allclose(engine.run(batch), wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["InPlace", "Autocast", "Counter", "Stretched"])
+def test_networks_with_side_effects_are_exported_as_functions(cli, preprocess, tmp_path, name):
+    done = cli(f"{NETWORKS}:{name}", *SMALL[2:], "--preprocess", preprocess, "--out", tmp_path / "b.bundle")
+    assert done.code == 0, done.json["error"]
+    warned = [text for text in done.json["warnings"] if "runs under torch.autocast" in text]
+    assert len(warned) == (name == "Autocast")
+    engine = export_zoo.load(tmp_path / "b.bundle")
+    torch.manual_seed(0)
+    eager = getattr(own_networks, name)().eval()
+    black = np.zeros((1, 3, 64, 64), dtype=np.float32)
+    with torch.inference_mode():
+        wanted = eager.double()(torch.from_numpy(black).double()).numpy() if name != "Autocast" else None
+    found = engine.run(black)
+    assert np.isfinite(found).all()
+    if wanted is not None:
+        np.testing.assert_allclose(found, wanted, atol=1e-5)
+    (gate,) = (engine["gate"] for engine in done.json["engines"])
+    assert set(gate["patterns"]) == set(TEST_PATTERNS)
+    assert min(gate["patterns"].values()) > 60
+
+
+def test_an_optimizer_that_changes_the_function_is_left_out(cli, preprocess, tmp_path, monkeypatch):
+    """As the exporter's did before its constants were exact: it dropped the epsilon."""
+    monkeypatch.setattr(to_onnx, "_exact_constants", contextlib.nullcontext)
+    given = (f"{NETWORKS}:Stretched", *SMALL[2:], "--preprocess", preprocess, "--no-cache")
+    done = cli(*given, "--out", tmp_path / "b.bundle")
+    assert done.code == 0, done.json["error"]
+    (told,) = (text for text in done.json["warnings"] if "optimizer" in text)
+    assert "left out: with it, on the test pattern 'black', logits are not finite" in told
+    assert "first seen in the output of module conv" in told
+    black = np.zeros((1, 3, 64, 64), dtype=np.float32)
+    assert np.isfinite(export_zoo.load(tmp_path / "b.bundle").run(black)).all()
+
+
+def test_values_that_decide_stay_float(cli, photos, preprocess, tmp_path):
+    for name, least in (("Unpooled", (60, 25)), ("Guarded", (45, 15))):
+        done = cli(
+            *(f"{NETWORKS}:{name}", *SMALL[2:], *INT8[2:], "--calib", photos, "--preprocess", preprocess),
+            *(*UNTUNED, "--out", tmp_path / name),
+        )
+        assert done.code == 0, done.json["error"]
+        figures = [engine["gate"]["eager_metrics"]["sqnr"] for engine in done.json["engines"]]
+        assert [have > want for have, want in zip(figures, least, strict=True)] == [True, True], figures
 
 
 def test_a_weights_file_is_loaded_into_what_the_factory_makes(preprocess, tmp_path):
@@ -185,9 +235,20 @@ def test_a_project_may_have_folders_called_as_ours(preprocess, tmp_path):
         ("{}:Argmax", "something other than floating-point tensors", "logits"),
         ("{}:Gray", r"does not run on float32 \[3, 3, 64, 64\]", "RGB"),
         ("{}:Two", r"output 'logits' is \[2, 3\] for 3 images", "logits"),
-        ("{}:Noisy", "output 'logits' differs between two runs", "dropout"),
+        ("{}:Noisy", "output 'logits' differs between two runs on the same images$", "dropout"),
         ("{}:Trains", "puts norm into training mode", "eval mode"),
-        ("{}:Branches", "torch.onnx.export refuses the network: .*[Dd]ata-dependent", "no branch on values"),
+        (
+            "{}:Branches",
+            r"refuses the network at own_networks.py:\d+, `return x if x.sum\(\) > 0 else -x`: .*[Dd]ata-dependent",
+            "torch.where",
+        ),
+        (
+            "{}:NoStatistics",
+            r"depends on the other images in its batch, .* module norm \(BatchNorm2d\)",
+            "running",
+        ),
+        ("{}:Squeezed", r"output 'logits' is \[5\] for one image, not \[1, 5\]", "flatten(1)"),
+        ("{}:Unrolled", "makes the number of images a constant, first at Concat", "loop over the images"),
         ("{}:scripted", "returns RecursiveScriptModule", "not scripted"),
         ("{}:Double", "output 'logits' is float64, not float32", ".float()"),
         ("{}:Masked", "output 'logits' is not finite", "-inf"),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from export_zoo.base.errors import BadInputError, EnvironmentFailureError
 from export_zoo.calibration.preprocess import Preprocess
-from export_zoo.exporter.models.eager import outputs_of
+from export_zoo.exporter.models.eager import probe
 from export_zoo.exporter.models.model_arguments import value_of
 from export_zoo.exporter.models.preprocessing import read_preprocess, resized
 from export_zoo.exporter.models.spec import ModelSpec
@@ -106,7 +106,7 @@ def resolve(options: ExportOptions) -> ModelSpec:
         weights=weights,
         preprocess=preprocess,
         labels=labels,
-        outputs=outputs_of(module, preprocess.crop_height, preprocess.crop_width, options.model),
+        outputs=probe(module, preprocess.crop_height, preprocess.crop_width, options.model).outputs,
         version=_timm().__version__,
     )
 

@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from export_zoo.base.errors import BadInputError, UsageError
-from export_zoo.exporter.models.eager import outputs_of
+from export_zoo.exporter.models.eager import probe
 from export_zoo.exporter.models.model_arguments import value_of
 from export_zoo.exporter.models.preprocessing import read_preprocess, resized
 from export_zoo.exporter.models.spec import ModelSpec
@@ -129,7 +129,7 @@ def _materialize(module: nn.Module, size: tuple[int, int]) -> None:
     """Run the module once if it has lazy layers, which get their shapes from the first run."""
     if any(isinstance(part, LazyModuleMixin) for part in module.modules()):
         with contextlib.suppress(Exception), torch.no_grad(), contextlib.redirect_stdout(sys.stderr):
-            module(torch.zeros(2, 3, *size))  # if it does not run, `outputs_of` reports that
+            module(torch.zeros(2, 3, *size))  # if it does not run, `probe` reports that
 
 
 def _wrapped(module: nn.Module) -> object:
@@ -163,10 +163,10 @@ def resolve(options: ExportOptions) -> ModelSpec:
         for kind in sorted(kinds - {"float32"})
     )
     module = module.float()
-    outputs = outputs_of(module, *size, model)
     weights = weights_files.chosen(options, "factory", "as the factory returns them")
-    if weights.kind == "factory":
+    if weights.kind == "factory":  # before the network runs, which may change its buffers
         weights = dataclasses.replace(weights, sha256=state_dicts.state_digest(module))
+    probed = probe(module, *size, model)
     source, _, function = model.rpartition(":")
     return ModelSpec.of(
         options,
@@ -175,10 +175,10 @@ def resolve(options: ExportOptions) -> ModelSpec:
         weights=weights,
         preprocess=preprocess,
         labels=labels,
-        outputs=outputs,
+        outputs=probed.outputs,
         factory=f"{_shown(Path(source))}:{function}",
         factory_path=source,
-        notes=notes,
+        notes=(*notes, *probed.notes),
         version=uuid.uuid4().hex,  # the cache cannot know when user code changes
     )
 
