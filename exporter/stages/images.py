@@ -81,6 +81,8 @@ def choose_images(context: Context, spec: ModelSpec) -> ChosenImages:
     with context.reporter.stage("splits") as stage:
         stage.detail = ", ".join(f"{name} {len(files)}" for name, files in splits.items() if files)
         stage.detail += f"; labels: {found.explanation}"
+    if found.warning:
+        context.reporter.warn(found.warning)
     if not categories and len(found.by_folder) == spec.num_classes:
         categories = tuple(sorted(found.by_folder, key=lambda name: found.by_folder[name]))
     return ChosenImages(splits, source.root, False, found.of(splits["verify"]), categories)

@@ -566,7 +566,11 @@ def test_synthetic_images_have_the_spectrum_of_photographs_and_not_of_noise():
 
 
 def labelled(*folders: str | None) -> list[ImageFile]:
-    return [ImageFile(Path("x.png"), f"{f}/{i}.png", str(i), f) for i, f in enumerate(folders)]
+    names = [f"{folder}/{i}.png" if folder is not None else f"{i}.png" for i, folder in enumerate(folders)]
+    return [
+        ImageFile(Path("x.png"), name, str(i), folder)
+        for i, (name, folder) in enumerate(zip(names, folders, strict=True))
+    ]
 
 
 def test_folders_named_by_class_are_labelled_by_name():
@@ -583,10 +587,53 @@ def test_names_win_over_the_sorted_order():
 
 
 def test_as_many_folders_as_classes_are_labelled_in_sorted_order():
-    images = labelled("n03", "n01", "n02", "n01")
+    images = labelled("n01484850", "n01440764", "n01443537", "n01440764")
     labels = folder_labels(images, ["tench", "goldfish", "shark"], 3)
     assert labels.of(images) == [2, 0, 1, 0]
     assert "sorted" in labels.explanation
+
+
+@pytest.mark.parametrize(
+    ("folders", "categories", "labels", "explanation", "warning"),
+    [
+        # Splits are no classes, whatever their number.
+        (("train/dog", "val/cat"), ["cat", "dog"], [1, 0], "by name below train, val", ""),
+        (
+            ("Train/dog", "TEST/cat", "train/cat"),
+            [],
+            [1, 0, 0],
+            "2 class folders, sorted below TEST, Train",
+            "",
+        ),
+        (("data/train/dog", "data/val/cat"), ["cat", "dog"], [1, 0], "by name", ""),
+        (("train/a", "val/b"), ["cat", "dog"], None, "a, b are not among cat, dog", ""),
+        # ... unless the network has such a class.
+        (("train/1", "car/2"), ["car", "train"], [1, 0], "by name", ""),
+        # A folder around all others.
+        (("images/dog/1", "images/cat/2"), ["cat", "dog"], [1, 0], "by name below images", ""),
+        # Case, separators and plurals.
+        (("Cats", "Dogs"), ["dog", "cat"], [1, 0], "by similar name", "Cats = cat, Dogs = dog"),
+        (
+            ("train/Pick-Up_trucks",),
+            ["pick up truck", "car"],
+            [0],
+            "by similar name",
+            "Pick-Up_trucks = pick up truck",
+        ),
+        (("Foxes", "berries"), ["berry", "fox"], [1, 0], "by similar name", "Foxes = fox"),
+        (("cat", "Cats"), ["cat", "dog"], None, "Cats is not among", ""),
+        (("Cat", "dog"), ["cat", "CAT", "dog"], None, "Cat is not among", ""),
+        # Known names and as many folders of other names: their order says nothing.
+        (("Katze", "Hund"), ["dog", "cat"], None, "Hund, Katze are not among dog, cat", ""),
+    ],
+)
+def test_known_names_decide_and_splits_are_no_classes(folders, categories, labels, explanation, warning):
+    images = labelled(*folders)
+    found = folder_labels(images, categories, len(categories) or 2)
+    assert found.of(images) == labels
+    assert explanation in found.explanation
+    assert warning in found.warning
+    assert bool(warning) == bool(found.warning)
 
 
 def test_folders_named_by_number_are_class_indices():
