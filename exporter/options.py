@@ -243,6 +243,8 @@ class ExportOptions:
     batch: BatchRange = field(default_factory=BatchRange)
     tolerances: tuple[Tolerance, ...] = ()
     require: Literal["graph", "verified"] = "graph"
+    strict: bool = False
+    """Whether `auto` fails, too, if a target refuses the network."""
     method: str = "auto"
     steps: tuple[str, ...] = STEPS
     keep_float: tuple[str, ...] = ()

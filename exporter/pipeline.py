@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from export_zoo.base.errors import EnvironmentFailureError, ExportZooError, ParityError, StateNotReachedError
+from export_zoo.base.errors import (
+    BuilderCrashError,
+    EnvironmentFailureError,
+    ExportZooError,
+    ParityError,
+    StateNotReachedError,
+    TargetRefusalError,
+)
 from export_zoo.base.files import cache_directory
 from export_zoo.base.package import __version__
 from export_zoo.calibration.images import check_folder
@@ -16,6 +23,7 @@ from export_zoo.calibration.ranges import Ranges
 from export_zoo.engines.bundle import manifest
 from export_zoo.engines.bundle.manifest import Engine
 from export_zoo.engines.targets import registry
+from export_zoo.engines.targets.base import Target
 from export_zoo.exporter import publish
 from export_zoo.exporter.contents import Contents, describe_engine, describe_held_out, describe_recipe
 from export_zoo.exporter.options import ExportOptions
@@ -24,14 +32,11 @@ from export_zoo.exporter.run.context import Context
 from export_zoo.exporter.run.report import Reporter
 from export_zoo.exporter.stages import network
 from export_zoo.exporter.stages import ranges as ranges_stage
-from export_zoo.exporter.stages.build import build
+from export_zoo.exporter.stages.build import build, check_graph
 from export_zoo.exporter.stages.images import choose_images
 from export_zoo.exporter.stages.network import Reference, Simplified
 from export_zoo.exporter.stages.tuning.tune import Tuned, tune
 from export_zoo.exporter.stages.verify import judge_engines, time_engines
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,42 @@ class GateFailedError(KeptError, ParityError):
 
 
 class RequirementMissedError(KeptError, StateNotReachedError):
-    """Engines did not reach the state that `--require` asks for."""
+    """Engines did not reach the state that `--require` asks for, or a target refused to build them."""
+
+
+class _Refusals:
+    """Engines that could not be built, and why. Other engines are built nevertheless."""
+
+    def __init__(self, precisions: Sequence[str]) -> None:
+        self._precisions = precisions
+        self._errors: list[ExportZooError] = []
+        self.engines: list[manifest.Refused] = []
+        self.targets: set[str] = set()
+        """Names of targets none of whose engines can be built."""
+
+    @property
+    def first(self) -> ExportZooError:
+        return self._errors[0]
+
+    def texts(self, what: str) -> list[str]:
+        """What happened to the engines, with one text for each reason."""
+        reasons = dict.fromkeys(refused.reason for refused in self.engines)
+        names = {reason: [r.name for r in self.engines if r.reason == reason] for reason in reasons}
+        return [f"{', '.join(found)}: {what}: {reason}" for reason, found in names.items()]
+
+    @contextmanager
+    def noting(self, target: Target, precision: str | None = None) -> Iterator[None]:
+        """Note that a target refuses a precision, or the graph itself, and go on."""
+        try:
+            yield
+        except (TargetRefusalError, BuilderCrashError) as error:
+            self._errors.append(error)
+            refused = self._precisions if precision is None else [precision]
+            if precision is None:
+                self.targets.add(target.name)
+            self.engines += [
+                manifest.Refused(name=f"{target.name}-{name}", reason=error.message) for name in refused
+            ]
 
 
 def _refuse_overlap(ranges: Ranges, reference: StageResult[Reference]) -> None:
@@ -98,14 +138,28 @@ def _run(context: Context) -> ExportResult:
         _refuse_overlap(calibrated[1], reference)
     ranges = calibrated[1] if calibrated is not None else None
     tuned: dict[str, Tuned] = {}
+    refusals = _Refusals(options.unique_precisions())
     if ranges is not None and options.quantizes:
         random = spec.weights_kind == "random"
+        for chosen_target in chosen_targets:
+            if chosen_target.compiled:  # tuning takes minutes
+                with refusals.noting(chosen_target):
+                    check_graph(context, graph, chosen_target)
+        chosen_targets = [target for target in chosen_targets if target.name not in refusals.targets]
+        if not chosen_targets:
+            raise refusals.first
         tuned = tune(context, graph, ranges, chosen, spec.preprocess, chosen_targets, random=random)
-    built = [
-        build(context, graph, chosen_target, precision, ranges, tuned.get(chosen_target.name))
-        for chosen_target in chosen_targets
-        for precision in options.unique_precisions()
-    ]
+    built = []
+    for chosen_target in chosen_targets:
+        for precision in options.unique_precisions():
+            with refusals.noting(chosen_target, precision):
+                built.append(
+                    build(context, graph, chosen_target, precision, ranges, tuned.get(chosen_target.name))
+                )
+    if not built:
+        raise refusals.first
+    for text in refusals.texts("left out"):
+        context.reporter.warn(text)
     contents = Contents()
     recipe = describe_recipe(context, spec, chosen, exported, simplified, calibrated, tuned, contents)
     latencies = time_engines(context, built, graph, recipe, held)
@@ -115,20 +169,22 @@ def _run(context: Context) -> ExportResult:
     failed = [f"{e.name}: {text}" for e in engines for text in e.gate.failures]
     enough = manifest.STATES.index("verified" if options.require == "verified" else "graph verified")
     short = [e.name for e in engines if manifest.STATES.index(e.state) < enough]
+    demanded = bool(refusals.engines) and (options.strict or registry.AUTO not in options.targets)
     result = manifest.Manifest(
         schema_version=manifest.SCHEMA_VERSION,
         tool=f"export-zoo {__version__}",
-        status="failed" if failed or short else "ok",
+        status="failed" if failed or short or demanded else "ok",
         warnings=context.reporter.warnings,
         recipe=recipe,
         artifacts=manifest.Artifacts(
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             engines=engines,
+            refused=refusals.engines,
             held_out=held_out,
         ),
     )
     out = options.out_dir
-    place = publish.failed_place(out) if failed or short else out
+    place = publish.failed_place(out) if failed or short or demanded else out
     with context.reporter.stage("bundle") as stage:
         try:
             publish.publish(place, result, contents.sources)
@@ -149,6 +205,14 @@ def _run(context: Context) -> ExportResult:
         raise RequirementMissedError(
             f"--require {options.require}: {', '.join(short)} did not reach the required state",
             hint=f"everything is kept in {place}; export on a machine that can run the engines",
+            result=ExportResult(place, result),
+        )
+    if demanded:
+        advice = "leave out this target, or use --target auto, which leaves out what cannot be built"
+        raise RequirementMissedError(
+            "; ".join(refusals.texts("refused")),
+            hint=f"the other engines are kept in {place}; "
+            + ("leave out --strict to accept them" if registry.AUTO in options.targets else advice),
             result=ExportResult(place, result),
         )
     return ExportResult(out, result)

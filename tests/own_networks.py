@@ -389,3 +389,12 @@ class Guarded(Small):
         power = x.pow(2).mean((1, 2, 3), keepdim=True)
         x = x * (power + 1e-9).pow(-0.5) * torch.reciprocal(power + 1e-9)
         return torch.log(self.head(x).softmax(1).clamp(min=1e-7))
+
+
+class Folded(Small):
+    """fold() becomes Col2Im, which ONNX Runtime has and TensorRT does not."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.body(x)
+        unfolded = nn.functional.unfold(x, 3, padding=1)
+        return self.head(nn.functional.fold(unfolded, x.shape[2:], 3, padding=1))

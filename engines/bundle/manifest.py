@@ -411,9 +411,19 @@ class HeldOut(_HeldOutImages):
         return [self, *self.sizes, *([self.patterns] if self.patterns is not None else [])]
 
 
+class Refused(_Model):
+    """An engine that was asked for and could not be built."""
+
+    name: str = Field(description="`<target>-<precision>`.")
+    reason: str
+
+
 class Artifacts(_Model):
     created: str = Field(description="Time of creation, UTC, ISO 8601.")
     engines: list[Engine] = Field(min_length=1)
+    refused: list[Refused] = Field(
+        default=[], description="Engines that were asked for and that their target refused to build."
+    )
     held_out: HeldOut
 
     @model_validator(mode="after")

@@ -137,6 +137,14 @@ class Target(ABC):
             EnvironmentFailureError: the device reports an error.
         """
 
+    def check_graph(self, graph: Path) -> None:
+        """Find out quickly whether the target takes an FP32 graph, before INT8 is tuned. Only for `compiled` targets.
+
+        Raises:
+            TargetRefusalError: it does not; the message names node and module.
+        """
+        raise NotImplementedError(self.name)
+
     def build_key(self, request: BuildRequest) -> dict[str, Any]:
         """Inputs of a compiled engine besides its graph, for the stage cache. Only for `compiled` targets."""
         raise NotImplementedError(self.name)
@@ -150,7 +158,7 @@ class Target(ABC):
 
         Raises:
             UsageError: options, batch or sizes do not fit.
-            ExportDefectError: the graph is rejected; the message names node and module.
+            TargetRefusalError: the graph is rejected; the message names node and module.
             EnvironmentFailureError: the builder crashed or was killed.
         """
         raise NotImplementedError(self.name)

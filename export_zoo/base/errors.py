@@ -59,10 +59,14 @@ class BadInputError(ExportZooError):
 
 
 class StateNotReachedError(ExportZooError):
-    """An engine did not reach the state that `--require` asks for."""
+    """An engine did not reach the state that `--require` asks for, or a target refused to build it."""
 
     exit_code = 6
     kind = "state"
+
+
+class TargetRefusalError(StateNotReachedError):
+    """A target's parser or builder refuses the network's graph."""
 
 
 class EnvironmentFailureError(ExportZooError):
@@ -70,6 +74,10 @@ class EnvironmentFailureError(ExportZooError):
 
     exit_code = 7
     kind = "environment"
+
+
+class BuilderCrashError(EnvironmentFailureError):
+    """A target's builder crashed or was killed."""
 
 
 def first_of(error: ValidationError) -> str:

@@ -273,7 +273,7 @@ def inspect(bundle: Path, json_path: Path | None, quiet: bool, verbose: bool) ->
         *(f"{name} cannot be read, and is not used" for name in attested.unreadable),
     ):
         click.echo(f"{'warning':<12} {warning}")
-    print_table(manifest.artifacts.engines, random=trained.random)
+    print_table(manifest.artifacts.engines, manifest.artifacts.refused, random=trained.random)
 
 
 @click.command(epilog=EXIT_CODES)

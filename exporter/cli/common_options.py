@@ -14,7 +14,7 @@ Exit codes:
     3  parity gate failed; export keeps everything under OUT.failed/
     4  a requested target is not available here
     5  bad input: model, weights, images or bundle
-    6  an engine did not reach the state that export's --require asks for
+    6  an engine did not reach the state that export's --require asks for, or was refused by its target
     7  network, disk or memory
   130  interrupted
 """

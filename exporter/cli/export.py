@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -20,6 +20,9 @@ from export_zoo.exporter.cli.common_options import (
 )
 from export_zoo.exporter.cli.option_table import OPTIONS, SectionedCommand, add, export_options
 from export_zoo.exporter.run.report import ConsoleReporter, show_log
+
+if TYPE_CHECKING:
+    from export_zoo.exporter.pipeline import ExportResult
 
 
 @click.command(cls=SectionedCommand, epilog=EXIT_CODES)
@@ -46,7 +49,6 @@ def export(model: str, json_path: Path | None, quiet: bool, verbose: bool, **giv
             now.reporter.warn(f"{option_name(name)} has no effect without --precision int8")
     registry.choose_for(chosen.targets, chosen.build, chosen.precisions)  # before PyTorch is loaded
     from export_zoo.exporter import pipeline
-    from export_zoo.exporter.run.report import print_table
 
     try:
         result = pipeline.export(chosen, reporter=now.reporter)
@@ -54,17 +56,30 @@ def export(model: str, json_path: Path | None, quiet: bool, verbose: bool, **giv
         now.document |= _described(error.result.bundle, error.result.manifest)
         if not quiet:
             with outcome.printing():
-                print_table(error.result.engines, random=error.result.manifest.recipe.source.weights.random)
+                _print(error.result)
         raise
     now.document |= _described(result.bundle, result.manifest)
     if not quiet:
-        print_table(result.engines, random=result.manifest.recipe.source.weights.random)
+        _print(result)
     del json_path
+
+
+def _print(result: ExportResult) -> None:
+    from export_zoo.exporter.run.report import print_table
+
+    artifacts, random = result.manifest.artifacts, result.manifest.recipe.source.weights.random
+    print_table(artifacts.engines, artifacts.refused, random=random)
 
 
 def _described(bundle: Path, manifest: Any) -> dict[str, Any]:
     document = manifest.model_dump(mode="json")
-    return {"bundle": str(bundle), "engines": document["artifacts"]["engines"], "recipe": document["recipe"]}
+    artifacts = document["artifacts"]
+    return {
+        "bundle": str(bundle),
+        "engines": artifacts["engines"],
+        "refused": artifacts["refused"],
+        "recipe": document["recipe"],
+    }
 
 
 def check_arguments(arguments: Sequence[str]) -> None:

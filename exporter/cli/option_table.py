@@ -138,6 +138,12 @@ OPTIONS = (
         default="graph",
     ),
     Option(
+        "--strict",
+        "strict",
+        _PRECISIONS,
+        f"Fail if a target of --target {AUTO} refuses the network. Otherwise, its engines are left out with a warning.",
+    ),
+    Option(
         "--calib",
         "calib",
         _IMAGES,

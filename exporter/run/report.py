@@ -14,7 +14,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal, Protocol, TextIO, cast
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from export_zoo.engines.bundle.manifest import Engine
+    from export_zoo.engines.bundle.manifest import Engine, Refused
 
 
 class _Lossy:
@@ -162,8 +162,8 @@ def _number(value: float | int | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def print_table(engines: Sequence[Engine], *, random: bool) -> None:
-    """Print the engines of a bundle on stdout."""
+def print_table(engines: Sequence[Engine], refused: Sequence[Refused] = (), *, random: bool) -> None:
+    """Print the engines of a bundle, and those that could not be built, on stdout."""
     from rich.table import Table
 
     console = make_console()
@@ -188,4 +188,6 @@ def print_table(engines: Sequence[Engine], *, random: bool) -> None:
             f"{latency.median_ms:.1f}" if latency else "-",
             f"{latency.speedup:.2f}x" if latency else "-",
         )
+    for engine_left_out in refused:
+        table.add_row(engine_left_out.name, "-", "refused", *["-"] * 6)
     console.print(table)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from export_zoo.base.errors import TargetRefusalError
 from export_zoo.base.graph_io import sha256_of
 from export_zoo.base.machine import library_versions
 from export_zoo.calibration.ranges import Ranges
@@ -98,7 +99,7 @@ def build(
         tuned: the parts of a quantized precision.
 
     Raises:
-        ExportDefectError: the builder refuses the graph; names node and module.
+        TargetRefusalError: the builder refuses the graph; names node and module.
         EnvironmentFailureError: the builder crashed or was killed.
     """
     precision = PRECISIONS[precision_name]
@@ -137,6 +138,24 @@ def build(
         compiled.data.plan,
         compiled.file(timings) if timings is not None else None,
     )
+
+
+def check_graph(context: Context, graph: Path, target: Target) -> None:
+    """Let a compiled target's parser read the FP32 graph. Raises TargetRefusalError."""
+
+    def make(_: Path) -> str:
+        try:
+            target.check_graph(graph)
+        except TargetRefusalError as error:
+            return error.message
+        return ""
+
+    key = context.key(graph=sha256_of(graph), target=target.name, version=target.version)
+    with context.reporter.stage("parse") as stage:
+        result = context.cache.run("parse", key, make, str)
+        stage.cached, stage.detail = result.cached, result.data or f"{target.name} takes the graph"
+    if result.data:
+        raise TargetRefusalError(result.data, hint="use --target onnxruntime to build without TensorRT")
 
 
 def _compile(context: Context, graph: Path, target: Target) -> StageResult[Compiled]:

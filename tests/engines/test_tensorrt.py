@@ -20,7 +20,7 @@ from export_zoo.base.cuda import has_cuda_device
 from export_zoo.base.errors import (
     BadInputError,
     EnvironmentFailureError,
-    ExportDefectError,
+    TargetRefusalError,
     TargetUnavailableError,
 )
 from export_zoo.engines.bundle.reader import read_manifest
@@ -82,7 +82,7 @@ def test_what_the_parser_refuses_is_named_with_its_module(tmp_path):
     node.metadata_props.add(key="module", value="features.3.odd")
     last = helper.make_node("SequenceLength", ["sequence"], ["logits"], name="length")
     graph = _graph(tmp_path / "odd.onnx", node, last)
-    with pytest.raises(ExportDefectError) as raised:
+    with pytest.raises(TargetRefusalError) as raised:
         _build(graph)
     assert "SequenceEmpty 'odd_one' (module features.3.odd)" in raised.value.message
     assert "odd.onnx" in raised.value.message
@@ -91,7 +91,7 @@ def test_what_the_parser_refuses_is_named_with_its_module(tmp_path):
 
 def test_a_file_that_is_no_graph_is_refused(tmp_path):
     (tmp_path / "no.onnx").write_bytes(b"not a graph")
-    with pytest.raises(ExportDefectError, match=r"cannot build no.onnx"):
+    with pytest.raises(TargetRefusalError, match=r"cannot build no.onnx"):
         _build(tmp_path / "no.onnx")
 
 
@@ -121,7 +121,7 @@ def test_warnings_of_engines_that_will_misbehave_are_errors(relu, monkeypatch):
     lines = "".join(json.dumps(event) + "\n" for event in events)
     monkeypatch.setattr(build, "WORKER", (sys.executable, "-c", f"print({lines!r}, end='')"))
     relu.with_suffix(".plan").write_bytes(b"an engine that will misbehave")
-    with pytest.raises(ExportDefectError, match="not self-consistent"):
+    with pytest.raises(TargetRefusalError, match="not self-consistent"):
         _build(relu)
     assert not relu.with_suffix(".plan").exists()
 
@@ -192,7 +192,7 @@ def test_what_the_builder_refuses_is_named_with_its_module(tmp_path):
     node = helper.make_node("MatMul", ["input", "weight"], ["logits"], name="node_product")
     node.metadata_props.add(key="module", value="head.fc")
     graph = _graph(tmp_path / "old.onnx", node, weight=weight)
-    with pytest.raises(ExportDefectError, match=r"MatMul 'node_product' \(module head\.fc\)"):
+    with pytest.raises(TargetRefusalError, match=r"MatMul 'node_product' \(module head\.fc\)"):
         _build(graph, options=BuildOptions(compute_capabilities=("7.5",)))
 
 

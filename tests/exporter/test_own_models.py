@@ -28,6 +28,7 @@ from export_zoo.calibration.images import TEST_PATTERNS
 from export_zoo.calibration.preprocess import normalize
 from export_zoo.engines.bundle.reader import held_out, read_manifest
 from export_zoo.engines.parity.outputs import as_rows, sampled, sampled_shape
+from export_zoo.engines.targets import registry
 from export_zoo.exporter.graph import to_onnx
 from export_zoo.exporter.models import zoo
 from export_zoo.exporter.models.preprocessing import PreprocessFile, main, read_preprocess
@@ -135,6 +136,48 @@ def test_an_optimizer_that_changes_the_function_is_left_out(cli, preprocess, tmp
     assert "first seen in the output of module conv" in told
     black = np.zeros((1, 3, 64, 64), dtype=np.float32)
     assert np.isfinite(export_zoo.load(tmp_path / "b.bundle").run(black)).all()
+
+
+@pytest.mark.parametrize(
+    ("given", "code"),
+    [((), 0), (("--strict",), 6), (("--target", "onnxruntime", "--target", "tensorrt-rtx"), 6)],
+)
+def test_what_one_target_refuses_is_kept_of_the_others(
+    cli, photos, preprocess, tmp_path, monkeypatch, given, code
+):
+    if why := registry.TARGETS["tensorrt-rtx"].unavailable:
+        pytest.skip(why)
+    monkeypatch.setattr(registry, "AUTOMATIC", ("onnxruntime", "tensorrt-rtx"))
+    command = [f"{NETWORKS}:Folded", *SMALL[2:], "--calib", photos, "--preprocess", preprocess, *UNTUNED]
+    done = cli(*command, *INT8, *given, "--out", tmp_path / "b.bundle")
+    assert done.code == code, done.json["error"]
+    place = tmp_path / ("b.bundle.failed" if code else "b.bundle")
+    manifest = read_manifest(place)
+    assert manifest.status == ("failed" if code else "ok")
+    names = [f"tensorrt-rtx-{precision}" for precision in ("fp32", "fp16", "int8")]
+    assert [refused.name for refused in manifest.artifacts.refused] == names
+    assert all("Col2Im" in refused.reason for refused in manifest.artifacts.refused)
+    assert done.json["refused"] == [r.model_dump() for r in manifest.artifacts.refused]
+    assert {e.state for e in manifest.artifacts.engines} == {"verified"}
+    (told,) = (text for text in done.json["warnings"] if "Col2Im" in text)
+    assert told.startswith(f"{', '.join(names)}: left out: ")
+    assert "refused" in done.out
+    if code:
+        assert done.json["error"]["kind"] == "state"
+        assert str(place) in done.json["error"]["hint"]
+        assert ("--strict" in done.json["error"]["hint"]) == (given == ("--strict",))
+        assert not (tmp_path / "b.bundle").exists()
+
+
+def test_a_network_that_the_only_target_refuses_ends_with_its_reason(cli, photos, preprocess, tmp_path):
+    if why := registry.TARGETS["tensorrt-rtx"].unavailable:
+        pytest.skip(why)
+    command = [f"{NETWORKS}:Folded", *SMALL[2:], "--calib", photos, "--preprocess", preprocess]
+    done = cli(*command, "--target", "tensorrt-rtx", *INT8[2:], "--out", tmp_path / "b.bundle")
+    assert done.code == 6
+    assert "parse: Col2Im" in done.json["error"]["message"]
+    assert not (tmp_path / "b.bundle.failed").exists()
+    assert "build" not in [stage["name"] for stage in done.json["stages"]], "asked before tuning and building"
 
 
 def test_values_that_decide_stay_float(cli, photos, preprocess, tmp_path):

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from export_zoo.base import graph_io
-from export_zoo.base.errors import EnvironmentFailureError, ExportDefectError, UsageError
+from export_zoo.base.errors import BuilderCrashError, EnvironmentFailureError, TargetRefusalError, UsageError
 from export_zoo.base.package import IMPORT_ROOT
 from export_zoo.engines.parity.metrics import Size
 from export_zoo.engines.targets.options import CURRENT, BuildOptions
@@ -155,8 +155,9 @@ def build_engine(
 
     Raises:
         UsageError: an option, the batch or the sizes do not fit this TensorRT or this graph.
-        ExportDefectError: the parser or the builder rejects the graph; the message names node and module.
-        EnvironmentFailureError: the builder crashed or was killed.
+        TargetRefusalError: the parser or the builder rejects the graph; the message names node and module.
+        BuilderCrashError: the builder crashed or was killed.
+        EnvironmentFailureError: the engine cannot be written.
     """
     options = options or BuildOptions()
     request = {
@@ -175,7 +176,7 @@ def build_engine(
     for left in (out, out.with_suffix(TIMING_SUFFIX)):
         left.unlink(missing_ok=True)
     if not final:
-        raise EnvironmentFailureError(
+        raise BuilderCrashError(
             f"{target}: {_ended(code, tail)}",
             hint="try a smaller --batch or --workspace, or another --target",
         )
@@ -187,10 +188,26 @@ def build_engine(
     if final["event"] == "error" and final["stage"] == "configure":
         raise UsageError(f"{target}: {final['errors'][0]['text']}", hint="see `export-zoo export --help`")
     reason = f"build: {fatal[0]}" if fatal else _describe(final["stage"], final["errors"], logged, graph)
-    raise ExportDefectError(
+    raise _refusal(target, graph, reason)
+
+
+def _refusal(target: str, graph: Path, reason: str) -> TargetRefusalError:
+    return TargetRefusalError(
         f"{target}: cannot build {graph.name}: {reason}",
         hint="use -v to see TensorRT's log, or --target onnxruntime to build without TensorRT",
     )
+
+
+def check_graph(graph: Path, target: str) -> None:
+    """Let TensorRT's parser read a graph, which takes seconds. Building takes longer.
+
+    Raises:
+        TargetRefusalError: the parser rejects the graph; the message names node and module.
+    """
+    request = {"what": "parse", "target": target, "graph": str(graph.absolute())}
+    final, _, logged, _, _ = _worker(request, lambda done, total: None)
+    if final.get("event") == "error":  # a crash shows again, with its reason, when the engine is built
+        raise _refusal(target, graph, _describe(final["stage"], final["errors"], logged, graph))
 
 
 def _follow(events: IO[str], steps: Steps) -> tuple[dict[str, Any], Counter[str], list[str]]:

@@ -79,6 +79,11 @@ class _Plans(Target):
         del options
         return device_name()
 
+    def check_graph(self, graph: Path) -> None:
+        from export_zoo.engines.targets.tensorrt.build import check_graph
+
+        check_graph(graph, self.name)
+
     def build_key(self, request: BuildRequest) -> dict[str, Any]:
         from export_zoo.base.graph_io import sha256_of
 

@@ -126,7 +126,7 @@ def _use_timing_cache(config: Any, path: str | None) -> None:
 
 
 def _build(request: dict[str, Any], emit: Any) -> dict[str, Any]:
-    """Build the engine. Returns the final event: `done` or `error`."""
+    """Build the engine, or only parse its graph. Returns the final event: `done` or `error`."""
     trt = importlib.import_module(MODULES[request["target"]])
     logger = _logger(trt, emit)
     builder = trt.Builder(logger)
@@ -141,6 +141,8 @@ def _build(request: dict[str, Any], emit: Any) -> dict[str, Any]:
                 {"node": e.node_name(), "operator": e.node_operator(), "text": e.desc()} for e in errors
             ],
         }
+    if request.get("what") == "parse":
+        return {"event": "done"}
     config = _configure(trt, builder, network, request)
     if request["target"] == "tensorrt":  # TensorRT-RTX times nothing
         _use_timing_cache(config, request["timing_cache"])
