@@ -528,7 +528,10 @@ def test_an_engine_that_only_an_attestation_calls_verified_is_chosen(bundle, tmp
         name: gate.model_copy(update={"ran": "engine"}) if name == "tensorrt-rtx-fp16" else gate
         for name, gate in attestation.engines.items()
     }
-    attested = attestation.model_copy(update={"engines": gates, "compute_capability": "8.9"})
+    fast = next(iter(attestation.latencies.values())).model_copy(update={"speedup": 99.0})
+    timed = {**attestation.latencies, "tensorrt-rtx-fp16": fast}
+    changed = {"engines": gates, "latencies": timed, "compute_capability": "8.9"}
+    attested = attestation.model_copy(update=changed)
     path.write_text(attested.model_dump_json())
     opened = []
     is_here("8.9")
