@@ -22,6 +22,7 @@ from export_zoo.calibration.images import check_folder
 from export_zoo.calibration.ranges import Ranges
 from export_zoo.engines.bundle import manifest
 from export_zoo.engines.bundle.manifest import Engine
+from export_zoo.engines.precision.registry import BASELINE, PRECISIONS
 from export_zoo.engines.targets import registry
 from export_zoo.engines.targets.base import Target
 from export_zoo.exporter import publish
@@ -100,6 +101,20 @@ class _Refusals:
             self.engines += [
                 manifest.Refused(name=f"{target.name}-{name}", reason=error.message) for name in refused
             ]
+
+
+def _advice(engines: Sequence[Engine]) -> str:
+    """What to try after a failed gate. It follows from the most exact precision that failed."""
+    failed = {engine.precision for engine in engines if engine.gate.failures}
+    exact = next(name for name in PRECISIONS if name in failed)
+    if exact == BASELINE.name:
+        return (
+            "look at the network: FP32 does not depend on calibration, so it amplifies rounding (a division by "
+            "almost 0, a logarithm near 0), or a kernel is wrong; --target shows whether one target alone fails"
+        )
+    if not PRECISIONS[exact].quantized:
+        return f"try another --precision, or a --tolerance that you can accept: calibration does not help {exact}"
+    return "try more --calib images, --keep-float, another --precision or a --tolerance that you can accept"
 
 
 def _refuse_overlap(ranges: Ranges, reference: StageResult[Reference]) -> None:
@@ -197,8 +212,7 @@ def _run(context: Context) -> ExportResult:
     if failed:
         raise GateFailedError(
             f"parity gate failed: {'; '.join(failed)}",
-            hint=f"everything is kept in {place}; see `export-zoo inspect {place}`, then try more --calib images, "
-            "another --precision or a --tolerance that you can accept",
+            hint=f"everything is kept in {place}; see `export-zoo inspect {place}`, then {_advice(engines)}",
             result=ExportResult(place, result),
         )
     if short:

@@ -391,6 +391,13 @@ class Guarded(Small):
         return torch.log(self.head(x).softmax(1).clamp(min=1e-7))
 
 
+def observed() -> nn.Module:
+    """Prepared for quantization-aware training."""
+    network = Small().train()
+    network.qconfig = torch.ao.quantization.get_default_qat_qconfig("fbgemm")
+    return torch.ao.quantization.prepare_qat(network)
+
+
 class Folded(Small):
     """fold() becomes Col2Im, which ONNX Runtime has and TensorRT does not."""
 

@@ -118,6 +118,7 @@ def probe(module: nn.Module, height: int, width: int, model: str) -> Probed:
             puts itself into training mode, or returns different values for the same images: in another run, or in
             another batch.
     """
+    _check_kind(module, model)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(_IMAGES, 3, height, width, generator=generator)
     with torch.inference_mode(), without_autocast() as autocasts:
@@ -178,6 +179,16 @@ def probe(module: nn.Module, height: int, width: int, model: str) -> Probed:
     return Probed(outputs, notes if autocasts else ())
 
 
+def _check_kind(module: nn.Module, model: str) -> None:
+    """Refuse networks for which a failure further on would give no useful hint."""
+    for path, part in module.named_modules():
+        if type(part).__module__.startswith("torch.ao."):
+            raise BadInputError(
+                f"{model}: is prepared or converted by torch.ao.quantization: {path} is a {type(part).__name__}",
+                hint="return the float network, before prepare, prepare_qat and convert; --precision int8 quantizes it",
+            )
+
+
 def _run_probe(module: nn.Module, images: torch.Tensor, model: str) -> dict[str, torch.Tensor]:
     try:
         return run_eager(module, images)
@@ -185,11 +196,17 @@ def _run_probe(module: nn.Module, images: torch.Tensor, model: str) -> dict[str,
         raise BadInputError(f"{model}: {error.message}", hint=error.hint) from error
     except Exception as error:
         shape, line = list(images.shape), line_of(error)
+        first = next((part for part in module.modules() if isinstance(part, nn.Conv2d)), None)
+        hint = "the network must take any number of RGB images; choose another size with --input-size"
+        if len(images) < _IMAGES:
+            hint = f"it runs on {_IMAGES} images: {_KEEP_THE_BATCH}"
+        elif first is not None and first.in_channels != images.shape[1]:
+            hint = (
+                f"images are RGB, and the first convolution takes {first.in_channels} channel(s): let the network make "
+                "them, for example with x.mean(1, keepdim=True)"
+            )
         raise BadInputError(
-            f"{model}: does not run on float32 {shape}: {error}{f' ({line})' if line else ''}",
-            hint="the network must take any number of RGB images; choose another size with --input-size"
-            if len(images) == _IMAGES
-            else f"it runs on {_IMAGES} images: {_KEEP_THE_BATCH}",
+            f"{model}: does not run on float32 {shape}: {error}{f' ({line})' if line else ''}", hint=hint
         ) from error
 
 

@@ -417,6 +417,8 @@ def test_a_tolerance_that_cannot_be_met_keeps_the_bundle_aside_and_the_old_one_i
     error = _refused(done, 3, "parity")
     assert "sqnr" in error["message"]
     assert str(kept) in error["hint"]
+    assert "FP32 does not depend on calibration" in error["hint"]
+    assert "--calib" not in error["hint"]
     assert done.json["bundle"] == str(kept)
     assert done.json["engines"][0]["state"] == "built"
     assert "FAILED" in done.out

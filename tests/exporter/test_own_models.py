@@ -276,7 +276,16 @@ def test_a_project_may_have_folders_called_as_ours(preprocess, tmp_path):
         ("{}:text", "returns str, not a torch.nn.Module", "network"),
         ("{}:Sum", r"output 'logits' is \[3\] for 3 images", "logits"),
         ("{}:Argmax", "something other than floating-point tensors", "logits"),
-        ("{}:Gray", r"does not run on float32 \[3, 3, 64, 64\]", "RGB"),
+        (
+            "{}:Gray",
+            r"does not run on float32 \[3, 3, 64, 64\]: .* \(own_networks.py:\d+, `",
+            "takes 1 channel(s)",
+        ),
+        (
+            "{}:observed",
+            r"is prepared or converted by torch\.ao\.quantization: conv is a Conv2d",
+            "float network",
+        ),
         ("{}:Two", r"output 'logits' is \[2, 3\] for 3 images", "logits"),
         ("{}:Noisy", "output 'logits' differs between two runs on the same images$", "dropout"),
         ("{}:Trains", "puts norm into training mode", "eval mode"),

@@ -144,6 +144,7 @@ def test_gate_catches_a_corrupt_scale(gate_case, cli, monkeypatch):
 
     done, out = gate_case(cli, monkeypatch, lambda path: _edit(path, corrupt))
     _failed(done, out)
+    assert "try more --calib images" in done.json["error"]["hint"]
 
 
 def test_gate_catches_two_swapped_classes(gate_case, cli, monkeypatch):

@@ -179,6 +179,34 @@ def test_weights_that_are_not_floating_point_are_named(dtype):
         load_into(model, state, origin="odd.pth", init_missing=())
 
 
+def test_checkpoints_of_torchs_quantization_are_recognized(tmp_path):
+    from export_zoo.exporter.models.weights.state_dicts import Reading, load_into, read_weights
+
+    float_weights = {"weight": torch.ones(3, 2), "bias": torch.zeros(3)}
+    observed = {
+        **float_weights,
+        "weight_fake_quant.scale": torch.ones(1),
+        "activation_post_process.min_val": torch.ones(1),
+    }
+    path = tmp_path / "qat.pth"
+    torch.save(observed, path)
+    with pytest.raises(
+        BadInputError, match=r"quantization-aware training .*: weight_fake_quant.scale"
+    ) as caught:
+        load_into(torch.nn.Linear(2, 3), read_weights(path).state, origin="qat.pth", init_missing=())
+    options = re.findall(r"--skip-weights '(\S+)'", caught.value.hint)
+    loaded = read_weights(path, Reading(skip=tuple(options)))
+    model = torch.nn.Linear(2, 3)
+    load_into(model, loaded.state, origin="qat.pth", init_missing=())
+    assert torch.equal(model.weight, float_weights["weight"])
+    torch.save({"fc.scale": torch.ones(1), "fc._packed_params._packed_params": (torch.ones(1), None)}, path)
+    with pytest.raises(
+        BadInputError, match=r"is a quantized checkpoint of torch\.ao\.quantization"
+    ) as caught:
+        read_weights(path)
+    assert "before `convert`" in caught.value.hint
+
+
 def test_text_and_misnamed_files_are_told_from_weights(tmp_path):
     from safetensors.torch import save_file
 

@@ -156,6 +156,12 @@ def read_weights(path: Path, reading: Reading = Reading()) -> Loaded:
         ) from error
     loaded, entry, others = _entry(path, loaded, reading.key)
     versions = dict(getattr(loaded, "_metadata", {}))
+    if isinstance(loaded, Mapping) and any("_packed_params" in str(name) for name in loaded):
+        raise BadInputError(
+            f"--weights {path}: is a quantized checkpoint of torch.ao.quantization: its weights are integers for "
+            "PyTorch's kernels",
+            hint="give the float checkpoint from before `convert`; --precision int8 quantizes it",
+        )
     if isinstance(loaded, Mapping):  # torch.optim.swa_utils.AveragedModel adds n_averaged
         loaded = {name: value for name, value in loaded.items() if name != "n_averaged"}
     if (
@@ -207,6 +213,10 @@ def read_weights(path: Path, reading: Reading = Reading()) -> Loaded:
     return Loaded(state, versions, entry, others, tuple(skipped))
 
 
+_OBSERVERS = ("fake_quant", "activation_post_process")
+"""Parts of the names that torch.ao.quantization gives to the observers of ranges."""
+
+
 def _entry_advice(loaded: object) -> str:
     entries = [str(k) for k, v in loaded.items() if _is_state(v)] if isinstance(loaded, Mapping) else []
     if entries:
@@ -240,6 +250,16 @@ def load_into(
     state = {(f"{m[1]}{m[2]}" if (m := _DENSENET.match(name)) else name): t for name, t in state.items()}
     wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
     kinds = {n: t.dtype for n, t in model.state_dict().items() if n in state and t.is_floating_point()}
+    if observers := [n for n in state if n not in wanted and any(part in n for part in _OBSERVERS)]:
+        raise BadInputError(
+            f"--weights {origin}: is a checkpoint of quantization-aware training (torch.ao.quantization): "
+            f"{_shown(observers)}",
+            hint="give the float checkpoint; or read the float weights in this one with "
+            + " ".join(
+                f"--skip-weights '*{part}*'" for part in _OBSERVERS if any(part in n for n in observers)
+            )
+            + ", and calibrate again with --precision int8",
+        )
     if odd := [f"{n} ({state[n].dtype})" for n in kinds if not state[n].is_floating_point()]:
         raise BadInputError(
             f"--weights {origin}: not floating point: {_shown(odd)}",
