@@ -13,7 +13,7 @@ from export_zoo.base.errors import BadInputError, UsageError
 from export_zoo.exporter.models import dynamic_size, fully_convolutional, memory
 from export_zoo.exporter.models.sources import timm_zoo, torchvision_zoo, user_code
 from export_zoo.exporter.models.spec import ModelSpec
-from export_zoo.exporter.models.weights import state_dicts
+from export_zoo.exporter.models.weights import state_dicts, weights_files
 from export_zoo.exporter.models.weights.random_weights import make_usable
 from export_zoo.exporter.options import ExportOptions
 
@@ -57,6 +57,34 @@ def resolve(options: ExportOptions) -> ModelSpec:
             hint="give one label for each class, or leave them out",
         )
     return spec
+
+
+def resolve_before_download(options: ExportOptions) -> ModelSpec | None:
+    """The same network with random weights, to check its memory before weights are downloaded for it.
+
+    None if no weights are downloaded. Raises the errors of `resolve`.
+    """
+    if options.weights == "none" or weights_files.looks_like_file(options.weights) or ":" in options.model:
+        return None
+    transforms = options.transforms
+    if not options.model.startswith("timm/"):
+        torchvision_zoo.check_model(options.model)
+        weights = weights_files.by_name(options.model, options.weights, option="--weights")
+        if weights_files.place_of(weights).is_file():
+            return None
+        transforms = transforms or weights.name
+    return resolve(
+        dataclasses.replace(
+            options,
+            weights="none",
+            transforms=transforms,
+            weights_key=None,
+            renames=(),
+            skip_weights=(),
+            init_missing=(),
+            allow_pickle=False,
+        )
+    )
 
 
 def _refuse_torchvisions(options: ExportOptions) -> None:

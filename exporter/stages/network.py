@@ -97,6 +97,8 @@ def resolve_model(context: Context) -> ModelSpec:
     with context.reporter.stage("weights") as stage:
         from export_zoo.exporter.models import zoo
 
+        if context.options.memory_check and (untrained := zoo.resolve_before_download(context.options)):
+            _check_memory(context, untrained)
         spec = zoo.resolve(context.options)
         p = spec.preprocess
         stage.detail = (

@@ -136,3 +136,14 @@ def test_what_is_free_is_told_in_the_refusal(monkeypatch):
         EnvironmentFailureError, match=r"net: is expected to take 3\.5 GiB .* 3\.0 GiB are free"
     ):
         memory.check("net", 7 * GIB // 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["resnet18", "timm/resnet18.a1_in1k"])
+def test_memory_is_checked_before_weights_are_downloaded(model, cli, tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "available_memory", lambda: GIB // 8)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *_, **__: pytest.fail("downloaded"))
+    done = cli(model, "--weights", "DEFAULT", "--out", tmp_path / "out")
+    assert done.code == 7
+    assert "is expected to take" in done.json["error"]["message"]
+    assert "--no-memory-check" in done.json["error"]["hint"]

@@ -97,14 +97,19 @@ def local_file(path: Path, model: str | None = None) -> WeightsFile:
     return WeightsFile(path, sha256, None)
 
 
+def place_of(weights: WeightsEnum) -> Path:
+    """Where PyTorch's hub directory has the file of torchvision weights, once it is downloaded."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(weights.url).path).name
+
+
 def downloaded(weights: WeightsEnum) -> WeightsFile:
     """The file of torchvision weights, from PyTorch's hub directory or from the network.
 
     Raises:
         EnvironmentFailureError: the download failed, or the disk is full.
     """
-    name = Path(urlparse(weights.url).path).name
-    path = Path(torch.hub.get_dir()) / "checkpoints" / name
+    path = place_of(weights)
+    name = path.name
     if not path.is_file():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
