@@ -410,7 +410,10 @@ def _stems(manifest: Manifest) -> dict[str, File]:
     return {Path(file.path).name.split(".")[0]: file for file in manifest.files()}
 
 
-STEMS = ["resnet18", "resnet18-onnxruntime-int8", "ranges", "inputs", "logits"]
+STEMS = [
+    *("resnet18", "resnet18-onnxruntime-int8", "ranges"),
+    *("inputs", "logits", "inputs-patterns", "logits-patterns"),
+]
 
 
 def test_bundle_holds_the_manifests_files_and_no_other(digits_bundle):
@@ -794,6 +797,11 @@ def _version(manifest: Manifest, directory: Path, seed: int, size: int = 3000) -
     ]
     held = manifest.artifacts.held_out.model_copy(update={"inputs": made("inputs", ".npy", 10 * seed + 5)})
     held = held.model_copy(update={"logits": made("logits", ".npy", 10 * seed + 6)})
+    patterns = {
+        name: made(f"{name}-patterns", ".npy", 10 * seed + 7 + i)
+        for i, name in enumerate(("inputs", "logits"))
+    }
+    held = held.model_copy(update={"patterns": held.patterns.model_copy(update=patterns)})
     artifacts = manifest.artifacts.model_copy(update={"engines": built, "held_out": held})
     changed = {"recipe": recipe, "artifacts": artifacts, "tool": f"export-zoo {seed}"}
     return manifest.model_copy(update=changed), sources
@@ -948,7 +956,7 @@ def _write_half(source: Path, target: Path) -> None:
     target.write_bytes(source.read_bytes()[: source.stat().st_size // 2])
 
 
-@pytest.mark.parametrize("after", range(5))
+@pytest.mark.parametrize("after", range(7))
 @pytest.mark.parametrize("spoil", [lambda *_: None, _write_half], ids=["nothing written", "half written"])
 def test_full_disk_while_copying_leaves_the_old_bundle(versions, tmp_path, monkeypatch, after, spoil):
     out = tmp_path / "place" / "out"
@@ -964,7 +972,7 @@ def test_full_disk_while_copying_leaves_the_old_bundle(versions, tmp_path, monke
     _assert_is(out, versions[1])
 
 
-@pytest.mark.parametrize("after", range(7))
+@pytest.mark.parametrize("after", range(9))
 def test_disk_that_does_not_sync_leaves_the_old_bundle(versions, tmp_path, monkeypatch, after):
     out = tmp_path / "place" / "out"
     publish(out, *versions[0])
@@ -995,7 +1003,7 @@ def test_full_disk_while_writing_the_manifest_leaves_the_old_bundle(versions, tm
     _assert_is(out, versions[1])
 
 
-@pytest.mark.parametrize("after", range(6))
+@pytest.mark.parametrize("after", range(8))
 def test_full_disk_at_the_first_time_leaves_nothing(versions, tmp_path, monkeypatch, after):
     out = tmp_path / "place" / "out"
     with monkeypatch.context() as patch:
