@@ -332,6 +332,14 @@ class Autocast(Small):
         return super().forward(x)
 
 
+class WithoutLoss(Small):
+    """Its second output is a loss, which needs labels."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None, torch.Tensor]:
+        logits = super().forward(x)
+        return logits, None, logits.relu()
+
+
 class Counter(Small):
     """Counts its runs in a buffer, which changes no logit."""
 

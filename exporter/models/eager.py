@@ -73,7 +73,7 @@ def run_eager(module: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor
     """Run the module and return its outputs by name, in the order of the exported graph's outputs.
 
     A single tensor is named `logits`. A mapping or a named tuple keeps its own names. The outputs of a tuple or list
-    are named `logits`, `output_1`, ...
+    are named `logits`, `output_1`, ... An output that is None is left out, as the exporter does.
 
     Raises:
         BadInputError: the module returns something other than floating-point tensors.
@@ -91,6 +91,7 @@ def run_eager(module: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor
         named = {f"output_{i}" if i else "logits": value for i, value in enumerate(found)}
     else:
         named = {"logits": found}
+    named = {name: value for name, value in named.items() if value is not None}  # a loss without labels
     tensors = {n: v for n, v in named.items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
     if not tensors or len(tensors) < len(named):
         odd = ", ".join(f"{n} ({type(v).__name__})" for n, v in named.items() if n not in tensors)
