@@ -83,7 +83,7 @@ class _Refusals:
         return self._errors[0]
 
     def texts(self, what: str) -> list[str]:
-        """What happened to the engines, with one text for each reason."""
+        """Texts that name the engines, one for each reason."""
         reasons = dict.fromkeys(refused.reason for refused in self.engines)
         names = {reason: [r.name for r in self.engines if r.reason == reason] for reason in reasons}
         return [f"{', '.join(found)}: {what}: {reason}" for reason, found in names.items()]
@@ -104,7 +104,7 @@ class _Refusals:
 
 
 def _advice(engines: Sequence[Engine]) -> str:
-    """What to try after a failed gate. It follows from the most exact precision that failed."""
+    """Advice after a failed gate. It follows from the most exact precision that failed."""
     failed = {engine.precision for engine in engines if engine.gate.failures}
     exact = next(name for name in PRECISIONS if name in failed)
     if exact == BASELINE.name:

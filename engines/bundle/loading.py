@@ -224,10 +224,9 @@ def load(
     if best_here is None:
         raise next(iter(opener.left_out.values()))
     reasons |= {name: error.message for name, error in opener.left_out.items()}
-    told = [f"fastest verified engine that may be loaded here{', ' * bool(measured.told(best_here.name))}"]
-    told += [measured.told(best_here.name)]
-    told += [f"; {name} was left out: {reason}" for name, reason in reasons.items() if reason]
-    best_here.why = "".join(told) + unreadable
+    fastest = ["fastest verified engine that may be loaded here", measured.told(best_here.name)]
+    left_out = [f"; {name} was left out: {reason}" for name, reason in reasons.items() if reason]
+    best_here.why = ", ".join(filter(None, fastest)) + "".join(left_out) + unreadable
     return best_here
 
 

@@ -39,7 +39,7 @@ def _rounded(graph: ir.Graph, value: ir.Value, dtype: ir.DataType) -> None:
 
 
 def _dequantized(node: ir.Node) -> npt.NDArray[np.float32]:
-    """What a DequantizeLinear of constants computes, float32, to the bit as ONNX Runtime does."""
+    """Output of a DequantizeLinear of constants, float32, to the bit as ONNX Runtime computes it."""
     integers, scale, *zero_points = (
         value.const_value.numpy()
         for value in node.inputs

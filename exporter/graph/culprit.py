@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +14,7 @@ from torch import nn
 from export_zoo.base import graph_io
 from export_zoo.engines.parity.metrics import relative_errors
 from export_zoo.engines.targets.onnxruntime.engine import OnnxRuntimeEngine
-from export_zoo.exporter.models.eager import run_eager
+from export_zoo.exporter.models.eager import module_outputs
 
 MIN_DIFFERENCE = 1e-3
 """Difference of a module's output, relative to its largest value, from which the module is named."""
@@ -31,21 +30,8 @@ def first_different_module(graph: Path, model: nn.Module, image: npt.NDArray[np.
         image: one input, float32 [3, H, W].
     """
     eager: dict[str, list[npt.NDArray[np.float32]]] = {}
-
-    def keep(path: str) -> Any:
-        def hook(module: nn.Module, inputs: object, output: object) -> None:
-            if isinstance(output, torch.Tensor) and output.is_floating_point():
-                eager.setdefault(path, []).append(output.detach().clone().float().numpy())
-
-        return hook
-
-    hooks = [module.register_forward_hook(keep(path)) for path, module in model.named_modules() if path]
-    try:
-        with torch.inference_mode():
-            run_eager(model, torch.from_numpy(image[None].copy()))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    for path, tensor in module_outputs(model, torch.from_numpy(image[None])):
+        eager.setdefault(path, []).append(tensor.float().numpy())
     found = _outputs_of_modules(graph, image)
     for path, output in found.items():
         wanted = eager.get(path, [])

@@ -384,7 +384,7 @@ def check_batches(
 
 
 def difference_on_test_patterns(graph: Path, model: nn.Module, inputs: npt.NDArray[np.float32]) -> str:
-    """What a graph does otherwise than eager on images unlike photographs, as text; empty if it does the same.
+    """Describes how a graph differs from eager on images unlike photographs; empty if it does not.
 
     Images for which eager's own outputs are not finite are left out.
 

@@ -104,7 +104,7 @@ def run_eager(module: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor
 
 @dataclass(frozen=True)
 class Probed:
-    """What a run of a network on noise images shows."""
+    """Facts about a network, found by running it on noise images."""
 
     outputs: tuple[Output, ...]
     notes: tuple[str, ...]
@@ -216,26 +216,33 @@ def _alike(first: torch.Tensor, second: torch.Tensor, spread: torch.Tensor | Non
     return torch.allclose(first, second, rtol=1e-3, atol=1e-3 * float(spread.std()))
 
 
-def _first_different(module: nn.Module, images: torch.Tensor, other: torch.Tensor) -> str:
-    """Text that names the first module whose output of `other`, the first of the images, is another one than before."""
-    runs: list[list[tuple[str, torch.Tensor]]] = []
+def module_outputs(module: nn.Module, images: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+    """Run the module once. Returns path and output of each inner module that returns one tensor, in order of execution.
+
+    A module that runs several times is listed as often.
+    """
+    outputs: list[tuple[str, torch.Tensor]] = []
 
     def keep(path: str) -> Callable[..., None]:
         def hook(_module: nn.Module, _inputs: object, output: object) -> None:
             if isinstance(output, torch.Tensor) and output.is_floating_point() and output.ndim > 0:
-                runs[-1].append((path, output.clone()))
+                outputs.append((path, output.clone()))
 
         return hook
 
     hooks = [part.register_forward_hook(keep(path)) for path, part in module.named_modules() if path]
     try:
         with torch.inference_mode():
-            for batch in (images, other):
-                runs.append([])
-                run_eager(module, batch)
+            run_eager(module, images)
     finally:
         for handle in hooks:
             handle.remove()
+    return outputs
+
+
+def _first_different(module: nn.Module, images: torch.Tensor, other: torch.Tensor) -> str:
+    """Text that names the first module whose output of `other`, the first of the images, is another one than before."""
+    runs = module_outputs(module, images), module_outputs(module, other)
     for (path, before), (_, after) in zip(*runs, strict=False):
         if before.shape[1:] == after.shape[1:] and not _alike(before[: len(after)], after, spread=before):
             return (

@@ -49,7 +49,7 @@ class Exported:
     """Largest difference to eager's logits, relative to their largest."""
     opset: int
     warning: str
-    """What the graph does otherwise than eager on test patterns, or with the optimizer; empty if nothing."""
+    """Warning that the graph differs from eager on test patterns, or that the optimizer was left out; empty if none."""
 
 
 @dataclass(frozen=True)
