@@ -41,7 +41,7 @@ def prepare(model: str, count: int, directory: Path) -> tuple[Path, Path]:
 def images(preprocess: Preprocess, count: int, directory: Path) -> Path:
     folder = directory / str(count)
     folder.mkdir(exist_ok=True)
-    few = synthetic_images(min(count, 64), preprocess.crop_height, preprocess.crop_width, 2)
+    few = synthetic_images(min(count, 64), preprocess, 2)
     pixels = np.concatenate([few] * (count // len(few)))
     np.save(folder / "pixels.npy", pixels)
     floats = np.lib.format.open_memmap(

@@ -46,7 +46,7 @@ def measure(
     In each turn one untimed run brings the engine's weights back into the caches.
     """
     engines = {name: OnnxRuntimeEngine(path, threads=threads) for name, path in paths.items()}
-    x = normalize(synthetic_images(batch, p.crop_height, p.crop_width, 2), p)
+    x = normalize(synthetic_images(batch, p, 2), p)
     times: dict[str, list[float]] = {name: [] for name in engines}
     begin = time.perf_counter()
     while time.perf_counter() - begin < seconds or len(times["fp32"]) < 7:

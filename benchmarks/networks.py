@@ -16,7 +16,7 @@ def simplified(model: str, directory: Path) -> tuple[Path, Preprocess]:
     spec = zoo.resolve(ExportOptions(model=model, weights="none"))
     p = spec.preprocess
     module, _ = zoo.build(spec)
-    inputs = normalize(synthetic_images(4, p.crop_height, p.crop_width, 1), p)
+    inputs = normalize(synthetic_images(4, p, 1), p)
     to_onnx.export(module, p.crop_height, p.crop_width, directory / "model.onnx")
     simplify.simplify(directory / "model.onnx", directory, inputs)
     return directory / "graph.onnx", p

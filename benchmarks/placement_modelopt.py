@@ -67,7 +67,7 @@ def both(model: str, directory: Path) -> tuple[list[dict[Operand, str]], list[fl
         log_level="ERROR",
     )
     write_twin(ours, directory / "twin.onnx")
-    held_out = normalize(synthetic_images(16, p.crop_height, p.crop_width, 2), p)
+    held_out = normalize(synthetic_images(16, p, 2), p)
     want = OnnxRuntimeEngine(fp32).run(held_out)
     found = [OnnxRuntimeEngine(path, fused=False).run(held_out) for path in (directory / "twin.onnx", theirs)]
     return [quantized_operands(path) for path in (ours, theirs)], [compare(want, f).sqnr for f in found]

@@ -38,7 +38,7 @@ from export_zoo.base import graph_io  # noqa: E402
 from export_zoo.base.machine import cpu_model, instruction_set, library_versions  # noqa: E402
 from export_zoo.calibration.images import IMAGE_SUFFIXES  # noqa: E402
 from export_zoo.calibration.layer_inputs import input_sizes, layer_means, layer_moments  # noqa: E402
-from export_zoo.calibration.preprocess import decode, normalize, resize_and_crop  # noqa: E402
+from export_zoo.calibration.preprocess import normalize, read_pixels  # noqa: E402
 from export_zoo.calibration.ranges import Ranges  # noqa: E402
 from export_zoo.engines.bundle import reader  # noqa: E402
 from export_zoo.engines.parity.metrics import compare  # noqa: E402
@@ -84,7 +84,7 @@ def graphs(root: Path, folder: Path, out: Path) -> dict[str, Path]:
     files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
     files = [f for f in files if graph_io.sha256_of(f) not in held]
     chosen = files[:: max(1, len(files) // IMAGES)][:IMAGES]
-    pixels = np.stack([resize_and_crop(decode(f.read_bytes()), p) for f in chosen])
+    pixels = np.stack([read_pixels(f.read_bytes(), p)[0] for f in chosen])
     layers = [str(n.name) for n in graph_io.load(graph).graph if weight_of(n) is not None]
     few = [name for name, (_, size) in input_sizes(graph, layers).items() if size <= LARGEST]
     moments = dict(layer_moments(graph, pixels, p, few))

@@ -21,7 +21,7 @@ from export_zoo.base.machine import instruction_set, library_versions, usable_co
 from export_zoo.calibration.histogram import Accumulator, Float32Array, extremes, kernels
 from export_zoo.calibration.images import ImageFile, ImageStream, Progress
 from export_zoo.calibration.observe import Observer
-from export_zoo.calibration.preprocess import Preprocess, UInt8Array, normalize
+from export_zoo.calibration.preprocess import Pixels, Preprocess, normalize
 from export_zoo.calibration.ranges import Ranges, TensorRange
 
 _FUSED_ACTIVATIONS = frozenset({"Relu", "Clip"})
@@ -185,7 +185,7 @@ def _run(
     for worker in range(workers):
         idle.put(worker)
 
-    def look(pixels: UInt8Array, files: Sequence[ImageFile]) -> int:
+    def look(pixels: Pixels, files: Sequence[ImageFile]) -> int:
         worker = idle.get()
         try:
             found = observer.run(normalize(pixels, images.preprocess))
@@ -278,12 +278,12 @@ def collect(
 
 
 def channel_magnitudes(
-    graph: Path, pixels: UInt8Array, preprocess: Preprocess, names: Collection[str]
+    graph: Path, pixels: Pixels, preprocess: Preprocess, names: Collection[str]
 ) -> dict[str, Float32Array]:
     """Largest magnitude of each channel of some activations, over all images and positions.
 
     Args:
-        pixels: uint8 [N, H, W, 3]; images are run one at a time, so that memory is needed for one image only.
+        pixels: [N, H, W, C]; images are run one at a time, so that memory is needed for one image only.
         names: activations [N, C, H, W], or [N, C].
 
     Returns float32 [C] by name.

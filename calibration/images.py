@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -13,14 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from export_zoo.base.errors import BadInputError
-from export_zoo.calibration.preprocess import (
-    Preprocess,
-    UInt8Array,
-    UnreadableImageError,
-    check_header,
-    decode,
-    resize_and_crop,
-)
+from export_zoo.calibration.decode import UnreadableImageError, check_header, register_heif
+from export_zoo.calibration.preprocess import Pixels, Preprocess, read_pixels
 
 Progress = Callable[[int], None]
 """Called with the number of items done since the last call."""
@@ -46,6 +41,9 @@ IMAGE_SUFFIXES = frozenset(
         ".tga",
     ]
 )
+
+HEIF_SUFFIXES = frozenset([".heic", ".heif"])
+"""Suffixes of images that are read if pillow-heif is installed."""
 
 MAX_UNREADABLE_SHARE = 0.10
 """Maximum share of unreadable files. A folder with more is refused: it is probably the wrong one, or damaged."""
@@ -82,6 +80,21 @@ class ImageFolder:
     duplicates: tuple[str, ...]
     ignored: tuple[str, ...]
     """Files without an image suffix (labels, .DS_Store, ...)."""
+
+    def left_out(self) -> list[str]:
+        """What was left out, by kind, the most frequent first: "3 duplicates", "2 .csv files"."""
+        told = [f"{len(self.duplicates)} duplicates"] if self.duplicates else []
+        return told + kinds(self.ignored)
+
+
+def kinds(names: Sequence[str]) -> list[str]:
+    """Numbers of files by suffix, the most frequent first: "120 .heic files (pip install pillow-heif)"."""
+    suffixes = Counter(Path(name).suffix.lower() for name in names)
+    return [
+        f"{count} {f'{suffix} files' if suffix else 'files without a suffix'}"
+        + (" (to read them: pip install pillow-heif)" if suffix in HEIF_SUFFIXES else "")
+        for suffix, count in sorted(suffixes.items(), key=lambda item: (-item[1], item[0]))
+    ]
 
 
 def _describe(unreadable: Sequence[Unreadable]) -> str:
@@ -138,21 +151,22 @@ def check_folder(root: Path, option: str) -> None:
         raise BadInputError(f"{option} {root}: may not be read", hint="check its permissions")
 
 
-def scan(root: Path, *, option: str, progress: Progress = lambda _: None) -> ImageFolder:
+def scan(root: Path, *, option: str, bands: bool = False, progress: Progress = lambda _: None) -> ImageFolder:
     """List a folder's images, nested or not, with the hash of each file's bytes.
 
     Files with the same bytes are kept once (they must not fall into two splits). `option` is the command
-    line option to name in messages.
+    line option to name in messages; `bands` as in `decode.check_header`.
 
     Raises:
         BadInputError: no such folder, not a folder, no image in it, or too many unreadable files.
     """
     check_folder(root, option)
+    suffixes = IMAGE_SUFFIXES | (HEIF_SUFFIXES if register_heif() else frozenset())
     files = sorted(_visible_files(root, option))
-    candidates = [p for p in files if p.suffix.lower() in IMAGE_SUFFIXES]
-    ignored = tuple(p.relative_to(root).as_posix() for p in files if p.suffix.lower() not in IMAGE_SUFFIXES)
+    candidates = [p for p in files if p.suffix.lower() in suffixes]
+    ignored = tuple(p.relative_to(root).as_posix() for p in files if p.suffix.lower() not in suffixes)
     if not candidates:
-        found = f"{len(ignored)} other files" if ignored else "nothing"
+        found = ", ".join(kinds(ignored)) or "nothing"
         raise BadInputError(
             f"{option} {root}: no images (found {found})",
             hint="images are recognised by suffix: " + " ".join(sorted(IMAGE_SUFFIXES)),
@@ -161,7 +175,7 @@ def scan(root: Path, *, option: str, progress: Progress = lambda _: None) -> Ima
     def inspect(path: Path) -> tuple[str, str | None]:
         try:
             data = path.read_bytes()
-            check_header(data)
+            check_header(data, bands=bands)
         except UnreadableImageError as error:
             return "", str(error)
         except OSError as error:
@@ -200,11 +214,12 @@ MAX_SELECT = 256
 
 
 def split(folder: ImageFolder, *, calibrate: int, verify: int, seed: int, with_verify: bool = True) -> Splits:
-    """Divide a folder into disjoint `calibrate`, `select` and `verify` sets, by content hash and seed.
+    """Divide a folder into disjoint `calibrate`, `select`, `verify` and `spare` sets, by content hash and seed.
 
     A quarter goes to *verify* (32 to `verify` images), an eighth to *select* (8 to 256), the rest, up to
     `calibrate` images, to *calibrate*. With `with_verify=False` (a separate verify folder is given) the
-    verify set is empty.
+    verify set is empty. *spare* images take the place of verify images that cannot be decoded: `spare_count` of
+    what is left, or of the calibration set above its minimum.
 
     Raises:
         BadInputError: too few images for every set to have its minimum.
@@ -221,11 +236,20 @@ def split(folder: ImageFolder, *, calibrate: int, verify: int, seed: int, with_v
     n_verify = min(max(len(images) // 4, MIN_VERIFY), verify) if with_verify else 0
     n_select = min(max(len(images) // 8, MIN_SELECT), MAX_SELECT)
     held = n_verify + n_select
+    n_calibrate = min(calibrate, len(images) - held)
+    n_spare = min(spare_count(n_verify), len(images) - held - MIN_CALIBRATE)
+    n_calibrate = min(n_calibrate, len(images) - held - n_spare)
     return {
         "verify": tuple(images[:n_verify]),
         "select": tuple(images[n_verify:held]),
-        "calibrate": tuple(images[held : held + calibrate]),
+        "calibrate": tuple(images[held : held + n_calibrate]),
+        "spare": tuple(images[len(images) - n_spare :]) if n_spare else (),
     }
+
+
+def spare_count(verify: int) -> int:
+    """Number of spare images for a number of verify images: as many as may be unreadable."""
+    return math.ceil(MAX_UNREADABLE_SHARE * verify)
 
 
 def overlap(first: Sequence[ImageFile], second: Sequence[ImageFile]) -> list[tuple[str, str]]:
@@ -238,8 +262,8 @@ def overlap(first: Sequence[ImageFile], second: Sequence[ImageFile]) -> list[tup
 class ImageStream:
     """Batches of decoded images, prefetched by threads while the caller computes.
 
-    Iterating yields uint8 [n, crop_height, crop_width, 3] with n <= batch_size, and fills `images` (those
-    that were yielded, in order) and `unreadable`. At most three batches are in memory.
+    Iterating yields `Pixels` [n, crop_height, crop_width, channels] with n <= batch_size, and fills `images` (those
+    that were yielded, in order) and `unreadable`. At most three batches are in memory. It ends after `limit` images.
 
     Raises (while iterating):
         BadInputError: too many of the files cannot be decoded, or none can.
@@ -249,29 +273,38 @@ class ImageStream:
     preprocess: Preprocess
     batch_size: int
     root: Path
+    limit: int | None = None
     images: list[ImageFile] = field(default_factory=list, init=False)
     unreadable: list[Unreadable] = field(default_factory=list, init=False)
+    _largest: list[int] = field(default_factory=list, init=False)
 
-    def _load(self, file: ImageFile) -> UInt8Array | Unreadable:
+    @property
+    def largest(self) -> int:
+        """Largest value of the images of 16 bits that were cut to 8; 0 if there were none."""
+        return max(self._largest, default=0)
+
+    def _load(self, file: ImageFile) -> Pixels | Unreadable:
         try:
-            return resize_and_crop(decode(file.path.read_bytes()), self.preprocess)
+            pixels, largest = read_pixels(file.path.read_bytes(), self.preprocess)
+            self._largest.append(largest)
+            return pixels
         except UnreadableImageError as error:
             return Unreadable(file.name, str(error))
         except OSError as error:
             return Unreadable(file.name, f"{type(error).__name__}: {error.strerror}")
 
-    def __iter__(self) -> Iterator[UInt8Array]:
+    def __iter__(self) -> Iterator[Pixels]:
         self.images.clear()
         self.unreadable.clear()
-        batch: list[UInt8Array] = []
-        waiting: deque[tuple[ImageFile, Future[UInt8Array | Unreadable]]] = deque()
+        batch: list[Pixels] = []
+        waiting: deque[tuple[ImageFile, Future[Pixels | Unreadable]]] = deque()
         todo = iter(self.files)
         with ThreadPoolExecutor(DECODE_THREADS) as pool:
             try:
                 while True:
                     while len(waiting) < 2 * self.batch_size and (file := next(todo, None)) is not None:
                         waiting.append((file, pool.submit(self._load, file)))
-                    if not waiting:
+                    if not waiting or len(self.images) == self.limit:
                         break
                     file, future = waiting.popleft()
                     loaded = future.result()
@@ -292,8 +325,8 @@ class ImageStream:
         if batch:
             yield np.stack(batch)
 
-    def all(self) -> UInt8Array:
-        """All images at once, uint8 [N, crop_height, crop_width, 3].
+    def all(self) -> Pixels:
+        """All images at once, `Pixels` [N, crop_height, crop_width, channels].
 
         Raises:
             BadInputError: none can be decoded, or too many cannot.
@@ -317,9 +350,8 @@ class SyntheticStream(ImageStream):
         super().__init__(files, preprocess, batch_size, Path("synthetic images"))
         self._seed = seed
 
-    def __iter__(self) -> Iterator[UInt8Array]:
-        p = self.preprocess
-        pixels = synthetic_images(len(self.files), p.crop_height, p.crop_width, self._seed)
+    def __iter__(self) -> Iterator[Pixels]:
+        pixels = synthetic_images(len(self.files), self.preprocess, self._seed)
         self.images = list(self.files)
         for start in range(0, len(pixels), self.batch_size):
             yield pixels[start : start + self.batch_size]
@@ -329,38 +361,48 @@ TEST_PATTERNS = ("black", "white", "gray", "noise", "half", "checkerboard")
 """Names of `test_patterns`, in order."""
 
 
-def test_patterns(height: int, width: int) -> UInt8Array:
-    """Images unlike photographs, uint8 [6, height, width, 3]: even, noisy and of the largest contrast.
+def test_patterns(preprocess: Preprocess) -> Pixels:
+    """Images unlike photographs, [6, height, width, channels]: even, noisy and of the largest contrast.
 
     Photographs never show a graph that divides by zero where a channel is even, or that overflows at extremes.
     """
-    images = np.empty((len(TEST_PATTERNS), height, width, 3), dtype=np.uint8)
+    height, width = preprocess.crop_height, preprocess.crop_width
+    images = np.empty((len(TEST_PATTERNS), height, width, preprocess.channels), dtype=np.uint8)
     images[0], images[1], images[2] = 0, 255, 128
     images[3] = np.random.default_rng(0).integers(0, 256, images.shape[1:], dtype=np.uint8)
     images[4, :, : width // 2], images[4, :, width // 2 :] = 0, 255
     rows, columns = np.indices((height, width))
     images[5] = 255 * ((rows + columns) % 2)[..., None]
-    return images
+    return _of_scale(images, preprocess)
 
 
-def synthetic_images(count: int, height: int, width: int, seed: int) -> UInt8Array:
-    """Seeded images with the 1/f spectrum of photographs; uint8 [count, height, width, 3].
+def _of_scale(images: Pixels, preprocess: Preprocess) -> Pixels:
+    """8-bit images with the range of values that the preprocessing expects."""
+    if not preprocess.keeps_values:
+        return images
+    return np.asarray(images * np.float32(preprocess.scale / 255), dtype=np.float32)
+
+
+def synthetic_images(count: int, preprocess: Preprocess, seed: int) -> Pixels:
+    """Seeded images with the 1/f spectrum of photographs; [count, height, width, channels].
 
     White noise hardly changes a network's logits. The amplitude spectrum of natural images falls as 1/f
     (Field 1987, J. Opt. Soc. Am. A 4:2379). Contrast and colour differ from image to image.
     """
+    height, width, channels = preprocess.crop_height, preprocess.crop_width, preprocess.channels
     rng = np.random.default_rng(seed)
     fy = np.fft.fftfreq(height)[:, None]
     fx = np.fft.rfftfreq(width)[None, :]
     frequency = np.maximum(np.hypot(fy, fx), 1.0 / max(height, width))
-    images = np.empty((count, height, width, 3), dtype=np.uint8)
+    images = np.empty((count, height, width, channels), dtype=np.uint8)
     for index in range(count):
         slope = rng.uniform(0.8, 1.6)
-        mixing = rng.normal(size=(3, 3)) * 0.4 + np.eye(3)
-        phase = rng.normal(size=(3, *frequency.shape)) + 1j * rng.normal(size=(3, *frequency.shape))
+        mixing = rng.normal(size=(channels, channels)) * 0.4 + np.eye(channels)
+        planes_of = (channels, *frequency.shape)
+        phase = rng.normal(size=planes_of) + 1j * rng.normal(size=planes_of)
         planes = np.fft.irfft2(phase / frequency**slope, s=(height, width))
         planes /= planes.std(axis=(1, 2), keepdims=True) + 1e-12
         mixed = np.einsum("ij,jhw->hwi", mixing, planes)
-        brightness, contrast = rng.uniform(60, 190, size=3), rng.uniform(15, 70)
+        brightness, contrast = rng.uniform(60, 190, size=channels), rng.uniform(15, 70)
         images[index] = np.clip(np.rint(brightness + contrast * mixed), 0, 255).astype(np.uint8)
-    return images
+    return _of_scale(images, preprocess)

@@ -15,7 +15,7 @@ import onnx_ir as ir
 from export_zoo.base import graph_io
 from export_zoo.base.machine import one_blas_thread, usable_cores
 from export_zoo.calibration.observe import Observer
-from export_zoo.calibration.preprocess import Preprocess, UInt8Array
+from export_zoo.calibration.preprocess import Pixels, Preprocess
 
 Float32Array = npt.NDArray[np.float32]
 Float64Array = npt.NDArray[np.float64]
@@ -65,12 +65,12 @@ def _mean(node: ir.Node, array: Float32Array) -> Float64Array:
 
 
 def layer_means(
-    graph: Path, pixels: UInt8Array, preprocess: Preprocess, layers: Collection[str]
+    graph: Path, pixels: Pixels, preprocess: Preprocess, layers: Collection[str]
 ) -> dict[str, Float64Array]:
     """Mean input of each layer, over the images and all positions at which its weight is applied.
 
     Args:
-        pixels: uint8 [N, H, W, 3]; images are run one at a time, so that memory is needed for one image only.
+        pixels: [N, H, W, C]; images are run one at a time, so that memory is needed for one image only.
         layers: names of Conv (explicit pads), Gemm and MatMul nodes.
 
     Returns float64 by node name: [C, kH, kW] for a Conv, with padding counted as zeros; [K] for the others.
@@ -147,7 +147,7 @@ def input_sizes(graph: Path, layers: Collection[str]) -> dict[str, tuple[int, in
 
 def layer_moments(
     graph: Path,
-    pixels: UInt8Array,
+    pixels: Pixels,
     preprocess: Preprocess,
     layers: Collection[str],
     *,
@@ -156,7 +156,7 @@ def layer_moments(
     """Second moments E[x xᵀ] of each layer's inputs x, over the images and PLACES positions of each.
 
     Args:
-        pixels: uint8 [N, H, W, 3]; images are run one at a time.
+        pixels: [N, H, W, C]; images are run one at a time.
         layers: names of Conv (explicit pads), Gemm and MatMul nodes.
         budget: bytes of moments to hold at once; one layer may need more.
 

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from export_zoo.calibration.images import ImageStream
-from export_zoo.calibration.preprocess import UInt8Array
+from export_zoo.calibration.preprocess import Pixels
 
 Float32Array = npt.NDArray[np.float32]
 
@@ -24,17 +24,19 @@ _FLAT = 0.1
 """Length of a fingerprint before scaling, in brightness levels, below which an image counts as one colour."""
 
 
-def fingerprints(pixels: UInt8Array) -> Float32Array:
+def fingerprints(pixels: Pixels, scale: float = 255.0) -> Float32Array:
     """Brightness of CELLS x CELLS cells minus its mean, scaled to length 1: independent of overall brightness.
 
     Images of one colour are all alike.
 
     Args:
-        pixels: uint8 [N, H, W, 3].
+        pixels: [N, H, W, C], with values up to `scale`.
 
     Returns float32 [N, 1 + up to CELLS²]; the first column is 1 for an image of one colour.
     """
     grey = pixels.mean(axis=3, dtype=np.float32)
+    if scale != 255:
+        grey *= np.float32(255 / scale)
     edges = [np.unique(np.linspace(0, size, CELLS, endpoint=False).astype(int)) for size in grey.shape[1:]]
     sums = np.add.reduceat(np.add.reduceat(grey, edges[0], axis=1), edges[1], axis=2)
     sizes = [np.diff(starts, append=size) for starts, size in zip(edges, grey.shape[1:], strict=True)]
@@ -68,10 +70,10 @@ class FingerprintedStream(ImageStream):
     fingerprints: list[Float32Array] = field(default_factory=list, init=False)
     """Fingerprints of each batch."""
 
-    def __iter__(self) -> Iterator[UInt8Array]:
+    def __iter__(self) -> Iterator[Pixels]:
         self.fingerprints.clear()
         for pixels in super().__iter__():
-            self.fingerprints.append(fingerprints(pixels))
+            self.fingerprints.append(fingerprints(pixels, self.preprocess.scale))
             yield pixels
 
     def alike(self) -> list[tuple[str, str]]:

@@ -13,7 +13,7 @@ import onnxruntime as ort
 
 from export_zoo.base import graph_io
 from export_zoo.base.machine import session_threads
-from export_zoo.calibration.preprocess import Preprocess, UInt8Array, normalize
+from export_zoo.calibration.preprocess import Pixels, Preprocess, normalize
 
 Float32Array = npt.NDArray[np.float32]
 
@@ -72,8 +72,8 @@ class Observer:
         run(self._own.binding)
         return {self._feed: batch, **self._own.found}
 
-    def one_by_one(self, pixels: UInt8Array, preprocess: Preprocess) -> Iterator[Mapping[str, Float32Array]]:
-        """Yield `run` on each image of uint8 [N, H, W, 3] separately, so that memory is needed for one image only.
+    def one_by_one(self, pixels: Pixels, preprocess: Preprocess) -> Iterator[Mapping[str, Float32Array]]:
+        """Yield `run` on each image of [N, H, W, C] separately, so that memory is needed for one image only.
 
         Each result is valid until the next one.
         """

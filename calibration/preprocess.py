@@ -5,33 +5,33 @@ Kept free of torch so that a bundle can be used and verified without it.
 
 from __future__ import annotations
 
-import io
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
-from pydantic import BaseModel, ConfigDict, Field
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-UInt8Array = npt.NDArray[np.uint8]
+from export_zoo.calibration.decode import LARGEST, Mode, UnreadableImageError, decode, decode_bands
+
+Pixels = npt.NDArray[np.number[Any]]
+"""Images after resize and crop, [N, H, W, C]: uint8, or float32 if the preprocessing `keeps_values`."""
 Float32Array = npt.NDArray[np.float32]
 
 _MAX_SIDE = 65_500
 """Longest side after the resize; JPEG's own limit. A 1x30000 strip would become gigabytes."""
 
 _RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-
-
-class UnreadableImageError(Exception):
-    """The bytes are not an image that can be decoded to 8-bit RGB."""
+_CHANNELS = {"RGB": 3, "L": 1, "RGBA": 4}
+MAX_CHANNELS = 512
 
 
 class Preprocess(BaseModel):
     """Everything that turns an image file into the network's input.
 
-    The steps, in order: decode, EXIF orientation, RGB, resize of the *shorter* side to `resize_size`
-    (antialiased), centre crop (zero-padded where the image is smaller), `x / 255`, `(x - mean) / std`, NCHW.
-    This is `torchvision.transforms._presets.ImageClassification` on PIL images.
+    The steps, in order: decode, EXIF orientation, `mode`, resize of the *shorter* side to `resize_size`
+    (antialiased), centre crop (zero-padded where the image is smaller), `x / scale`, `(x - mean) / std`, NCHW.
+    This is `torchvision.transforms._presets.ImageClassification` on PIL images, for RGB and a scale of 255.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -41,9 +41,54 @@ class Preprocess(BaseModel):
     crop_width: int = Field(ge=1, description="Width of the centre crop and of the input, in pixels.")
     interpolation: Literal["bilinear", "bicubic"]
     antialias: Literal[True] = Field(default=True, description="Pillow's resize always antialiases.")
-    mean: tuple[float, float, float] = Field(description="Per channel RGB, on the 0..1 scale.")
-    std: tuple[float, float, float] = Field(description="Per channel RGB, on the 0..1 scale.")
+    mean: tuple[float, ...] = Field(description="Per channel, on the 0..1 scale.")
+    std: tuple[float, ...] = Field(description="Per channel, on the 0..1 scale.")
     source: str = Field(description="Where the parameters come from, for people.")
+    # Fields that earlier versions do not know are left out at their defaults, so that those read the bundle.
+    mode: Mode = Field(
+        default="RGB",
+        exclude_if=lambda mode: mode == "RGB",
+        description="Channels: RGB, L (gray), RGBA, or `bands`: those of the file, one for each entry of mean and std.",
+    )
+    crop_mode: Literal["center", "squash"] = Field(
+        default="center",
+        exclude_if=lambda mode: mode == "center",
+        description="`squash` resizes the image to the proportions of the crop, whatever its own: its shorter side to "
+        "`resize_size`.",
+    )
+    scale: float = Field(
+        default=255.0,
+        gt=0,
+        allow_inf_nan=False,
+        exclude_if=lambda scale: scale == 255,
+        description="Value in the file that becomes 1: 255 for 8 bits, 4095 for 12, 65535 for 16, or 10000 for "
+        "reflectances. With another value than 255, values are not cut to 8 bits.",
+    )
+
+    @model_validator(mode="after")
+    def _channels(self) -> Preprocess:
+        wanted = _CHANNELS.get(self.mode, len(self.mean))
+        if not len(self.mean) == len(self.std) == wanted or not 1 <= wanted <= MAX_CHANNELS:
+            raise ValueError(
+                f"mean has {len(self.mean)} and std {len(self.std)} values, mode {self.mode} has "
+                f"{wanted if self.mode in _CHANNELS else f'as many of both, 1 to {MAX_CHANNELS}'}"
+            )
+        return self
+
+    @property
+    def channels(self) -> int:
+        """Number of channels of the input."""
+        return len(self.mean)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Shape of one image of the input: channels, height and width."""
+        return self.channels, self.crop_height, self.crop_width
+
+    @property
+    def keeps_values(self) -> bool:
+        """Whether images keep the values of their files, as float32, instead of 8 bits."""
+        return self.mode == "bands" or self.scale != 255
 
     def figures(self) -> dict[str, Any]:
         """All parameters that affect the pixels: all except `source`, which is for people."""
@@ -56,64 +101,23 @@ class Preprocess(BaseModel):
         return self.model_copy(update={**changes, "crop_height": height, "crop_width": width})
 
 
-def _not_an_image(data: bytes) -> str:
-    return "not an image format that Pillow knows" if data else "empty file"
+def _resized(width: int, height: int, preprocess: Preprocess) -> tuple[int, int]:
+    """Width and height after the resize, as torchvision's `_compute_resized_output_size` truncates them."""
+    new_short = preprocess.resize_size
+    if preprocess.crop_mode == "squash":
+        crop_h, crop_w = preprocess.crop_height, preprocess.crop_width
+        return new_short * crop_w // min(crop_h, crop_w), new_short * crop_h // min(crop_h, crop_w)
+    short, long = min(width, height), max(width, height)
+    new_long = int(new_short * long / short)
+    if new_long > _MAX_SIDE:
+        raise UnreadableImageError(
+            f"{width}x{height} is too narrow: the resize would make it {new_long} long"
+        )
+    return (new_short, new_long) if width <= height else (new_long, new_short)
 
 
-def decode(data: bytes) -> Image.Image:
-    """Decode image bytes to an upright 8-bit RGB image.
-
-    Alpha is dropped and CMYK, palette and gray are converted as `Image.convert("RGB")` does, which is what
-    torchvision's ImageFolder feeds networks in training; 16-bit gray keeps its high byte (Pillow would
-    clip it). The first frame of an animation or of a multi-page file is used.
-
-    Raises:
-        UnreadableImageError: not an image, truncated, a decompression bomb, or a mode with no 8-bit meaning.
-    """
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            image.load()
-            gray16 = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
-            if image.mode in ("I", "F") and not gray16:
-                raise UnreadableImageError(f"pixel mode {image.mode!r} has no defined 8-bit range")
-            upright = _upright(image)
-            if gray16:
-                high_byte = (np.asarray(upright).astype(np.uint32) >> 8).astype(np.uint8)
-                upright = Image.fromarray(high_byte)
-            return upright.convert("RGB")
-    except UnreadableImageError:
-        raise
-    except UnidentifiedImageError:
-        raise UnreadableImageError(_not_an_image(data)) from None
-    except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, ValueError, bombs, ...
-        raise UnreadableImageError(f"{type(error).__name__}: {error}") from error
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    """Apply the EXIF orientation; metadata that cannot be parsed is ignored."""
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:
-        return image
-
-
-def check_header(data: bytes) -> None:
-    """Parse only the header: cheap, and finds most files that are not images.
-
-    Raises:
-        UnreadableImageError: the header is not that of an image.
-    """
-    try:
-        with Image.open(io.BytesIO(data)):
-            pass
-    except UnidentifiedImageError:
-        raise UnreadableImageError(_not_an_image(data)) from None
-    except Exception as error:
-        raise UnreadableImageError(f"{type(error).__name__}: {error}") from error
-
-
-def resize_and_crop(image: Image.Image, preprocess: Preprocess) -> UInt8Array:
-    """Resize and centre-crop an RGB image; returns uint8 [crop_height, crop_width, 3].
+def resize_and_crop(image: Image.Image, preprocess: Preprocess) -> npt.NDArray[np.uint8]:
+    """Resize and centre-crop an 8-bit image; returns uint8 [crop_height, crop_width, channels].
 
     Sizes and offsets follow torchvision.transforms.functional (`_compute_resized_output_size`,
     `center_crop`), including its truncation of the long side and its rounding of offsets.
@@ -121,17 +125,29 @@ def resize_and_crop(image: Image.Image, preprocess: Preprocess) -> UInt8Array:
     Raises:
         UnreadableImageError: the image is so narrow that the resize would make it longer than 65,500 pixels.
     """
-    width, height = image.size
-    short, long = min(width, height), max(width, height)
-    new_short, new_long = preprocess.resize_size, int(preprocess.resize_size * long / short)
-    new_size = (new_short, new_long) if width <= height else (new_long, new_short)
-    if new_long > _MAX_SIDE:
-        raise UnreadableImageError(
-            f"{width}x{height} is too narrow: the resize would make it {new_long} long"
-        )
+    new_size = _resized(*image.size, preprocess)
     if new_size != image.size:
         image = image.resize(new_size, _RESAMPLING[preprocess.interpolation])
     pixels = np.asarray(image)
+    found: npt.NDArray[np.uint8] = _crop(pixels if pixels.ndim == 3 else pixels[..., None], preprocess)
+    return found
+
+
+def _resize_bands(values: Float32Array, preprocess: Preprocess) -> Float32Array:
+    """`resize_and_crop` of float32 [H, W, bands], each band by Pillow's resize of floats."""
+    new_size = _resized(values.shape[1], values.shape[0], preprocess)
+    if new_size != (values.shape[1], values.shape[0]):
+        resampling = _RESAMPLING[preprocess.interpolation]
+        bands = [
+            Image.fromarray(np.ascontiguousarray(values[..., band])).resize(new_size, resampling)
+            for band in range(values.shape[2])
+        ]
+        values = np.stack([np.asarray(band) for band in bands], axis=-1)
+    found: Float32Array = _crop(values, preprocess)
+    return found
+
+
+def _crop(pixels: npt.NDArray[Any], preprocess: Preprocess) -> npt.NDArray[Any]:
     crop_h, crop_w = preprocess.crop_height, preprocess.crop_width
     pad_h, pad_w = max(crop_h - pixels.shape[0], 0), max(crop_w - pixels.shape[1], 0)
     if pad_h or pad_w:
@@ -141,13 +157,33 @@ def resize_and_crop(image: Image.Image, preprocess: Preprocess) -> UInt8Array:
     return np.ascontiguousarray(pixels[top : top + crop_h, left : left + crop_w])
 
 
-def normalize(pixels: UInt8Array, preprocess: Preprocess) -> Float32Array:
-    """uint8 [N, H, W, 3] to float32 [N, 3, H, W]: `(x / 255 - mean) / std`, each step rounded to float32."""
+def read_pixels(data: bytes, preprocess: Preprocess) -> tuple[Pixels, int]:
+    """Decode, resize and crop an image: [crop_height, crop_width, channels], as `Pixels`.
+
+    Returns the pixels, and the largest value of an image of 16 bits that is cut to 8; 0 for others.
+
+    Raises:
+        UnreadableImageError: the image cannot be decoded, is too narrow, or has another number of bands.
+        EnvironmentFailureError: a library that decodes its format is not installed.
+    """
+    if preprocess.keeps_values:
+        return _resize_bands(decode_bands(data, preprocess.channels), preprocess), 0
+    assert preprocess.mode != "bands"
+    image = decode(data, preprocess.mode)
+    return resize_and_crop(image, preprocess), image.info.get(LARGEST, 0)
+
+
+def normalize(pixels: Pixels, preprocess: Preprocess) -> Float32Array:
+    """[N, H, W, C] to float32 [N, C, H, W]: `(x / scale - mean) / std`, each step rounded to float32."""
     mean = np.asarray(preprocess.mean, dtype=np.float32)
     std = np.asarray(preprocess.std, dtype=np.float32)
+    scale = np.float32(preprocess.scale)
+    if pixels.dtype != np.uint8:
+        planes = np.moveaxis(pixels, 3, 1).astype(np.float32)
+        return np.asarray((planes / scale - mean[:, None, None]) / std[:, None, None])
     # Only 256 values exist per channel: a table gives the same bits as the arithmetic, several times faster.
-    table = ((np.arange(256, dtype=np.float32) / np.float32(255))[None, :] - mean[:, None]) / std[:, None]
-    out = np.empty((pixels.shape[0], 3, *pixels.shape[1:3]), dtype=np.float32)
-    for channel in range(3):
-        np.take(table[channel], pixels[..., channel], out=out[:, channel])
+    table = ((np.arange(256, dtype=np.float32) / scale)[None, :] - mean[:, None]) / std[:, None]
+    out = np.empty((pixels.shape[0], len(mean), *pixels.shape[1:3]), dtype=np.float32)
+    for channel in range(len(mean)):
+        np.take(table[channel], pixels[..., channel].view(np.uint8), out=out[:, channel])
     return out

@@ -56,8 +56,9 @@ def calibrate(
     _check_out(out)
     check_folder(options.calib, "--calib")
     options = dataclasses.replace(options, precisions=(INT8.name,))
-    with StageCache(cache_directory() if options.cache else None) as cache:
-        context = Context(options, reporter or Reporter(), cache)
+    reporter = reporter or Reporter()
+    with reporter.library_warnings(), StageCache(cache_directory() if options.cache else None) as cache:
+        context = Context(options, reporter, cache)
         spec = network.resolve_model(context)
         chosen = choose_images(context, spec)
         if shard[1] > len(chosen.splits["calibrate"]):

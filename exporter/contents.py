@@ -68,13 +68,15 @@ def describe_recipe(
             ranges=contents.add(path, "ranges"),
         )
     outputs = [
-        manifest.Port(
+        manifest.OutputPort(
             name=output.name,
             dtype="float32",
             shape=["batch", *output.shape]
-            if sizes is None or len(output.shape) == 1
+            if sizes is None or len(output.shape) < 3
             else ["batch", output.shape[0], "height", "width"],
-            layout="NCHW" if len(output.shape) > 1 else "NC",
+            layout=("N", "NC", "NTC", "NCHW")[len(output.shape)],
+            task=output.task,
+            scores=output.scores,
         )
         for output in spec.outputs
     ]
@@ -98,7 +100,9 @@ def describe_recipe(
                 seed=spec.seed,
             ),
         ),
-        input=manifest.Port(name="input", dtype="float32", shape=["batch", 3, height, width], layout="NCHW"),
+        input=manifest.Port(
+            name="input", dtype="float32", shape=["batch", p.channels, height, width], layout="NCHW"
+        ),
         output=outputs[0],
         further_outputs=outputs[1:],
         batch=manifest.Batch(min=batch.min, opt=batch.opt, max=batch.max),

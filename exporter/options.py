@@ -20,6 +20,8 @@ STEPS = ("equalize", "round", "bias", "float")
 
 METHODS = ("auto", "minmax", "percentile", "entropy", "mse")
 """`auto`, and the names in `calibration.methods`, which is not imported because it loads NumPy."""
+TASKS = ("classification", "binary", "multilabel", "regression", "embedding", "segmentation")
+"""Names in `parity.tasks`, which is not imported for the same reason."""
 MAX_SEED = 2**31 - 1
 MAX_SIDE = 8192
 REQUIREMENTS = ("graph", "verified")
@@ -33,16 +35,21 @@ TOLERANCE_METRICS = (
     "cosine",
     "top1",
     "top5",
+    "agreement",
+    "correlation",
+    "similarity",
+    "nearest",
     "accuracy",
     "max_abs",
     "max_rel",
+    "relative_error",
     "misplaced",
     "accuracy_drop",
 )
 
 
-_SHARES = ("cosine", "top1", "top5", "accuracy")
-_NOT_NEGATIVE = ("max_abs", "max_rel", "misplaced")
+_SHARES = ("cosine", "top1", "top5", "agreement", "correlation", "similarity", "nearest", "accuracy")
+_NOT_NEGATIVE = ("max_abs", "max_rel", "relative_error", "misplaced")
 
 
 @dataclass(frozen=True)
@@ -229,6 +236,7 @@ class ExportOptions:
     transforms: str | None = None
     preprocess: Path | None = None
     num_classes: int | None = None
+    task: str | None = None
     init_missing: tuple[str, ...] = ()
     model_args: tuple[tuple[str, str], ...] = ()
     weights_key: str | None = None
@@ -309,15 +317,19 @@ class ExportOptions:
         for option, value in (
             ("--calib-images", self.calib_images),
             ("--verify-images", self.verify_images),
-            ("--num-classes", self.num_classes),
             ("--resize-size", self.resize_size),
         ):
             if value is not None and value < 1:
                 raise UsageError(f"{option} {value}: must be at least 1", hint="leave it out for the default")
         if not 0 <= self.seed <= MAX_SEED:
             raise UsageError(f"--seed {self.seed}: must be 0 to {MAX_SEED}", hint="leave it out for 0")
-        if self.num_classes is not None and self.num_classes < 2:
-            raise UsageError("--num-classes 1: nothing to classify", hint="give 2 or more")
+        if self.num_classes is not None and self.num_classes < 0:
+            raise UsageError(
+                f"--num-classes {self.num_classes}: must be at least 0",
+                hint="0 is timm's form without a head",
+            )
+        if self.task is not None and self.task not in TASKS:
+            raise UsageError(f"--task {self.task}: unknown", hint=f"choose from {', '.join(TASKS)}")
         if self.verify_images < 32:
             raise UsageError(
                 f"--verify-images {self.verify_images}: at least 32 are needed for a comparison",

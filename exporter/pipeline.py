@@ -35,9 +35,9 @@ from export_zoo.exporter.stages import network
 from export_zoo.exporter.stages import ranges as ranges_stage
 from export_zoo.exporter.stages.build import build, check_graph
 from export_zoo.exporter.stages.images import choose_images
-from export_zoo.exporter.stages.network import Reference, Simplified
+from export_zoo.exporter.stages.network import Exported, Reference, Simplified
 from export_zoo.exporter.stages.tuning.tune import Tuned, tune
-from export_zoo.exporter.stages.verify import judge_engines, time_engines
+from export_zoo.exporter.stages.verify import judge_engines, name_modules, time_engines
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,11 @@ class GateFailedError(KeptError, ParityError):
 
 
 class RequirementMissedError(KeptError, StateNotReachedError):
-    """Engines did not reach the state that `--require` asks for, or a target refused to build them."""
+    """Engines did not reach the state that `--require` asks for."""
+
+
+class EnginesRefusedError(KeptError, TargetRefusalError):
+    """A target that was asked for refused to build engines; others were built."""
 
 
 class _Refusals:
@@ -179,6 +183,7 @@ def _run(context: Context) -> ExportResult:
     recipe = describe_recipe(context, spec, chosen, exported, simplified, calibrated, tuned, contents)
     latencies = time_engines(context, built, graph, recipe, held)
     gates = judge_engines(context, built, recipe, held, reference)
+    gates = name_modules(spec, exported.file(Exported.GRAPH), recipe, held, built, gates)
     engines = [describe_engine(b, gates[b.name], latencies.get(b.name), spec.name, contents) for b in built]
     held_out = describe_held_out(context, reference, spec, held, chosen, contents)
     failed = [f"{e.name}: {text}" for e in engines for text in e.gate.failures]
@@ -223,7 +228,7 @@ def _run(context: Context) -> ExportResult:
         )
     if demanded:
         advice = "leave out this target, or use --target auto, which leaves out what cannot be built"
-        raise RequirementMissedError(
+        raise EnginesRefusedError(
             "; ".join(refusals.texts("refused")),
             hint=f"the other engines are kept in {place}; "
             + ("leave out --strict to accept them" if registry.AUTO in options.targets else advice),
@@ -243,5 +248,6 @@ def export(options: ExportOptions, *, reporter: Reporter | None = None) -> Expor
         ExportZooError: see `base.errors` for its kinds and exit codes.
     """
     root = cache_directory() if options.cache else None
-    with StageCache(root) as cache:
-        return _run(Context(options, reporter or Reporter(), cache))
+    reporter = reporter or Reporter()
+    with reporter.library_warnings(), StageCache(root) as cache:
+        return _run(Context(options, reporter, cache))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections import OrderedDict
 from typing import NamedTuple
 
@@ -196,7 +197,7 @@ def scripted() -> nn.Module:
 
 class Sum(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x.sum(dim=(1, 2, 3))
+        return x.sum()
 
 
 class Argmax(nn.Module):
@@ -413,3 +414,63 @@ class Folded(Small):
         x = self.body(x)
         unfolded = nn.functional.unfold(x, 3, padding=1)
         return self.head(nn.functional.fold(unfolded, x.shape[2:], 3, padding=1))
+
+
+class Headed(Small):
+    """One body, and heads of all kinds."""
+
+    def __init__(self, kind: str = "logit", num_classes: int = 4, channels: int = 3) -> None:
+        super().__init__(1 if kind in ("logit", "number", "yes") else num_classes)
+        self.kind = kind
+        self.conv = nn.Conv2d(channels, 8, 3, stride=2, padding=1)
+        nn.init.normal_(self.fc.weight, std=4.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        features = self.body(x)
+        values = self.head(features)
+        if self.kind == "tokens":
+            return self.fc(features.flatten(2).transpose(1, 2))
+        if self.kind in ("mask", "depth"):
+            plane = features.mean(1, keepdim=True) - 0.3
+            plane = nn.functional.interpolate(plane, size=x.shape[-2:], mode="bilinear")
+            return plane.sigmoid() if self.kind == "mask" else plane
+        return {
+            "logit": lambda: values,
+            "number": lambda: 40 + 10 * values.squeeze(1),
+            "yes": lambda: values.sigmoid(),
+            "labels": lambda: (8 * values).sigmoid(),  # often 1.0 exactly
+            "shares": lambda: values.softmax(1),
+            "quantities": lambda: 40 + 10 * values,
+            "directions": lambda: nn.functional.normalize(values, dim=1),
+            "averages": lambda: features.mean((2, 3)).clamp(0, 1),  # in [0, 1], but no probabilities
+        }[self.kind]()
+
+
+class Amplified(Small):
+    """A sigmoid far on its left: ONNX Runtime's is exact to 1e-7, which the small values of this one show."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.squash = nn.Sigmoid()
+        nn.init.zeros_(self.fc.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 1e3 * self.head(self.squash(0.02 * self.conv(x) - 8))
+
+
+class Warns(Small):
+    """Warns of its input, and of a later version."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.compiler.is_exporting():
+            warnings.warn("the image has an odd size", UserWarning, stacklevel=1)
+            warnings.warn("a later version changes this", FutureWarning, stacklevel=1)
+        return super().forward(x)
+
+
+class Faint(Small):
+    """Activations of a millionth, scaled back at the end: half has few bits there, and sees no overflow."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = ((self.body(x) * 1e-3).relu() * 1e-3).relu()
+        return self.head((x * 1e3).relu() * 1e3)

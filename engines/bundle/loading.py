@@ -11,7 +11,8 @@ import numpy.typing as npt
 
 from export_zoo.base.cuda import device_capability
 from export_zoo.base.errors import BadInputError, ParityError, TargetUnavailableError
-from export_zoo.calibration.preprocess import UnreadableImageError, decode, normalize, resize_and_crop
+from export_zoo.calibration.decode import UnreadableImageError, register_heif
+from export_zoo.calibration.preprocess import normalize, read_pixels
 from export_zoo.engines.bundle import local_latencies
 from export_zoo.engines.bundle import manifest as m
 from export_zoo.engines.bundle.bench import BRIEF, run_in_turn
@@ -92,22 +93,29 @@ class LoadedEngine:
                 )
             self._check_size(*size)
             preprocess = preprocess.at_size(*size)
+        register_heif()
         pixels = []
         for index, image in enumerate(images):
             name = f"image {index}" if isinstance(image, bytes) else str(image)
             try:
                 data = image if isinstance(image, bytes) else Path(image).read_bytes()
-                pixels.append(resize_and_crop(decode(data), preprocess))
+                pixels.append(read_pixels(data, preprocess)[0])
             except (UnreadableImageError, OSError) as error:
                 raise BadInputError(f"{name}: {error}", hint="pass a JPEG or PNG image") from error
         if not pixels:
             raise BadInputError("no images given", hint="pass at least one")
         return normalize(np.stack(pixels), preprocess)
 
+    @property
+    def task(self) -> str:
+        """Meaning of the first output: classification, binary, multilabel, regression, embedding or segmentation."""
+        return self.manifest.recipe.output.head.task
+
     def run(self, batch: Float32Array) -> Float32Array:
         """Run a batch, float32 [N, 3, H, W], and return the first output, float32.
 
-        The first output is the logits, [N, classes] or [N, classes, H, W].
+        What it means is `task`: logits of a classification, [N, classes], for example. Other shapes are [N],
+        [N, tokens, classes] and [N, classes, H, W].
 
         Raises:
             BadInputError: the batch has a wrong dtype or shape, or N, H or W is outside the verified range.
@@ -270,5 +278,10 @@ def _measured_here(opener: _Opener, engines: Sequence[m.Engine], kept: Path | No
 
 def _noise(recipe: m.Recipe) -> Float32Array:
     """A batch of the optimal size and of normal values, as normalized images have them, float32 [N, 3, H, W]."""
-    shape = (recipe.batch.opt, 3, recipe.preprocess.crop_height, recipe.preprocess.crop_width)
+    shape = (
+        recipe.batch.opt,
+        recipe.preprocess.channels,
+        recipe.preprocess.crop_height,
+        recipe.preprocess.crop_width,
+    )
     return np.random.default_rng(0).standard_normal(shape, dtype=np.float32)

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator,
 
 from export_zoo.calibration.preprocess import Preprocess
 from export_zoo.engines.parity.metrics import METRICS
+from export_zoo.engines.parity.tasks import TASKS, Head, classes_of
 from export_zoo.engines.precision.registry import PRECISIONS
 from export_zoo.engines.targets.base import MAX_BATCH
 from export_zoo.engines.targets.plan import Plan
@@ -71,7 +72,7 @@ class Source(_Model):
         default="",
         description="Function that makes the user's own network: `FILE.py:FUNCTION` or `package.module:FUNCTION`.",
     )
-    num_classes: int
+    num_classes: int = Field(description="Number of classes, quantities or features of the first output.")
     transform_input: bool | None = Field(
         description="Value of the model's `transform_input`, for googlenet and inception_v3 only; otherwise null."
     )
@@ -98,6 +99,30 @@ class Port(_Model):
         """The shape for one image, without the batch, if the input is height x width pixels."""
         named = {"height": height, "width": width}
         return tuple(named[size] if isinstance(size, str) else size for size in self.shape[1:])
+
+
+class OutputPort(Port):
+    """An output: [batch], [batch, classes], [batch, tokens, classes] or [batch, classes, height, width]."""
+
+    task: str = Field(
+        default="",
+        description="Meaning of the values. Empty in bundles of earlier versions: segmentation if the output has a "
+        "height and a width, otherwise classification.",
+        json_schema_extra={"enum": [*TASKS, ""]},
+    )
+    scores: str = Field(
+        default="logits",
+        description="`logits`, `probabilities` if the network ends with softmax or sigmoid, or `values`. For binary "
+        "and multilabel, logits over 0 and probabilities over 0.5 are a yes.",
+        json_schema_extra={"enum": ["logits", "probabilities", "values"]},
+    )
+
+    @property
+    def head(self) -> Head:
+        """Meaning of the values, as metrics need it."""
+        dense = len(self.shape) == 4
+        task = self.task or ("segmentation" if dense else "classification")
+        return Head(task, self.scores, classes_of(self.of_image(1, 1)))
 
 
 class Batch(_Model):
@@ -147,8 +172,10 @@ class Recipe(_Model):
 
     source: Source
     input: Port
-    output: Port = Field(description="The logits: [batch, classes], or [batch, classes, height, width].")
-    further_outputs: list[Port] = Field(
+    output: OutputPort = Field(
+        description="The first output, which `infer` returns: logits of a classification, for example."
+    )
+    further_outputs: list[OutputPort] = Field(
         default=[], description="Outputs after the first, for example auxiliary outputs."
     )
     batch: Batch
@@ -170,13 +197,20 @@ class Recipe(_Model):
     versions: dict[str, str]
 
     @property
-    def outputs(self) -> list[Port]:
+    def outputs(self) -> list[OutputPort]:
         """All outputs, in the graph's order."""
         return [self.output, *self.further_outputs]
+
+    @property
+    def heads(self) -> dict[str, Head]:
+        """Meaning of each output, by name."""
+        return {port.name: port.head for port in self.outputs}
 
     @model_validator(mode="after")
     def _sized(self) -> Recipe:
         crop = (self.preprocess.crop_height, self.preprocess.crop_width)
+        if self.input.shape[1:2] != [self.preprocess.channels]:
+            raise ValueError("the channels of input and preprocess do not match")
         wanted: list[int | str] = ["height", "width"] if self.input_size is not None else [*crop]
         if len({port.name for port in self.outputs}) < len(self.outputs):
             raise ValueError("two outputs have the same name")
@@ -360,10 +394,13 @@ class Engine(_Model):
 
 
 class _HeldOutImages(_Model):
-    inputs: File = Field(description="NumPy .npy, uint8 [N, H, W, 3], RGB after resize and crop.")
+    inputs: File = Field(
+        description="NumPy .npy, uint8 [N, H, W, C] after resize and crop; float32 "
+        "if the preprocessing has mode `bands` or a scale other than 255."
+    )
     logits: File = Field(
         description="NumPy .npy, float32 [N, classes], eager PyTorch FP32. Dense logits are [N, classes, h, w], with "
-        "at most 64 rows and columns, spread evenly."
+        "at most 64 rows and columns, or [N, tokens, classes], with at most 64 tokens, spread evenly."
     )
     further: list[File] = Field(default=[], description="Files like `logits`, one for each further output.")
     count: int

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from export_zoo.base.errors import BadInputError, first_of
 from export_zoo.base.graph_io import sha256_of
+from export_zoo.calibration.preprocess import Pixels
 from export_zoo.engines.bundle import manifest as m
 from export_zoo.engines.parity.outputs import sampled_shape
 
@@ -84,12 +85,12 @@ def checked(bundle: Path, file: m.File) -> Path:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Held-out inputs of one size, uint8 [N, H, W, 3], and eager PyTorch's logits for them, float32.
+    """Held-out inputs of one size, [N, H, W, C], and eager PyTorch's logits for them, float32.
 
     The logits are reduced as by `parity.outputs.sampled`.
     """
 
-    pixels: npt.NDArray[np.uint8]
+    pixels: Pixels
     logits: Float32Array
     labels: list[int] | None = None
     further: tuple[Float32Array, ...] = ()
@@ -121,7 +122,7 @@ def _array(path: Path, dtype: type[np.generic], shape: tuple[int, ...]) -> npt.N
 
 
 def held_out(bundle: Path, manifest: m.Manifest) -> HeldOut:
-    """Read a bundle's held-out inputs, uint8 [N, H, W, 3], and eager PyTorch's logits for them, float32.
+    """Read a bundle's held-out inputs, [N, H, W, C], and eager PyTorch's logits for them, float32.
 
     The logits are reduced as by `parity.outputs.sampled`.
     """
@@ -130,8 +131,9 @@ def held_out(bundle: Path, manifest: m.Manifest) -> HeldOut:
 
     def read(
         part: m.HeldOut | m.HeldOutSize | m.HeldOutPatterns, height: int, width: int
-    ) -> tuple[npt.NDArray[np.uint8], list[Float32Array]]:
-        pixels = _array(checked(bundle, part.inputs), np.uint8, (part.count, height, width, 3))
+    ) -> tuple[Pixels, list[Float32Array]]:
+        dtype = np.float32 if p.keeps_values else np.uint8
+        pixels = _array(checked(bundle, part.inputs), dtype, (part.count, height, width, p.channels))
         shapes = [sampled_shape(port.of_image(height, width)) for port in recipe.outputs]
         files = [part.logits, *part.further]
         return pixels, [

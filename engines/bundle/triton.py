@@ -57,6 +57,8 @@ def config(manifest: m.Manifest, engine: m.Engine, name: str, *, delay_us: int =
 
     def port(port: m.Port, more: str = "") -> str:
         dims = ", ".join("-1" if isinstance(size, str) else str(size) for size in port.shape[1:])
+        if not dims:  # Triton has no outputs without dimensions beside the batch
+            dims, more = "1", more + "    reshape: { shape: [ ] }\n"
         return f"  {{\n    name: {_quoted(port.name)}\n    data_type: TYPE_FP32\n    dims: [ {dims} ]\n{more}  }}\n"
 
     labels = '    label_filename: "labels.txt"\n' if recipe.labels else ""

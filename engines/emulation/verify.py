@@ -16,6 +16,7 @@ from export_zoo.engines.bundle import manifest as m
 from export_zoo.engines.bundle.reader import HeldOut, checked, held_out, read_manifest
 from export_zoo.engines.emulation.cpus import Cpu
 from export_zoo.engines.emulation.engine import Emulated, EmulatedEngine
+from export_zoo.engines.parity.tasks import headline
 from export_zoo.engines.precision.registry import PRECISIONS
 from export_zoo.engines.targets.base import Opening, Runner
 from export_zoo.engines.targets.registry import TARGETS
@@ -30,7 +31,7 @@ IMAGES = 16
 FLOAT_IMAGES = 2
 """Maximum number of held-out images for a float engine. Emulated, it is ten times slower, and it cannot saturate."""
 
-_COUNTS = ("top1", "top5")
+_COUNTS = ("top1", "top5", "agreement", "nearest")
 """Metrics that one image can change by more than their tolerance, if images are few."""
 
 _MIN_MISPLACED = 8
@@ -146,6 +147,7 @@ def verify_on(
             judge,
             pixels=held.pixels,
             eager=held.outputs(recipe),
+            heads=recipe.heads,
             labels=held.labels,
             preprocess=recipe.preprocess,
             batch=m.Batch(min=size, opt=size, max=size),
@@ -196,8 +198,8 @@ def describe(name: str, gate: m.Gate, host: m.HostFigures, cpu: str) -> str:
         if host.max_difference == 0
         else f"logits differ by {host.max_difference:.2g}"
     )
-    top1 = 100 * (gate.eager_metrics["top1"] or 0.0)
+    title, share = headline(gate.eager_metrics)
     return (
         f"{name} on {cpu}: {'FAILED' if gate.failures else 'ok'}, emulated, SQNR {decibels(gate.eager_metrics['sqnr'])}"
-        f" dB ({here} here), top-1 agreement {top1:.1f} % of {gate.metrics['images']} images; {equal}"
+        f" dB ({here} here), {title} {share} of {gate.metrics['images']} images; {equal}"
     )

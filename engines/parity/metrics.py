@@ -6,12 +6,13 @@ A comparison that compared nothing fails. See docs/parity.md for each metric and
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from export_zoo.base.errors import ParityError
+from export_zoo.engines.parity.tasks import Head
 
 Logits = npt.NDArray[np.float32]
 Size = tuple[int, int]
@@ -28,15 +29,20 @@ MISPLACED_FACTOR, STANDS_OUT = 4.0, 2.0
 _CLASS_BLOCK = 512
 
 
+TIE = 1e-6
+"""Two values are tied if they differ by less than this share of the largest value: some roundings of float32."""
+
+
 @dataclass(frozen=True)
 class Metrics:
-    """Figures of one comparison; all are over `images` x `classes` logits.
+    """Figures of one comparison; all are over `images` x `classes` values. Those that do not fit the task are None.
 
-    Reference logits r and engine logits e; c is r minus its mean over the images, per class, so that a
-    constant vector scores nothing.
+    Reference values r and engine values e; c is r minus its mean over the images, per class, so that a constant
+    vector scores nothing.
     """
 
     images: int
+    """Number of rows: images, or sampled pixels or tokens."""
     classes: int
     max_abs: float
     """max |e - r|, in logits."""
@@ -46,14 +52,24 @@ class Metrics:
     """10 log10(sum c^2 / sum (e - r)^2), in dB; capped at 200."""
     cosine: float
     """Cosine between c and e minus the reference's means."""
-    top1: float
-    """Share of images whose best class is the same."""
-    top5: float
-    """Mean share of the reference's five best classes (fewer where there are fewer) among the engine's."""
-    misplaced: int
+    top1: float | None = None
+    """Share of images whose best class is the same. A class that ties with the best counts as the same."""
+    top5: float | None = None
+    """Mean share of the reference's five best classes (fewer where there are fewer) among the engine's, with ties."""
+    misplaced: int | None = None
     """Classes whose logits lie far closer to another class's reference than to their own: permuted labels."""
+    agreement: float | None = None
+    """Share of yes-or-no decisions that are the same. A reference at the threshold agrees with both."""
+    correlation: float | None = None
+    """Smallest Pearson correlation of one quantity over the images; quantities that hardly vary are left out."""
+    relative_error: float | None = None
+    """sum |e - r| / sum |r|, the weighted absolute percentage error as a share."""
+    similarity: float | None = None
+    """Mean over images of the cosine between r and e, of one image's features."""
+    nearest: float | None = None
+    """Share of images whose nearest other image, by cosine, is the same. Ties count as the same."""
     accuracy: float | None = None
-    """Top-1 accuracy of the engine, where labels are known."""
+    """Accuracy of the engine (top-1, or by the threshold), where labels are known."""
     reference_accuracy: float | None = None
     accuracy_drop: float | None = None
     """reference_accuracy - accuracy, as a share (0.01 is one point)."""
@@ -85,9 +101,21 @@ class Limit:
         return f"{self.metric} {'>=' if self.at_least else '<='} {self.value:g}"
 
 
-AT_LEAST = frozenset({"sqnr", "cosine", "top1", "top5", "accuracy"})
-AT_MOST = frozenset({"max_abs", "max_rel", "misplaced", "accuracy_drop"})
+COMMON = frozenset({"max_abs", "max_rel", "sqnr", "cosine"})
+"""Metrics of every output, whatever its task."""
+
+SHARES = frozenset(
+    {"cosine", "top1", "top5", "agreement", "correlation", "similarity", "nearest", "accuracy"}
+)
+AT_LEAST = SHARES | {"sqnr"}
+AT_MOST = frozenset({"max_abs", "max_rel", "misplaced", "relative_error", "accuracy_drop"})
 METRICS = AT_LEAST | AT_MOST
+
+
+def fitting(tolerances: Mapping[str, float], head: Head) -> dict[str, float]:
+    """The limits on metrics that outputs of this task have."""
+    return {metric: value for metric, value in tolerances.items() if metric in COMMON | head.figures}
+
 
 MIN_UNFUSED_COSINE = 0.5
 """Minimum cosine to eager for an engine with random weights (1 dB of SQNR). A wrong precision graph is below it."""
@@ -117,10 +145,10 @@ def check_reference(reference: Logits, where: str = "") -> None:
         where: text before the problem in the message, for example "at 64x64, ".
 
     Raises:
-        ParityError: fewer than two images or classes, a logit that is not finite, or logits that hardly vary between
+        ParityError: fewer than two images, no class, a logit that is not finite, or logits that hardly vary between
             images.
     """
-    if reference.ndim != 2 or reference.shape[0] < 2 or reference.shape[1] < 2:
+    if reference.ndim != 2 or reference.shape[0] < 2 or reference.shape[1] < 1:
         raise ParityError(
             f"nothing to compare: {where}reference logits of shape {list(reference.shape)}",
             hint="give more images to verify on (--calib or --verify)",
@@ -186,8 +214,86 @@ def _misplaced(reference: Logits, engine: Logits) -> int:
     return count
 
 
-def compare(reference: Logits, engine: Logits, labels: Sequence[int] | None = None) -> Metrics:
-    """Figures of engine logits against reference logits, both float32 [images, classes].
+def _share_agreeing(reference: Logits, engine: Logits, five: int) -> tuple[float, float]:
+    """`top1` and `top5`. A class that ties with the last of the best, in either, counts among them."""
+
+    def level(logits: Logits, count: int) -> Logits:
+        """Least value of each image that is among its `count` best, ties included."""
+        best = np.partition(logits, -count, axis=1)[:, -count]
+        return np.asarray(best - TIE * np.abs(logits).max(), dtype=np.float32)[:, None]
+
+    shares = []
+    for count in (1, five):
+        top_r, top_e = _top(reference, count), _top(engine, count)
+        among_r = np.take_along_axis(reference, top_e, 1) >= level(reference, count)
+        among_e = np.take_along_axis(engine, top_r, 1) >= level(engine, count)
+        shares.append(float(np.maximum(among_r.sum(axis=1), among_e.sum(axis=1)).mean()) / count)
+    return shares[0], shares[1]
+
+
+def _agreement(reference: Logits, engine: Logits, threshold: float) -> float:
+    at_threshold = np.abs(reference - threshold) <= TIE * max(float(np.abs(reference).max()), threshold)
+    return float((((reference > threshold) == (engine > threshold)) | at_threshold).mean())
+
+
+def _correlation(reference: Logits, engine: Logits) -> float:
+    r, e = (x.astype(np.float64) - x.mean(axis=0, dtype=np.float64) for x in (reference, engine))
+    varying = r.std(axis=0) >= max(MIN_SPREAD, MIN_RELATIVE_SPREAD * float(np.abs(reference).max()))
+    norms = np.linalg.norm(r, axis=0) * np.linalg.norm(e, axis=0)
+    found = (r * e).sum(axis=0) / np.where(norms == 0, 1.0, norms)
+    return float(found[varying].min(initial=1.0))
+
+
+def _nearest(reference: Logits, engine: Logits) -> tuple[float, float]:
+    """`similarity` and `nearest`."""
+
+    def directions(rows: Logits) -> npt.NDArray[np.float64]:
+        long = rows.astype(np.float64)
+        return np.asarray(long / np.maximum(np.linalg.norm(long, axis=1, keepdims=True), 1e-300))
+
+    r, e = directions(reference), directions(engine)
+    similarity = float((r * e).sum(axis=1).mean())
+    to_r, to_e = r @ r.T, e @ e.T
+    for table in (to_r, to_e):
+        np.fill_diagonal(table, -np.inf)
+    chosen = np.take_along_axis(to_r, to_e.argmax(axis=1)[:, None], 1)[:, 0]
+    return similarity, float((chosen >= to_r.max(axis=1) - TIE).mean())
+
+
+def _of_task(reference: Logits, engine: Logits, head: Head) -> dict[str, float]:
+    """The metrics that fit the task; 0 if the engine's values are not finite."""
+    if not np.isfinite(engine).all():
+        worst = {"misplaced": reference.shape[1], "relative_error": float("inf")}
+        return {metric: worst.get(metric, 0.0) for metric in head.figures if "accuracy" not in metric}
+    found: dict[str, float] = {}
+    if head.by_class:
+        found["top1"], found["top5"] = _share_agreeing(reference, engine, min(5, head.classes))
+    if head.by_threshold:
+        found["agreement"] = _agreement(reference, engine, head.threshold)
+    if "misplaced" in head.figures:
+        found["misplaced"] = _misplaced(reference, engine)
+    if "correlation" in head.figures:
+        found["correlation"] = _correlation(reference, engine)
+        magnitude = float(np.abs(reference).sum(dtype=np.float64))
+        found["relative_error"] = float(np.abs(engine - reference).sum(dtype=np.float64)) / magnitude
+    if "nearest" in head.figures:
+        found["similarity"], found["nearest"] = _nearest(reference, engine)
+    return found
+
+
+def _accuracy(logits: Logits, labels: Sequence[int], head: Head) -> float:
+    decided = _top(logits, 1)[:, 0] if head.by_class else (logits[:, 0] > head.threshold).astype(np.intp)
+    return float((decided == np.asarray(labels)).mean())
+
+
+def compare(
+    reference: Logits, engine: Logits, labels: Sequence[int] | None = None, head: Head | None = None
+) -> Metrics:
+    """Figures of engine values against reference values, both float32 [rows, classes].
+
+    Args:
+        labels: class index per row; 0 or 1 for binary.
+        head: meaning of the values. Default: logits of a classification.
 
     Raises:
         ParityError: shapes differ, the number of labels is wrong, or the reference is unusable (`check_reference`).
@@ -199,29 +305,24 @@ def compare(reference: Logits, engine: Logits, labels: Sequence[int] | None = No
         )
     check_reference(reference)
     images, classes = reference.shape
-    best = _top(reference, 1)[:, 0], _top(engine, 1)[:, 0]
-    finite = bool(np.isfinite(engine).all())
-    accuracy = reference_accuracy = drop = None
+    head = replace(head or Head(), classes=classes)
     if labels is not None and len(labels) != images:
         raise ParityError(f"nothing to compare: {len(labels)} labels for {images} images")
-    if labels is not None:
-        truth = np.asarray(labels)
-        reference_accuracy = float((best[0] == truth).mean())
-        accuracy = float((best[1] == truth).mean()) if finite else 0.0
-        drop = reference_accuracy - accuracy
+    finite = bool(np.isfinite(engine).all())
+    figures: dict[str, float] = _of_task(reference, engine, head)
+    if labels is not None and head.labelled:
+        figures["reference_accuracy"] = _accuracy(reference, labels, head)
+        figures["accuracy"] = _accuracy(engine, labels, head) if finite else 0.0
+        figures["accuracy_drop"] = figures["reference_accuracy"] - figures["accuracy"]
     if not finite:
         inf = float("inf")
-        worst = (inf, inf, -WITHOUT_NOISE, 0.0, 0.0, 0.0, classes)
-        return Metrics(images, classes, *worst, accuracy, reference_accuracy, drop)
+        return Metrics(images, classes, inf, inf, -WITHOUT_NOISE, 0.0, **figures)  # type: ignore[arg-type]
     r, e = reference.astype(np.float64), engine.astype(np.float64)
     mean = r.mean(axis=0)
     centred, other = r - mean, e - mean
     signal, noise = float((centred**2).sum()), float(((e - r) ** 2).sum())
     norms = float(np.linalg.norm(centred) * np.linalg.norm(other))
     max_abs = float(np.abs(e - r).max())
-    five = min(5, classes)
-    top_r, top_e = _top(reference, five), _top(engine, five)
-    shared = [len(set(a) & set(b)) / five for a, b in zip(top_r.tolist(), top_e.tolist(), strict=True)]
     return Metrics(
         images=images,
         classes=classes,
@@ -229,12 +330,7 @@ def compare(reference: Logits, engine: Logits, labels: Sequence[int] | None = No
         max_rel=max_abs / float(centred.std()),
         sqnr=WITHOUT_NOISE if noise == 0 else min(WITHOUT_NOISE, 10.0 * float(np.log10(signal / noise))),
         cosine=0.0 if norms == 0 else float((centred * other).sum()) / norms,
-        top1=float((best[0] == best[1]).mean()),
-        top5=float(np.mean(shared)),
-        misplaced=_misplaced(reference, engine),
-        accuracy=accuracy,
-        reference_accuracy=reference_accuracy,
-        accuracy_drop=drop,
+        **figures,  # type: ignore[arg-type]
     )
 
 
@@ -249,7 +345,8 @@ def failures(metrics: Metrics, tolerances: Mapping[str, float]) -> list[str]:
     if unmeasured or not judged:
         raise ParityError(
             "the parity gate has nothing to judge by: " + (", ".join(unmeasured) or "no tolerance given"),
-            hint="give a tolerance on a metric that is measured; accuracy needs labels",
+            hint="give a tolerance on a metric that is measured: accuracy needs labels, and some metrics are for other "
+            "tasks (docs/parity.md)",
         )
     return [
         f"{limit.metric} is {getattr(metrics, limit.metric):.6g}, must be {limit}"

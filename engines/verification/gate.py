@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from export_zoo.base.errors import ParityError
 from export_zoo.calibration.images import Progress
-from export_zoo.calibration.preprocess import Preprocess, UInt8Array, normalize
+from export_zoo.calibration.preprocess import Pixels, Preprocess, normalize
 from export_zoo.engines.bundle.manifest import Batch, FurtherMetrics, Gate
 from export_zoo.engines.parity.metrics import (
     MIN_UNFUSED_COSINE,
@@ -20,9 +20,11 @@ from export_zoo.engines.parity.metrics import (
     check_reference,
     compare,
     failures,
+    fitting,
     unfused_tolerances,
 )
-from export_zoo.engines.parity.outputs import as_rows, sampled
+from export_zoo.engines.parity.outputs import sampled
+from export_zoo.engines.parity.tasks import Head
 from export_zoo.engines.targets.base import Runner
 
 Float32Array = npt.NDArray[np.float32]
@@ -36,7 +38,7 @@ MIN_LABELLED = 100
 
 def run_in_batches(
     engine: Runner,
-    pixels: UInt8Array,
+    pixels: Pixels,
     preprocess: Preprocess,
     batch: int,
     progress: Progress = lambda _: None,
@@ -70,20 +72,24 @@ def images_compared(count: int, batch: Batch, further: int = 0, patterns: int = 
     )
 
 
-Unfused = Callable[[UInt8Array], tuple[Float32Array, ...]]
+Unfused = Callable[[Pixels], tuple[Float32Array, ...]]
 
 
 def _judges(
-    pixels: UInt8Array,
+    pixels: Pixels,
     eager: Mapping[str, Float32Array],
+    heads: Mapping[str, Head],
     labels: Sequence[int] | None,
     tolerances: Mapping[str, float],
     unfused: Unfused | None,
     where: str = "",
 ) -> dict[str, _OutputJudge]:
-    """A judge for each output, by name. Labels and accuracy limits apply to the first output only."""
-    for logits in eager.values():
-        check_reference(as_rows(logits), where)
+    """A judge for each output, by name. Labels and accuracy limits apply to the first output only.
+
+    Further outputs are held to the limits that fit their task: at least to that on SQNR, which has a default.
+    """
+    for name, logits in eager.items():
+        check_reference(heads[name].rows(logits), where)
     references = tuple(eager.values()) if unfused is None else unfused(pixels)
     if not all(np.isfinite(logits).all() for logits in references):
         raise ParityError(
@@ -95,8 +101,9 @@ def _judges(
         name: _OutputJudge(
             reference,
             eager[name],
+            heads[name],
             labels if name == first else None,
-            tolerances if name == first else _without_accuracy(tolerances),
+            tolerances if name == first else fitting(_without_accuracy(tolerances), heads[name]),
             unfused=unfused is not None,
         )
         for name, reference in zip(eager, references, strict=True)
@@ -105,8 +112,9 @@ def _judges(
 
 def _judge_size(
     engine: Runner,
-    pixels: UInt8Array,
+    pixels: Pixels,
     eager: Mapping[str, Float32Array],
+    heads: Mapping[str, Head],
     preprocess: Preprocess,
     batch: Batch,
     tolerances: Mapping[str, float],
@@ -115,7 +123,7 @@ def _judge_size(
 ) -> list[str]:
     """Failures at one further size, at batches opt and max."""
     height, width = pixels.shape[1:3]
-    judges = _judges(pixels, eager, None, tolerances, unfused, f"at {height}x{width}, ")
+    judges = _judges(pixels, eager, heads, None, tolerances, unfused, f"at {height}x{width}, ")
     found = []
     for size in sorted({batch.opt, batch.max}):
         outputs = run_in_batches(engine, pixels, preprocess, size, progress)
@@ -129,7 +137,7 @@ class Patterns(NamedTuple):
     """Test patterns (`calibration.images.test_patterns`) and what is asked of an engine there."""
 
     names: Sequence[str]
-    pixels: UInt8Array
+    pixels: Pixels
     eager: Mapping[str, Float32Array]
     min_sqnr: float | None
     """Limit on the SQNR of each image, in dB; None: outputs must be finite, no more.
@@ -180,15 +188,16 @@ def _of_output(name: str, eager: Mapping[str, Float32Array]) -> str:
 def judge(
     engine: Runner,
     *,
-    pixels: UInt8Array,
+    pixels: Pixels,
     eager: Mapping[str, Float32Array],
+    heads: Mapping[str, Head],
     labels: Sequence[int] | None,
     preprocess: Preprocess,
     batch: Batch,
     tolerances: Mapping[str, float],
     ran: Literal["engine", "precision graph"] = "engine",
     unfused: Unfused | None = None,
-    sizes: Sequence[tuple[UInt8Array, Mapping[str, Float32Array]]] = (),
+    sizes: Sequence[tuple[Pixels, Mapping[str, Float32Array]]] = (),
     patterns: Patterns | None = None,
     progress: Progress = lambda _: None,
 ) -> Gate:
@@ -198,9 +207,10 @@ def judge(
     are the same, without accuracy.
 
     Args:
-        pixels: uint8 [N, H, W, 3], images that were not used for calibration.
-        eager: eager PyTorch's outputs for the same images by name, the logits first: float32 [N, classes], or
-            [N, classes, h, w] after `sampled`.
+        pixels: [N, H, W, C], images that were not used for calibration.
+        eager: eager PyTorch's outputs for the same images by name, the logits first: float32 [N], [N, classes],
+            [N, tokens, classes] or [N, classes, h, w], `sampled`.
+        heads: what each output means, by name.
         labels: class index per image, or None.
         tolerances: limits by metric; see `parity.metrics`.
         ran: whether `engine` is the engine itself or only its precision graph.
@@ -219,7 +229,7 @@ def judge(
             hint="give images to verify on (--calib or --verify)",
         )
     names = list(eager)
-    judges = _judges(pixels, eager, labels, tolerances, unfused)
+    judges = _judges(pixels, eager, heads, labels, tolerances, unfused)
     batches = batches_to_check(batch.min, batch.opt, batch.max)
     found: list[str] = []
     figures: dict[str, FurtherMetrics] = {}
@@ -239,7 +249,9 @@ def judge(
                 problems = judges[name].part(logits)
             found += [where + text for text in problems]
     for images, outputs_of in sizes:
-        found += _judge_size(engine, images, outputs_of, preprocess, batch, tolerances, unfused, progress)
+        found += _judge_size(
+            engine, images, outputs_of, heads, preprocess, batch, tolerances, unfused, progress
+        )
     on_patterns: dict[str, float] = {}
     if patterns is not None:
         on_patterns, problems = _judge_patterns(engine, patterns, eager, preprocess, batch, progress)
@@ -269,31 +281,39 @@ class _OutputJudge:
         self,
         reference: Float32Array,
         eager: Float32Array,
+        head: Head,
         labels: Sequence[int] | None,
         tolerances: Mapping[str, float],
         *,
         unfused: bool,
     ) -> None:
         self._reference, self._eager, self._labels, self._unfused = reference, eager, labels, unfused
+        self._head = head
         self.limits = dict(tolerances)
         if unfused:
-            graph = compare(as_rows(eager), as_rows(reference))
+            graph = self._compare(eager, reference)
             self.limits = {**unfused_tolerances(graph.sqnr), **self.limits}
+
+    def _compare(
+        self, reference: Float32Array, found: Float32Array, labels: Sequence[int] | None = None
+    ) -> Metrics:
+        return compare(self._head.rows(reference), self._head.rows(found), labels, self._head)
 
     def part(self, logits: Float32Array) -> list[str]:
         """Limits that do not hold on the first images; accuracy is left out."""
         limits = _without_accuracy(self.limits)
-        reference = self._reference[: len(logits)]
-        metrics = compare(as_rows(reference), as_rows(logits))
+        metrics = self._compare(self._reference[: len(logits)], logits)
         return failures(metrics, limits) if limits else []
 
     def whole(self, logits: Float32Array) -> tuple[FurtherMetrics, list[str]]:
         """Figures over all images, and the limits that do not hold."""
-        metrics = eager = compare(as_rows(self._reference), as_rows(logits), self._labels)
-        counts = {} if logits.ndim == 2 else {"images": len(logits), "pixels": metrics.images}
+        metrics = eager = self._compare(self._reference, logits, self._labels)
+        counts = {}
+        if metrics.images > len(logits):
+            counts = {"images": len(logits), ("pixels" if logits.ndim == 4 else "tokens"): metrics.images}
         problems = failures(metrics, self.limits)
         if self._unfused:
-            eager = compare(as_rows(self._eager), as_rows(logits), self._labels)
+            eager = self._compare(self._eager, logits, self._labels)
             problems += _astray(eager)
         figures = FurtherMetrics(
             metrics={**metrics.as_dict(), **counts}, eager_metrics={**eager.as_dict(), **counts}
@@ -302,7 +322,7 @@ class _OutputJudge:
 
     def elsewhere(self, logits: Float32Array) -> list[str]:
         """Limits that do not hold at another size."""
-        far = _astray(compare(as_rows(self._eager), as_rows(logits))) if self._unfused else []
+        far = _astray(self._compare(self._eager, logits)) if self._unfused else []
         return [*self.part(logits), *far]
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from export_zoo.base.machine import cpu_model
-from export_zoo.calibration.preprocess import UInt8Array, normalize
+from export_zoo.calibration.preprocess import Pixels, normalize
 from export_zoo.engines.bundle import bench
 from export_zoo.engines.bundle.manifest import Latency, Recipe
 from export_zoo.engines.precision.registry import BASELINE
@@ -25,13 +25,13 @@ class TimedEngine(NamedTuple):
 
 
 def measure_latencies(
-    engines: Mapping[str, TimedEngine], fp32: Path, recipe: Recipe, pixels: UInt8Array
+    engines: Mapping[str, TimedEngine], fp32: Path, recipe: Recipe, pixels: Pixels
 ) -> dict[str, Latency]:
     """Latency of each engine, by name, at batch OPT. All engines must run on this machine.
 
     Args:
         fp32: the simplified FP32 graph. ONNX Runtime's latency with it is the reference of all speedups.
-        pixels: images after resize and crop, uint8 [N, H, W, 3]; repeated if there are fewer than OPT.
+        pixels: images after resize and crop, [N, H, W, C]; repeated if there are fewer than OPT.
 
     Raises:
         TargetUnavailableError: this machine cannot load an engine, or cannot run it exactly.

@@ -17,7 +17,7 @@ from export_zoo.base.files import replacing
 from export_zoo.base.graph_io import sha256_of
 from export_zoo.base.machine import cpu_model, instruction_set, library_versions
 from export_zoo.calibration.images import Progress
-from export_zoo.calibration.preprocess import UInt8Array
+from export_zoo.calibration.preprocess import Pixels
 from export_zoo.engines.bundle import manifest as m
 from export_zoo.engines.bundle.reader import ATTESTATIONS, MANIFEST, HeldOut, checked, held_out, read_manifest
 from export_zoo.engines.precision.int8.saturation.pairs import saturating_layers
@@ -36,13 +36,13 @@ Float32Array = npt.NDArray[np.float32]
 
 def plain_outputs(
     graph: Path, recipe: m.Recipe, *, half: bool
-) -> Callable[[UInt8Array], tuple[Float32Array, ...]]:
+) -> Callable[[Pixels], tuple[Float32Array, ...]]:
     """A function that computes a precision graph's outputs unfused, Q/DQ pairs one by one.
 
     See `verification.gate.judge`.
     """
 
-    def outputs(pixels: UInt8Array) -> tuple[Float32Array, ...]:
+    def outputs(pixels: Pixels) -> tuple[Float32Array, ...]:
         plain = OnnxRuntimeEngine(graph, fused=False, half=half)
         return run_in_batches(plain, pixels, recipe.preprocess, recipe.batch.opt)
 
@@ -87,6 +87,7 @@ def judge_engine(
         ran="precision graph" if only_graph else "engine",
         pixels=held.pixels,
         eager=held.outputs(recipe),
+        heads=recipe.heads,
         labels=held.labels,
         preprocess=recipe.preprocess,
         batch=recipe.batch,

@@ -68,6 +68,8 @@ class StateNotReachedError(ExportZooError):
 class TargetRefusalError(StateNotReachedError):
     """A target's parser or builder refuses the network's graph."""
 
+    kind = "refused"
+
 
 class EnvironmentFailureError(ExportZooError):
     """The network or the disk failed."""

@@ -117,6 +117,7 @@ def _written(bundle: Path, attestation: Path | None) -> str:
 
 
 def _verify_here(bundle: Path, reporter: ConsoleReporter, *, latencies: bool, quiet: bool) -> None:
+    from export_zoo.engines.parity.tasks import headline
     from export_zoo.engines.verification import verify as verification
     from export_zoo.engines.verification.gate import images_compared
 
@@ -142,12 +143,12 @@ def _verify_here(bundle: Path, reporter: ConsoleReporter, *, latencies: bool, qu
     if not quiet:
         with outcome.printing():
             for name, gate in attestation.engines.items():
-                sqnr, top1 = gate.eager_metrics["sqnr"] or 0.0, gate.eager_metrics["top1"] or 0.0
+                sqnr, (title, share) = gate.eager_metrics["sqnr"] or 0.0, headline(gate.eager_metrics)
                 state = "FAILED" if gate.failures else attestation.states[name]
-                images = f"{100 * top1:.1f} % of {gate.metrics['images']} images"
+                images = f"{title} {share} of {gate.metrics['images']} images"
                 timed = attestation.latencies.get(name)
                 speed = f", {timed.speedup:.2f}x the speed of FP32" if timed is not None else ""
-                click.echo(f"{name}: {state}, SQNR {sqnr:.1f} dB, top-1 agreement {images}{speed}")
+                click.echo(f"{name}: {state}, SQNR {sqnr:.1f} dB, {images}{speed}")
             click.echo(_written(bundle, path))
     failures = [f"{name}: {text}" for name, gate in attestation.engines.items() for text in gate.failures]
     if failures:
@@ -245,10 +246,14 @@ def inspect(bundle: Path, json_path: Path | None, quiet: bool, verbose: bool) ->
     trained, held = recipe.source.weights, manifest.artifacts.held_out
     lines = {
         "bundle": f"{bundle} ({manifest.status}, by {manifest.tool}, {manifest.artifacts.created})",
-        "model": f"{recipe.source.name}, {recipe.source.num_classes} classes",
+        "model": f"{recipe.source.name}, {recipe.output.head.described}",
         "weights": trained.name + (f" (SHA-256 {trained.sha256[:16]}...)" if trained.sha256 else ""),
         "input": f"{recipe.input.name}: float32 {recipe.input.shape} {recipe.input.layout}",
-        "output": "; ".join(f"{port.name}: float32 {port.shape}" for port in recipe.outputs),
+        "output": "; ".join(
+            f"{port.name}: float32 {port.shape}, {port.head.task}"
+            + (f" ({port.head.scores})" if port.head.scores != "values" else "")
+            for port in recipe.outputs
+        ),
         "batch": f"{recipe.batch.min} to {recipe.batch.max}, best at {recipe.batch.opt}",
         "preprocess": f"RGB, resize {p.resize_size} {p.interpolation} antialiased, "
         f"crop {p.crop_height}x{p.crop_width}, /255, mean {list(p.mean)}, std {list(p.std)} ({p.source})",

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from export_zoo.calibration.images import Progress
-from export_zoo.calibration.preprocess import Preprocess, UInt8Array, normalize
+from export_zoo.calibration.preprocess import Pixels, Preprocess, normalize
 from export_zoo.engines.parity.outputs import sampled
 from export_zoo.exporter.models.eager import run_eager
 
@@ -16,9 +16,9 @@ EAGER_BATCH = 8
 
 
 def eager_outputs(
-    model: nn.Module, pixels: UInt8Array, preprocess: Preprocess, progress: Progress = lambda _: None
+    model: nn.Module, pixels: Pixels, preprocess: Preprocess, progress: Progress = lambda _: None
 ) -> tuple[npt.NDArray[np.float32], ...]:
-    """Run the eager model on uint8 [N, H, W, 3] images, in eval mode and FP32 on the CPU.
+    """Run the eager model on [N, H, W, C] images, in eval mode and FP32 on the CPU.
 
     Returns its outputs, `sampled`; logits first.
     """

@@ -118,7 +118,7 @@ def simplify(source: Path, directory: Path, *inputs: Float32Array) -> Simplified
     Two steps: onnxsim, and mean -> average pooling. Each is kept only if the logits prove it harmless.
 
     Args:
-        inputs: images to compare the logits on, float32 [N, 3, H, W], N >= 2; one array per input size.
+        inputs: images to compare the logits on, float32 [N, channels, H, W], N >= 2; one array per input size.
     """
     with tempfile.TemporaryDirectory(dir=directory) as scratch:
         return _simplify(source, directory / "graph.onnx", Path(scratch), inputs)

@@ -23,7 +23,7 @@ from export_zoo.base import graph_io
 from export_zoo.base.errors import BadInputError, ExportDefectError, ParityError, UsageError
 from export_zoo.base.graph_io import MODULE_KEY
 from export_zoo.calibration.images import TEST_PATTERNS
-from export_zoo.engines.parity.metrics import Size, odd_size, relative_errors
+from export_zoo.engines.parity.metrics import odd_size, relative_errors
 from export_zoo.engines.targets.onnxruntime.engine import OnnxRuntimeEngine
 from export_zoo.exporter.graph.culprit import first_different_module
 from export_zoo.exporter.models.eager import line_of, run_eager, without_autocast
@@ -101,9 +101,10 @@ def export(
     outputs: Sequence[str] = ("logits",),
     sizes: SizeRange | None = None,
     own: bool = False,
+    channels: int = 3,
     external_threshold: int | None = None,
 ) -> list[Path]:
-    """Export an eval-mode network that takes float32 [N, 3, height, width]; returns the files written.
+    """Export an eval-mode network that takes float32 [N, channels, height, width]; returns the files written.
 
     The graph's input is `input`, and its outputs have the given names. All have a symbolic first dimension `batch`.
     Nodes carry only the module path as metadata.
@@ -121,7 +122,7 @@ def export(
     """
     dims = {0: torch.export.Dim(BATCH, min=1)}
     if sizes is None:
-        _check_runs(model, (height, width))
+        _check_runs(model, (channels, height, width))
     else:
         for axis, name in enumerate((HEIGHT, WIDTH)):
             low, high = sizes.min[axis], sizes.max[axis]
@@ -130,13 +131,18 @@ def export(
         # Odd numbers that differ are not multiples by chance, and a baked-in size can be recognized by them.
         height, width = odd_size(sizes.min, sizes.max) or sizes.opt
         for size in (sizes.min, sizes.opt, sizes.max):
-            _check_runs(model, size, sizes)
-        _check_runs(model, (height, width), sizes, lambda: _why_fixed(model, sizes.opt, dims))
+            _check_runs(model, (channels, *size), sizes)
+        _check_runs(
+            model,
+            (channels, height, width),
+            sizes,
+            lambda: _why_fixed(model, (channels, *sizes.opt), dims),
+        )
     try:
         with _quiet(), _exact_constants(), without_autocast():
             program = torch.onnx.export(
                 model,
-                (torch.zeros(_SAMPLE_BATCH, 3, height, width),),
+                (torch.zeros(_SAMPLE_BATCH, channels, height, width),),
                 dynamo=True,
                 optimize=optimize,
                 opset_version=OPSET,
@@ -147,7 +153,7 @@ def export(
         assert program is not None
     except Exception as error:
         if sizes is not None:
-            raise _one_size_only(model, (height, width), dims) from error
+            raise _one_size_only(model, (channels, height, width), dims) from error
         text = _reason(error)
         if own:
             line = line_of(_root(error))
@@ -163,7 +169,7 @@ def export(
     _strip_metadata(graph, dict(model.named_modules()))
     check_dynamic_batch(graph, own=own)
     if sizes is not None and not all(isinstance(size, ir.SymbolicDim) for size in _sizes_of(graph)):
-        raise _one_size_only(model, (height, width), dims)
+        raise _one_size_only(model, (channels, height, width), dims)
     return graph_io.save(graph, out, external_threshold=external_threshold)
 
 
@@ -188,15 +194,19 @@ def _reason(error: BaseException) -> str:
     return text[0] if text else type(error).__name__
 
 
+Shape = tuple[int, int, int]
+"""Channels, height and width of an image."""
+
+
 def _check_runs(
-    model: nn.Module, size: Size, sizes: SizeRange | None = None, why: Callable[[], str] = str
+    model: nn.Module, shape: Shape, sizes: SizeRange | None = None, why: Callable[[], str] = str
 ) -> None:
     """Refuse a size at which the model does not run. `why` gives more reasons for a size between others that run."""
     with torch.inference_mode():
         try:
-            run_eager(model, torch.zeros(1, 3, *size))
+            run_eager(model, torch.zeros(1, *shape))
         except Exception as error:
-            text = f"the model does not run at input {size[0]}x{size[1]}"
+            text = f"the model does not run at input {shape[1]}x{shape[2]}"
             if sizes is None:
                 raise BadInputError(f"{text}: {error}", hint="choose another --input-size") from error
             reason = "; ".join(filter(None, (str(error), why())))
@@ -207,15 +217,15 @@ def _check_runs(
             ) from error
 
 
-def _one_size_only(model: nn.Module, size: Size, dims: dict[int, Any]) -> UsageError:
-    reason = _why_fixed(model, size, dims) or "no reason is given"
+def _one_size_only(model: nn.Module, shape: Shape, dims: dict[int, Any]) -> UsageError:
+    reason = _why_fixed(model, shape, dims) or "no reason is given"
     return UsageError(
         f"--dynamic-size: the exporter cannot make height and width dynamic: {reason}",
         hint="use --input-size, with one bundle for each size",
     )
 
 
-def _why_fixed(model: nn.Module, size: Size, dims: dict[int, Any]) -> str:
+def _why_fixed(model: nn.Module, shape: Shape, dims: dict[int, Any]) -> str:
     """The reason in one line why torch.export cannot keep the sizes dynamic, with the module if it is known; empty if
     torch.export gives no reason."""
     entered = [""]
@@ -227,7 +237,7 @@ def _why_fixed(model: nn.Module, size: Size, dims: dict[int, Any]) -> str:
     try:
         with _quiet():
             torch.export.export(
-                model, (torch.zeros(_SAMPLE_BATCH, 3, *size),), dynamic_shapes=(dims,), strict=False
+                model, (torch.zeros(_SAMPLE_BATCH, *shape),), dynamic_shapes=(dims,), strict=False
             )
     except torch._dynamo.exc.UserError as error:  # raised after tracing: no module is known
         text = re.sub(r"L\['\w+'\]\.size\(\)\[(\d)\]", lambda m: (HEIGHT, WIDTH)[int(m[1]) - 2], str(error))
@@ -342,7 +352,7 @@ def check_batches(
     """Run the graph at batch sizes other than the traced one, and compare with eager.
 
     Args:
-        inputs: float32 [N, 3, H, W], N at least the largest batch.
+        inputs: float32 [N, channels, H, W], N at least the largest batch.
         follows: whether per-pixel outputs must be as large as the input, as the manifest of a dynamic size says.
 
     Returns the largest error, relative to the largest logit.
@@ -389,7 +399,7 @@ def difference_on_test_patterns(graph: Path, model: nn.Module, inputs: npt.NDArr
     Images for which eager's own outputs are not finite are left out.
 
     Args:
-        inputs: `test_patterns` after normalization, float32 [6, 3, H, W].
+        inputs: `test_patterns` after normalization, float32 [6, channels, H, W].
     """
     with torch.inference_mode():
         wanted = run_eager(model, torch.from_numpy(inputs))
@@ -402,7 +412,7 @@ def difference_on_test_patterns(graph: Path, model: nn.Module, inputs: npt.NDArr
             what = (
                 f"differ from eager's by {off:.1e} of the largest" if np.isfinite(off) else "are not finite"
             )
-            module = first_different_module(graph, model, inputs[worst])
+            module = first_different_module(graph, model, inputs[worst : worst + 1])
             where = f", first seen in the output of module {module}" if module else ""
             return f"on the test pattern {TEST_PATTERNS[worst]!r}, {name} {what}{where}"
     return ""

@@ -8,6 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from export_zoo.base.errors import EnvironmentFailureError
+from export_zoo.engines.parity.tasks import HEADLINES, headline
 from export_zoo.engines.precision.registry import BASELINE
 from export_zoo.exporter.matrix.run import CellResult
 
@@ -17,7 +18,7 @@ COLUMNS = (
     "result",
     "state",
     "SQNR dB",
-    "top-1 agr.",
+    "agreement",
     "vs FP32",
     "MB",
     "nodes",
@@ -62,7 +63,7 @@ def cells_of(result: CellResult) -> tuple[str, ...]:
     def number(value: float | None, form: str) -> str:
         return "-" if value is None else format(value, form)
 
-    top1, size = result.figure("gate", "eager_metrics", "top1"), result.figure("file", "size_bytes")
+    size = result.figure("file", "size_bytes")
     speedup = result.figure("latency", "speedup")
     return (
         result.model,
@@ -70,7 +71,7 @@ def cells_of(result: CellResult) -> tuple[str, ...]:
         verdict(result),
         str(result.engine.get("state", "-")),
         number(result.figure("gate", "eager_metrics", "sqnr"), ".1f") + ("*" if result.random else ""),
-        "-" if top1 is None else f"{100 * top1:.1f} %",
+        headline({metric: result.figure("gate", "eager_metrics", metric) for metric in HEADLINES})[1],
         "-" if speedup is None else f"{speedup:.2f}x",
         "-" if size is None else f"{size / 1e6:.1f}",
         number(result.nodes, "d"),

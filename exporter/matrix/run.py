@@ -22,7 +22,7 @@ from typing import Any, Literal, TypeGuard
 
 import psutil
 
-from export_zoo.base.errors import EnvironmentFailureError, TargetUnavailableError
+from export_zoo.base.errors import EnvironmentFailureError, TargetRefusalError, TargetUnavailableError
 from export_zoo.base.files import replacing
 from export_zoo.base.machine import available_memory, cpu_model, instruction_set, library_versions
 from export_zoo.base.package import IMPORT_ROOT, __version__
@@ -236,7 +236,8 @@ class _Ended:
 
     @property
     def gate(self) -> bool:
-        return not self.killed and self.code in (3, 6)
+        refused = (self.document.get("error") or {}).get("kind") == TargetRefusalError.kind
+        return not self.killed and self.code in (3, 6) and not refused
 
     @property
     def reason(self) -> str:

@@ -9,12 +9,16 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from export_zoo.base.errors import BadInputError
 from export_zoo.base.package import PACKAGE
+from export_zoo.calibration.preprocess import Preprocess
+from export_zoo.engines.parity.tasks import guess, scores_of
 from export_zoo.exporter.models.spec import Output
 
 _IMAGES = 3
@@ -111,19 +115,20 @@ class Probed:
     """Warnings for the user."""
 
 
-def probe(module: nn.Module, height: int, width: int, model: str) -> Probed:
+def probe(module: nn.Module, preprocess: Preprocess, model: str) -> Probed:
     """Find the outputs of an eval-mode network by running it on noise images, and check that it is a pure function.
 
     Raises:
-        BadInputError: the network does not run, returns shapes other than [N, classes] or [N, classes, height, width],
-            puts itself into training mode, or returns different values for the same images: in another run, or in
-            another batch.
+        BadInputError: the network does not run, returns other shapes than [N], [N, classes], [N, tokens, classes] or
+            [N, classes, height, width], puts itself into training mode, or returns different values for the same
+            images: in another run, or in another batch.
     """
     _check_kind(module, model)
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(_IMAGES, 3, height, width, generator=generator)
+    images = torch.randn(_IMAGES, *preprocess.shape, generator=generator)
     with torch.inference_mode(), without_autocast() as autocasts:
-        first = _run_probe(module, images, model)
+        with _LastOperators() as operators:
+            first = _run_probe(module, images, model)
         again = _run_probe(module, images, model)
         fewer = _run_probe(module, images[:2], model)
         single = _run_probe(module, images[:1], model)
@@ -135,11 +140,11 @@ def probe(module: nn.Module, height: int, width: int, model: str) -> Probed:
     for name, tensor in first.items():
         for batch, found in ((_IMAGES, first), (2, fewer)):
             shape = list(found[name].shape)
-            if len(shape) not in (2, 4) or shape[0] != batch or shape[1] < 2:
+            if len(shape) not in (1, 2, 3, 4) or shape[0] != batch or 0 in shape:
                 raise BadInputError(
-                    f"{model}: output {name!r} is {shape} for {batch} images, not [N, classes] or "
-                    "[N, classes, height, width] with two classes or more",
-                    hint="return logits of such a shape as a tensor, a tuple or a dictionary",
+                    f"{model}: output {name!r} is {shape} for {batch} images, not [N], [N, classes], "
+                    "[N, tokens, classes] or [N, classes, height, width]",
+                    hint="return outputs of such a shape as a tensor, a tuple or a dictionary",
                 )
         wanted, shape = [1, *tensor.shape[1:]], list(single[name].shape)
         if shape != wanted:
@@ -176,8 +181,41 @@ def probe(module: nn.Module, height: int, width: int, model: str) -> Probed:
                 hint="give that entry of the dictionary another name",
             )
     notes = (f"{model}: runs under torch.autocast; it is exported and compared without it, in float32",)
-    outputs = tuple(Output(name, tuple(tensor.shape[1:])) for name, tensor in first.items())
+    outputs = tuple(_output(name, tensor, operators.of(tensor)) for name, tensor in first.items())
     return Probed(outputs, notes if autocasts else ())
+
+
+def _output(name: str, tensor: torch.Tensor, operator: str) -> Output:
+    values = tensor.numpy()
+    head = guess(values, ends_in_sigmoid="sigmoid" in operator)
+    probabilities = scores_of(values) == "probabilities"
+    return Output(name, tuple(values.shape[1:]), head.task, head.scores, probabilities)
+
+
+class _LastOperators(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Keeps the name of the operator that computed the memory of each tensor, such as `aten.sigmoid.default`."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._by_memory: dict[int, str] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        del types
+        found = func(*args, **(kwargs or {}))
+        inputs = {arg.data_ptr() for arg in args if isinstance(arg, torch.Tensor)}
+        # A view, such as that of squeeze, has its input's memory. An operator in place is no view.
+        if isinstance(found, torch.Tensor) and (
+            found.data_ptr() not in inputs
+            or func._schema.is_mutable
+            or found.data_ptr() not in self._by_memory
+        ):
+            self._by_memory[found.data_ptr()] = str(func)
+        return found
+
+    def of(self, tensor: torch.Tensor) -> str:
+        return self._by_memory.get(tensor.data_ptr(), "")
 
 
 def _check_kind(module: nn.Module, model: str) -> None:
@@ -198,13 +236,15 @@ def _run_probe(module: nn.Module, images: torch.Tensor, model: str) -> dict[str,
     except Exception as error:
         shape, line = list(images.shape), line_of(error)
         first = next((part for part in module.modules() if isinstance(part, nn.Conv2d)), None)
-        hint = "the network must take any number of RGB images; choose another size with --input-size"
+        hint = "the network must take any number of images; choose another size with --input-size"
         if len(images) < _IMAGES:
             hint = f"it runs on {_IMAGES} images: {_KEEP_THE_BATCH}"
         elif first is not None and first.in_channels != images.shape[1]:
+            mode = {1: "`mode: L` (gray)", 3: "`mode: RGB`", 4: "`mode: RGBA`, or `mode: bands`"}
             hint = (
-                f"images are RGB, and the first convolution takes {first.in_channels} channel(s): let the network make "
-                "them, for example with x.mean(1, keepdim=True)"
+                f"the first convolution takes {first.in_channels} channel(s), and the preprocessing gives "
+                f"{images.shape[1]}: give {mode.get(first.in_channels, '`mode: bands`')} in the --preprocess file, "
+                "with as many values of mean and std"
             )
         raise BadInputError(
             f"{model}: does not run on float32 {shape}: {error}{f' ({line})' if line else ''}", hint=hint

@@ -84,8 +84,9 @@ def without_memory() -> TorchFunctionMode:
     return _EmptyOnMeta()
 
 
-def footprint(module: nn.Module, height: int, width: int) -> Footprint:
-    """Footprint of a module made in `without_memory`, for images [3, height, width]; makes the module unusable."""
+def footprint(module: nn.Module, height: int, width: int, channels: int = 3) -> Footprint:
+    """Footprint of a module made in `without_memory`, for images [channels, height, width]; makes the module
+    unusable."""
     module = module.eval().to("meta")
     largest = layers = 0
 
@@ -97,7 +98,7 @@ def footprint(module: nn.Module, height: int, width: int) -> Footprint:
     for layer in module.modules():
         layer.register_forward_hook(look)
     with torch.inference_mode(), _ShapesAsTheyAre():
-        module(torch.empty(1, 3, height, width, device="meta"))
+        module(torch.empty(1, channels, height, width, device="meta"))
     weights = sum(4 * tensor.numel() for tensor in module.state_dict().values())
     return Footprint(weights, largest, layers)
 

@@ -22,10 +22,12 @@ class PreprocessFile(Preprocess):
 
     @field_validator("mean", "std")
     @classmethod
-    def _usable(cls, values: tuple[float, float, float], info: ValidationInfo) -> tuple[float, float, float]:
+    def _usable(cls, values: tuple[float, ...], info: ValidationInfo) -> tuple[float, ...]:
         mean = info.field_name == "mean"
         if not all(math.isfinite(value) and (0 <= value <= 1 if mean else value > 0) for value in values):
-            raise ValueError("must be on the 0..1 scale" if mean else "must be greater than 0")
+            raise ValueError(
+                "must be on the 0..1 scale, where `scale` counts as 1" if mean else "must be greater than 0"
+            )
         return values
 
 

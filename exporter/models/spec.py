@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from export_zoo.base.errors import UsageError
 from export_zoo.calibration.preprocess import Preprocess
 from export_zoo.engines.bundle.manifest import WeightsKind, ZooName
+from export_zoo.engines.parity.tasks import Head, classes_of, why_not
 from export_zoo.exporter.models.weights.state_dicts import Reading
 from export_zoo.exporter.models.weights.weights_files import ChosenWeights
 from export_zoo.exporter.options import ExportOptions, SizeRange
@@ -15,10 +17,38 @@ from export_zoo.exporter.options import ExportOptions, SizeRange
 
 @dataclass(frozen=True)
 class Output:
-    """An output of the network. `shape` is that of one image: [classes] or [classes, height, width]."""
+    """An output of the network.
+
+    `shape` is that of one image: [], [classes], [tokens, classes] or [classes, height, width].
+    """
 
     name: str
     shape: tuple[int, ...]
+    task: str = "classification"
+    """Meaning of the values; see `parity.tasks`."""
+    scores: str = "logits"
+    probabilities: bool = False
+    """Whether all values were in [0, 1] when the network was probed."""
+
+    @property
+    def head(self) -> Head:
+        return Head(self.task, self.scores, classes_of(self.shape))
+
+    def with_task(self, task: str) -> Output:
+        """The output with the task that the user gave.
+
+        Raises:
+            UsageError: the output cannot have that task.
+        """
+        if reason := why_not(task, self.shape):
+            raise UsageError(
+                f"--task {task}: output {self.name!r} is {['N', *self.shape]}".replace("'N'", "N")
+                + f": {reason}",
+                hint="choose another task, or leave it out",
+            )
+        values = task in ("regression", "embedding")
+        scores = "values" if values else "probabilities" if self.probabilities else "logits"
+        return replace(self, task=task, scores=scores)
 
 
 @dataclass(frozen=True)
@@ -67,7 +97,13 @@ class ModelSpec:
         outputs: tuple[Output, ...],
         **more: Any,
     ) -> ModelSpec:
-        """A spec of what a source found and what the options say."""
+        """A spec of what a source found and what the options say.
+
+        Raises:
+            UsageError: the first output cannot have the task of --task.
+        """
+        if options.task is not None:
+            outputs = (outputs[0].with_task(options.task), *outputs[1:])
         return cls(
             zoo=zoo,
             name=name,
@@ -90,16 +126,22 @@ class ModelSpec:
 
     @property
     def num_classes(self) -> int:
-        """Number of classes of the first output."""
-        return self.outputs[0].shape[0]
+        """Number of classes, quantities or features of the first output."""
+        return self.outputs[0].head.classes
+
+    @property
+    def head(self) -> Head:
+        """Meaning of the first output."""
+        return self.outputs[0].head
 
     @property
     def dense(self) -> bool:
-        """Whether the logits are per pixel (segmentation)."""
+        """Whether the first output has values per pixel or token."""
         return len(self.outputs[0].shape) > 1
 
     def key(self) -> dict[str, Any]:
-        """Identity to hash for cache keys, without file locations, labels and notes."""
+        """Identity to hash for cache keys, without file locations, labels, notes and the meaning of outputs."""
         left_out = ("weights_path", "labels", "preprocess", "factory_path", "notes")
         fields = {k: v for k, v in asdict(self).items() if k not in left_out}
+        fields["outputs"] = [(output.name, output.shape) for output in self.outputs]
         return {**fields, "preprocess": self.preprocess.figures()}

@@ -45,16 +45,23 @@ def resolve(options: ExportOptions) -> ModelSpec:
         _refuse_without_file(options)
     size = (spec.preprocess.crop_height, spec.preprocess.crop_width)
     for output in spec.outputs:
-        if spec.sizes is not None and len(output.shape) > 1 and output.shape[1:] != size:
+        if spec.sizes is not None and len(output.shape) == 2:
+            raise UsageError(
+                f"--dynamic-size: output {output.name} of {spec.name} has tokens, whose number follows the size",
+                hint="use --input-size, with one bundle for each size",
+            )
+        if spec.sizes is not None and len(output.shape) > 2 and output.shape[1:] != size:
             raise UsageError(
                 f"--dynamic-size: output {output.name} of {spec.name} is not as large as the input",
                 hint="use --input-size, with one bundle for each size",
             )
-    if spec.labels and len(spec.labels) != spec.num_classes:
+    wanted = 2 if spec.head.task == "binary" else spec.num_classes
+    if spec.labels and len(spec.labels) != wanted:
         raise BadInputError(
-            f"--preprocess {options.preprocess}: {len(spec.labels)} labels, {spec.name} has "
-            f"{spec.num_classes} classes",
-            hint="give one label for each class, or leave them out",
+            f"--preprocess {options.preprocess}: {len(spec.labels)} labels, {spec.name} has {spec.head.counted}",
+            hint="give two labels, the no first, or leave them out"
+            if spec.head.task == "binary"
+            else "give one label for each class, or leave them out",
         )
     return spec
 
@@ -128,7 +135,7 @@ def footprint(spec: ModelSpec) -> memory.Footprint | None:
             module: nn.Module = _SOURCES[spec.zoo].construct(shapes_only, None)
         try:
             size = spec.sizes.max if spec.sizes is not None else (p.crop_height, p.crop_width)
-            return memory.footprint(module, *size)
+            return memory.footprint(module, *size, p.channels)
         except Exception as error:
             raise BadInputError(
                 f"{spec.name} does not run at input {p.crop_height}x{p.crop_width}: {error}",

@@ -7,8 +7,10 @@ import logging
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, Protocol, TextIO, cast
 
 if TYPE_CHECKING:
@@ -57,6 +59,12 @@ def show_log() -> None:
     log.setLevel(logging.INFO)
 
 
+def _origin(filename: str) -> str:
+    """The library that a file belongs to, or the file's name."""
+    library = filename.rpartition("site-packages/")[2].split("/")[0] if "site-packages/" in filename else ""
+    return {"PIL": "Pillow", "torch": "PyTorch"}.get(library, library) or Path(filename).name
+
+
 RANDOM = "random weights: accuracy figures mean nothing"
 
 
@@ -103,6 +111,22 @@ class Reporter:
         if text not in self.warnings:
             self.warnings.append(text)
             self.show_warning(text)
+
+    @contextlib.contextmanager
+    def library_warnings(self) -> Iterator[None]:
+        """Report what libraries and the user's network warn of, each text once, with its origin.
+
+        Announcements of changes in later versions are left out: they are for the authors of code.
+        """
+
+        def show(message: Warning | str, category: type[Warning], filename: str, *_: object) -> None:
+            later = (DeprecationWarning, PendingDeprecationWarning, FutureWarning)
+            if not issubclass(category, (*later, ImportWarning, ResourceWarning)):
+                self.warn(f"{_origin(filename)}: {' '.join(str(message).split())}")
+
+        with warnings.catch_warnings():
+            warnings.showwarning = show  # type: ignore[assignment]
+            yield
 
     @contextlib.contextmanager
     def bar(self, label: str, total: int | None) -> Iterator[Advance]:
@@ -166,23 +190,24 @@ def print_table(engines: Sequence[Engine], refused: Sequence[Refused] = (), *, r
     """Print the engines of a bundle, and those that could not be built, on stdout."""
     from rich.table import Table
 
+    from export_zoo.engines.parity.tasks import headline
+
     console = make_console()
     table = Table(title=RANDOM if random else None, title_style="yellow")
-    for column in ("engine", "size", "state", "SQNR dB", "top-1 agr.", "accuracy", "batch", "ms", "vs FP32"):
+    title = headline(engines[0].gate.eager_metrics)[0].replace("agreement", "agr.")
+    for column in ("engine", "size", "state", "SQNR dB", title, "accuracy", "batch", "ms", "vs FP32"):
         table.add_column(column, justify="left" if column in ("engine", "state") else "right")
     for engine in engines:
         metrics, latency = engine.gate.eager_metrics, engine.latency
         accuracy = "-"
-        if metrics["accuracy"] is not None:
-            accuracy = (
-                f"{100 * metrics['accuracy']:.1f} % ({0.0 - 100 * (metrics['accuracy_drop'] or 0.0):+.1f})"
-            )
+        if (found := metrics.get("accuracy")) is not None:
+            accuracy = f"{100 * found:.1f} % ({0.0 - 100 * (metrics['accuracy_drop'] or 0.0):+.1f})"
         table.add_row(
             engine.name,
             f"{engine.size_bytes / 1e6:.1f} MB",
             engine.state if not engine.gate.failures else "FAILED",
             _number(metrics["sqnr"], ".1f"),
-            f"{100 * (metrics['top1'] or 0.0):.1f} %",
+            headline(metrics)[1],
             accuracy,
             str(latency.batch) if latency else "-",
             f"{latency.median_ms:.1f}" if latency else "-",

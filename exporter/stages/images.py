@@ -27,18 +27,17 @@ class ChosenImages:
     verify_root: Path | None
     synthetic: bool
     labels: list[int] | None
-    """Class index per verify image; None if the folders give no labels."""
+    """Class index per verify image and spare; None if the folders give no labels."""
     categories: tuple[str, ...]
     """Class names by index, if known."""
 
 
-def _scan(context: Context, folder: Path, option: str) -> ImageFolder:
+def _scan(context: Context, folder: Path, option: str, *, bands: bool) -> ImageFolder:
     with context.reporter.stage("images") as stage, context.reporter.bar("images", None) as progress:
-        found = images.scan(folder, option=option, progress=progress)
+        found = images.scan(folder, option=option, bands=bands, progress=progress)
         stage.detail = f"{option} {folder}: {len(found.images)} images"
-        for count, what in ((len(found.duplicates), "duplicates"), (len(found.ignored), "other files")):
-            if count:
-                stage.detail += f", {count} {what} left out"
+        if left_out := found.left_out():
+            stage.detail += f", left out: {', '.join(left_out)}"
     context.warn_unreadable(folder, [(u.name, u.reason) for u in found.unreadable])
     return found
 
@@ -50,7 +49,8 @@ def choose_images(context: Context, spec: ModelSpec) -> ChosenImages:
         BadInputError: a folder is unusable, has too few images, or both share images.
     """
     options, categories = context.options, spec.labels
-    splits: Splits = {"calibrate": (), "select": (), "verify": ()}
+    splits: Splits = {"calibrate": (), "select": (), "verify": (), "spare": ()}
+    bands = spec.preprocess.keeps_values
     if options.calib is None and options.calib_images != DEFAULT_CALIB_IMAGES:
         context.reporter.warn("--calib-images has no effect without --calib")
     if options.calib is None and options.verify is None:
@@ -60,8 +60,8 @@ def choose_images(context: Context, spec: ModelSpec) -> ChosenImages:
             f"no --calib or --verify: parity is checked on {SYNTHETIC_IMAGES} seeded synthetic images"
         )
         return ChosenImages(splits, None, True, None, categories)
-    calib = _scan(context, options.calib, "--calib") if options.calib is not None else None
-    check = _scan(context, options.verify, "--verify") if options.verify is not None else None
+    calib = _scan(context, options.calib, "--calib", bands=bands) if options.calib is not None else None
+    check = _scan(context, options.verify, "--verify", bands=bands) if options.verify is not None else None
     if calib is not None:
         splits = images.split(
             calib,
@@ -72,20 +72,26 @@ def choose_images(context: Context, spec: ModelSpec) -> ChosenImages:
         )
     if check is not None:
         _check_verify_folder(calib, check)
-        splits["verify"] = tuple(images.shuffled(check.images, options.seed)[: options.verify_images])
+        shuffled, wanted = images.shuffled(check.images, options.seed), options.verify_images
+        splits["verify"] = tuple(shuffled[:wanted])
+        splits["spare"] = tuple(shuffled[wanted : wanted + images.spare_count(wanted)])
     source = check or calib
     assert source is not None
+    classes = 2 if spec.head.task == "binary" else spec.num_classes
     found = FolderLabels({}, "no labels per pixel")
-    if not spec.dense:
-        found = folder_labels(source.images, categories, spec.num_classes)
+    if not spec.head.labelled:
+        found = FolderLabels({}, f"none for {spec.head.task}")
+    elif not spec.dense:
+        found = folder_labels(source.images, categories, classes)
     with context.reporter.stage("splits") as stage:
         stage.detail = ", ".join(f"{name} {len(files)}" for name, files in splits.items() if files)
         stage.detail += f"; labels: {found.explanation}"
     if found.warning:
         context.reporter.warn(found.warning)
-    if not categories and len(found.by_folder) == spec.num_classes:
+    if not categories and len(found.by_folder) == classes:
         categories = tuple(sorted(found.by_folder, key=lambda name: found.by_folder[name]))
-    return ChosenImages(splits, source.root, False, found.of(splits["verify"]), categories)
+    labels = found.of((*splits["verify"], *splits["spare"]))
+    return ChosenImages(splits, source.root, False, labels, categories)
 
 
 def _check_verify_folder(calib: ImageFolder | None, check: ImageFolder) -> None:

@@ -63,7 +63,7 @@ class Simplified:
 
 @dataclass(frozen=True)
 class Reference:
-    """The verify images, uint8, and eager's outputs of them; files are named by `file`."""
+    """The verify images, and eager's outputs of them; files are named by `file`."""
 
     PATTERNS: ClassVar[str] = "-patterns"
     """Suffix of the names of the test patterns' files."""
@@ -71,11 +71,17 @@ class Reference:
     """Hashes of the image files, in order; empty for synthetic images."""
     unreadable: list[tuple[str, str]]
     """Names of images that were left out, with reasons."""
+    largest: int = 0
+    """Largest value of images of 16 bits that were cut to 8; 0 if there are none."""
 
     @staticmethod
     def file(name: str, size: Size | None = None) -> str:
         """File name of `inputs` or of an output (`reference_files`), at a further size (height, width)."""
         return f"{name}.npy" if size is None else f"{name}-{size[0]}x{size[1]}.npy"
+
+
+_SIXTEEN_BITS = 2**14
+"""Images of 16 bits whose values are all below it probably have 10, 12 or 14 bits."""
 
 
 class EagerModel:
@@ -103,7 +109,7 @@ def resolve_model(context: Context) -> ModelSpec:
         p = spec.preprocess
         stage.detail = (
             f"{spec.name}, {spec.weights_name}, input {spec.sizes or f'{p.crop_height}x{p.crop_width}'}, "
-            f"resize {p.resize_size} {p.interpolation}, {spec.num_classes} classes"
+            f"resize {p.resize_size} {p.interpolation}, {spec.head.described}"
         )
         if len(spec.outputs) > 1:
             stage.detail += f", outputs {', '.join(output.name for output in spec.outputs)}"
@@ -150,15 +156,17 @@ def _all_sizes(spec: ModelSpec) -> list[Size]:
 
 
 def _synthetic(spec: ModelSpec, count: int, seed: int) -> Iterator[npt.NDArray[np.float32]]:
-    """Synthetic inputs, float32 [count, 3, H, W], of every size that is checked."""
-    for height, width in _all_sizes(spec):
-        yield normalize(images.synthetic_images(count, height, width, seed), spec.preprocess)
+    """Synthetic inputs, float32 [count, channels, H, W], of every size that is checked."""
+    for size in _all_sizes(spec):
+        there = spec.preprocess.at_size(*size)
+        yield normalize(images.synthetic_images(count, there, seed), there)
 
 
 def _test_patterns(spec: ModelSpec) -> Iterator[npt.NDArray[np.float32]]:
-    """The test patterns as inputs, float32 [6, 3, H, W], of every size that is checked."""
-    for height, width in _all_sizes(spec):
-        yield normalize(images.test_patterns(height, width), spec.preprocess)
+    """The test patterns as inputs, float32 [6, channels, H, W], of every size that is checked."""
+    for size in _all_sizes(spec):
+        there = spec.preprocess.at_size(*size)
+        yield normalize(images.test_patterns(there), there)
 
 
 def export_graph(context: Context, spec: ModelSpec, model: EagerModel) -> StageResult[Exported]:
@@ -176,7 +184,16 @@ def export_graph(context: Context, spec: ModelSpec, model: EagerModel) -> StageR
         size = (p.crop_height, p.crop_width)
 
         def export_to(out: Path, *, optimize: bool) -> str:
-            to_onnx.export(module, *size, out, optimize=optimize, outputs=names, sizes=spec.sizes, own=own)
+            to_onnx.export(
+                module,
+                *size,
+                out,
+                optimize=optimize,
+                outputs=names,
+                sizes=spec.sizes,
+                own=own,
+                channels=p.channels,
+            )
             patterns = (
                 to_onnx.difference_on_test_patterns(out, module, part) for part in _test_patterns(spec)
             )
@@ -253,7 +270,7 @@ def run_reference(
         ParityError: the logits are not usable as a reference.
     """
     p = spec.preprocess
-    files = chosen.splits["verify"]
+    files = (*chosen.splits["verify"], *chosen.splits["spare"])
     identity = ["synthetic", SYNTHETIC_IMAGES] if chosen.synthetic else [i.sha256 for i in files]
 
     def make(directory: Path) -> Reference:
@@ -262,10 +279,11 @@ def run_reference(
         stream = None
         if chosen.synthetic:
             # Not the seed of the images that make random weights usable.
-            pixels = images.synthetic_images(SYNTHETIC_IMAGES, p.crop_height, p.crop_width, spec.seed + 2)
+            pixels = images.synthetic_images(SYNTHETIC_IMAGES, p, spec.seed + 2)
         else:
             assert chosen.verify_root is not None
-            stream = ImageStream(files, p, IMAGE_BATCH, chosen.verify_root)
+            wanted = len(chosen.splits["verify"])
+            stream = ImageStream(files, p, IMAGE_BATCH, chosen.verify_root, wanted)
             pixels = stream.all()
             if len(pixels) < images.MIN_VERIFY:
                 raise BadInputError(
@@ -282,7 +300,7 @@ def run_reference(
         for height, width in _further_sizes(spec):
             there = p.at_size(height, width)
             if stream is None:
-                pixels = images.synthetic_images(SUBSET, height, width, spec.seed + 2)
+                pixels = images.synthetic_images(SUBSET, there, spec.seed + 2)
             else:
                 pixels = ImageStream(stream.images[:SUBSET], there, IMAGE_BATCH, stream.root).all()
             np.save(directory / Reference.file("inputs", (height, width)), pixels)
@@ -290,14 +308,18 @@ def run_reference(
             for name, output in zip(reference_files(spec), outputs, strict=True):
                 check_reference(as_rows(output), f"at {height}x{width}, ")
                 np.save(directory / Reference.file(name, (height, width)), output)
-        pixels = images.test_patterns(p.crop_height, p.crop_width)
+        pixels = images.test_patterns(p)
         np.save(directory / Reference.file("inputs" + Reference.PATTERNS), pixels)
         outputs = eager_outputs(model.built[0], pixels, p)
         for name, output in zip(reference_files(spec), outputs, strict=True):
             np.save(directory / Reference.file(name + Reference.PATTERNS), output)
         if stream is None:
             return Reference([], [])
-        return Reference([i.sha256 for i in stream.images], [(u.name, u.reason) for u in stream.unreadable])
+        return Reference(
+            [i.sha256 for i in stream.images],
+            [(u.name, u.reason) for u in stream.unreadable],
+            stream.largest,
+        )
 
     with context.reporter.stage("reference") as stage:
         libraries = ("torch", "torchvision", "numpy", "pillow")
@@ -318,6 +340,12 @@ def run_reference(
         for part in sizes:
             stage.detail += f", {len(part.pixels)} at {part.pixels.shape[1]}x{part.pixels.shape[2]}"
     context.warn_unreadable(chosen.verify_root, result.data.unreadable)
+    if 0 < result.data.largest < _SIXTEEN_BITS:
+        bits = max(9, result.data.largest.bit_length())
+        context.reporter.warn(
+            f"{chosen.verify_root}: the largest value of its 16-bit images is {result.data.largest}, as of {bits} "
+            f"bits; cut to 8 bits, they are nearly black: give `scale: {2**bits - 1}` in a --preprocess file"
+        )
     labels = None
     if chosen.labels is not None:
         by_hash = dict(zip((i.sha256 for i in files), chosen.labels, strict=True))

@@ -2,34 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from export_zoo.base.cuda import device_name
 from export_zoo.base.graph_io import sha256_of
 from export_zoo.base.machine import cpu_model, instruction_set
+from export_zoo.calibration.preprocess import normalize
 from export_zoo.engines.bundle.manifest import Gate, Latency, Recipe
 from export_zoo.engines.bundle.reader import HeldOut
-from export_zoo.engines.parity.metrics import MIN_UNFUSED_COSINE
+from export_zoo.engines.parity.metrics import MIN_UNFUSED_COSINE, fitting, relative_errors
+from export_zoo.engines.parity.outputs import sampled
+from export_zoo.engines.parity.tasks import Head, headline
 from export_zoo.engines.precision.registry import BASELINE, PRECISIONS
 from export_zoo.engines.targets.base import Opening
+from export_zoo.engines.targets.onnxruntime.engine import OnnxRuntimeEngine
 from export_zoo.engines.verification.gate import MIN_LABELLED, images_compared
 from export_zoo.engines.verification.latency import TimedEngine, measure_latencies
 from export_zoo.engines.verification.verify import judge_engine
 from export_zoo.exporter.run.cache import StageResult
 from export_zoo.exporter.run.context import Context
 from export_zoo.exporter.stages.build import EngineFiles
-from export_zoo.exporter.stages.network import Reference
+from export_zoo.exporter.stages.network import EagerModel, Reference
+
+if TYPE_CHECKING:
+    from export_zoo.exporter.models.spec import ModelSpec
 
 
 def tolerances_for(
-    context: Context, engine: EngineFiles, *, random: bool, labelled: int
+    context: Context, engine: EngineFiles, *, random: bool, labelled: int, head: Head
 ) -> tuple[dict[str, float], bool]:
     """Limits of an engine, the defaults with --tolerance applied, and whether it is gated against its unfused graph.
 
     Args:
         random: whether the weights are random.
         labelled: number of verify images with a label. If too few, the accuracy has no default limit.
+        head: what the first output means. Default limits are on its metrics.
     """
     unfused = random and engine.precision != BASELINE.name and engine.is_graph
     if unfused:
@@ -37,7 +49,7 @@ def tolerances_for(
     elif random and engine.precision != BASELINE.name:
         chosen = {"cosine": MIN_UNFUSED_COSINE}
     else:
-        chosen = dict(PRECISIONS[engine.precision].tolerances)
+        chosen = fitting(PRECISIONS[engine.precision].tolerances, head)
     if labelled < MIN_LABELLED:
         chosen.pop("accuracy_drop", None)
     # General tolerances first, so that specific ones override them, whatever their order.
@@ -70,7 +82,7 @@ def _judge(
 ) -> Gate:
     labelled = len(held.labels) if held.labels is not None else 0
     tolerances, unfused = tolerances_for(
-        context, engine, random=recipe.source.weights.random, labelled=labelled
+        context, engine, random=recipe.source.weights.random, labelled=labelled, head=recipe.output.head
     )
 
     def make(_: Path) -> Gate:
@@ -104,6 +116,7 @@ def _judge(
             labels=held.labels,
             batch=recipe.batch.model_dump(),
             tolerances=tolerances,
+            heads=[asdict(head) for head in recipe.heads.values()],
             unfused=unfused,
             isa=instruction_set(),
         )
@@ -114,14 +127,64 @@ def _judge(
     return gate
 
 
+_ROUNDING = 1e-5
+"""Difference of a module's output, relative to its largest value, that rounding alone amounts to."""
+
+_IMAGES_TO_LOOK_AT = 8
+"""Number of verify images, beside the test patterns, among which the one with the largest error is looked for."""
+
+
+def name_modules(
+    spec: ModelSpec,
+    graph: Path,
+    recipe: Recipe,
+    held: HeldOut,
+    engines: Sequence[EngineFiles],
+    gates: Mapping[str, Gate],
+) -> dict[str, Gate]:
+    """The gates; failures of FP32 name the first module whose output differs from eager's.
+
+    FP16 and INT8 differ from eager everywhere, by design: their failures stay as they are.
+
+    Args:
+        graph: the exported graph. In the simplified one, nodes have taken in their neighbours.
+    """
+    failed = {e.name for e in engines if e.precision == BASELINE.name and gates[e.name].failures}
+    if not failed:
+        return dict(gates)
+    from export_zoo.exporter.graph.culprit import MIN_DIFFERENCE, first_different_module
+
+    parts = [(held.pixels[:_IMAGES_TO_LOOK_AT], held.logits[:_IMAGES_TO_LOOK_AT])]
+    if held.patterns is not None:
+        parts.append((held.patterns.pixels, held.patterns.logits))
+    engine = OnnxRuntimeEngine(graph, fused=False)
+    found = []
+    for pixels, logits in parts:  # batches as eager ran them: rounding may depend on the batch
+        inputs = normalize(pixels, recipe.preprocess)
+        found.append((max(relative_errors(logits, sampled(engine.run_all(inputs)[0]))), inputs))
+    largest, inputs = max(found, key=lambda part: part[0])
+    least = float(np.clip(largest / 3, _ROUNDING, MIN_DIFFERENCE))  # most of the error is there
+    module = first_different_module(graph, EagerModel(spec).built[0], inputs, least)
+    where = (
+        f"first seen in the output of module {module}" if module else "seen in the engine's own kernels only"
+    )
+
+    def named(gate: Gate) -> Gate:
+        return gate.model_copy(update={"failures": [f"{text} ({where})" for text in gate.failures]})
+
+    return {name: named(gate) if name in failed else gate for name, gate in gates.items()}
+
+
 def describe_gate(gate: Gate) -> str:
     """A summary of a gate in one line."""
-    sqnr, top1 = gate.eager_metrics["sqnr"] or 0.0, gate.eager_metrics["top1"] or 0.0
+    sqnr, (title, share) = gate.eager_metrics["sqnr"] or 0.0, headline(gate.eager_metrics)
     ran = "" if gate.ran == "engine" else "precision graph "
     text = (
-        f"{ran}{'FAILED' if gate.failures else 'ok'}, SQNR {sqnr:.1f} dB, top-1 agreement {100 * top1:.1f} % on "
+        f"{ran}{'FAILED' if gate.failures else 'ok'}, SQNR {sqnr:.1f} dB, {title} {share} on "
         f"{gate.metrics['images']} images"
-        + (f" ({pixels} pixels)" if (pixels := gate.metrics.get("pixels")) else "")
+        + "".join(
+            f" ({gate.metrics[parts]} {parts})" for parts in ("pixels", "tokens") if parts in gate.metrics
+        )
         + f", batches {', '.join(map(str, gate.batches))}"
     )
     for name, figures in gate.further.items():

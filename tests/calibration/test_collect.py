@@ -22,7 +22,7 @@ from export_zoo.calibration import collect as collect_module
 from export_zoo.calibration.collect import activation_tensors
 from export_zoo.calibration.histogram import Histogram
 from export_zoo.calibration.images import ImageFile, ImageStream, scan, shuffled
-from export_zoo.calibration.preprocess import Preprocess, decode, normalize, resize_and_crop
+from export_zoo.calibration.preprocess import Preprocess, normalize, read_pixels
 from export_zoo.calibration.range_warnings import warnings_of
 from export_zoo.calibration.ranges import Ranges, TensorRange
 
@@ -134,7 +134,7 @@ def test_ranges_are_those_of_running_the_graph_with_every_tensor_as_an_output(ne
     assert {"conv1", "added"} < set(outputs)
     seen: dict[str, list[np.ndarray]] = {}
     for image in images:
-        pixels = resize_and_crop(decode(image.path.read_bytes()), PREPROCESS)[None]
+        pixels = read_pixels(image.path.read_bytes(), PREPROCESS)[0][None]
         feed = {"image": normalize(pixels, PREPROCESS)}
         for name, array in [*feed.items(), *zip(outputs, session.run(None, feed), strict=True)]:
             seen.setdefault(name, []).append(array)
@@ -216,7 +216,7 @@ def test_all_values_of_small_images_are_counted(network, images):
     ranges = collect(network, images, histograms=QUANTIZED)
     values, counts = Histogram.decode(ranges.tensors["image"].histogram).values()
     assert counts.sum() == len(images) * 3 * 28 * 32
-    pixels = np.stack([resize_and_crop(decode(i.path.read_bytes()), PREPROCESS) for i in images])
+    pixels = np.stack([read_pixels(i.path.read_bytes(), PREPROCESS)[0] for i in images])
     everything = normalize(pixels, PREPROCESS).astype(np.float64)
     assert np.average(values, weights=counts) == pytest.approx(everything.mean(), abs=1e-3)
 
@@ -559,7 +559,7 @@ def test_a_missing_ranges_file_is_refused_by_name(tmp_path):
 
 @pytest.fixture(scope="module")
 def batch(images) -> np.ndarray:
-    pixels = [resize_and_crop(decode(image.path.read_bytes()), PREPROCESS) for image in images[:3]]
+    pixels = [read_pixels(image.path.read_bytes(), PREPROCESS)[0] for image in images[:3]]
     return normalize(np.stack(pixels), PREPROCESS)
 
 

@@ -10,6 +10,17 @@ from PIL import Image
 
 from export_zoo.calibration.images import synthetic_images
 from export_zoo.calibration.near_duplicates import alike, fingerprints
+from export_zoo.calibration.preprocess import Preprocess
+
+PREPROCESS = Preprocess(
+    resize_size=96,
+    crop_height=96,
+    crop_width=96,
+    interpolation="bilinear",
+    mean=(0.5, 0.5, 0.5),
+    std=(0.25, 0.25, 0.25),
+    source="test",
+)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +60,7 @@ def test_different_images_do_not_look_alike(pictures):
 
     assert alike(fingerprints(pictures)) == {}
     assert len(alike(fingerprints(recipe.digits()[0]))) <= 1, "of 1,797 digits"
-    assert alike(fingerprints(synthetic_images(64, 96, 96, 0))) == {}
+    assert alike(fingerprints(synthetic_images(64, PREPROCESS, 0))) == {}
 
 
 @pytest.mark.parametrize("size", [(1, 1), (5, 3), (8, 8), (9, 300)])

@@ -18,14 +18,8 @@ from torchvision.datasets.folder import pil_loader
 from torchvision.transforms import InterpolationMode, functional
 from torchvision.transforms._presets import ImageClassification
 
-from export_zoo.calibration.preprocess import (
-    Preprocess,
-    UnreadableImageError,
-    check_header,
-    decode,
-    normalize,
-    resize_and_crop,
-)
+from export_zoo.calibration.decode import UnreadableImageError, check_header, decode
+from export_zoo.calibration.preprocess import Preprocess, normalize, resize_and_crop
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 ORIENTATION = 0x0112

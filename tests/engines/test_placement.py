@@ -137,10 +137,10 @@ def case(tmp_path_factory):
     from export_zoo.exporter.graph import to_onnx as graph
 
     folder = tmp_path_factory.mktemp("calibration")
-    for index, pixels in enumerate(images.synthetic_images(16, SIZE, SIZE, seed=3)):
+    for index, pixels in enumerate(images.synthetic_images(16, PREPROCESS, seed=3)):
         Image.fromarray(pixels).save(folder / f"{index}.png")
     files = images.scan(folder, option="--calib").images
-    inputs = normalize(images.synthetic_images(16, SIZE, SIZE, seed=4), PREPROCESS)
+    inputs = normalize(images.synthetic_images(16, PREPROCESS, seed=4), PREPROCESS)
 
     @cache
     def make(name: str) -> Case:

@@ -189,7 +189,8 @@ USAGE_ERRORS = {
     "--batch": ["0:1:2", "4:2:8", "1:8:4", "1:8", "0", "-1", "many", ""],
     "--input-size": ["0", "32x0", "wide", "32x32x3", "-32"],
     "--resize-size": ["0", "-1"],
-    "--num-classes": ["0", "1", "-5"],
+    "--num-classes": ["0", "-5"],
+    "--task": ["detection", "segmentation"],
     "--calib-images": ["0", "15"],
     "--verify-images": ["0", "31"],
     "--precision": ["fp64", "int8"],
@@ -1236,7 +1237,7 @@ def test_inspect_shows_the_manifest_and_changes_nothing(bundle, cli):
     shown = dict(line.split(None, 1) for line in done.out.splitlines() if line[:1].isalpha())
     assert str(bundle) in shown["bundle"]
     assert "ok" in shown["bundle"]
-    assert shown["model"] == "resnet18, 10 classes"
+    assert shown["model"] == "resnet18, classification, 10 classes"
     assert shown["weights"].startswith("resnet18.safetensors (SHA-256 ")
     assert "['batch', 3, 32, 32]" in shown["input"]
     assert shown["batch"] == "1 to 32, best at 8"

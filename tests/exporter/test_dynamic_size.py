@@ -26,7 +26,8 @@ from export_zoo.calibration.preprocess import Preprocess, normalize
 from export_zoo.engines.bundle import reader
 from export_zoo.engines.bundle.manifest import Batch
 from export_zoo.engines.bundle.reader import HeldOut
-from export_zoo.engines.parity.metrics import odd_size, sizes_to_check
+from export_zoo.engines.parity.metrics import fitting, odd_size, sizes_to_check
+from export_zoo.engines.parity.tasks import Head
 from export_zoo.engines.precision.int8.equalize import observed
 from export_zoo.engines.precision.placement import classifier_layers
 from export_zoo.engines.precision.registry import PRECISIONS
@@ -106,7 +107,7 @@ def _made(kind: type[nn.Module]) -> nn.Module:
 
 
 def _inputs(height: int, width: int, count: int = 3) -> np.ndarray:
-    return normalize(synthetic_images(count, height, width, 5), PREPROCESS)
+    return normalize(synthetic_images(count, PREPROCESS.at_size(height, width), 5), PREPROCESS)
 
 
 @pytest.fixture(scope="module")
@@ -354,7 +355,7 @@ def test_two_ranges_around_one_size_are_two_networks_to_the_cache():
 
 
 def _held(module: nn.Module, height: int, width: int, count: int = 32) -> HeldOut:
-    pixels = synthetic_images(count, height, width, 9)
+    pixels = synthetic_images(count, PREPROCESS.at_size(height, width), 9)
     with torch.inference_mode():
         return HeldOut(pixels, module(torch.from_numpy(normalize(pixels, PREPROCESS))).numpy())
 
@@ -373,10 +374,11 @@ def test_an_engine_that_is_wrong_at_another_size_fails_with_the_size_named(sums,
         OnnxRuntimeEngine(sums),
         pixels=at_opt.pixels,
         eager={"logits": at_opt.logits},
+        heads={"logits": Head(classes=at_opt.logits.shape[1])},
         labels=None,
         preprocess=PREPROCESS,
         batch=Batch(min=1, opt=4, max=8),
-        tolerances=PRECISIONS["fp32"].tolerances,
+        tolerances=fitting(PRECISIONS["fp32"].tolerances, Head()),
         unfused=plain if unfused else None,
         sizes=[(held.pixels, {"logits": held.logits}) for held in further],
         progress=done.append,

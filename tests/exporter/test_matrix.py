@@ -604,7 +604,7 @@ def test_a_row_shows_what_was_measured_and_nothing_else():
         "result": "ok",
         "state": "verified",
         "SQNR dB": "47.5",
-        "top-1 agr.": "99.2 %",
+        "agreement": "99.2 %",
         "vs FP32": "3.46x",
         "MB": "11.8",
         "nodes": "48",
@@ -723,3 +723,8 @@ def test_a_dry_run_prints_command_lines_and_runs_nothing(tmp_path, capsys):
         f"export-zoo verify {bundle} --cpu=haswell --images=16",
     ]
     assert not (tmp_path / "out").exists()
+
+
+def test_a_target_that_refuses_a_network_is_no_failed_gate():
+    for kind, gate in (("state", True), ("refused", False)):
+        assert matrix_run._Ended({"error": {"kind": kind}}, 6, "", 0, "").gate is gate

@@ -21,7 +21,7 @@ timm = pytest.importorskip("timm")
 SMALL = ["--weights", "none", "--input-size", "64", "--verify-images", "32", "--batch", "1:2:3"]
 
 
-@pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224", "mobilenetv3_small_050"])
+@pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224", "mobilenetv3_small_050", "dm_nfnet_f0"])
 def test_the_preprocessing_is_timms_to_the_bit(photos, name):
     from timm.data import create_transform, resolve_data_config
 
@@ -104,8 +104,8 @@ def test_an_unknown_name_is_answered_with_near_ones(name):
 
 
 def test_a_crop_that_cannot_be_reproduced_is_refused_until_a_file_says_what_to_do(tmp_path):
-    with pytest.raises(BadInputError, match="crop mode squash") as error:
-        zoo.resolve(ExportOptions("timm/dm_nfnet_f0", weights="none"))
+    with pytest.raises(BadInputError, match="crop mode border") as error:
+        zoo.resolve(ExportOptions("timm/deepseek_vit_412m_enc", weights="none"))
     assert "--preprocess" in error.value.hint
 
 
@@ -122,4 +122,4 @@ def test_every_model_has_a_preprocessing_or_a_reason():
             assert timm_zoo.preprocess_of(name).crop_height > 0
         except BadInputError:
             refused.append(name)
-    assert len(refused) < 0.1 * len(timm.list_models())
+    assert len(refused) < 0.01 * len(timm.list_models())

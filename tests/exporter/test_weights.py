@@ -804,7 +804,7 @@ def test_random_weights_give_logits_that_vary_with_the_image(model):
     initialized = report.initialized
     assert initialized == []
     assert not any(module.training for module in built.modules())
-    pixels = synthetic_images(24, RANDOM[model], RANDOM[model], seed=99)
+    pixels = synthetic_images(24, spec.preprocess, seed=99)
     logits = eager_outputs(built, pixels, spec.preprocess)[0]
     assert logits.shape == (24, 10)
     check_reference(logits)
@@ -815,7 +815,9 @@ def test_a_vit_as_torchvision_initializes_it_would_compare_nothing():
     spec = _random_spec("vit_b_32")
     plain = get_model("vit_b_32", weights=None, num_classes=10, image_size=32).eval()
     with pytest.raises(ParityError, match="hardly vary"):
-        check_reference(eager_outputs(plain, synthetic_images(8, 32, 32, seed=99), spec.preprocess)[0])
+        check_reference(
+            eager_outputs(plain, synthetic_images(8, spec.preprocess, seed=99), spec.preprocess)[0]
+        )
 
 
 @pytest.mark.parametrize("model", ["resnet18", SMALL, "squeezenet1_1"])

@@ -1,4 +1,4 @@
-// zoo-infer: runs a bundle on images; gives classes or raw logits, for shells and tests.
+// zoo-infer: runs a bundle on images; gives what their outputs mean, or raw outputs, for shells and tests.
 
 #include <algorithm>
 #include <cstdint>
@@ -17,6 +17,8 @@
 #include <export_zoo/error.hpp>
 #include <export_zoo/postprocess.hpp>
 #include <export_zoo/preprocess.hpp>
+
+#include "prediction.hpp"
 
 namespace {
 
@@ -68,26 +70,36 @@ void write_npy(const std::string& path, const std::vector<float>& values, const 
   }
 }
 
-// Prints the classes of each image. With logits for each pixel, there are none to print.
+void print_text(const Arguments& arguments, const nlohmann::json& found) {
+  const auto line = [](double probability, const std::string& label) {
+    std::cout << "  " << std::fixed << std::setprecision(2) << std::setw(6) << 100 * probability << " %  " << label << '\n';
+  };
+  if (found.contains("positive")) {
+    line(found["probability"], found.value("label", found["positive"] ? "yes" : "no"));
+  } else if (found.contains("classes")) {
+    for (const auto& entry : found["classes"]) line(entry["probability"], entry["label"]);
+  } else {
+    const auto values = found.items().begin().value();
+    std::cout << " " << std::defaultfloat << std::setprecision(7);
+    for (std::size_t i = 0; i < std::min(arguments.top, values.size()); ++i) std::cout << ' ' << values[i].get<float>();
+    std::cout << (arguments.top < values.size() ? " ...\n" : "\n");
+  }
+}
+
+// Prints what each image's output means. With values for each pixel or token, there is nothing to print.
 void print(const Arguments& arguments, const ez::Engine& engine, const std::vector<float>& logits) {
-  const auto& labels = engine.metadata().labels;
-  const bool dense = engine.metadata().output.shape.size() > 2;
-  const auto classes = logits.size() / arguments.images.size();
+  const auto& metadata = engine.metadata();
+  const auto count = logits.size() / arguments.images.size();
   auto document = nlohmann::json::array();
   for (std::size_t i = 0; i < arguments.images.size(); ++i) {
     auto entry = nlohmann::json{{"image", arguments.images[i]}};
-    if (!dense) {
-      entry["classes"] = nlohmann::json::array();
-      if (!arguments.json) std::cout << arguments.images[i] << '\n';
-      const auto scores = ez::softmax(std::span(logits).subspan(i * classes, classes));
-      for (const auto& found : ez::top_k(scores, arguments.top)) {
-        const auto label = found.index < labels.size() ? labels[found.index] : std::to_string(found.index);
-        entry["classes"].push_back({{"index", found.index}, {"label", label}, {"probability", found.score}});
-        if (!arguments.json) {
-          std::cout << "  " << std::fixed << std::setprecision(2) << std::setw(6)
-                    << 100 * static_cast<double>(found.score) << " %  " << label << '\n';
-        }
+    if (prediction::is_of_image(metadata.output)) {
+      const auto found = prediction::of_image(metadata, std::span(logits).subspan(i * count, count), arguments.top);
+      if (!arguments.json) {
+        std::cout << arguments.images[i] << '\n';
+        print_text(arguments, found);
       }
+      entry.update(found);
     }
     document.push_back(std::move(entry));
   }
@@ -105,9 +117,10 @@ void print(const Arguments& arguments, const ez::Engine& engine, const std::vect
 int run(const Arguments& arguments) {
   const auto engine = ez::Engine::load(arguments.bundle, arguments.options);
   const auto& metadata = engine.metadata();
-  const bool dense = metadata.output.shape.size() > 2;
-  if (dense && arguments.logits.empty()) {
-    throw ez::Error(ez::ErrorCode::shape, metadata.model + " gives classes for each pixel: write them with --logits FILE");
+  if (!prediction::is_of_image(metadata.output) && arguments.logits.empty()) {
+    throw ez::Error(ez::ErrorCode::shape, metadata.model + " gives values for each " +
+                                              (metadata.output.shape.size() == 3 ? "token" : "pixel") +
+                                              ": write them with --logits FILE");
   }
   const ez::Preprocessor preprocess(metadata.preprocess);
   const auto count = arguments.images.size();
@@ -143,6 +156,7 @@ int run(const Arguments& arguments) {
   if (!arguments.logits.empty()) {
     std::vector<std::size_t> shape{count};
     for (std::size_t i = 1; i < metadata.output.shape.size(); ++i) {
+      // Only height and width can be dynamic.
       const auto side = i == 2 ? metadata.size_opt.height : metadata.size_opt.width;
       shape.push_back(static_cast<std::size_t>(metadata.output.shape[i] != -1 ? metadata.output.shape[i] : side));
     }
@@ -176,9 +190,9 @@ int main(int argc, char** argv) {
       ->check(CLI::Range(0, 1024));
   app.add_option("--batch", arguments.batch, "Images at once (default: the bundle's optimum)")
       ->check(CLI::Range(1, 1 << 20));
-  app.add_option("--top", arguments.top, "Classes to print")->check(CLI::Range(1, 1 << 20))->capture_default_str();
+  app.add_option("--top", arguments.top, "Classes or values to print")->check(CLI::Range(1, 1 << 20))->capture_default_str();
   app.add_option("--logits", arguments.logits,
-                 "Write raw logits here, .npy, float32 [N, classes] or [N, classes, height, width]");
+                 "Write raw outputs here, .npy, float32, such as [N, classes] or [N, classes, height, width]");
   app.add_option("--inputs", arguments.inputs, "Write preprocessed inputs here, .npy, float32 [N, 3, H, W]");
   const std::map<std::string, ez::State> states{
       {"built", ez::State::built}, {"graph", ez::State::graph_verified}, {"verified", ez::State::verified}};

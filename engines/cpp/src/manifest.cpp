@@ -4,7 +4,9 @@
 #include <charconv>
 #include <cmath>
 #include <limits>
+#include <map>
 #include <set>
+#include <sstream>
 #include <string>
 
 #include <nlohmann/json.hpp>
@@ -22,6 +24,7 @@ using nlohmann::json;
 namespace fs = std::filesystem;
 
 constexpr int kSchemaVersion = 1;
+constexpr std::size_t kMostChannels = 512;
 constexpr std::int64_t kMostValues = std::int64_t{1} << 31;  // values of one image
 constexpr std::int64_t kMostBatch = 1 << 20;
 constexpr std::int64_t kMostSide = 65500;
@@ -96,22 +99,24 @@ void parse_sizes(const json& recipe, Metadata& metadata) {
     const auto& sides = port.shape;
     const bool open = sides.size() == 4 && sides[2] == -1 && sides[3] == -1;
     if (open) return dynamic && sides[1] <= kMostValues / high.height / high.width;
-    return sides.size() == 2 || (sides.size() == 4 && !dynamic && sides[2] > 0 && sides[3] > 0);
+    const auto rank = sides.size();
+    const bool fixed = std::all_of(sides.begin() + (rank > 0), sides.end(), [](auto side) { return side > 0; });
+    return fixed && (rank == 1 || rank == 2 || (!dynamic && (rank == 3 || rank == 4)));
   };
   if (!logits(metadata.output) ||
       !std::all_of(metadata.further_outputs.begin(), metadata.further_outputs.end(), logits)) {
-    throw std::invalid_argument("an output is neither [N, classes] nor [N, classes, height, width]");
+    throw std::invalid_argument("an output is not [N], [N, classes], [N, tokens, classes] or [N, classes, height, width]");
   }
-  if (shape.size() != 4 || shape[1] != 3 || InputSize{shape[2], shape[3]} != wanted ||
+  if (shape.size() != 4 || shape[1] != static_cast<std::int64_t>(metadata.preprocess.mean.size()) || InputSize{shape[2], shape[3]} != wanted ||
       (dynamic && parse_size(found->at("opt")) != opt) || low.height > opt.height || low.width > opt.width ||
-      opt.height > high.height || opt.width > high.width || high.height > kMostValues / 3 / high.width) {
+      opt.height > high.height || opt.width > high.width || high.height > kMostValues / shape[1] / high.width) {
     throw std::invalid_argument("shapes of input, input_size and preprocess contradict each other");
   }
 }
 
 // `open`: height and width may be -1, too.
 Port parse_port(const json& document, bool open) {
-  Port port{document.at("name"), document.at("dtype"), document.at("layout"), {}};
+  Port port{document.at("name"), document.at("dtype"), document.at("layout"), {}, {}, {}};
   if (port.dtype != "float32") throw std::invalid_argument("dtype " + port.dtype + " instead of float32: " + port.name);
   for (const auto& size : document.at("shape")) {
     if (!size.is_string() && !size.is_number_integer()) throw std::invalid_argument("invalid shape of " + port.name);
@@ -128,11 +133,21 @@ Port parse_port(const json& document, bool open) {
   return port;
 }
 
+Port parse_output(const json& document) {
+  auto port = parse_port(document, true);
+  port.task = document.value("task", "");
+  // Bundles of earlier versions do not say it.
+  if (port.task.empty()) port.task = port.shape.size() == 4 ? "segmentation" : "classification";
+  port.scores = document.value("scores", "logits");
+  return port;
+}
+
 PreprocessOptions parse_preprocess(const json& document, const json& versions) {
   // Elsewhere, keys that a later version adds are ignored. Here they would change logits.
   static const std::set<std::string> known{"resize_size", "crop_height", "crop_width", "interpolation",
                                            "antialias",   "mean",        "std",
-                                           "source"};
+                                           "source",      "mode",        "crop_mode",
+                                           "scale"};
   for (const auto& [key, value] : document.items()) {
     if (!known.contains(key)) throw std::invalid_argument("preprocess has '" + key + "', which this version does not know");
   }
@@ -146,10 +161,26 @@ PreprocessOptions parse_preprocess(const json& document, const json& versions) {
   } else if (interpolation != "bilinear") {
     throw std::invalid_argument("unknown interpolation " + interpolation);
   }
-  if (document.at("mean").size() != 3 || document.at("std").size() != 3) {
-    throw std::invalid_argument("mean and std must have three values each");
+  const std::string mode = document.value("mode", "RGB");
+  const double scale = document.value("scale", 255.0);
+  const auto channels = document.at("mean").size();
+  static const std::map<std::string, std::size_t> wanted{{"RGB", 3}, {"L", 1}, {"RGBA", 4}};
+  if (document.at("std").size() != channels || channels < 1 || channels > kMostChannels ||
+      (wanted.contains(mode) && wanted.at(mode) != channels)) {
+    throw std::invalid_argument("mean and std must have as many values each as there are channels");
   }
-  for (std::size_t channel = 0; channel < 3; ++channel) {
+  if (scale != 255 || !wanted.contains(mode) || mode == "RGBA") {
+    std::ostringstream text;
+    text << "mode " << mode << " with scale " << scale << " is not decoded in C++, only RGB and L with scale 255: "
+         << "preprocess with Python, or give the input itself to Context::infer";
+    found.unsupported = text.str();
+  }
+  const std::string crop_mode = document.value("crop_mode", "center");
+  found.squash = crop_mode == "squash";
+  if (!found.squash && crop_mode != "center") throw std::invalid_argument("unknown crop_mode " + crop_mode);
+  found.mean.resize(channels);
+  found.std_dev.resize(channels);
+  for (std::size_t channel = 0; channel < channels; ++channel) {
     // As in NumPy: the decimal is converted to double, then to float.
     found.mean.at(channel) = static_cast<float>(document.at("mean").at(channel).get<double>());
     found.std_dev.at(channel) = static_cast<float>(document.at("std").at(channel).get<double>());
@@ -237,9 +268,9 @@ detail::Manifest parse(const json& document) {
   metadata.model = recipe.at("source").at("name");
   metadata.ok = document.at("status").get<std::string>() == "ok";
   metadata.input = parse_port(recipe.at("input"), true);
-  metadata.output = parse_port(recipe.at("output"), true);
+  metadata.output = parse_output(recipe.at("output"));
   for (const auto& port : recipe.value("further_outputs", json::array())) {
-    metadata.further_outputs.push_back(parse_port(port, true));
+    metadata.further_outputs.push_back(parse_output(port));
   }
   metadata.batch_min = integer(recipe.at("batch"), "min", 1, kMostBatch);
   metadata.batch_opt = integer(recipe.at("batch"), "opt", 1, kMostBatch);

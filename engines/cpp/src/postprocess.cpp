@@ -19,6 +19,22 @@ std::vector<float> softmax(std::span<const float> logits) {
   return found;
 }
 
+std::vector<float> sigmoid(std::span<const float> logits) {
+  std::vector<float> found(logits.begin(), logits.end());
+  for (auto& value : found) value = static_cast<float>(1 / (1 + std::exp(-static_cast<double>(value))));
+  return found;
+}
+
+std::vector<float> probabilities(const Port& output, std::span<const float> values) {
+  if (output.scores == "logits") {
+    if (output.task == "classification") return softmax(values);
+    if (output.task == "binary" || output.task == "multilabel") return sigmoid(values);
+  }
+  return {values.begin(), values.end()};
+}
+
+float threshold(const Port& output) noexcept { return output.scores == "probabilities" ? 0.5F : 0.0F; }
+
 std::vector<Class> top_k(std::span<const float> scores, std::size_t k) {
   std::vector<std::size_t> order(scores.size());
   std::iota(order.begin(), order.end(), std::size_t{0});

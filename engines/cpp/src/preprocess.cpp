@@ -14,6 +14,17 @@ namespace {
 // JPEG's own limit. Without it, a resized strip of 1 x 30,000 pixels would take gigabytes.
 constexpr std::int64_t kMaxSide = 65500;
 
+// The luma of each pixel as Pillow's convert("L") computes it (ITU-R 601-2, in 16-bit fixed point), in all three
+// channels: the resize treats channels alike, so that one of them is the resized gray image.
+Image luma(const Image& image) {
+  Image gray{image.width, image.height, std::vector<std::uint8_t>(image.rgb.size())};
+  for (std::size_t i = 0; i + 2 < image.rgb.size(); i += 3) {
+    const auto value = (19595U * image.rgb[i] + 38470U * image.rgb[i + 1] + 7471U * image.rgb[i + 2] + 0x8000U) >> 16U;
+    gray.rgb[i] = gray.rgb[i + 1] = gray.rgb[i + 2] = static_cast<std::uint8_t>(value);
+  }
+  return gray;
+}
+
 }  // namespace
 
 PreprocessOptions at_size(PreprocessOptions options, InputSize size) {
@@ -33,14 +44,21 @@ PreprocessOptions at_size(PreprocessOptions options, InputSize size) {
   return options;
 }
 
-Preprocessor::Preprocessor(const PreprocessOptions& options) : options_(options), table_(3 * 256) {
+Preprocessor::Preprocessor(const PreprocessOptions& options) : options_(options), table_(options.mean.size() * 256) {
+  if (!options.unsupported.empty()) throw Error(ErrorCode::shape, "preprocess: " + options.unsupported);
+  const auto channels = options.mean.size();
+  if (options.std_dev.size() != channels || (channels != 1 && channels != 3)) {
+    throw Error(ErrorCode::shape, "preprocess: " + std::to_string(channels) + " values of mean and " +
+                                      std::to_string(options.std_dev.size()) +
+                                      " of std_dev: give as many of both, one for gray or three for RGB");
+  }
   for (const int side : {options.resize_size, options.crop_height, options.crop_width}) {
     if (side < 1 || side > kMaxSide) {
       throw Error(ErrorCode::shape, "preprocess: invalid side of " + std::to_string(side) +
                                         " pixels: take the options of a bundle");
     }
   }
-  for (std::size_t channel = 0; channel < 3; ++channel) {
+  for (std::size_t channel = 0; channel < channels; ++channel) {
     const float mean = options.mean.at(channel);
     const float std_dev = options.std_dev.at(channel);
     if (!std::isfinite(mean) || !std::isfinite(std_dev) || std_dev <= 0) {
@@ -57,7 +75,7 @@ Preprocessor::Preprocessor(const PreprocessOptions& options) : options_(options)
 }
 
 std::size_t Preprocessor::size() const noexcept {
-  return std::size_t{3} * static_cast<std::size_t>(options_.crop_height) *
+  return options_.mean.size() * static_cast<std::size_t>(options_.crop_height) *
          static_cast<std::size_t>(options_.crop_width);
 }
 
@@ -74,15 +92,24 @@ void Preprocessor::operator()(const Image& image, std::span<float> out) const {
   }
   const std::int64_t longer = std::max(image.width, image.height);
   const std::int64_t shorter = std::min(image.width, image.height);
+  const std::int64_t crop = std::min(options_.crop_height, options_.crop_width);
   // torchvision divides floating-point numbers and truncates.
   const auto resized = static_cast<std::int64_t>(static_cast<double>(options_.resize_size * longer) /
                                                  static_cast<double>(shorter));
-  if (resized > kMaxSide) {
+  if (!options_.squash && resized > kMaxSide) {
     throw Error(ErrorCode::image, std::to_string(image.width) + "x" + std::to_string(image.height) +
                                       " is too narrow: the resize would make it " + std::to_string(resized) + " long");
   }
-  const int width = image.width <= image.height ? options_.resize_size : static_cast<int>(resized);
-  const int height = image.width <= image.height ? static_cast<int>(resized) : options_.resize_size;
+  int width = image.width <= image.height ? options_.resize_size : static_cast<int>(resized);
+  int height = image.width <= image.height ? static_cast<int>(resized) : options_.resize_size;
+  if (options_.squash) {
+    width = static_cast<int>(std::int64_t{options_.resize_size} * options_.crop_width / crop);
+    height = static_cast<int>(std::int64_t{options_.resize_size} * options_.crop_height / crop);
+    if (std::max(width, height) > kMaxSide) {
+      throw Error(ErrorCode::shape, "preprocess: a resize to " + std::to_string(width) + "x" + std::to_string(height) +
+                                        " pixels: take the options of a bundle");
+    }
+  }
   const int crop_height = options_.crop_height;
   const int crop_width = options_.crop_width;
   // An image that is smaller than the crop gets a black border, with the odd pixel below and to the right.
@@ -93,10 +120,11 @@ void Preprocessor::operator()(const Image& image, std::span<float> out) const {
   // Rounds half to even, as Python does.
   const int top = static_cast<int>(std::nearbyint((height - rows) / 2.0));
   const int left = static_cast<int>(std::nearbyint((width - columns) / 2.0));
+  const bool gray = options_.mean.size() == 1;
   const auto pixels =
-      detail::resize(image, width, height, top, left, rows, columns, options_.interpolation, options_.pillow);
+      detail::resize(gray ? luma(image) : image, width, height, top, left, rows, columns, options_.interpolation, options_.pillow);
   const auto area = static_cast<std::size_t>(crop_height) * static_cast<std::size_t>(crop_width);
-  for (std::size_t channel = 0; channel < 3; ++channel) {
+  for (std::size_t channel = 0; channel < options_.mean.size(); ++channel) {
     const float* table = table_.data() + channel * 256;
     float* plane = out.data() + channel * area;
     if (rows < crop_height || columns < crop_width) std::fill_n(plane, area, table[0]);

@@ -220,8 +220,8 @@ class TensorRTRunner final : public Runner {
 
   void check_room(const Port& port, const Shape& shape) const {
     const auto found = context_->getTensorShape(port.name.c_str());
-    std::array<std::int64_t, 4> wanted{shape[0], port.shape[1], 0, 0};
-    for (std::size_t i = 2; i < port.shape.size(); ++i) {
+    std::array<std::int64_t, 4> wanted{shape[0], 0, 0, 0};
+    for (std::size_t i = 1; i < port.shape.size(); ++i) {  // only height and width can be -1
       wanted.at(i) = port.shape[i] != -1 ? port.shape[i] : shape.at(i - 1);
     }
     if (found.nbDims != static_cast<int>(port.shape.size()) ||

@@ -87,6 +87,12 @@ TEST(Preprocess, RefusesOptionsThatAreOfNoBundle) {
     EXPECT_EQ(code, ez::ErrorCode::shape) << value;
     EXPECT_THAT(message, HasSubstr("std_dev"));
   }
+  for (const std::size_t channels : {0U, 2U, 4U}) {
+    auto options = options_of(8, 8, 8);
+    options.mean.assign(channels, 0);
+    options.std_dev.assign(channels, 1);
+    EXPECT_THAT(error_of([&] { ez::Preprocessor{options}; }).second, HasSubstr("one for gray or three for RGB"));
+  }
   auto options = options_of(8, 8, 8);
   options.mean[2] = kInfinity;
   EXPECT_EQ(error_of([&] { ez::Preprocessor{options}; }).first, ez::ErrorCode::shape);
@@ -137,6 +143,26 @@ TEST(Postprocess, SoftmaxAddsUpToOneWithoutOverflow) {
   EXPECT_FLOAT_EQ(found[0] + found[1] + found[2], 1);
   EXPECT_FLOAT_EQ(found[1] / found[0], std::exp(1.0F));
   EXPECT_TRUE(ez::softmax({}).empty());
+}
+
+TEST(Postprocess, ProbabilitiesAreMadeOnlyOfLogits) {
+  ez::Port output;
+  output.scores = "logits";
+  const std::vector<float> values{0, 2, -1000};
+  const std::vector<float> shares{0.5F, 1 / (1 + std::exp(-2.0F)), 0};
+  for (const auto* task : {"binary", "multilabel"}) {
+    output.task = task;
+    EXPECT_THAT(ez::probabilities(output, values), testing::Pointwise(testing::FloatEq(), shares));
+  }
+  EXPECT_EQ(ez::threshold(output), 0.0F);
+  output.task = "classification";
+  EXPECT_EQ(ez::probabilities(output, values), ez::softmax(values));
+  output.task = "regression";
+  EXPECT_EQ(ez::probabilities(output, values), values);
+  output.task = "multilabel";
+  output.scores = "probabilities";
+  EXPECT_EQ(ez::probabilities(output, values), values);
+  EXPECT_EQ(ez::threshold(output), 0.5F);
 }
 
 TEST(Postprocess, TopKIsOrderedAndNeverLongerThanThereAreClasses) {

@@ -4,6 +4,7 @@ Writes DIR/<model>.bundle (FP32 and INT8 engines, random weights, 64x64), DIR/im
 DIR/<model>-<engine>.npy, the logits of all images, and DIR/<model>-inputs.npy. DIR/dynamic.bundle takes 48 to 96
 pixels, with inputs and logits of some sizes: DIR/dynamic-inputs-HxW.npy, DIR/dynamic-<engine>-HxW.npy.
 DIR/Pixels.bundle is of a network of our own with two outputs, the first for each pixel.
+DIR/head-<kind>.bundle are of networks with other heads, or other inputs, and DIR/head-<kind>.npy their outputs.
 DIR/attestation.json is what `verify` says here of the first. saturating_bundles.py writes two more.
 """
 
@@ -37,6 +38,26 @@ PREPROCESS = {
     "mean": [0.485, 0.456, 0.406],
     "std": [0.229, 0.224, 0.225],
 }
+GRAY = {
+    **PREPROCESS,
+    "crop_width": 48,
+    "interpolation": "bicubic",
+    "mean": [0.4],
+    "std": [0.2],
+    "mode": "L",
+    "crop_mode": "squash",
+}
+HEADS: dict[str, tuple[str, dict[str, Any]]] = {
+    "logit": ("binary", {**PREPROCESS, "labels": ["no", "yes"]}),
+    "yes": ("binary", PREPROCESS),
+    "labels": ("multilabel", PREPROCESS),
+    "shares": ("classification", PREPROCESS),
+    "number": ("regression", PREPROCESS),
+    "directions": ("embedding", PREPROCESS),
+    "tokens": ("embedding", PREPROCESS),
+    "quantities": ("regression", GRAY),
+}
+"""Task and preprocessing of each kind of head in own_networks.Headed."""
 SIZES = ((48, 48), (64, 64), (61, 79), (96, 50), (96, 96))
 
 
@@ -88,6 +109,28 @@ def export(out: Path, model: str, bundle: Path, **more: Any) -> None:
     )
 
 
+def write_heads(out: Path, paths: list[Path]) -> None:
+    for kind, (task, preprocess) in HEADS.items():
+        file, bundle = out / "preprocess-head.json", out / f"head-{kind}.bundle"
+        file.write_text(json.dumps(preprocess))
+        export_zoo.export(
+            export_zoo.ExportOptions(
+                f"{OWN}:Headed",
+                targets=("onnxruntime",),
+                model_args=(("kind", kind), ("channels", str(len(preprocess["mean"])))),
+                task=task,
+                preprocess=file,
+                batch=BatchRange.parse("1:4:8"),
+                out=bundle,
+            )
+        )
+        engine = export_zoo.load(bundle)
+        inputs = engine.preprocess(paths)
+        outputs = [engine.run(inputs[start : start + 4]) for start in range(0, len(inputs), 4)]
+        np.save(out / f"head-{kind}-inputs.npy", inputs)
+        np.save(out / f"head-{kind}.npy", np.concatenate(outputs))
+
+
 def write_dynamic(out: Path, paths: list[Path]) -> None:
     bundle = out / "dynamic.bundle"
     export(out, "squeezenet1_1", bundle, dynamic_size=SizeRange.parse("48:64:96"))
@@ -117,6 +160,7 @@ def main() -> None:
             logits = [engine.run(inputs[start : start + 4]) for start in range(0, len(inputs), 4)]
             np.save(out / f"{model}-{name}.npy", np.concatenate(logits))
     write_dynamic(out, paths)
+    write_heads(out, paths)
     _, attestation = verify(out / f"{MODELS[0]}.bundle")
     assert attestation is not None
     attestation.replace(out / "attestation.json")

@@ -3,12 +3,14 @@
 #include <map>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include <gmock/gmock.h>
 #include <nlohmann/json.hpp>
 
 #include <export_zoo/metadata.hpp>
+#include <export_zoo/preprocess.hpp>
 
 #include "support.hpp"
 
@@ -86,10 +88,54 @@ TEST_F(Metadata, WithSizesThatDoNotBelongTogetherIsRefused) {
            {"/recipe/output/shape", {"batch", 10, "height"}},
            {"/recipe/output/shape", {"batch", 10, 5, 5}},
            {"/recipe/output/shape", {"batch", 1000000, "height", "width"}},
-           {"/recipe/further_outputs", {{{"name", "aux"}, {"dtype", "float32"}, {"layout", "NC"}, {"shape", {"batch"}}}}}}) {
+           {"/recipe/further_outputs", {{{"name", "aux"}, {"dtype", "float32"}, {"layout", "NC"}, {"shape", {"batch", 5, 5}}}}}}) {
     auto document = dynamic;
     document[json::json_pointer(pointer)] = value;
     EXPECT_EQ(error_with(document.dump()).first, ez::ErrorCode::bundle) << pointer << " " << value;
+  }
+}
+
+TEST_F(Metadata, SaysWhatTheOutputMeans) {
+  const std::map<std::string, std::tuple<std::string, std::string, std::vector<std::int64_t>>> wanted{
+      {"head-logit", {"binary", "logits", {-1, 1}}},       {"head-labels", {"multilabel", "probabilities", {-1, 4}}},
+      {"head-number", {"regression", "values", {-1}}},     {"head-shares", {"classification", "probabilities", {-1, 4}}},
+      {"head-tokens", {"embedding", "values", {-1, 1024, 4}}}, {"Pixels", {"segmentation", "logits", {-1, 5, 64, 64}}}};
+  for (const auto& [name, output] : wanted) {
+    const auto found = ez::read_metadata(support::bundles() / (name + ".bundle")).output;
+    EXPECT_EQ(std::tie(found.task, found.scores, found.shape), output) << name;
+  }
+  for (const auto& [name, task] : std::map<std::string, std::string>{{"resnet18", "classification"},
+                                                                     {"Pixels", "segmentation"}}) {
+    auto document = json::parse(support::read(support::bundles() / (name + ".bundle") / "manifest.json"));
+    document["recipe"]["output"].erase("task");  // as in bundles of earlier versions
+    document["recipe"]["output"].erase("scores");
+    support::write(directory_.path() / "manifest.json", document.dump());
+    const auto found = ez::read_metadata(directory_.path()).output;
+    EXPECT_EQ(found.task, task);
+    EXPECT_EQ(found.scores, "logits");
+  }
+}
+
+TEST_F(Metadata, OfInputsThatAreNotMadeHereSaysSo) {
+  const auto gray = ez::read_metadata(support::bundles() / "head-quantities.bundle");
+  EXPECT_EQ(gray.preprocess.mean.size(), 1U);
+  EXPECT_TRUE(gray.preprocess.squash);
+  EXPECT_EQ(ez::Preprocessor(gray.preprocess).size(), std::size_t{64} * 48);
+  auto document = manifest();
+  for (const auto& [key, value] : std::vector<std::pair<const char*, json>>{{"scale", 65535}, {"mode", "bands"}}) {
+    auto changed = document;
+    changed["recipe"]["preprocess"][key] = value;
+    support::write(directory_.path() / "manifest.json", changed.dump());
+    const auto found = ez::read_metadata(directory_.path());
+    const auto [code, message] = error_of([&] { ez::Preprocessor{found.preprocess}; });
+    EXPECT_EQ(code, ez::ErrorCode::shape);
+    EXPECT_THAT(message, HasSubstr("is not decoded in C++, only RGB and L with scale 255"));
+  }
+  for (const auto& [key, value] : std::vector<std::pair<const char*, json>>{
+           {"mode", "L"}, {"mode", "RGBA"}, {"crop_mode", "border"}, {"mode", 3}, {"mean", json::array()}}) {
+    auto changed = document;
+    changed["recipe"]["preprocess"][key] = value;
+    EXPECT_EQ(error_with(changed.dump()).first, ez::ErrorCode::bundle) << key << " " << value;
   }
 }
 

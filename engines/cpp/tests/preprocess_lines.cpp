@@ -1,7 +1,6 @@
-// For tests in Python: lines of "PATH RESIZE HEIGHT WIDTH INTERPOLATION PILLOW" from standard input; the input tensor of
-// each, mean 0 and deviation 1, as raw float32 to standard output, or a line to standard error and NaN.
+// For tests in Python: lines of "PATH RESIZE HEIGHT WIDTH INTERPOLATION PILLOW CHANNELS CROP_MODE" from standard input;
+// the input tensor of each, mean 0 and deviation 1, as raw float32 to standard output, or a line to standard error and NaN.
 
-#include <array>
 #include <cmath>
 #include <cstddef>
 #include <cstdio>
@@ -24,9 +23,14 @@ int main() {
     std::string interpolation;
     ez::PreprocessOptions options;
     words >> path >> options.resize_size >> options.crop_height >> options.crop_width >> interpolation >> options.pillow;
+    std::size_t channels = 3;
+    std::string crop_mode;
+    words >> channels >> crop_mode;
+    options.squash = crop_mode == "squash";
     options.interpolation = interpolation == "bicubic" ? ez::PreprocessOptions::Interpolation::bicubic
                                                        : ez::PreprocessOptions::Interpolation::bilinear;
-    options.std_dev = {1, 1, 1};
+    options.mean.assign(channels, 0);
+    options.std_dev.assign(channels, 1);
     std::ifstream file(path, std::ios::binary);
     const std::vector<char> bytes((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
     const ez::Preprocessor preprocess(options);

@@ -109,23 +109,23 @@ def _fits_half(value: ir.Value) -> bool:
     return largest == 0 or _LEAST_NORMAL <= largest <= _LARGEST
 
 
-def _decide(nodes: Iterable[ir.Node], overflowing: Set[str]) -> dict[int, bool]:
+def _decide(nodes: Iterable[ir.Node], beyond: Set[str]) -> dict[int, bool]:
     """Whether each node runs in half, by id, for nodes in graph order.
 
     An epsilon guards a division: `x / max(norm, 1e-12)` is 0 / 0 if the maximum is cast to half before the division.
     So all nodes from the epsilon to the division stay float. So do those of `_exact`.
 
     Args:
-        overflowing: names of tensors that half might not hold. Their producers and readers stay float.
+        beyond: names of tensors that half might not hold. Their producers and readers stay float.
     """
     decisions: dict[int, bool] = {}
     nodes = list(nodes)
     exact = _exact(nodes)
-    large = set(overflowing)
+    unfit = set(beyond)
     # Ranges lack the values that an activation cuts off below: its input is at least as large as its output.
     for node in reversed(nodes):
-        if node.op_type in ACTIVATIONS and node.outputs[0].name in large and node.inputs[0] is not None:
-            large.add(str(node.inputs[0].name))
+        if node.op_type in ACTIVATIONS and node.outputs[0].name in unfit and node.inputs[0] is not None:
+            unfit.add(str(node.inputs[0].name))
     guarded: set[int] = set()
     for node in nodes:
         operands = [value for value in node.inputs if value is not None and _is_float(value)]
@@ -136,12 +136,10 @@ def _decide(nodes: Iterable[ir.Node], overflowing: Set[str]) -> dict[int, bool]:
         divides = node.op_type in ("Div", "Reciprocal") and id(node.inputs[-1]) in guarded
         if epsilon or carries:
             guarded.update(id(value) for value in node.outputs)
-        overflows = any(v is not None and v.name in large for v in [*node.inputs, *node.outputs])
-        if node.op_type in QDQ and (overflows or (constant(node.inputs[0]) and not runs_in_half(node))):
-            large.update(str(value.name) for value in node.outputs)  # the same values
-        decisions[id(node)] = runs_in_half(node) and not (
-            carries or divides or overflows or id(node) in exact
-        )
+        outside = any(v is not None and v.name in unfit for v in [*node.inputs, *node.outputs])
+        if node.op_type in QDQ and (outside or (constant(node.inputs[0]) and not runs_in_half(node))):
+            unfit.update(str(value.name) for value in node.outputs)  # the same values
+        decisions[id(node)] = runs_in_half(node) and not (carries or divides or outside or id(node) in exact)
     return decisions
 
 
@@ -169,14 +167,14 @@ def runs_in_half(node: ir.Node) -> bool:
 
 
 class _Converter:
-    def __init__(self, graph: ir.Graph, overflowing: Set[str]) -> None:
+    def __init__(self, graph: ir.Graph, beyond: Set[str]) -> None:
         self.graph = graph
-        self.overflowing = overflowing
+        self.beyond = beyond
         self.casts: dict[tuple[str, ir.DataType], ir.Value] = {}
 
     def run(self) -> None:
         nodes = list(self.graph)
-        decisions = _decide(nodes, self.overflowing)
+        decisions = _decide(nodes, self.beyond)
         floats = {
             id(v) for node in nodes for v in [*node.inputs, *node.outputs] if v is not None and _is_float(v)
         }
@@ -249,19 +247,23 @@ def _cast(value: ir.Value, dtype: ir.DataType, name: str) -> ir.Node:
     return node
 
 
-def overflowing(ranges: Ranges | None) -> set[str]:
-    """Tensors whose largest magnitude on the calibration images is over MAX_ABS."""
+def beyond_half(ranges: Ranges | None) -> set[str]:
+    """Tensors whose largest magnitude on the calibration images is over MAX_ABS, or below half's normal numbers.
+
+    Of the latter, half has fewer than 11 bits even of the largest value. Tensors that are all 0 fit.
+    """
     tensors = ranges.tensors if ranges is not None else {}
-    return {name for name, found in tensors.items() if max(-found.min, found.max) > MAX_ABS}
+    largest = {name: max(-found.min, found.max) for name, found in tensors.items()}
+    return {name for name, value in largest.items() if value > MAX_ABS or 0 < value < _LEAST_NORMAL}
 
 
 def halve(graph: ir.Graph, ranges: Ranges | None) -> None:
     """Convert a graph to FP16 in place. Values that half cannot hold, the input and the logits stay float32.
 
     Args:
-        ranges: activation ranges, to find tensors that overflow; None without calibration.
+        ranges: activation ranges, to find tensors that overflow or underflow; None without calibration.
     """
-    _Converter(graph, overflowing(ranges)).run()
+    _Converter(graph, beyond_half(ranges)).run()
 
 
 def to_half(graph: Path, out: Path, ranges: Ranges | None = None) -> list[Path]:

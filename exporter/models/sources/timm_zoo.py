@@ -41,10 +41,16 @@ def preprocess_of(name: str) -> Preprocess:
     timm = _timm()
     config = timm.data.resolve_data_config({}, pretrained_cfg=timm.get_pretrained_cfg(name).to_dict())
     channels, height, width = config["input_size"]
+    squash = config["crop_mode"] == "squash"
+    sides = math.floor(height / config["crop_pct"]), math.floor(width / config["crop_pct"])
+    shorter = min(sides)
+    # `Preprocess` scales both sides by the same ratio, and timm rounds each.
+    as_ours = shorter * height // min(height, width), shorter * width // min(height, width)
     if (
         channels != 3
-        or config["crop_mode"] != "center"
-        or height != width
+        or config["crop_mode"] not in ("center", "squash")
+        or (height != width and not squash)
+        or (squash and sides != as_ours)
         or config["interpolation"] not in ("bilinear", "bicubic")
     ):
         raise BadInputError(
@@ -53,12 +59,13 @@ def preprocess_of(name: str) -> Preprocess:
             hint="give the preprocessing with --preprocess FILE",
         )
     return Preprocess(
-        resize_size=math.floor(height / config["crop_pct"]),
+        resize_size=shorter,
         crop_height=height,
         crop_width=width,
         interpolation=config["interpolation"],
         mean=tuple(config["mean"]),
         std=tuple(config["std"]),
+        crop_mode="squash" if squash else "center",
         source=f"timm {timm.__version__}, data configuration of {name}",
     )
 
@@ -99,6 +106,9 @@ def resolve(options: ExportOptions) -> ModelSpec:
     )
     if weights.kind == "timm":
         weights = dataclasses.replace(weights, sha256=state_dicts.state_digest(module))
+    outputs = probe(module, preprocess, options.model).outputs
+    if options.num_classes == 0:  # timm's form without a head
+        outputs = (outputs[0].with_task("embedding"), *outputs[1:])
     return ModelSpec.of(
         options,
         zoo="timm",
@@ -106,7 +116,7 @@ def resolve(options: ExportOptions) -> ModelSpec:
         weights=weights,
         preprocess=preprocess,
         labels=labels,
-        outputs=probe(module, preprocess.crop_height, preprocess.crop_width, options.model).outputs,
+        outputs=outputs,
         version=_timm().__version__,
     )
 
@@ -125,6 +135,13 @@ def _build(
     timm = _timm()
     config = timm.get_pretrained_cfg(name)
     size = (preprocess.crop_height, preprocess.crop_width)
+    if arguments.setdefault("in_chans", preprocess.channels) != preprocess.channels:
+        raise BadInputError(
+            f"timm/{name}: --model-arg in_chans={arguments['in_chans']}, and the preprocessing has "
+            f"{preprocess.channels} channels",
+            hint="give the preprocessing with --preprocess FILE: `mode: L` for 1 channel, `mode: bands` for others; "
+            "in_chans follows from it",
+        )
     if config.fixed_input_size and size != tuple(config.input_size[1:]):
         arguments["img_size"] = size  # position embeddings
     try:

@@ -189,6 +189,11 @@ def resolve(options: ExportOptions) -> ModelSpec:
     if options.preprocess is not None:
         preprocess, given_labels = read_preprocess(options.preprocess)
         preprocess = resized(preprocess, options)
+        if preprocess.channels != 3:
+            raise BadInputError(
+                f"--preprocess {options.preprocess}: {preprocess.channels} channel(s), torchvision's {name} takes 3",
+                hint="give `mode: RGB`, or use timm's networks or your own, which take other numbers",
+            )
     else:
         given_labels = ()
         preprocess = _choose_transforms(
@@ -204,16 +209,22 @@ def resolve(options: ExportOptions) -> ModelSpec:
         raise UsageError(f"--input-size: {name} takes square inputs only", hint="give one number")
     reference = known or get_model_weights(name)["DEFAULT"]
     categories = tuple(reference.meta["categories"])
+    if options.num_classes == 0:
+        raise UsageError(
+            f"--num-classes 0: torchvision's {name} has no form without a head",
+            hint="use timm's networks, or a function of your own that replaces the last layer by nn.Identity()",
+        )
     num_classes = options.num_classes or len(categories)
     trained_labels = known is not None and num_classes == len(categories) and not options.init_missing
-    outputs: tuple[Output, ...] = (Output("logits", (num_classes,)),)
+    task = "classification" if num_classes > 1 else "binary"
+    outputs: tuple[Output, ...] = (Output("logits", (num_classes,), task),)
     if name in segmentation_names():
         shape = (num_classes, preprocess.crop_height, preprocess.crop_width)
         auxiliary = bool(arguments.get("aux_loss"))
         if weights.path is not None:
             state = state_dicts.read_weights(weights.path, state_dicts.Reading.of(options)).state
             auxiliary = any(key.startswith(_SEGMENTATION_AUX) for key in state)
-        outputs = tuple(Output(n, shape) for n in (("out", "aux") if auxiliary else ("out",)))
+        outputs = tuple(Output(n, shape, "segmentation") for n in (("out", "aux") if auxiliary else ("out",)))
     return ModelSpec.of(
         options,
         zoo="torchvision",

@@ -89,7 +89,7 @@ def _factory(model: str) -> Callable[..., Any]:
     return (lambda: copy.deepcopy(found)) if isinstance(found, nn.Module) else found
 
 
-def _build(model: str, arguments: Mapping[str, Any], seed: int, size: tuple[int, int]) -> nn.Module:
+def _build(model: str, arguments: Mapping[str, Any], seed: int, shape: tuple[int, int, int]) -> nn.Module:
     """Call the factory. The network is in eval mode, on the CPU; the dtypes of its weights are unchanged."""
     factory = _factory(model)
     shown = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
@@ -116,7 +116,7 @@ def _build(model: str, arguments: Mapping[str, Any], seed: int, size: tuple[int,
             made = inner
         if isinstance(made, nn.Module):
             made = made.cpu().eval()
-            _materialize(made, size)
+            _materialize(made, shape)
     if not isinstance(made, nn.Module) or isinstance(made, torch.jit.ScriptModule):
         raise BadInputError(
             f"{model}: returns {type(made).__name__}, not a torch.nn.Module",
@@ -125,11 +125,11 @@ def _build(model: str, arguments: Mapping[str, Any], seed: int, size: tuple[int,
     return made
 
 
-def _materialize(module: nn.Module, size: tuple[int, int]) -> None:
+def _materialize(module: nn.Module, shape: tuple[int, int, int]) -> None:
     """Run the module once if it has lazy layers, which get their shapes from the first run."""
     if any(isinstance(part, LazyModuleMixin) for part in module.modules()):
         with contextlib.suppress(Exception), torch.no_grad(), contextlib.redirect_stdout(sys.stderr):
-            module(torch.zeros(2, 3, *size))  # if it does not run, `probe` reports that
+            module(torch.zeros(2, *shape))  # if it does not run, `probe` reports that
 
 
 def _wrapped(module: nn.Module) -> object:
@@ -155,8 +155,8 @@ def resolve(options: ExportOptions) -> ModelSpec:
     assert options.preprocess is not None
     preprocess, labels = read_preprocess(options.preprocess)
     preprocess = resized(preprocess, options)
-    size = (preprocess.crop_height, preprocess.crop_width)
-    module = _build(model, _arguments(options.model_args, options.num_classes), options.seed, size)
+    arguments = _arguments(options.model_args, options.num_classes)
+    module = _build(model, arguments, options.seed, preprocess.shape)
     kinds = {str(p.dtype).removeprefix("torch.") for p in module.parameters() if p.is_floating_point()}
     notes = tuple(
         f"{model}: its weights are {kind}; they are exported and compared as float32"
@@ -166,7 +166,7 @@ def resolve(options: ExportOptions) -> ModelSpec:
     weights = weights_files.chosen(options, "factory", "as the factory returns them")
     if weights.kind == "factory":  # before the network runs, which may change its buffers
         weights = dataclasses.replace(weights, sha256=state_dicts.state_digest(module))
-    probed = probe(module, *size, model)
+    probed = probe(module, preprocess, model)
     source, _, function = model.rpartition(":")
     return ModelSpec.of(
         options,
@@ -195,5 +195,4 @@ def construct(spec: ModelSpec, state: Mapping[str, torch.Tensor] | None) -> nn.M
     """The network as the factory returns it."""
     del state
     arguments = _arguments(spec.model_args, spec.num_classes_given)
-    size = (spec.preprocess.crop_height, spec.preprocess.crop_width)
-    return _build(f"{spec.factory_path}:{spec.name}", arguments, spec.seed, size).float()
+    return _build(f"{spec.factory_path}:{spec.name}", arguments, spec.seed, spec.preprocess.shape).float()

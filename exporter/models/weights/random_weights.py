@@ -46,10 +46,10 @@ def make_usable(model: nn.Module, spec: ModelSpec) -> None:
 
     A user's network is reset to its layers' own initialization, whatever weights its function gave it.
 
-    ViT's head is initialized to zero and ConvNeXt's layer scale to 1e-6; both are initialized again. BatchNorm's
-    untrained statistics let activations vanish or explode; they are estimated on a few seeded images instead. Residual
-    branches start small, as in training (Goyal et al. 2017, arXiv 1706.02677, section 5.1, start at 0): at full
-    strength, a random ResNet is so chaotic that one flipped rounding tie decides its answer.
+    ViT's head, and some of timm's, are initialized to zero and ConvNeXt's layer scale to 1e-6; both are initialized
+    again. BatchNorm's untrained statistics let activations vanish or explode; they are estimated on a few seeded images
+    instead. Residual branches start small, as in training (Goyal et al. 2017, arXiv 1706.02677, section 5.1, start at
+    0): at full strength, a random ResNet is so chaotic that one flipped rounding tie decides its answer.
     """
     if spec.zoo == "python":  # the user's function may have loaded trained weights
         for module in model.modules():
@@ -61,14 +61,18 @@ def make_usable(model: nn.Module, spec: ModelSpec) -> None:
         if getattr(last_norm, "weight", None) is not None:  # InstanceNorm2d has none
             nn.init.constant_(last_norm.weight, gain)
     for name, module in model.named_modules():
-        scales = getattr(module, "layer_scale", None), getattr(module, "gamma", None)  # torchvision's, timm's
-        for scale in scales:
-            if isinstance(scale, nn.Parameter):
-                nn.init.ones_(scale)
         if isinstance(module, nn.Linear) and name.startswith("heads"):
             module.reset_parameters()
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and not bool(module.weight.any()):
+            module.reset_parameters()  # a head that timm starts at 0
         if isinstance(module, nn.BatchNorm2d) and module.affine and not bool(module.weight.any()):
             nn.init.constant_(module.weight, RESIDUAL_GAIN)  # a branch that timm, or the user, starts at 0
+    for name, parameter in model.named_parameters():
+        own = name.rpartition(".")[2]
+        if own.startswith(("layer_scale", "gamma")):  # torchvision's, timm's
+            nn.init.ones_(parameter)
+        elif "gain" in own and not bool(parameter.any()):  # of branches without BatchNorm
+            nn.init.constant_(parameter, RESIDUAL_GAIN)
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     if not norms:
         return
@@ -78,7 +82,7 @@ def make_usable(model: nn.Module, spec: ModelSpec) -> None:
         norm.momentum = None
         norm.train()
     height, width = spec.preprocess.crop_height, spec.preprocess.crop_width
-    pixels = synthetic_images(8 if height * width <= 320 * 320 else 4, height, width, spec.seed)
+    pixels = synthetic_images(8 if height * width <= 320 * 320 else 4, spec.preprocess, spec.seed)
     with torch.inference_mode():
         try:
             model(torch.from_numpy(normalize(pixels, spec.preprocess)))

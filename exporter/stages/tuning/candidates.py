@@ -19,7 +19,7 @@ from export_zoo.base import graph_io
 from export_zoo.calibration.collect import channel_magnitudes, collect
 from export_zoo.calibration.images import ImageStream
 from export_zoo.calibration.layer_inputs import input_sizes, layer_means, layer_moments
-from export_zoo.calibration.preprocess import Preprocess, UInt8Array
+from export_zoo.calibration.preprocess import Pixels, Preprocess
 from export_zoo.calibration.ranges import Ranges
 from export_zoo.engines.parity.metrics import WITHOUT_NOISE, check_reference
 from export_zoo.engines.parity.outputs import as_rows
@@ -124,7 +124,7 @@ class Evaluator:
     """Makes the parts of candidates, and measures candidates by the SQNR of their logits against the FP32 graph's.
 
     Args:
-        select: images to measure on, uint8 [N, H, W, 3].
+        select: images to measure on, [N, H, W, C].
         few: number of them that the SQNR is measured on.
     """
 
@@ -134,7 +134,7 @@ class Evaluator:
         store: Store,
         chosen: ChosenImages,
         preprocess: Preprocess,
-        select: UInt8Array,
+        select: Pixels,
         few: int,
     ) -> None:
         self._context, self._store, self._preprocess = context, store, preprocess
@@ -149,10 +149,10 @@ class Evaluator:
         self._signal = float(((rows - rows.mean(axis=0)) ** 2).sum())
         self._known: dict[tuple[Candidate, Target], Float64Array] = {}
         self._hashes = {graph_io.sha256_of(store.graph)}
-        self._decoded: dict[int, UInt8Array] = {}
+        self._decoded: dict[int, Pixels] = {}
         self._orders: dict[str, ChannelOrder] = {}
 
-    def _pixels(self, count: int) -> UInt8Array:
+    def _pixels(self, count: int) -> Pixels:
         if count not in self._decoded:
             stream = ImageStream(self._files[:count], self._preprocess, IMAGE_BATCH, self._root)
             self._decoded[count] = stream.all()

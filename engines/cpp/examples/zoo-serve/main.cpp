@@ -1,6 +1,6 @@
 // zoo-serve: a small HTTP service, an example to start from.
 //
-//   POST /v1/predict   a JPEG or PNG as the body -> classes as JSON; ?top=5, ?logits=1
+//   POST /v1/predict   a JPEG or PNG as the body -> classes (or what the output means) as JSON; ?top=5, ?logits=1
 //   GET  /healthz      200 while it serves
 //   GET  /metrics      for Prometheus
 
@@ -34,6 +34,7 @@
 #include <export_zoo/preprocess.hpp>
 
 #include "batcher.hpp"
+#include "prediction.hpp"
 
 namespace {
 
@@ -121,9 +122,9 @@ class Service {
         preprocess_(engine_.metadata().preprocess),
         batcher_(engine_, limits()),
         decoders_(std::max(1U, std::thread::hardware_concurrency())) {
-    if (engine_.metadata().output.shape.size() > 2) {
-      throw ez::Error(ez::ErrorCode::shape, engine_.metadata().model + " gives classes for each pixel, this service "
-                                                "only classes for each image: use the library");
+    if (!prediction::is_of_image(engine_.metadata().output)) {
+      throw ez::Error(ez::ErrorCode::shape, engine_.metadata().model + " gives values for each pixel or token, this "
+                                                "service only values of an image: use the library");
     }
     server_.new_task_queue = [this] { return new httplib::ThreadPool(settings_.threads); };
     server_.set_payload_max_length(settings.max_bytes);
@@ -350,12 +351,8 @@ class Service {
   }
 
   nlohmann::json answer(const std::vector<float>& logits, std::size_t top, bool with_logits) const {
-    const auto& labels = engine_.metadata().labels;
-    nlohmann::json document{{"engine", engine_.info().name}, {"classes", nlohmann::json::array()}};
-    for (const auto& found : ez::top_k(ez::softmax(logits), top)) {
-      const auto label = found.index < labels.size() ? labels[found.index] : std::to_string(found.index);
-      document["classes"].push_back({{"index", found.index}, {"label", label}, {"probability", found.score}});
-    }
+    auto document = prediction::of_image(engine_.metadata(), logits, top);
+    document["engine"] = engine_.info().name;
     if (with_logits) document["logits"] = logits;
     return document;
   }

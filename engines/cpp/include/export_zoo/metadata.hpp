@@ -1,6 +1,5 @@
 #pragma once
 
-#include <array>
 #include <cstdint>
 #include <filesystem>
 #include <map>
@@ -36,9 +35,14 @@ struct Port {
   std::string dtype;   ///< "float32"
   std::string layout;  ///< "NCHW", RGB
   std::vector<std::int64_t> shape;
+  /// Outputs: "classification", "binary" (one value), "multilabel", "regression", "embedding" or "segmentation". A later
+  /// version may add others. Empty for the input.
+  std::string task{};
+  /// Outputs: "logits", "probabilities" (the network ends with softmax or sigmoid), or "values". Empty for the input.
+  std::string scores{};
 };
 
-/// Options of the preprocessing that turns an image into the input: decode, EXIF orientation, RGB, resize of the
+/// Options of the preprocessing that turns an image into the input: decode, EXIF orientation, RGB or gray, resize of the
 /// shorter side (antialiased), centre crop, x / 255, (x - mean) / std, NCHW.
 struct PreprocessOptions {
   enum class Interpolation { bilinear, bicubic };
@@ -47,8 +51,11 @@ struct PreprocessOptions {
   int crop_height = 0;
   int crop_width = 0;
   Interpolation interpolation = Interpolation::bilinear;
-  std::array<float, 3> mean{};     ///< RGB, on the 0..1 scale
-  std::array<float, 3> std_dev{};  ///< RGB, on the 0..1 scale
+  /// On the 0..1 scale, one for each channel: three for RGB, one for gray, the luma of RGB as Pillow computes it.
+  std::vector<float> mean = std::vector<float>(3);
+  std::vector<float> std_dev = std::vector<float>(3);
+  bool squash = false;      ///< resize to the proportions of the crop, whatever the image's own
+  std::string unsupported;  ///< the reason why Preprocessor cannot make this input; empty if it can
   int pillow = 0;                  ///< major version of the Pillow that preprocessed at export
 };
 
@@ -75,7 +82,8 @@ struct Metadata {
   std::string model;  ///< "resnet50"
   bool ok = false;    ///< false: the bundle failed its parity gate and must not be served
   Port input;
-  Port output;  ///< returned by Context::infer: logits [N, classes], or for each pixel [N, classes, height, width]
+  /// Returned by Context::infer: [N], [N, classes], [N, tokens, classes], or for each pixel [N, classes, height, width].
+  Port output;
   std::vector<Port> further_outputs;  ///< of networks with several outputs; Context::infer does not return them
   std::int64_t batch_min = 1;  ///< verified batch sizes
   std::int64_t batch_opt = 1;

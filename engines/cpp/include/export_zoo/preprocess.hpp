@@ -37,10 +37,11 @@ inline constexpr std::uint64_t kMostPixels = 178'956'970;
 /// Turns images into the network's input, equal to the bit to torchvision's eval transforms and Pillow at export.
 class EXPORT_ZOO_API Preprocessor {
  public:
-  /// Throws Error (shape) if a size is not 1 to 65,500, if mean or std_dev is not finite, or if std_dev is not above 0.
+  /// Throws Error (shape) if a size is not 1 to 65,500, if mean or std_dev is not finite, if std_dev is not above 0, if
+  /// they are not for one or three channels, or if the options are `unsupported`.
   explicit Preprocessor(const PreprocessOptions& options);
 
-  /// Number of values of one image: 3 * height * width.
+  /// Number of values of one image: channels * height * width.
   [[nodiscard]] std::size_t size() const noexcept;
 
   /// Writes one image's values, NCHW float32, to `out`, which holds size() values. Throws Error (image, shape).
