@@ -11,6 +11,7 @@ Without --bundle, one of resnet18 (random weights: speed does not depend on them
 from __future__ import annotations
 
 import argparse
+import asyncio
 import io
 import json
 import os
@@ -19,6 +20,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
@@ -28,6 +30,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
+import overload as load
 import torch
 from PIL import Image, ImageOps
 from sklearn.datasets import load_sample_images
@@ -133,6 +136,13 @@ def preprocess(
 @contextmanager
 def serving(command: list[object], **environment: object) -> Iterator[int]:
     """The port of a server that answers /healthz; it is stopped at the end."""
+    with running(command, **environment) as (port, _):
+        yield port
+
+
+@contextmanager
+def running(command: list[object], **environment: object) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
+    """The port of a server that answers /healthz, and its process; it is stopped at the end."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -152,7 +162,7 @@ def serving(command: list[object], **environment: object) -> Iterator[int]:
                 break
             except OSError:
                 time.sleep(0.1)
-        yield port
+        yield port, process
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGTERM)
@@ -212,6 +222,39 @@ def serve(
                 }
 
 
+def overloaded(
+    build: Path, bundle: Path, engines: list[dict[str, Any]], files: list[Path], seconds: int
+) -> Iterator[dict[str, Any]]:
+    """zoo-serve at twice its capacity, with clients that give up, and SIGTERM under that load."""
+    images = [file.read_bytes() for file in files]
+    for engine in engines:
+        command = [build / "examples" / "zoo-serve" / "zoo-serve", bundle, "--engine", engine["name"]]
+        with running(command) as (port, process):
+            asyncio.run(load.capacity(port, images, 2))  # warms up
+            most = asyncio.run(load.capacity(port, images, seconds))
+            found = asyncio.run(load.overload(port, images, 2 * most, seconds))
+            more = threading.Thread(
+                target=lambda port=port, most=most: asyncio.run(load.overload(port, images, 2 * most, 3))
+            )
+            more.start()
+            time.sleep(1)
+            begin = time.monotonic()
+            process.terminate()
+            code = process.wait()
+            took = time.monotonic() - begin
+            more.join()
+        yield {
+            "engine": engine["name"],
+            "capacity": most,
+            "goodput": len(found.good) / seconds / most,
+            "p99": found.p99() / load.CLIENT_SECONDS,
+            "refused": found.refused,
+            "given_up": found.given_up,
+            "sigterm_s": took,
+            "exit_code": code,
+        }
+
+
 def show(
     header: str, rows: Iterable[dict[str, Any]], line: Callable[[dict[str, Any]], str]
 ) -> list[dict[str, Any]]:
@@ -231,11 +274,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--seconds", type=int, default=10, help="of each server")
     parser.add_argument(
-        "--only", nargs="+", choices=["infer", "preprocess", "serve"], help="default: all three"
+        "--only", nargs="+", choices=["infer", "preprocess", "serve", "overload"], help="default: all"
     )
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    only = options.only or ["infer", "preprocess", "serve"]
+    only = options.only or ["infer", "preprocess", "serve", "overload"]
     result: dict[str, Any] = {
         "machine": cpu_model(),
         "instruction_set": instruction_set(),
@@ -286,6 +329,16 @@ def main() -> None:
                 lambda row: (
                     f"{row['who']:<34}{row['engine']:<20}{row['connections']:>12}{row['rate']:>10.1f}"
                     f"{row['p50_ms']:>9.1f}{row['p99_ms']:>9.1f}"
+                ),
+            )
+        if "overload" in only:
+            result["overload"] = show(
+                f"{'twice its capacity':<20}{'a second':>10}{'goodput':>9}{'p99':>6}{'refused':>9}{'given up':>10}"
+                f"{'SIGTERM s':>11}{'exit code':>11}",
+                overloaded(options.build, bundle, engines, files[640], options.seconds),
+                lambda row: (
+                    f"{row['engine']:<20}{row['capacity']:>10.1f}{row['goodput']:>9.2f}{row['p99']:>6.2f}"
+                    f"{row['refused']:>9}{row['given_up']:>10}{row['sigterm_s']:>11.2f}{row['exit_code']:>11}"
                 ),
             )
     if options.json:

@@ -1,5 +1,7 @@
+#include <algorithm>
 #include <csetjmp>
 #include <cstddef>
+#include <cstdint>
 #include <cstdio>
 #include <cstring>
 #include <memory>
@@ -17,13 +19,17 @@ namespace export_zoo::detail {
 
 namespace {
 
-// A progressive file of a few kilobytes can have thousands of empty scans, each a pass over all pixels.
-constexpr int kMostScans = 500;
+// A progressive file of a few kilobytes can have thousands of empty scans, each a pass over all pixels. Encoders write
+// about ten. Half a billion pixels take a third of a second.
+constexpr std::uint64_t kMostScans = 500;
+constexpr std::uint64_t kUsualScans = 20;
+constexpr std::uint64_t kMostScannedPixels = 500'000'000;
 
 struct Failure {
   jpeg_error_mgr base;
   std::jmp_buf jump;
   char message[JMSG_LENGTH_MAX];
+  std::uint64_t most_scans = kUsualScans;
 };
 
 [[noreturn]] void fail(j_common_ptr info) {
@@ -43,9 +49,10 @@ void quiet(j_common_ptr) {}
 
 void limit_scans(j_common_ptr common) {
   const auto* info = reinterpret_cast<jpeg_decompress_struct*>(common);
-  if (info->input_scan_number <= kMostScans) return;
   auto* failure = reinterpret_cast<Failure*>(common->err);
-  std::strcpy(failure->message, "more than 500 scans: a decompression bomb?");
+  if (static_cast<std::uint64_t>(info->input_scan_number) <= failure->most_scans) return;
+  std::snprintf(failure->message, sizeof failure->message, "more than %llu scans of so many pixels: a decompression bomb?",
+                static_cast<unsigned long long>(failure->most_scans));
   std::longjmp(failure->jump, 1);
 }
 
@@ -115,6 +122,7 @@ bool read_rows(Jpeg& jpeg, std::uint8_t* rows, std::size_t stride) {
     JSAMPROW row = rows + std::size_t{info.output_scanline} * stride;
     jpeg_read_scanlines(&info, &row, 1);
   }
+  jpeg_finish_decompress(&info);  // damage after the last row is damage, too, as in Pillow
   return true;
 }
 
@@ -132,7 +140,10 @@ Image decode_jpeg(std::span<const std::uint8_t> file, std::uint64_t most_pixels)
     throw Error(ErrorCode::image, "JPEG with " + std::to_string(components) + " colours: convert it to RGB first");
   }
   refuse_bomb(info.image_width, info.image_height, most_pixels);
+  // From the markers before the pixels, as in Pillow. They are freed when the pixels have been read.
+  const int orientation = orientation_of(info).value_or(1);
   const std::size_t pixels = std::size_t{info.image_width} * info.image_height;
+  jpeg->failure.most_scans = std::clamp(kMostScannedPixels / std::max<std::uint64_t>(pixels, 1), kUsualScans, kMostScans);
   Image image{static_cast<int>(info.image_width), static_cast<int>(info.image_height), {}};
   if (components == 3) {
     image.rgb.resize(pixels * 3);
@@ -149,7 +160,7 @@ Image decode_jpeg(std::span<const std::uint8_t> file, std::uint64_t most_pixels)
       }
     }
   }
-  return upright(std::move(image), orientation_of(info).value_or(1));
+  return upright(std::move(image), orientation);
 }
 
 }  // namespace export_zoo::detail

@@ -48,7 +48,7 @@ struct Png {
 };
 
 // longjmp returns into the functions below, so nothing in them has a destructor.
-bool read_header(Png& reader) {
+bool read_info(Png& reader) {
   reader.png = png_create_read_struct(PNG_LIBPNG_VER_STRING, &reader.source, fail, quiet);
   if (reader.png == nullptr) return false;
   reader.info = png_create_info_struct(reader.png);
@@ -60,6 +60,12 @@ bool read_header(Png& reader) {
   png_set_chunk_malloc_max(reader.png, 1 << 20);
   png_set_chunk_cache_max(reader.png, 64);
   png_read_info(reader.png, reader.info);
+  return true;
+}
+
+// libpng takes memory for a row here.
+bool begin(Png& reader) {
+  if (setjmp(png_jmpbuf(reader.png)) != 0) return false;
   // Without gamma or background: the stored bytes, widened or cut to 8 bits, with alpha dropped.
   png_set_palette_to_rgb(reader.png);
   png_set_expand_gray_1_2_4_to_8(reader.png);
@@ -134,31 +140,18 @@ std::optional<int> orientation_of(Png& reader) {
 
 }  // namespace
 
-namespace {
-
-// Checks the size in the first chunk, before any other chunk is read.
-void check_size(std::span<const std::uint8_t> file, std::uint64_t most_pixels) {
-  constexpr std::size_t kWidth = 16;
-  if (file.size() < kWidth + 8) throw Error(ErrorCode::image, "damaged PNG: the file is truncated: save it again");
-  const auto number = [&](std::size_t at) {
-    return std::uint64_t{file[at]} << 24 | std::uint64_t{file[at + 1]} << 16 | std::uint64_t{file[at + 2]} << 8 |
-           std::uint64_t{file[at + 3]};
-  };
-  refuse_bomb(number(kWidth), number(kWidth + 4), most_pixels);
-}
-
-}  // namespace
-
 Image decode_png(std::span<const std::uint8_t> file, std::uint64_t most_pixels) {
-  check_size(file, most_pixels);
   Png reader;
   reader.source.rest = file;
   const auto check = [&](bool good) {
     if (!good) throw Error(ErrorCode::image, std::string("damaged PNG: ") + reader.source.message + ": save it again");
   };
-  check(read_header(reader));
+  check(read_info(reader));
+  // The size is libpng's own: chunks before IHDR, which it skips, must not hide it.
   const auto width = png_get_image_width(reader.png, reader.info);
   const auto height = png_get_image_height(reader.png, reader.info);
+  refuse_bomb(width, height, most_pixels);
+  check(begin(reader));
   const std::size_t stride = std::size_t{width} * 3;
   if (png_get_rowbytes(reader.png, reader.info) != stride) {
     throw Error(ErrorCode::image, "unsupported kind of PNG: convert it to RGB first");

@@ -11,7 +11,7 @@ namespace export_zoo::detail {
 
 namespace {
 
-constexpr std::uintmax_t kMostBytes = 64 << 20;
+constexpr std::uintmax_t kMostBytes = 8 << 20;  // parsed, JSON takes twenty times as much memory
 constexpr int kMostDeep = 64;
 
 }  // namespace

@@ -9,7 +9,7 @@
 namespace export_zoo::detail {
 
 // Reads JSON from a regular file. Throws std::runtime_error with the reason if it is not a regular file or not JSON, is
-// larger than 64 MiB, or is nested deeper than 64.
+// larger than 8 MiB, or is nested deeper than 64.
 nlohmann::json read_json(const std::filesystem::path& path);
 
 }  // namespace export_zoo::detail

@@ -201,7 +201,7 @@ class OnnxRuntimeBackend final : public Backend {
       const auto info = type.GetTensorTypeAndShapeInfo();
       const auto shape = info.GetShape();
       return info.GetElementType() == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT && shape.size() == port.shape.size() &&
-             std::equal(shape.begin() + 1, shape.end(), port.shape.begin() + 1);
+             std::equal(shape.begin(), shape.end(), port.shape.begin());  // -1 where the size is dynamic
     };
     bool good = false;
     try {

@@ -10,6 +10,11 @@ std::vector<float> softmax(std::span<const float> logits) {
   std::vector<float> found(logits.begin(), logits.end());
   if (found.empty()) return found;
   const float largest = *std::max_element(found.begin(), found.end());
+  if (std::isinf(largest)) {  // inf - inf is not a number: the largest share it among themselves
+    const auto share = 1 / static_cast<float>(std::count(found.begin(), found.end(), largest));
+    for (auto& value : found) value = std::isnan(value) ? value : value == largest ? share : 0;
+    return found;
+  }
   double sum = 0;
   for (auto& value : found) {
     value = std::exp(value - largest);

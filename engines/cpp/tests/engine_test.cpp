@@ -591,6 +591,17 @@ TEST_F(Engine, WhosePortsAreNotThoseOfTheManifestIsRefused) {
   }
 }
 
+TEST_F(Engine, WhoseGraphHasAFixedBatchIsRefused) {
+  const auto bundle = copy("head-logit");
+  const auto graph = bundles() / "fixed-batch.onnx";
+  fs::copy(graph, bundle / "files/fixed.onnx");
+  change(bundle, "/artifacts/engines/0/file",
+         {{"path", "files/fixed.onnx"}, {"sha256", support::sha256(graph)}, {"size_bytes", fs::file_size(graph)}});
+  const auto [code, message] = error_of([&] { static_cast<void>(ez::Engine::load(bundle)); });
+  EXPECT_EQ(code, ez::ErrorCode::bundle);
+  EXPECT_THAT(message, HasSubstr("not those of the manifest"));
+}
+
 TEST_F(Engine, RefusesThreadsThatCannotBe) {
   ez::Options options;
   for (const int threads : {-1, 100000}) {

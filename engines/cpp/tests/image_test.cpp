@@ -49,6 +49,28 @@ TEST(Decode, RefusesBombsByTheirHeader) {
   EXPECT_EQ(code, ez::ErrorCode::image);
 }
 
+TEST(Decode, RefusesABombWhoseSizeStandsBehindAnotherChunk) {
+  // A chunk "zzZz" of 1 x 1, then a header of 20,000 x 20,000 pixels.
+  const unsigned char bomb[] = {
+      0x89, 'P',  'N',  'G',  '\r', '\n', 0x1A, '\n', 0,    0,    0,    8,    'z',  'z',  'Z',  'z',  0,    0,    0,
+      1,    0,    0,    0,    1,    0x28, 0xF9, 0xE3, 0x61, 0,    0,    0,    13,   'I',  'H',  'D',  'R',  0,    0,
+      0x4E, 0x20, 0,    0,    0x4E, 0x20, 8,    2,    0,    0,    0,    0x6C, 0x12, 0xD1, 0x6E, 0,    0,    0,    17,
+      'I',  'D',  'A',  'T',  0x78, 0x9C, 0x63, 0x60, 0x18, 0x05, 0xA3, 0x60, 0x14, 0x0C, 0x77, 0,    0,    0x03, 0xE8,
+      0,    0x01, 0xB3, 0xA6, 0xD3, 0x46, 0,    0,    0,    0,    'I',  'E',  'N',  'D',  0xAE, 0x42, 0x60, 0x82};
+  const auto [code, message] = error_of([&] { static_cast<void>(ez::decode(std::as_bytes(std::span(bomb)))); });
+  EXPECT_EQ(code, ez::ErrorCode::image);
+  EXPECT_THAT(message, HasSubstr("20000x20000 pixels are more than"));
+}
+
+TEST(Decode, RefusesAJpegThatIsDamagedBehindItsLastRow) {
+  auto bytes = support::read(support::bundles() / "images/00-baseline.jpg");
+  const std::string file(bytes.begin(), bytes.end());
+  EXPECT_NO_THROW(static_cast<void>(ez::decode(std::as_bytes(std::span(file)))));
+  auto damaged = file.substr(0, file.size() - 2) + file.substr(file.find("\xff\xc0"), 19) + "\xff\xd9";
+  EXPECT_THAT(error_of([&] { static_cast<void>(ez::decode(std::as_bytes(std::span(damaged)))); }).second,
+              HasSubstr("damaged JPEG"));
+}
+
 TEST(Decode, RefusesMoreThanTheCallerWants) {
   const auto bytes = support::read(support::bundles() / "images/00-baseline.jpg");
   const auto image = ez::decode(std::as_bytes(std::span(bytes)));
@@ -71,6 +93,11 @@ TEST(Decode, RefusesProgressiveFilesOfThousandsOfScans) {
   };
   const auto harmless = repeated(100);
   EXPECT_NO_THROW(static_cast<void>(ez::decode(std::as_bytes(std::span(harmless)))));
+  // The same scans of many more pixels, which are not even there: 8,000 x 6,200.
+  auto large = repeated(30);
+  large.replace(large.find("\xff\xc2") + 5, 4, std::string("\x18\x38\x1f\x40", 4));
+  EXPECT_THAT(error_of([&] { static_cast<void>(ez::decode(std::as_bytes(std::span(large)))); }).second,
+              HasSubstr("more than 20 scans of so many pixels"));
   const auto bomb = repeated(1000);
   EXPECT_THAT(error_of([&] { static_cast<void>(ez::decode(std::as_bytes(std::span(bomb)))); }).second,
               HasSubstr("scans"));
@@ -143,6 +170,13 @@ TEST(Postprocess, SoftmaxAddsUpToOneWithoutOverflow) {
   EXPECT_FLOAT_EQ(found[0] + found[1] + found[2], 1);
   EXPECT_FLOAT_EQ(found[1] / found[0], std::exp(1.0F));
   EXPECT_TRUE(ez::softmax({}).empty());
+}
+
+TEST(Postprocess, SoftmaxOfInfinitiesIsTheirShare) {
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  EXPECT_THAT(ez::softmax(std::vector<float>{kInfinity, 1, kInfinity, -kInfinity}), ElementsAre(0.5F, 0, 0.5F, 0));
+  EXPECT_THAT(ez::softmax(std::vector<float>{-kInfinity, 1}), ElementsAre(0, 1));
+  EXPECT_THAT(ez::softmax(std::vector<float>{-kInfinity, -kInfinity}), ElementsAre(0.5F, 0.5F));
 }
 
 TEST(Postprocess, ProbabilitiesAreMadeOnlyOfLogits) {

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 from PIL import Image
 
 ROOT = Path(__file__).parents[3]
@@ -131,6 +132,16 @@ def write_heads(out: Path, paths: list[Path]) -> None:
         np.save(out / f"head-{kind}.npy", np.concatenate(outputs))
 
 
+def write_fixed_batch(out: Path) -> None:
+    """DIR/fixed-batch.onnx: the FP32 engine of DIR/head-logit.bundle, for batches of four images only."""
+    bundle = out / "head-logit.bundle"
+    document = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
+    model = onnx.load(bundle / document["artifacts"]["engines"][0]["file"]["path"])
+    for port in (*model.graph.input, *model.graph.output):
+        port.type.tensor_type.shape.dim[0].dim_value = 4
+    onnx.save(model, out / "fixed-batch.onnx")
+
+
 def write_dynamic(out: Path, paths: list[Path]) -> None:
     bundle = out / "dynamic.bundle"
     export(out, "squeezenet1_1", bundle, dynamic_size=SizeRange.parse("48:64:96"))
@@ -161,6 +172,7 @@ def main() -> None:
             np.save(out / f"{model}-{name}.npy", np.concatenate(logits))
     write_dynamic(out, paths)
     write_heads(out, paths)
+    write_fixed_batch(out)
     _, attestation = verify(out / f"{MODELS[0]}.bundle")
     assert attestation is not None
     attestation.replace(out / "attestation.json")

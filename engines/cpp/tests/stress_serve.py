@@ -72,7 +72,13 @@ async def stress(port: int, bundles: Path, count: int, engine: str) -> tuple[Cou
     images = [path.read_bytes() for path in sorted((bundles / "images").iterdir())]
     logits = np.load(bundles / f"{MODEL}-{engine}.npy")
     slots, seen, wrong = asyncio.Semaphore(AT_ONCE), Counter(), []
-    expected = {"valid": {200, 503}, "slow": {200, 503}, "cut": {0}, "drip": {408, 0}, "stall": {408}}
+    allowed = {
+        "valid": {200, 503, 504},
+        "slow": {200, 503, 504},
+        "cut": {0},
+        "drip": {408, 0},
+        "stall": {408},
+    }
     bomb = io.BytesIO()
     Image.new("1", (12_000, 12_000)).save(bomb, "PNG")  # 18 kB, and 432 MB of pixels
 
@@ -88,7 +94,7 @@ async def stress(port: int, bundles: Path, count: int, engine: str) -> tuple[Cou
         async with slots:
             status, answer = await post(port, body, query, kind=kind)
         seen[kind, status] += 1
-        if status not in expected.get(kind, {400} if kind == "query" else {400, 503}):
+        if status not in allowed.get(kind, {400} if kind == "query" else {400, 503, 504}):
             wrong.append(f"{kind}: {status} {answer[:100]!r}")
         elif status == 200 and not np.array_equal(np.float32(json.loads(answer)["logits"]), logits[index]):
             wrong.append(f"{kind}: other logits for image {index}")
@@ -146,7 +152,7 @@ def manners(port: int, admin: int, image: bytes) -> list[str]:
         "enormous": (413, post + b"Content-Length: 99999999999999999999999\r\n\r\n"),
         "late": (408, post + b"Content-Length: 1000\r\n\r\n" + b"x" * 10),
         "no gzip": (
-            400,
+            415,
             whole + b"Content-Encoding: gzip\r\n\r\n" + b"GET /metrics HTTP/1.1\r\n\r\n" + image,
         ),
         "GET with a body": (
@@ -159,6 +165,20 @@ def manners(port: int, admin: int, image: bytes) -> list[str]:
         ),
         "empty top": (400, whole.replace(b"predict", b"predict?top=") + b"\r\n" + image),
         "elsewhere": (404, b"GET /v2 HTTP/1.1\r\n\r\n"),
+        "GET of predict": (405, b"GET /v1/predict HTTP/1.1\r\n\r\n"),
+        "POST of healthz": (405, b"POST /healthz HTTP/1.1\r\n" + begun),
+        "two lengths": (400, whole + b"Content-Length: 5\r\n\r\n" + image),
+        "a length and chunks": (400, whole + chunked + b"\r\n5\r\nhello\r\n0\r\n\r\n"),
+        "gzip as transfer": (501, post + b"Transfer-Encoding: gzip, chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n"),
+        "range of an answer": (200, whole + b"Range: bytes=0-0,0-1\r\n\r\n" + image),
+        "ranges of metrics": (
+            200,
+            b"GET /metrics HTTP/1.1\r\nRange: bytes=" + b"0-999," * 600 + b"0-1\r\n\r\n",
+        ),
+        "expects, too large": (413, post + b"Expect: 100-continue\r\nContent-Length: 99999999\r\n\r\n"),
+        "expects elsewhere": (404, b"POST /v2 HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 9\r\n\r\n"),
+        "a wrong deadline": (400, whole + b"X-Request-Timeout-Ms: soon\r\n\r\n" + image),
+        "an early deadline": (50, whole + b"X-Request-Timeout-Ms: 1\r\n\r\n" + image),  # 503 or 504
         # None of these bodies may be waited for: what httplib reads of them is kept in memory, without a limit.
         "POST elsewhere": (404, b"POST /v2 HTTP/1.1\r\n" + begun),
         **{
@@ -173,16 +193,98 @@ def manners(port: int, admin: int, image: bytes) -> list[str]:
     asked += [
         ("GET of admin", admin, 200, b"GET /healthz HTTP/1.1\r\n" + begun),
         ("POST to admin", admin, 405, b"POST /metrics HTTP/1.1\r\n" + begun),
+        ("ranges of admin", admin, 200, b"GET /metrics HTTP/1.1\r\nRange: bytes=0-1,0-1\r\n\r\n"),
         ("PUT to admin", admin, 405, b"PUT /v1/predict HTTP/1.1\r\n" + begun),
     ]
     wrong = []
     for name, where, status, text in asked:
         answer = ask(where, text)
-        if not answer.startswith(b"HTTP/1.1 %d " % status) or answer.count(b"HTTP/1.1 ") != 1:
+        if not answer.startswith(b"HTTP/1.1 %d" % status) or answer.count(b"HTTP/1.1 ") != 1:
             wrong.append(f"{name}: {answer[:200]!r}")
         if b"EXCEPTION" in answer:
             wrong.append(f"{name}: tells of its inside")
     return wrong
+
+
+def expected(port: int, image: bytes) -> list[str]:
+    """A body that is welcome is asked for, and then answered."""
+    head = b"POST /v1/predict HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: %d\r\n\r\n" % len(image)
+    answer = ask(port, head + image)
+    good = answer.startswith(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 ")
+    return [] if good else [f"Expect: {answer[:200]!r}"]
+
+
+def slow_headers(port: int) -> list[str]:
+    """Headers that never end are cut off after --timeout, however steadily their bytes come."""
+    begin = time.monotonic()
+    with socket.create_connection(("127.0.0.1", port), timeout=1) as client:
+        client.sendall(b"POST /v1/predict HTTP/1.1\r\nX: ")
+        try:
+            while time.monotonic() < begin + 5 * TIMEOUT:
+                client.sendall(b"x")
+                time.sleep(0.1)
+        except OSError:
+            return []
+    return ["slow headers are not cut off"]
+
+
+def large_headers(port: int) -> list[str]:
+    """Headers, and lines of chunks, of any length are cut off before they take memory."""
+    head = b"POST /v1/predict HTTP/1.1\r\n"
+    texts = {
+        "a long header": head + b"X: " + b"x" * 5_000_000,
+        "many headers": head + b"X: x\r\n" * 1_000_000,
+        "a long request line": b"GET /" + b"x" * 5_000_000,
+        "a long chunk line": head + b"Transfer-Encoding: chunked\r\n\r\n" + b"0" * 5_000_000,
+    }
+    wrong = []
+    for name, text in texts.items():
+        begin = time.monotonic()
+        try:
+            answer = ask(port, text)
+        except OSError:  # closed while it was sent
+            answer = b""
+        if answer.startswith(b"HTTP/1.1 2") or time.monotonic() - begin > TIMEOUT:
+            wrong.append(f"{name}: {answer[:100]!r} after {time.monotonic() - begin:.1f} s")
+    return wrong
+
+
+def abandoned(port: int, image: bytes) -> list[str]:
+    """Requests of clients that have hung up are dropped and not run."""
+    head = b"POST /v1/predict HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % len(image)
+    clients = [socket.create_connection(("127.0.0.1", port), timeout=5) for _ in range(200)]
+    for client in clients:
+        client.sendall(head + image)
+        client.close()
+    time.sleep(1)
+    late = [line for line in get(port, "/metrics").splitlines() if 'status="504"' in line]
+    return [] if late else ["requests of clients that are gone are run"]
+
+
+def second_signal(command: list[str], port: int, image: bytes) -> list[str]:
+    """A second SIGTERM ends the server at once, though a client is still sending."""
+    command = list(command)
+    command[command.index("--timeout") + 1] = "60"
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    for _ in range(300):
+        try:
+            client = socket.create_connection(("127.0.0.1", port), timeout=5)
+            break
+        except OSError:
+            time.sleep(0.1)
+    with client:
+        client.sendall(b"POST /v1/predict HTTP/1.1\r\nContent-Length: 100000\r\n\r\n" + image[:10])
+        time.sleep(0.3)
+        server.terminate()
+        time.sleep(0.5)
+        waits = server.poll() is None
+        server.terminate()
+        try:
+            code = server.wait(5)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            return ["a second SIGTERM is not heard"]
+    return [] if waits and code == 1 else [f"SIGTERM twice: waits {waits}, exit code {code}"]
 
 
 def second_on_the_port(command: list[str]) -> list[str]:
@@ -239,12 +341,15 @@ def main() -> int:
                 wrong.append("the metrics tell another number of answers")
         if 'request_seconds_bucket{le="0.1"}' not in get(port, "/metrics"):
             wrong.append("the metrics' bounds are not those of the buckets")
-        wrong += manners(port, admin, (bundles / "images" / "00-baseline.jpg").read_bytes())
+        image = (bundles / "images" / "00-baseline.jpg").read_bytes()
+        wrong += manners(port, admin, image)
+        wrong += expected(port, image) + slow_headers(port) + large_headers(port) + abandoned(port, image)
         wrong += second_on_the_port(command)
     finally:
         server.send_signal(signal.SIGTERM)
         code = server.wait(60)
     wrong += ended_early(command)
+    wrong += second_signal(command, port, image)
     print(*(f"{kind} {status}: {n}" for (kind, status), n in sorted(seen.items())), sep="\n")
     print("\n".join(wrong[:20]), f"{len(wrong)} wrong, exit code {code}")
     return int(bool(wrong) or code != 0 or not seen["valid", 200])

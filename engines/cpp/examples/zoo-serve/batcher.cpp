@@ -1,8 +1,25 @@
 #include "batcher.hpp"
 
 #include <algorithm>
+#include <string>
+#include <utility>
 
 namespace zoo_serve {
+
+namespace {
+
+constexpr double kNewest = 0.2;  // weight of the newest batch in the average
+
+Clock::duration seconds(double value) {
+  return std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(value));
+}
+
+}  // namespace
+
+void Patience::check(Clock::duration more) const {
+  if (Clock::now() + more > deadline) throw Late("the answer would come after the deadline");
+  if (gone && gone()) throw Late("the client is gone");
+}
 
 Batcher::Batcher(const export_zoo::Engine& engine, Limits limits)
     : limits_(limits), context_(engine.context()), thread_([this] { work(); }) {}
@@ -16,10 +33,17 @@ Batcher::~Batcher() {
   thread_.join();
 }
 
-Batcher::Coming::Coming(Batcher& batcher) : batcher_(batcher) {
+Batcher::Coming::Coming(Batcher& batcher, Patience patience) : batcher_(batcher), patience_(std::move(patience)) {
   const std::lock_guard lock(batcher_.mutex_);
   if (batcher_.closing_) throw Busy("shutting down");
-  if (batcher_.queue_.size() + batcher_.coming_ >= batcher_.limits_.queue) throw Busy("too many requests wait");
+  const auto ahead = batcher_.queue_.size() + batcher_.coming_;
+  if (ahead >= batcher_.limits_.queue) throw Busy("too many requests wait");
+  const auto expected = batcher_.expected_of(ahead + 1);
+  if (Clock::now() + expected > patience_.deadline) {
+    throw Busy("the answer is expected in " +
+               std::to_string(std::chrono::duration_cast<std::chrono::milliseconds>(expected).count()) +
+               " ms, after the deadline");
+  }
   ++batcher_.coming_;
 }
 
@@ -36,7 +60,7 @@ std::future<std::vector<float>> Batcher::Coming::submit(std::vector<float> input
   std::future<std::vector<float>> logits;
   {
     const std::lock_guard lock(batcher_.mutex_);
-    batcher_.queue_.push_back({std::move(input), {}});
+    batcher_.queue_.push_back({std::move(input), {}, std::move(patience_)});
     logits = batcher_.queue_.back().logits.get_future();
     --batcher_.coming_;
     submitted_ = true;
@@ -50,23 +74,53 @@ std::size_t Batcher::waiting() const {
   return queue_.size();
 }
 
+Clock::duration Batcher::expected() const {
+  const std::lock_guard lock(mutex_);
+  return expected_of(queue_.size() + coming_ + 1);
+}
+
+Clock::duration Batcher::expected_of(std::size_t position) const {
+  return seconds(seconds_per_image_ * static_cast<double>(position + running_));
+}
+
 std::vector<Batcher::Item> Batcher::next() {
   std::unique_lock lock(mutex_);
-  changed_.wait(lock, [this] { return closing_ || !queue_.empty(); });
-  if (queue_.empty()) return {};
-  changed_.wait_for(lock, limits_.wait, [this] { return closing_ || coming_ == 0 || queue_.size() >= limits_.batch; });
-  std::vector<Item> batch;
-  batch.reserve(limits_.batch);
-  while (!queue_.empty() && batch.size() < limits_.batch) {
-    batch.push_back(std::move(queue_.front()));
-    queue_.pop_front();
+  running_ = 0;
+  while (true) {
+    changed_.wait(lock, [this] { return closing_ || !queue_.empty(); });
+    if (queue_.empty()) return {};
+    changed_.wait_for(lock, limits_.wait, [this] { return closing_ || coming_ == 0 || queue_.size() >= limits_.batch; });
+    std::vector<Item> batch;
+    batch.reserve(limits_.batch);
+    const auto takes = seconds(seconds_per_image_ * static_cast<double>(std::min(queue_.size(), limits_.batch)));
+    while (!queue_.empty() && batch.size() < limits_.batch) {
+      auto item = std::move(queue_.front());
+      queue_.pop_front();
+      try {
+        item.patience.check(takes);
+        batch.push_back(std::move(item));
+      } catch (const Late&) {
+        ++dropped_;
+        item.logits.set_exception(std::current_exception());
+      }
+    }
+    if (batch.empty()) continue;
+    running_ = batch.size();
+    return batch;
   }
-  return batch;
+}
+
+void Batcher::learn(std::size_t images, Clock::time_point begin) {
+  const double found = std::chrono::duration<double>(Clock::now() - begin).count() / static_cast<double>(images);
+  seconds_per_image_ = seconds_per_image_ == 0 ? found : (1 - kNewest) * seconds_per_image_ + kNewest * found;
 }
 
 void Batcher::work() {
   std::vector<float> inputs;
+  Clock::time_point end{};
+  bool more = false;  // whether there were requests when the last batch ended
   for (auto batch = next(); !batch.empty(); batch = next()) {
+    const auto begin = more ? end : Clock::now();
     std::size_t answered = 0;
     try {
       inputs.clear();
@@ -84,6 +138,10 @@ void Batcher::work() {
     } catch (...) {
       for (; answered < batch.size(); ++answered) batch[answered].logits.set_exception(std::current_exception());
     }
+    const std::lock_guard lock(mutex_);
+    learn(batch.size(), begin);
+    end = Clock::now();
+    more = !queue_.empty() || coming_ > 0;
   }
 }
 

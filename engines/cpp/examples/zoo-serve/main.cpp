@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <cctype>
 #include <charconv>
 #include <chrono>
 #include <csignal>
@@ -34,12 +35,14 @@
 #include <export_zoo/preprocess.hpp>
 
 #include "batcher.hpp"
+#include "connection.hpp"
 #include "prediction.hpp"
 
 namespace {
 
 namespace ez = export_zoo;
-using Clock = std::chrono::steady_clock;
+using zoo_serve::Clock;
+using zoo_serve::Connection;
 
 struct Settings {
   std::string bundle;
@@ -53,6 +56,7 @@ struct Settings {
   std::uint64_t max_pixels = 50'000'000;
   std::size_t threads = 256;
   int timeout_s = 5;
+  int deadline_ms = 10000;
   int grace_s = 30;
   int admin_port = 0;
 };
@@ -85,6 +89,9 @@ class Metrics {
     out << "zoo_serve_request_seconds_sum " << seconds_ << "\nzoo_serve_request_seconds_count " << count_ << '\n';
     out << "# TYPE zoo_serve_batches_total counter\nzoo_serve_batches_total " << batcher.batches() << '\n';
     out << "# TYPE zoo_serve_images_total counter\nzoo_serve_images_total " << batcher.images() << '\n';
+    out << "# TYPE zoo_serve_dropped_total counter\nzoo_serve_dropped_total " << batcher.dropped() << '\n';
+    out << "# TYPE zoo_serve_expected_seconds gauge\nzoo_serve_expected_seconds "
+        << std::chrono::duration<double>(batcher.expected()).count() << '\n';
     out << "# TYPE zoo_serve_waiting gauge\nzoo_serve_waiting " << batcher.waiting() << '\n';
     return out.str();
   }
@@ -96,12 +103,6 @@ class Metrics {
   std::array<std::uint64_t, kBounds.size()> counts_{};
   std::uint64_t count_ = 0;
   double seconds_ = 0;
-};
-
-// httplib lets five connections wait. In a larger burst, connections would be reset.
-class Server : public httplib::Server {
- public:
-  void widen() { ::listen(svr_sock_, SOMAXCONN); }
 };
 
 // Prevents a second server on the same port, which httplib allows.
@@ -121,7 +122,9 @@ class Service {
         engine_(ez::Engine::load(settings.bundle, settings.engine)),
         preprocess_(engine_.metadata().preprocess),
         batcher_(engine_, limits()),
-        decoders_(std::max(1U, std::thread::hardware_concurrency())) {
+        decoders_(std::max(1U, std::thread::hardware_concurrency())),
+        server_(std::chrono::seconds(settings.timeout_s)),
+        admin_(std::chrono::seconds(settings.timeout_s)) {
     if (!prediction::is_of_image(engine_.metadata().output)) {
       throw ez::Error(ez::ErrorCode::shape, engine_.metadata().model + " gives values for each pixel or token, this "
                                                 "service only values of an image: use the library");
@@ -133,6 +136,11 @@ class Service {
     server_.set_tcp_nodelay(true);  // otherwise, each answer's body waits 40 ms for the ACK of its headers
     server_.set_socket_options(own_port);
     server_.set_pre_routing_handler([this](const auto& request, auto& response) { return admit(request, response); });
+    // Before the client sends a body that would be refused.
+    server_.set_expect_100_continue_handler([this](const auto& request, auto& response) {
+      const bool refused = admit(request, response) == httplib::Server::HandlerResponse::Handled;
+      return refused ? response.status : 100;
+    });
     server_.set_exception_handler([this](const auto&, auto& response, const std::exception_ptr&) {
       response.status = 500;
       reply(response, {{"error", "unexpected"}});
@@ -149,6 +157,7 @@ class Service {
     tell(server_);
     tell(admin_);
     admin_.set_pre_routing_handler([](const auto& request, auto& response) {
+      whole(request);
       if (reads(request)) return httplib::Server::HandlerResponse::Unhandled;
       response.status = 405;
       response.set_header("Allow", "GET, HEAD");
@@ -167,8 +176,9 @@ class Service {
     return served;
   }
 
-  // Lets waiting requests finish. If they take longer than --grace seconds, ends the process with exit code 1.
-  void stop() {
+  // Lets waiting requests finish. If they take longer than --grace seconds, or one of `signals` comes again, ends the
+  // process with exit code 1.
+  void stop(const sigset_t& signals) {
     stopping_ = true;
     const auto deadline = Clock::now() + std::chrono::seconds(settings_.grace_s);
     while (!ended_) {
@@ -177,7 +187,11 @@ class Service {
         std::cerr << "zoo-serve: requests did not end within " << settings_.grace_s << " s\n";
         std::_Exit(1);
       }
-      std::this_thread::sleep_for(std::chrono::milliseconds(10));
+      const timespec pause{0, 10'000'000};
+      if (sigtimedwait(&signals, nullptr, &pause) > 0) {
+        std::cerr << "zoo-serve: ended by a second signal, before requests were answered\n";
+        std::_Exit(1);
+      }
     }
   }
 
@@ -234,6 +248,10 @@ class Service {
     metrics_.answered(status, {});
   }
 
+  // Ignores a Range header: httplib would cut answers, of POST and errors, too, into as many parts as it lists. Servers
+  // may ignore it (RFC 9110, 14.2).
+  static void whole(const httplib::Request& request) { const_cast<httplib::Request&>(request).ranges.clear(); }
+
   // Whether the request only reads. httplib does not read the body of such a request.
   static bool reads(const httplib::Request& request) { return request.method == "GET" || request.method == "HEAD"; }
 
@@ -241,14 +259,36 @@ class Service {
   // reader, it would read it into memory, without a limit if the body is chunked or compressed.
   httplib::Server::HandlerResponse admit(const httplib::Request& request, httplib::Response& response) {
     using Handled = httplib::Server::HandlerResponse;
-    if (reads(request)) return Handled::Unhandled;
-    if (request.method != "POST") {
-      response.set_header("Allow", "GET, HEAD, POST");
-      refuse(response, 405, request.method + ": POST an image to /v1/predict");
+    whole(request);
+    const bool predicts = request.path == "/v1/predict";
+    if (!predicts && request.path != "/healthz" && request.path != "/metrics") {
+      refuse(response, 404, request.path + ": POST the image to /v1/predict");
       return Handled::Handled;
     }
-    if (request.path != "/v1/predict") {
-      refuse(response, 404, request.path + ": POST the image to /v1/predict");
+    if (predicts ? request.method != "POST" : !reads(request)) {
+      response.set_header("Allow", predicts ? "POST" : "GET, HEAD");
+      refuse(response, 405, request.method + ": POST an image to /v1/predict; GET /healthz and /metrics");
+      return Handled::Handled;
+    }
+    if (!predicts) return Handled::Unhandled;
+    if (stopping_) {
+      response.set_header("Retry-After", "1");
+      refuse(response, 503, "shutting down");
+      return Handled::Handled;
+    }
+    // Two lengths, or a length and chunks, hide a second request in a body from one of two servers.
+    const bool chunked = request.has_header("Transfer-Encoding");
+    if (request.get_header_value_count("Content-Length") + request.get_header_value_count("Transfer-Encoding") > 1) {
+      refuse(response, 400, "more than one Content-Length or Transfer-Encoding");
+      return Handled::Handled;
+    }
+    if (chunked && lower(request.get_header_value("Transfer-Encoding")) != "chunked") {
+      refuse(response, 501, "Transfer-Encoding: only chunked is known");
+      return Handled::Handled;
+    }
+    if (request.has_header("Content-Encoding") && lower(request.get_header_value("Content-Encoding")) != "identity") {
+      response.set_header("Accept-Encoding", "identity");
+      refuse(response, 415, "Content-Encoding: send the image as it is; JPEG and PNG are compressed");
       return Handled::Handled;
     }
     if (request.is_multipart_form_data()) {  // httplib would throw on a chunked one
@@ -257,7 +297,7 @@ class Service {
     }
     const auto length = request.get_header_value("Content-Length");
     if (length.empty()) {
-      if (request.has_header("Transfer-Encoding")) return Handled::Unhandled;
+      if (chunked) return Handled::Unhandled;
       refuse(response, 411, "no body: send the image itself, curl --data-binary @cat.jpg");
       return Handled::Handled;
     }
@@ -286,15 +326,33 @@ class Service {
     return {wanted, std::chrono::microseconds(settings_.wait_us), settings_.queue};
   }
 
+  // Until when the client waits: X-Request-Timeout-Ms after it connected, at most --deadline.
+  zoo_serve::Patience patience_of(const httplib::Request& request, const Connection& connection) const {
+    int milliseconds = settings_.deadline_ms;
+    if (request.has_header(kTimeout)) {
+      const auto text = request.get_header_value(kTimeout);
+      int given = 0;
+      const auto [end, failed] = std::from_chars(text.data(), text.data() + text.size(), given);
+      if (end != text.data() + text.size() || failed != std::errc() || given < 1) {
+        throw BadQuery(std::string(kTimeout) + ": " + text + " is not a number of milliseconds");
+      }
+      milliseconds = std::min(milliseconds, given);
+    }
+    return {connection.start() + std::chrono::milliseconds(milliseconds), [&connection] { return connection.gone(); }};
+  }
+
   void predict(const httplib::Request& request, httplib::Response& response, const httplib::ContentReader& reader) {
     std::string body;
+    auto& connection = *Connection::current();
     const auto deadline = Clock::now() + std::chrono::seconds(settings_.timeout_s);
-    const bool whole = reader([&](const char* data, std::size_t size) {
+    // After the deadline is taken: what it ends is late. Chunks have lines of their own, of any length.
+    connection.read_body(2 * settings_.max_bytes + zoo_serve::kMostHeaderBytes);
+    const bool all = reader([&](const char* data, std::size_t size) {
       body.append(data, size);
       return body.size() <= settings_.max_bytes && Clock::now() < deadline;
     });
     const auto start = Clock::now();
-    if (!whole) {  // too large, too slow, or gone
+    if (!all) {  // too large, too slow, or gone
       // httplib has set 413, or 400 for everything else.
       if (body.size() > settings_.max_bytes) response.status = 413;
       if (response.status != 413) response.status = start >= deadline ? 408 : 400;
@@ -305,13 +363,17 @@ class Service {
     try {
       const auto top = wanted(request);
       const bool with_logits = request.get_param_value("logits") == "1";
-      zoo_serve::Batcher::Coming coming(batcher_);
-      const auto logits = coming.submit(prepare(body)).get();
+      const auto patience = patience_of(request, connection);
+      zoo_serve::Batcher::Coming coming(batcher_, patience);
+      const auto logits = coming.submit(prepare(body, patience)).get();
       reply(response, answer(logits, top, with_logits));
     } catch (const zoo_serve::Busy& error) {
       response.status = 503;
       response.set_header("Retry-After", "1");
       reply(response, {{"error", error.what()}});
+    } catch (const zoo_serve::Late& error) {
+      response.status = 504;
+      reply(response, {{"error", error.what()}, {"code", "deadline"}});
     } catch (const BadQuery& error) {
       response.status = 400;
       reply(response, {{"error", error.what()}, {"code", "query"}});
@@ -327,10 +389,12 @@ class Service {
   }
 
   // Decodes and preprocesses, at most one image per core at once: more would not be faster, and each takes memory.
-  std::vector<float> prepare(const std::string& body) {
+  // Throws Late if nobody waits for it by the time that it is its turn.
+  std::vector<float> prepare(const std::string& body, const zoo_serve::Patience& patience) {
     std::vector<float> input(preprocess_.size());
-    decoders_.acquire();
+    if (!decoders_.try_acquire_until(patience.deadline)) throw zoo_serve::Late("the answer would come after the deadline");
     try {
+      patience.check();
       preprocess_(ez::decode(std::as_bytes(std::span(body)), settings_.max_pixels), input);
     } catch (...) {
       decoders_.release();
@@ -357,6 +421,13 @@ class Service {
     return document;
   }
 
+  static std::string lower(std::string text) {
+    std::transform(text.begin(), text.end(), text.begin(), [](unsigned char c) { return static_cast<char>(std::tolower(c)); });
+    return text;
+  }
+
+  static constexpr const char* kTimeout = "X-Request-Timeout-Ms";
+
   Settings settings_;
   ez::Engine engine_;
   ez::Preprocessor preprocess_;
@@ -366,8 +437,8 @@ class Service {
   std::atomic<bool> admin_ended_ = false;
   zoo_serve::Batcher batcher_;
   std::counting_semaphore<> decoders_;
-  Server server_;
-  httplib::Server admin_;
+  zoo_serve::Server server_;
+  zoo_serve::Server admin_;
 };
 
 }  // namespace
@@ -410,7 +481,11 @@ int main(int argc, char** argv) {
       ->capture_default_str();
   app.add_option("--admin-port", settings.admin_port, "Port for /healthz and /metrics alone, which clients cannot occupy")
       ->check(CLI::Range(1, 65535));
-  app.add_option("--timeout", settings.timeout_s, "Seconds after which a slow client is disconnected")
+  app.add_option("--deadline", settings.deadline_ms,
+                 "Maximum milliseconds until an answer; a request may ask for fewer by X-Request-Timeout-Ms")
+      ->check(CLI::Range(1, 3600000))
+      ->capture_default_str();
+  app.add_option("--timeout", settings.timeout_s, "Seconds in which a client must send its headers, and again its body")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
   try {
@@ -430,7 +505,7 @@ int main(int argc, char** argv) {
     std::thread waiter([&] {
       int signal = 0;
       sigwait(&signals, &signal);
-      service.stop();
+      service.stop(signals);
     });
     const bool served = service.run();
     if (!served) kill(getpid(), SIGTERM);  // wakes the waiter

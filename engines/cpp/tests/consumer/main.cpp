@@ -12,6 +12,10 @@ int main(int, char** argv) {
   auto context = engine.context();  // one per thread
 
   std::ifstream file(argv[2], std::ios::binary);
+  if (!file) {
+    std::cerr << argv[2] << ": cannot be read\n";
+    return 1;
+  }
   const std::vector<char> jpeg((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
   std::vector<float> input(preprocess.size());
   preprocess(std::as_bytes(std::span(jpeg)), input);
