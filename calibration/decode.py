@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import warnings
 from typing import Any, Literal
 
@@ -12,12 +13,19 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from export_zoo.base.errors import EnvironmentFailureError
 
+for _library_name in (
+    "PIL",
+    "tifffile",
+):  # reasons reach the user as ours; without a handler they go to stderr, too
+    logging.getLogger(_library_name).addHandler(logging.NullHandler())
+
 Float32Array = npt.NDArray[np.float32]
 Mode = Literal["RGB", "L", "RGBA", "bands"]
 
 LARGEST = "export_zoo_largest"
 """Key of `Image.info`: the largest value of an image of 16 bits, before it is cut to 8."""
 
+_ORIENTATION = 0x0112
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -63,7 +71,9 @@ def decode(data: bytes, mode: Literal["RGB", "L", "RGBA"] = "RGB") -> Image.Imag
                     "`scale` in the --preprocess file"
                 )
             upright = _upright(image)
-            info: dict[str | tuple[int, int], Any] = {}
+            if data.startswith(_PNG) and data[24:25] == b"\x10" and image.mode in ("RGB", "RGBA"):
+                image.info[LARGEST] = int(np.asarray(image).max()) << 8 | 255  # Pillow keeps the high bytes
+            info: dict[str | tuple[int, int], Any] = {LARGEST: image.info.get(LARGEST, 0)}
             if gray16:
                 values = np.asarray(upright).astype(np.uint32)
                 info[LARGEST] = int(values.max())
@@ -88,12 +98,15 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def decode_bands(data: bytes, bands: int) -> Float32Array:
+def decode_bands(data: bytes, bands: int, *, gray: bool = False) -> Float32Array:
     """Decode an image to its values as they are in the file, float32 [H, W, bands].
 
     TIFF (by tifffile: any number of bands, interleaved, planar or one a page; integers and floats) and PNG of 16 bits
     (by imagecodecs) need `pip install tifffile imagecodecs`. Other files are decoded by Pillow. A palette becomes RGB.
-    The orientation in EXIF is applied where Pillow decodes.
+    The orientation in EXIF is applied.
+
+    Args:
+        gray: whether an image of one band gives all bands, as gray becomes RGB.
 
     Raises:
         UnreadableImageError: not an image, truncated, with another number of bands, or values that are not finite.
@@ -103,7 +116,9 @@ def decode_bands(data: bytes, bands: int) -> Float32Array:
         if data.startswith(_TIFF):
             values = _tiff(data, bands)
         elif data.startswith(_PNG) and data[24:25] == b"\x10" and data[25:26] in (b"\2", b"\4", b"\6"):
-            values = _library("imagecodecs").png_decode(data)
+            with Image.open(io.BytesIO(data)) as image:
+                orientation = image.getexif().get(_ORIENTATION, 1)
+            values = _turned(_library("imagecodecs").png_decode(data), orientation)
         else:
             with Image.open(io.BytesIO(data)) as image:
                 image.load()
@@ -117,7 +132,11 @@ def decode_bands(data: bytes, bands: int) -> Float32Array:
         raise UnreadableImageError(f"{type(error).__name__}: {error}") from error
     if values.ndim == 2:
         values = values[..., None]
-    if values.ndim != 3 or values.shape[2] != bands or values.dtype.kind not in "buif":
+    if values.dtype.kind not in "buif":
+        raise UnreadableImageError(f"values of type {values.dtype}, not integers or floats")
+    if gray and values.ndim == 3 and values.shape[2] == 1:
+        values = np.repeat(values, bands, axis=2)
+    if values.ndim != 3 or values.shape[2] != bands:
         raise UnreadableImageError(
             f"an array {list(values.shape)} of {values.dtype}, not of {bands} band(s), which mean and std are for"
         )
@@ -144,11 +163,26 @@ def _tiff(data: bytes, bands: int) -> npt.NDArray[Any]:
         series = file.series[0]
         found: npt.NDArray[Any] = series.asarray()
         axes = series.axes
+        tag = file.pages.first.tags.get(_ORIENTATION)
+        orientation = int(tag.value) if tag is not None else 1
+        if found.ndim == 2 and bands > 1 and len(file.pages) == bands:  # a page a band
+            found, axes = np.stack([page.asarray() for page in file.pages]), "QYX"
     if found.ndim == 3 and axes[-1] != "S" and found.shape[0] == bands and axes[1:] in ("YX",):
         found = np.moveaxis(found, 0, -1)  # planar, or a page a band
     elif found.ndim == 3 and axes[0] == "S":
         found = np.moveaxis(found, 0, -1)
-    return found
+    return _turned(found, orientation)
+
+
+def _turned(values: npt.NDArray[Any], orientation: int) -> npt.NDArray[Any]:
+    """An array [H, W, ...] made upright: EXIF 2.32, table 6, values 1 to 8; others leave it as it is."""
+    if orientation in (5, 6, 7, 8):
+        values = np.swapaxes(values, 0, 1)
+    if orientation in (2, 3, 6, 7):
+        values = values[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        values = values[::-1]
+    return values
 
 
 def check_header(data: bytes, *, bands: bool = False) -> None:

@@ -97,17 +97,30 @@ def kinds(names: Sequence[str]) -> list[str]:
     ]
 
 
-def _describe(unreadable: Sequence[Unreadable]) -> str:
+def describe(unreadable: Sequence[Unreadable]) -> str:
+    """The first five names, with reasons."""
     shown = "; ".join(f"{u.name} ({u.reason})" for u in unreadable[:5])
     return shown + (f"; and {len(unreadable) - 5} more" if len(unreadable) > 5 else "")
 
 
-def refuse_if_too_many_unreadable(where: str, unreadable: Sequence[Unreadable], total: int) -> None:
-    """Raise BadInputError when more than MAX_UNREADABLE_SHARE of `total` files cannot be read."""
+def refuse_if_too_many_unreadable(
+    where: str, unreadable: Sequence[Unreadable], total: int, read: int | None = None
+) -> None:
+    """Raise BadInputError when more than MAX_UNREADABLE_SHARE of `total` files cannot be read.
+
+    Args:
+        read: number of files that were read until now, if not all of them.
+    """
     if unreadable and len(unreadable) > MAX_UNREADABLE_SHARE * total:
+        hint = f"repair or remove them; up to {MAX_UNREADABLE_SHARE:.0%} unreadable files are tolerated"
+        if all("`mode" in file.reason or "band(s)" in file.reason for file in unreadable):
+            hint = (
+                "give `mode`, `scale`, and as many values of mean and std in the --preprocess file as the images have "
+                "bands"
+            )
         raise BadInputError(
-            f"{where}: {len(unreadable)} of {total} image files cannot be read: {_describe(unreadable)}",
-            hint=f"repair or remove them; up to {MAX_UNREADABLE_SHARE:.0%} unreadable files are tolerated",
+            f"{where}: {len(unreadable)} of {read or total} image files cannot be read: {describe(unreadable)}",
+            hint=hint,
         )
 
 
@@ -169,7 +182,7 @@ def scan(root: Path, *, option: str, bands: bool = False, progress: Progress = l
         found = ", ".join(kinds(ignored)) or "nothing"
         raise BadInputError(
             f"{option} {root}: no images (found {found})",
-            hint="images are recognised by suffix: " + " ".join(sorted(IMAGE_SUFFIXES)),
+            hint="images are recognised by suffix: " + " ".join(sorted(suffixes)),
         )
 
     def inspect(path: Path) -> tuple[str, str | None]:
@@ -310,7 +323,8 @@ class ImageStream:
                     loaded = future.result()
                     if isinstance(loaded, Unreadable):
                         self.unreadable.append(loaded)
-                        refuse_if_too_many_unreadable(str(self.root), self.unreadable, len(self.files))
+                        read = len(self.images) + len(self.unreadable)
+                        refuse_if_too_many_unreadable(str(self.root), self.unreadable, len(self.files), read)
                         continue
                     self.images.append(file)
                     batch.append(loaded)

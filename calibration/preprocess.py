@@ -167,7 +167,8 @@ def read_pixels(data: bytes, preprocess: Preprocess) -> tuple[Pixels, int]:
         EnvironmentFailureError: a library that decodes its format is not installed.
     """
     if preprocess.keeps_values:
-        return _resize_bands(decode_bands(data, preprocess.channels), preprocess), 0
+        values = decode_bands(data, preprocess.channels, gray=preprocess.mode == "RGB")
+        return _resize_bands(values, preprocess), 0
     assert preprocess.mode != "bands"
     image = decode(data, preprocess.mode)
     return resize_and_crop(image, preprocess), image.info.get(LARGEST, 0)

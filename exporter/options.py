@@ -263,6 +263,9 @@ class ExportOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("calib", "ranges", "verify", "preprocess", "out"):
+            if isinstance(given := getattr(self, name), str):  # Python's users write strings
+                object.__setattr__(self, name, Path(given))
         if not self.precisions:
             raise UsageError("--precision: none given", hint=f"choose from {', '.join(PRECISIONS)}")
         for precision in self.precisions:

@@ -111,6 +111,9 @@ def _advice(engines: Sequence[Engine]) -> str:
     """Advice after a failed gate. It follows from the most exact precision that failed."""
     failed = {engine.precision for engine in engines if engine.gate.failures}
     exact = next(name for name in PRECISIONS if name in failed)
+    texts = [text for engine in engines if engine.precision == exact for text in engine.gate.failures]
+    if all("accuracy is" in text for text in texts) and not PRECISIONS[exact].quantized:
+        return "give a limit that eager PyTorch itself reaches: the logits are as close to eager's as they should be"
     if exact == BASELINE.name:
         return (
             "look at the network: FP32 does not depend on calibration, so it amplifies rounding (a division by "

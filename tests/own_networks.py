@@ -474,3 +474,10 @@ class Faint(Small):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = ((self.body(x) * 1e-3).relu() * 1e-3).relu()
         return self.head((x * 1e3).relu() * 1e3)
+
+
+class Jittery(Small):
+    """A residue of large numbers: each kernel's rounding gives another."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.remainder(torch.round(super().forward(x) * 1e6), 7)

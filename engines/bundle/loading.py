@@ -96,6 +96,11 @@ class LoadedEngine:
         register_heif()
         pixels = []
         for index, image in enumerate(images):
+            if not isinstance(image, (bytes, str, Path)):
+                raise BadInputError(
+                    f"image {index} is a {type(image).__name__}, not a path or the bytes of a file",
+                    hint="pass paths, or the bytes of JPEG or PNG files",
+                )
             name = f"image {index}" if isinstance(image, bytes) else str(image)
             try:
                 data = image if isinstance(image, bytes) else Path(image).read_bytes()

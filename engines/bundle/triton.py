@@ -61,7 +61,9 @@ def config(manifest: m.Manifest, engine: m.Engine, name: str, *, delay_us: int =
             dims, more = "1", more + "    reshape: { shape: [ ] }\n"
         return f"  {{\n    name: {_quoted(port.name)}\n    data_type: TYPE_FP32\n    dims: [ {dims} ]\n{more}  }}\n"
 
-    labels = '    label_filename: "labels.txt"\n' if recipe.labels else ""
+    # Triton labels values by their position: a binary output has one value and two labels.
+    labelled = len(recipe.labels) == recipe.output.head.classes
+    labels = '    label_filename: "labels.txt"\n' if labelled else ""
     text = (
         f"name: {_quoted(name)}\nplatform: {_quoted(backend.platform)}\nmax_batch_size: {recipe.batch.max}\n"
     )

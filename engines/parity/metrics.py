@@ -350,6 +350,7 @@ def failures(metrics: Metrics, tolerances: Mapping[str, float]) -> list[str]:
         )
     return [
         f"{limit.metric} is {getattr(metrics, limit.metric):.6g}, must be {limit}"
+        + (f" (eager's is {metrics.reference_accuracy:.6g})" if limit.metric == "accuracy" else "")
         for limit, holds in judged
         if holds is False
     ]

@@ -144,11 +144,16 @@ def why_not(task: str, shape: tuple[int, ...]) -> str:
     """The reason why an output of this shape for one image cannot have the task; empty if it can."""
     classes, dense = classes_of(shape), len(shape) == 3
     if task == "binary" and classes > 1:
-        return f"it has {classes} values, and binary is for one: choose classification or multilabel"
+        others = "segmentation" if dense else "classification or multilabel"
+        return f"it has {classes} values, and binary is for one: choose {others}"
     if task == "classification" and classes == 1:
         return "it has one value: choose binary or regression"
     if task == "segmentation" and not dense:
-        return "it has no height and width"
+        return "it has no height and width" + (
+            ": for masks, return [N, 1, height, width], by unsqueeze(1)" if len(shape) == 2 else ""
+        )
+    if task == "embedding" and classes == 1 and not dense:
+        return "it has one value, which has no direction: choose binary or regression"
     return ""
 
 

@@ -255,8 +255,9 @@ def inspect(bundle: Path, json_path: Path | None, quiet: bool, verbose: bool) ->
             for port in recipe.outputs
         ),
         "batch": f"{recipe.batch.min} to {recipe.batch.max}, best at {recipe.batch.opt}",
-        "preprocess": f"RGB, resize {p.resize_size} {p.interpolation} antialiased, "
-        f"crop {p.crop_height}x{p.crop_width}, /255, mean {list(p.mean)}, std {list(p.std)} ({p.source})",
+        "preprocess": f"{p.mode}, resize {p.resize_size} {p.interpolation} antialiased"
+        f"{' to the proportions of the crop' if p.crop_mode == 'squash' else ''}, "
+        f"crop {p.crop_height}x{p.crop_width}, /{p.scale:g}, mean {list(p.mean)}, std {list(p.std)} ({p.source})",
         "labels": f"{len(recipe.labels)} names" if recipe.labels else "not known",
         "calibration": f"{recipe.calibration.method}, {recipe.calibration.images} images"
         if recipe.calibration

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import sys
 import sysconfig
 import traceback
@@ -26,6 +27,15 @@ _IMAGES = 3
 
 _KEEP_THE_BATCH = (
     "squeeze() drops the batch dimension when there is one image: use flatten(1), or squeeze with a dimension"
+)
+
+
+_ALIKE = 1e-3
+"""Difference, relative to the value and to the standard deviation of all, up to which values count as the same."""
+
+AMPLIFIES = (
+    "the network amplifies rounding, by a small difference of large numbers, by rounding or by a comparison: no two "
+    "kernels give the same logits; compute that part otherwise, or scale it"
 )
 
 
@@ -98,7 +108,10 @@ def run_eager(module: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor
     named = {name: value for name, value in named.items() if value is not None}  # a loss without labels
     tensors = {n: v for n, v in named.items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
     if not tensors or len(tensors) < len(named):
-        odd = ", ".join(f"{n} ({type(v).__name__})" for n, v in named.items() if n not in tensors)
+        kinds = {
+            n: str(v.dtype) if isinstance(v, torch.Tensor) else type(v).__name__ for n, v in named.items()
+        }
+        odd = ", ".join(f"{n} ({kind})" for n, kind in kinds.items() if n not in tensors)
         raise BadInputError(
             f"the network returns something other than floating-point tensors: {odd or 'nothing'}",
             hint="export a module that returns its logits as a tensor, a tuple or a dictionary",
@@ -169,6 +182,12 @@ def probe(module: nn.Module, preprocess: Preprocess, model: str) -> Probed:
             )
         for part, few in ((fewer[name], images[:2]), (single[name], images[:1])):
             if not _alike(tensor[: len(part)], part, spread=tensor):
+                if rounding_error(module, images) > _ALIKE:
+                    raise BadInputError(
+                        f"{model}: output {name!r} of an image differs from batch to batch by rounding alone: computed "
+                        "in double precision, it is another one, too",
+                        hint=AMPLIFIES,
+                    )
                 raise BadInputError(
                     f"{model}: output {name!r} of an image depends on the other images in its batch"
                     + _first_different(module, images, few),
@@ -253,7 +272,21 @@ def _run_probe(module: nn.Module, images: torch.Tensor, model: str) -> dict[str,
 
 def _alike(first: torch.Tensor, second: torch.Tensor, spread: torch.Tensor | None = None) -> bool:
     spread = first if spread is None else spread
-    return torch.allclose(first, second, rtol=1e-3, atol=1e-3 * float(spread.std()))
+    return torch.allclose(first, second, rtol=_ALIKE, atol=_ALIKE * float(spread.std()))
+
+
+def rounding_error(module: nn.Module, images: torch.Tensor) -> float:
+    """Largest difference of the first output, computed in float32 and in float64, relative to its standard deviation.
+
+    0 if the network does not run in float64.
+    """
+    try:
+        with torch.inference_mode():
+            single = next(iter(run_eager(module, images).values())).double()
+            double = next(iter(run_eager(copy.deepcopy(module).double(), images.double()).values()))
+        return float((single - double).abs().max() / (double.std() + 1e-12))
+    except Exception:  # a network may keep to float32
+        return 0.0
 
 
 def module_outputs(module: nn.Module, images: torch.Tensor) -> list[tuple[str, torch.Tensor]]:

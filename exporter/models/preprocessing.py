@@ -24,7 +24,7 @@ class PreprocessFile(Preprocess):
     @classmethod
     def _usable(cls, values: tuple[float, ...], info: ValidationInfo) -> tuple[float, ...]:
         mean = info.field_name == "mean"
-        if not all(math.isfinite(value) and (0 <= value <= 1 if mean else value > 0) for value in values):
+        if not all(math.isfinite(value) and (-1 <= value <= 1 if mean else value > 0) for value in values):
             raise ValueError(
                 "must be on the 0..1 scale, where `scale` counts as 1" if mean else "must be greater than 0"
             )
@@ -40,6 +40,8 @@ def read_preprocess(path: Path) -> tuple[Preprocess, tuple[str, ...]]:
     hint = "see docs/usage.md, `--preprocess`"
     try:
         document = yaml_text.load(path.read_text(encoding="utf-8"))
+        if not isinstance(document, dict):
+            raise BadInputError(f"--preprocess {path}: not a mapping of keys to values", hint=hint)
         found = PreprocessFile.model_validate(document)
     except OSError as error:
         raise BadInputError(f"--preprocess {path}: cannot be read: {error.strerror}", hint=hint) from error

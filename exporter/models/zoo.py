@@ -61,7 +61,9 @@ def resolve(options: ExportOptions) -> ModelSpec:
             f"--preprocess {options.preprocess}: {len(spec.labels)} labels, {spec.name} has {spec.head.counted}",
             hint="give two labels, the no first, or leave them out"
             if spec.head.task == "binary"
-            else "give one label for each class, or leave them out",
+            else "give one label for each class, or leave them out"
+            if spec.head.task != "embedding"
+            else "leave them out: labels are for classes and quantities",
         )
     return spec
 

@@ -86,6 +86,9 @@ def choose_images(context: Context, spec: ModelSpec) -> ChosenImages:
     with context.reporter.stage("splits") as stage:
         stage.detail = ", ".join(f"{name} {len(files)}" for name, files in splits.items() if files)
         stage.detail += f"; labels: {found.explanation}"
+        if spec.head.task == "binary" and found.by_folder:
+            named = {index: folder for folder, index in found.by_folder.items()}
+            stage.detail += f": {named.get(0, '-')} = no, {named.get(1, '-')} = yes"
     if found.warning:
         context.reporter.warn(found.warning)
     if not categories and len(found.by_folder) == classes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -84,6 +85,10 @@ _SIXTEEN_BITS = 2**14
 """Images of 16 bits whose values are all below it probably have 10, 12 or 14 bits."""
 
 
+_NEARLY_BLACK = 4
+"""Images whose largest value is less than this part of the scale are nearly black."""
+
+
 class EagerModel:
     """The eager model of a spec. It is built once, and only if a stage is not cached."""
 
@@ -112,14 +117,14 @@ def resolve_model(context: Context) -> ModelSpec:
             f"resize {p.resize_size} {p.interpolation}, {spec.head.described}"
         )
         if len(spec.outputs) > 1:
-            stage.detail += f", outputs {', '.join(output.name for output in spec.outputs)}"
+            stage.detail += f", outputs {', '.join(f'{o.name} ({o.head.described})' for o in spec.outputs)}"
         if spec.transform_input is not None:
             stage.detail += f", transform_input={spec.transform_input}"
         stage.detail += "".join(f", {key}={text}" for key, text in spec.model_args)
         stage.detail += ", fully convolutional" if spec.fully_convolutional else ""
     if context.options.memory_check:
         _check_memory(context, spec)
-    if p.resize_size < max(p.crop_height, p.crop_width):
+    if p.resize_size < (min if p.crop_mode == "squash" else max)(p.crop_height, p.crop_width):
         context.reporter.warn(
             f"the resize to {p.resize_size} is smaller than the input {p.crop_height}x{p.crop_width}: "
             "images get a black border"
@@ -285,11 +290,12 @@ def run_reference(
             wanted = len(chosen.splits["verify"])
             stream = ImageStream(files, p, IMAGE_BATCH, chosen.verify_root, wanted)
             pixels = stream.all()
-            if len(pixels) < images.MIN_VERIFY:
+            # As many may be unreadable as in a folder.
+            if len(pixels) < math.ceil((1 - images.MAX_UNREADABLE_SHARE) * images.MIN_VERIFY):
                 raise BadInputError(
                     f"{chosen.verify_root}: {len(pixels)} verify images can be decoded, at least "
-                    f"{images.MIN_VERIFY} are needed",
-                    hint="repair or replace the images that the previous message names, or add images",
+                    f"{images.MIN_VERIFY} are needed; not decoded: {images.describe(stream.unreadable)}",
+                    hint="repair or replace them, or add images",
                 )
         with context.reporter.bar("reference", len(pixels)) as progress:
             outputs = eager_outputs(model.built[0], pixels, p, progress)
@@ -345,6 +351,12 @@ def run_reference(
         context.reporter.warn(
             f"{chosen.verify_root}: the largest value of its 16-bit images is {result.data.largest}, as of {bits} "
             f"bits; cut to 8 bits, they are nearly black: give `scale: {2**bits - 1}` in a --preprocess file"
+        )
+    largest = float(whole.pixels.max())
+    if p.keeps_values and not chosen.synthetic and 0 < largest < p.scale / _NEARLY_BLACK:
+        context.reporter.warn(
+            f"{chosen.verify_root}: the largest value of its images is {largest:g}, and `scale` is {p.scale:g}: they "
+            "are nearly black; give the value that counts as 1"
         )
     labels = None
     if chosen.labels is not None:

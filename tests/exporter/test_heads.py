@@ -89,6 +89,9 @@ def test_each_head_is_judged_by_the_metrics_that_fit_it(
         ("labels", "binary", "it has 4 values, and binary is for one"),
         ("logit", "classification", "it has one value: choose binary or regression"),
         ("shares", "segmentation", "it has no height and width"),
+        ("tokens", "segmentation", "return .N, 1, height, width., by unsqueeze"),
+        ("logit", "embedding", "it has one value, which has no direction"),
+        ("mask", "classification", "it has one value"),
     ],
 )
 def test_a_task_that_the_output_cannot_have_is_refused(preprocess, kind, task, reason):
@@ -116,10 +119,28 @@ def test_two_class_folders_are_the_labels_of_a_binary_network(cli, photos, prepr
     logits = np.load(tmp_path / "b.bundle" / held.logits.path)
     assert engine["gate"]["metrics"]["accuracy"] == np.mean((logits[:, 0] > 0) == np.array(held.labels))
     assert set(held.labels) == {0, 1}
+    assert "labels: 2 class folders, by name: no = no, yes = yes" in done.err
+    assert "label_filename" not in triton.config(manifest, manifest.artifacts.engines[0], "x")
     preprocess.write_text(json.dumps({**PREPROCESS, "labels": ["yes"]}))
     refused = cli(*given, "--out", tmp_path / "c.bundle")
     assert refused.code == 5
     assert "give two labels, the no first" in refused.json["error"]["hint"]
+
+
+def test_a_limit_that_eager_misses_too_is_not_blamed_on_the_engine(cli, photos, preprocess, tmp_path):
+    pictures = sorted(Path(photos).iterdir())
+    for index, picture in enumerate(pictures):
+        folder = tmp_path / "images" / str(index % 2)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / picture.name).write_bytes(picture.read_bytes())
+    done = cli(
+        *(f"{NETWORKS}:Headed", *SMALL, "--preprocess", preprocess, "--verify", tmp_path / "images"),
+        *("--tolerance", "accuracy=0.99", "--out", tmp_path / "b.bundle"),
+    )
+    assert done.code == 3
+    assert "(eager's is 0." in done.json["error"]["message"]
+    assert "module" not in done.json["error"]["message"]
+    assert "a limit that eager PyTorch itself reaches" in done.json["error"]["hint"]
 
 
 def test_a_tolerance_on_a_metric_of_another_task_names_the_tasks(cli, preprocess, tmp_path):

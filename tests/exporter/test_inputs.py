@@ -98,6 +98,9 @@ def test_inputs_of_any_channels_and_depth_end_verified(cli, arrays, tmp_path, ki
     assert inputs.mean() > -1.2, "and not nearly black"
     assert engine.run(inputs).shape == (2, 4)
     assert cli("verify", tmp_path / "b.bundle", "--no-latency").code == 0
+    shown = cli("inspect", tmp_path / "b.bundle").out
+    assert f"{more.get('mode', 'RGB')}, resize 36" in shown
+    assert f"/{more.get('scale', 255):g}, mean" in shown
 
 
 def test_values_of_bands_are_those_of_the_file_resized_as_floats(arrays, tmp_path):
@@ -216,6 +219,55 @@ def test_heic_is_read_by_pillow_heif(cli, arrays, tmp_path):
     )
     assert done.code == 0, done.json["error"]
     assert read_manifest(tmp_path / "b.bundle").artifacts.held_out.count == 40
+
+
+def test_bands_are_turned_upright_and_may_be_pages_and_gray_becomes_rgb(arrays, tmp_path):
+    tifffile, imagecodecs = pytest.importorskip("tifffile"), pytest.importorskip("imagecodecs")
+    from export_zoo.calibration.decode import decode_bands
+
+    wide = arrays[0].astype(np.uint16) * 257
+    turned = {3: np.rot90(wide, 2), 6: np.rot90(wide, 1), 8: np.rot90(wide, -1)}  # as stored
+    for orientation, stored in turned.items():
+        path = tmp_path / f"{orientation}.tif"
+        extra = [(274, "H", 1, orientation, True)]
+        tifffile.imwrite(path, np.ascontiguousarray(stored), photometric="rgb", extratags=extra)
+        np.testing.assert_array_equal(decode_bands(path.read_bytes(), 3), wide)
+    with tifffile.TiffWriter(tmp_path / "pages.tif") as pages:
+        for band in range(3):
+            pages.write(wide[..., band], contiguous=False, metadata=None)
+    np.testing.assert_array_equal(decode_bands((tmp_path / "pages.tif").read_bytes(), 3), wide)
+    gray = imagecodecs.png_encode(np.ascontiguousarray(wide[..., 1]))
+    np.testing.assert_array_equal(decode_bands(gray, 3, gray=True), np.repeat(wide[..., 1:2], 3, axis=2))
+
+
+@pytest.mark.parametrize(("kind", "scale"), [("gray", 65535), ("16 bits", 1e6)])
+def test_a_scale_far_above_the_values_is_warned_of(cli, arrays, tmp_path, kind, scale):
+    folder = write(tmp_path / "images", arrays, kind)
+    done = cli(
+        *(f"{NETWORKS}:Headed", *SMALL, "--verify", folder, "--preprocess"),
+        *(described(tmp_path / "p.json", 3, scale=scale), "--out", tmp_path / "b.bundle"),
+    )
+    assert [text for text in done.json["warnings"] if "nearly black; give the value that counts as 1" in text]
+
+
+def test_one_corrupt_image_among_just_enough_is_named_and_ends_nothing(cli, arrays, tmp_path):
+    folder = write(tmp_path / "images", arrays[:32], "gray")
+    broken = folder / "05.png"
+    broken.write_bytes(broken.read_bytes()[:700])
+    given = (f"{NETWORKS}:Headed", *SMALL, "--verify", folder, "--preprocess")
+    done = cli(*given, described(tmp_path / "p.json", 3), "--out", tmp_path / "b.bundle")
+    assert done.code == 0, done.json["error"]
+    assert [text for text in done.json["warnings"] if "05.png cannot be read" in text]
+    assert read_manifest(tmp_path / "b.bundle").artifacts.held_out.count == 31
+
+
+def test_a_network_that_amplifies_rounding_is_no_defect_of_ours(cli, tmp_path):
+    done = cli(
+        *(f"{NETWORKS}:Jittery", *SMALL, "--preprocess", described(tmp_path / "p.json", 3)),
+        *("--out", tmp_path / "b.bundle"),
+    )
+    assert done.code == 5
+    assert "amplifies rounding" in done.json["error"]["hint"]
 
 
 @pytest.mark.parametrize("given", ["--calib", "--verify"])
