@@ -113,13 +113,20 @@ def scores_of(values: Float32Array) -> Scores:
     return "probabilities" if bool(((values >= 0) & (values <= 1 + 1e-6)).all()) else "logits"
 
 
-def guess(values: Float32Array, *, ends_in_sigmoid: bool) -> Head:
+_FEATURES = 8
+"""Number of values from which a vector without negative ones is taken for features: logits have both signs."""
+
+
+def guess(values: Float32Array, operator: str = "") -> Head:
     """The most probable meaning of an output, from its values for a few images.
 
     Args:
         values: float32 [N], [N, C], [N, T, C] or [N, C, H, W].
-        ends_in_sigmoid: whether the output is that of a sigmoid. Averages of ReLU are also in [0, 1].
+        operator: name of the operator that computed them, such as `aten.sigmoid.default`; empty if it is not known.
+            Averages of ReLU are in [0, 1], too.
     """
+    ends_in_sigmoid = "sigmoid" in operator
+    one_sided = any(name in operator for name in ("relu", "softplus", "exp."))
     classes = classes_of(values.shape[1:])
     scores = scores_of(values)
     rows = as_rows(values).astype(np.float64)
@@ -132,10 +139,11 @@ def guess(values: Float32Array, *, ends_in_sigmoid: bool) -> Head:
     if dense:
         return Head("segmentation", certain, classes)
     if classes == 1:
-        return Head("binary", certain, classes)
+        return Head("regression", "values", 1) if one_sided else Head("binary", certain, classes)
     if ends_in_sigmoid and scores == "probabilities":
         return Head("multilabel", "probabilities", classes)
-    if np.abs(np.linalg.norm(rows, axis=1) - 1).max() < _UNIT:
+    unit = np.abs(np.linalg.norm(rows, axis=1) - 1).max() < _UNIT
+    if unit or (classes >= _FEATURES and rows.min() >= 0):
         return Head("embedding", "values", classes)
     return Head("classification", "logits", classes)
 

@@ -206,7 +206,7 @@ def probe(module: nn.Module, preprocess: Preprocess, model: str) -> Probed:
 
 def _output(name: str, tensor: torch.Tensor, operator: str) -> Output:
     values = tensor.numpy()
-    head = guess(values, ends_in_sigmoid="sigmoid" in operator)
+    head = guess(values, operator)
     probabilities = scores_of(values) == "probabilities"
     return Output(name, tuple(values.shape[1:]), head.task, head.scores, probabilities)
 

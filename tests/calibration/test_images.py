@@ -410,7 +410,7 @@ def test_too_many_unreadable_images_are_refused_by_name(files):
     stream = stream_of(files, 4)
     with pytest.raises(BadInputError) as caught:
         list(stream)
-    assert "3 of 23 image files cannot be read" in caught.value.message
+    assert "3 of 21 image files cannot be read" in caught.value.message, "of those that were read"
     assert all(files[index].name in caught.value.message for index in (2, 10, 20))
     assert str(files[0].path.parent) in caught.value.message
     assert stream.images == [f for index, f in enumerate(files[:20]) if index not in (2, 10)]

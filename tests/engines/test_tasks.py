@@ -24,24 +24,29 @@ UNIT = normal(3, 5) / np.linalg.norm(normal(3, 5), axis=1, keepdims=True)
 
 
 @pytest.mark.parametrize(
-    ("values", "in_sigmoid", "task", "scores"),
+    ("values", "operator", "task", "scores"),
     [
-        (normal(3), False, "binary", "logits"),
-        (normal(3, 1), False, "binary", "logits"),
-        (sigmoid(normal(3, 1)), True, "binary", "probabilities"),
-        (normal(3, 5), False, "classification", "logits"),
-        (SOFTMAX, False, "classification", "probabilities"),
-        (sigmoid(normal(3, 5)), True, "multilabel", "probabilities"),
-        (sigmoid(normal(3, 5)), False, "classification", "logits"),
-        (UNIT, False, "embedding", "values"),
-        (normal(3, 7, 5), False, "embedding", "values"),
-        (normal(3, 5, 1, 1), False, "classification", "logits"),
-        (normal(3, 5, 4, 6), False, "segmentation", "logits"),
-        (sigmoid(normal(3, 1, 4, 6)), True, "segmentation", "probabilities"),
+        (normal(3), "aten.addmm.default", "binary", "logits"),
+        (normal(3, 1), "aten.addmm.default", "binary", "logits"),
+        (sigmoid(normal(3, 1)), "aten.sigmoid.default", "binary", "probabilities"),
+        (normal(3, 5), "aten.addmm.default", "classification", "logits"),
+        (SOFTMAX, "aten.addmm.default", "classification", "probabilities"),
+        (sigmoid(normal(3, 5)), "aten.sigmoid.default", "multilabel", "probabilities"),
+        (sigmoid(normal(3, 5)), "aten.addmm.default", "classification", "logits"),
+        (UNIT, "aten.addmm.default", "embedding", "values"),
+        (normal(3, 7, 5), "aten.addmm.default", "embedding", "values"),
+        (normal(3, 5, 1, 1), "aten.addmm.default", "classification", "logits"),
+        (normal(3, 5, 4, 6), "aten.addmm.default", "segmentation", "logits"),
+        (sigmoid(normal(3, 1, 4, 6)), "aten.sigmoid.default", "segmentation", "probabilities"),
+        (np.abs(normal(3, 12)), "aten.mean.dim", "embedding", "values"),
+        (np.abs(normal(3, 5)), "aten.addmm.default", "classification", "logits"),
+        (np.abs(normal(3, 1)), "aten.relu.default", "regression", "values"),
+        (np.abs(normal(3)), "aten.softplus.default", "regression", "values"),
+        (np.abs(normal(3, 1)), "aten.addmm.default", "binary", "logits"),
     ],
 )
-def test_outputs_are_taken_for_what_their_shapes_and_values_show(values, in_sigmoid, task, scores):
-    head = guess(values, ends_in_sigmoid=in_sigmoid)
+def test_outputs_are_taken_for_what_their_shapes_and_values_show(values, operator, task, scores):
+    head = guess(values, operator)
     assert (head.task, head.scores) == (task, scores)
 
 

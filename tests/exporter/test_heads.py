@@ -51,7 +51,7 @@ def preprocess(tmp_path: Path) -> Path:
         ("shares", None, "classification", "probabilities", {"top1", "top5", "misplaced"}),
         ("quantities", "regression", "regression", "values", {"correlation", "relative_error"}),
         ("directions", None, "embedding", "values", {"similarity", "nearest"}),
-        ("averages", None, "classification", "logits", {"top1", "top5", "misplaced"}),
+        ("averages", None, "embedding", "values", {"similarity", "nearest"}),
         ("averages", "multilabel", "multilabel", "probabilities", {"agreement", "misplaced"}),
         ("tokens", None, "embedding", "values", {"similarity", "nearest"}),
         ("tokens", "classification", "classification", "logits", {"top1", "top5", "misplaced"}),

@@ -165,7 +165,7 @@ def test_what_one_target_refuses_is_kept_of_the_others(
     assert told.startswith(f"{', '.join(names)}: left out: ")
     assert "refused" in done.out
     if code:
-        assert done.json["error"]["kind"] == "state"
+        assert done.json["error"]["kind"] == "refused"
         assert str(place) in done.json["error"]["hint"]
         assert ("--strict" in done.json["error"]["hint"]) == (given == ("--strict",))
         assert not (tmp_path / "b.bundle").exists()
