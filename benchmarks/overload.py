@@ -1,4 +1,4 @@
-"""What a server answers when it is asked for more than it can: an open loop of clients that give up.
+"""Measures a server that is asked for more than it can answer, by an open loop of clients that give up.
 
     python benchmarks/overload.py PORT SECONDS IMAGE [IMAGE ...]      # of a server that runs already
 

@@ -13,11 +13,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from export_zoo.base.errors import EnvironmentFailureError
 
-for _library_name in (
-    "PIL",
-    "tifffile",
-):  # reasons reach the user as ours; without a handler they go to stderr, too
-    logging.getLogger(_library_name).addHandler(logging.NullHandler())
+# Reasons reach the user as ours. Without a handler, they would go to stderr, too.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
+logging.getLogger("tifffile").addHandler(logging.NullHandler())
 
 Float32Array = npt.NDArray[np.float32]
 Mode = Literal["RGB", "L", "RGBA", "bands"]
@@ -42,6 +40,11 @@ def register_heif() -> bool:
         return False
     pillow_heif.register_heif_opener()
     return True
+
+
+def _is_color_png16(data: bytes) -> bool:
+    """Whether the bytes are a PNG of 16 bits with several channels, of which Pillow keeps the high bytes only."""
+    return data.startswith(_PNG) and data[24:25] == b"\x10" and data[25:26] in (b"\2", b"\4", b"\6")
 
 
 def _not_an_image(data: bytes) -> str:
@@ -71,9 +74,9 @@ def decode(data: bytes, mode: Literal["RGB", "L", "RGBA"] = "RGB") -> Image.Imag
                     "`scale` in the --preprocess file"
                 )
             upright = _upright(image)
-            if data.startswith(_PNG) and data[24:25] == b"\x10" and image.mode in ("RGB", "RGBA"):
-                image.info[LARGEST] = int(np.asarray(image).max()) << 8 | 255  # Pillow keeps the high bytes
-            info: dict[str | tuple[int, int], Any] = {LARGEST: image.info.get(LARGEST, 0)}
+            info: dict[str | tuple[int, int], Any] = {}
+            if _is_color_png16(data) and image.mode in ("RGB", "RGBA"):
+                info[LARGEST] = int(np.asarray(image).max()) << 8 | 255
             if gray16:
                 values = np.asarray(upright).astype(np.uint32)
                 info[LARGEST] = int(values.max())
@@ -115,7 +118,7 @@ def decode_bands(data: bytes, bands: int, *, gray: bool = False) -> Float32Array
     try:
         if data.startswith(_TIFF):
             values = _tiff(data, bands)
-        elif data.startswith(_PNG) and data[24:25] == b"\x10" and data[25:26] in (b"\2", b"\4", b"\6"):
+        elif _is_color_png16(data):
             with Image.open(io.BytesIO(data)) as image:
                 orientation = image.getexif().get(_ORIENTATION, 1)
             values = _turned(_library("imagecodecs").png_decode(data), orientation)
@@ -167,10 +170,8 @@ def _tiff(data: bytes, bands: int) -> npt.NDArray[Any]:
         orientation = int(tag.value) if tag is not None else 1
         if found.ndim == 2 and bands > 1 and len(file.pages) == bands:  # a page a band
             found, axes = np.stack([page.asarray() for page in file.pages]), "QYX"
-    if found.ndim == 3 and axes[-1] != "S" and found.shape[0] == bands and axes[1:] in ("YX",):
+    if found.ndim == 3 and (axes[0] == "S" or (axes[1:] == "YX" and found.shape[0] == bands)):
         found = np.moveaxis(found, 0, -1)  # planar, or a page a band
-    elif found.ndim == 3 and axes[0] == "S":
-        found = np.moveaxis(found, 0, -1)
     return _turned(found, orientation)
 
 

@@ -82,7 +82,7 @@ class ImageFolder:
     """Files without an image suffix (labels, .DS_Store, ...)."""
 
     def left_out(self) -> list[str]:
-        """What was left out, by kind, the most frequent first: "3 duplicates", "2 .csv files"."""
+        """Numbers of files that were left out, by kind, such as "3 duplicates" and "2 .csv files"."""
         told = [f"{len(self.duplicates)} duplicates"] if self.duplicates else []
         return told + kinds(self.ignored)
 

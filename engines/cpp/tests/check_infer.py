@@ -1,4 +1,4 @@
-"""What zoo-infer prints and writes, of each task and of logits for each pixel: check_infer.py ZOO_INFER BUNDLES."""
+"""Checks what zoo-infer prints and writes, for each task and for logits of pixels: check_infer.py ZOO_INFER BUNDLES."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 
 
 def expected(kind: str, values: np.ndarray) -> dict[str, object]:
-    """What is printed of one image's values."""
+    """The JSON that zoo-infer prints for one image's values."""
     values = np.atleast_1d(values).astype(float)
     if kind in ("logit", "yes"):
         shares = 1 / (1 + np.exp(-values)) if kind == "logit" else values
