@@ -7,7 +7,18 @@ bash ci/cpp-packages.sh
 bash ci/onnxruntime-headers.sh
 python="$PWD/.venv/bin/python"
 onnxruntime=$("$python" -c 'import pathlib, onnxruntime; print(next(pathlib.Path(onnxruntime.__file__).parent.glob("capi/libonnxruntime.so.*")))')
+# Another version, for a test of programs that have their own.
+other=$PWD/engines/cpp/.deps/onnxruntime-1.22.1/libonnxruntime.so.1
+if [ ! -f "$other" ]; then
+  work=$(mktemp -d)
+  trap 'rm -rf "$work"' EXIT
+  "$python" -m pip download --quiet --no-deps --only-binary :all: --python-version 3.11 --dest "$work" onnxruntime==1.22.1
+  "$python" -m zipfile --extract "$work"/onnxruntime-*.whl "$work/unpacked"
+  mkdir -p "$(dirname "$other")"
+  cp "$work"/unpacked/onnxruntime/capi/libonnxruntime.so.1.22.1 "$other"
+fi
 cd engines/cpp
-cmake --preset "$preset" -DEXPORT_ZOO_PYTHON="$python" -DEXPORT_ZOO_TEST_ONNXRUNTIME="$onnxruntime" "${@:2}"
+cmake --preset "$preset" -DEXPORT_ZOO_PYTHON="$python" -DEXPORT_ZOO_TEST_ONNXRUNTIME="$onnxruntime" \
+  -DEXPORT_ZOO_TEST_OTHER_ONNXRUNTIME="$other" "${@:2}"
 cmake --build --preset "$preset"
 ctest --preset "$preset"

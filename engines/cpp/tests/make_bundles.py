@@ -11,6 +11,7 @@ DIR/attestation.json is what `verify` says here of the first. saturating_bundles
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -132,11 +133,19 @@ def write_heads(out: Path, paths: list[Path]) -> None:
         np.save(out / f"head-{kind}.npy", np.concatenate(outputs))
 
 
+def fp32_graph(bundle: Path) -> Path:
+    document = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
+    return bundle / str(document["artifacts"]["engines"][0]["file"]["path"])
+
+
+def write_fp32_graph(out: Path) -> None:
+    """DIR/resnet18.onnx: the FP32 engine of DIR/resnet18.bundle."""
+    shutil.copyfile(fp32_graph(out / "resnet18.bundle"), out / "resnet18.onnx")
+
+
 def write_fixed_batch(out: Path) -> None:
     """DIR/fixed-batch.onnx: the FP32 engine of DIR/head-logit.bundle, for batches of four images only."""
-    bundle = out / "head-logit.bundle"
-    document = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
-    model = onnx.load(bundle / document["artifacts"]["engines"][0]["file"]["path"])
+    model = onnx.load(fp32_graph(out / "head-logit.bundle"))
     for port in (*model.graph.input, *model.graph.output):
         port.type.tensor_type.shape.dim[0].dim_value = 4
     onnx.save(model, out / "fixed-batch.onnx")
@@ -170,6 +179,7 @@ def main() -> None:
             np.save(out / f"{model}-inputs.npy", inputs)
             logits = [engine.run(inputs[start : start + 4]) for start in range(0, len(inputs), 4)]
             np.save(out / f"{model}-{name}.npy", np.concatenate(logits))
+    write_fp32_graph(out)
     write_dynamic(out, paths)
     write_heads(out, paths)
     write_fixed_batch(out)
