@@ -23,8 +23,8 @@ import numpy as np
 from networks import simplified
 
 from export_zoo.base.machine import cpu_model, library_versions
-from export_zoo.calibration.images import synthetic_images
 from export_zoo.calibration.preprocess import Preprocess, normalize
+from export_zoo.calibration.synthetic import synthetic_images
 
 MODELS = ("resnet18", "resnet50", "mobilenet_v2")
 OURS = ("minmax", "percentile", "entropy", "mse")

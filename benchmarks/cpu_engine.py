@@ -21,8 +21,8 @@ from peers import quantize_with_onnxruntime
 
 from export_zoo.base.machine import cpu_model, instruction_set, library_versions
 from export_zoo.calibration.collect import collect
-from export_zoo.calibration.images import SyntheticStream, synthetic_images
 from export_zoo.calibration.preprocess import Preprocess, normalize
+from export_zoo.calibration.synthetic import SyntheticStream, synthetic_images
 from export_zoo.engines.precision.int8.qdq import quantize
 from export_zoo.engines.targets.onnxruntime.engine import OnnxRuntimeEngine
 from export_zoo.engines.targets.registry import TARGETS

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from export_zoo.exporter.matrix.run import CellResult, stored
+from export_zoo.exporter.matrix.results import CellResult, stored
 from export_zoo.exporter.models import memory, zoo
 from export_zoo.exporter.options import BatchRange, ExportOptions
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from export_zoo.calibration.images import synthetic_images
 from export_zoo.calibration.preprocess import Preprocess, normalize
+from export_zoo.calibration.synthetic import synthetic_images
 from export_zoo.exporter.graph import simplify, to_onnx
 from export_zoo.exporter.models import zoo
 from export_zoo.exporter.options import ExportOptions

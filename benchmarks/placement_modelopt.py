@@ -20,8 +20,8 @@ import onnx
 from networks import simplified
 
 from export_zoo.calibration.collect import collect
-from export_zoo.calibration.images import SyntheticStream, synthetic_images
 from export_zoo.calibration.preprocess import normalize
+from export_zoo.calibration.synthetic import SyntheticStream, synthetic_images
 from export_zoo.engines.parity.metrics import compare
 from export_zoo.engines.precision.int8.qdq import quantize
 from export_zoo.engines.precision.twin import write_twin

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
 from export_zoo.calibration.preprocess import Preprocess
-from export_zoo.engines.parity.metrics import METRICS
+from export_zoo.engines.parity.limits import METRICS
 from export_zoo.engines.parity.tasks import TASKS, Head, classes_of
 from export_zoo.engines.precision.registry import PRECISIONS
 from export_zoo.engines.targets.base import MAX_BATCH

@@ -98,7 +98,7 @@ class HeldOut:
     sizes: tuple[HeldOut, ...] = ()
     """The first images at other sizes; empty if the input size is fixed."""
     patterns: HeldOut | None = None
-    """The test patterns (`calibration.images.test_patterns`); None for bundles of earlier versions."""
+    """The test patterns (`calibration.synthetic.test_patterns`); None for bundles of earlier versions."""
     names: tuple[str, ...] = ()
     """Names of the test patterns; empty for other images."""
 

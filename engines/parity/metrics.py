@@ -5,7 +5,7 @@ A comparison that compared nothing fails. See docs/parity.md for each metric and
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -15,8 +15,6 @@ from export_zoo.base.errors import ParityError
 from export_zoo.engines.parity.tasks import Head
 
 Logits = npt.NDArray[np.float32]
-Size = tuple[int, int]
-"""Height and width of the input, in pixels."""
 
 MIN_RELATIVE_SPREAD = 1e-4
 """Minimum spread of a reference's logits between images, as a share of the largest logit, for a comparison."""
@@ -77,65 +75,6 @@ class Metrics:
     def as_dict(self) -> dict[str, float | int | None]:
         """Figures for JSON: those that are not finite become None."""
         return {k: v if v is None or np.isfinite(v) else None for k, v in asdict(self).items()}
-
-
-@dataclass(frozen=True)
-class Limit:
-    """One tolerance: `metric` must be at least (or at most) `value`."""
-
-    metric: str
-    value: float
-
-    @property
-    def at_least(self) -> bool:
-        return self.metric in AT_LEAST
-
-    def holds(self, metrics: Metrics) -> bool | None:
-        """Whether the limit holds; None if the metric was not measured (accuracy without labels). NaN never holds."""
-        measured = getattr(metrics, self.metric)
-        if measured is None:
-            return None
-        return bool(measured >= self.value if self.at_least else measured <= self.value)
-
-    def __str__(self) -> str:
-        return f"{self.metric} {'>=' if self.at_least else '<='} {self.value:g}"
-
-
-COMMON = frozenset({"max_abs", "max_rel", "sqnr", "cosine"})
-"""Metrics of every output, whatever its task."""
-
-SHARES = frozenset(
-    {"cosine", "top1", "top5", "agreement", "correlation", "similarity", "nearest", "accuracy"}
-)
-AT_LEAST = SHARES | {"sqnr"}
-AT_MOST = frozenset({"max_abs", "max_rel", "misplaced", "relative_error", "accuracy_drop"})
-METRICS = AT_LEAST | AT_MOST
-
-
-def fitting(tolerances: Mapping[str, float], head: Head) -> dict[str, float]:
-    """The limits on metrics that outputs of this task have."""
-    return {metric: value for metric, value in tolerances.items() if metric in COMMON | head.figures}
-
-
-MIN_UNFUSED_COSINE = 0.5
-"""Minimum cosine to eager for an engine with random weights (1 dB of SQNR). A wrong precision graph is below it."""
-
-UNFUSED_SQNR_DB = (6.0, 20.0)
-"""Bounds of the SQNR limit for engines with random weights; see `unfused_tolerances`."""
-
-
-def unfused_tolerances(graph_sqnr: float) -> dict[str, float]:
-    """Limits for an engine with random weights against its own precision graph, run without fusing.
-
-    Engine and graph differ by rounding ties only, but a network of random weights amplifies each flipped tie
-    nearly up to the quantization noise itself. So the engine must be at least as close to its graph as the graph
-    is to eager (`graph_sqnr`, in dB), within 6 to 20 dB; a wrong scale or a wrong kernel gives 0 dB.
-    """
-    return {"sqnr": float(np.clip(graph_sqnr, *UNFUSED_SQNR_DB))}
-
-
-def limits_of(tolerances: Mapping[str, float]) -> list[Limit]:
-    return [Limit(metric, value) for metric, value in sorted(tolerances.items())]
 
 
 def check_reference(reference: Logits, where: str = "") -> None:
@@ -332,62 +271,3 @@ def compare(
         cosine=0.0 if norms == 0 else float((centred * other).sum()) / norms,
         **figures,  # type: ignore[arg-type]
     )
-
-
-def failures(metrics: Metrics, tolerances: Mapping[str, float]) -> list[str]:
-    """Descriptions of the tolerances that do not hold, for people; empty if the gate passes.
-
-    Raises:
-        ParityError: a tolerance cannot be applied, or there is none (the gate would pass without a check).
-    """
-    judged = [(limit, limit.holds(metrics)) for limit in limits_of(tolerances)]
-    unmeasured = [limit.metric for limit, holds in judged if holds is None]
-    if unmeasured or not judged:
-        raise ParityError(
-            "the parity gate has nothing to judge by: " + (", ".join(unmeasured) or "no tolerance given"),
-            hint="give a tolerance on a metric that is measured: accuracy needs labels, and some metrics are for other "
-            "tasks (docs/parity.md)",
-        )
-    return [
-        f"{limit.metric} is {getattr(metrics, limit.metric):.6g}, must be {limit}"
-        + (f" (eager's is {metrics.reference_accuracy:.6g})" if limit.metric == "accuracy" else "")
-        for limit, holds in judged
-        if holds is False
-    ]
-
-
-def odd_batch(minimum: int, maximum: int, beside: Sequence[int]) -> int | None:
-    """An odd batch size in [minimum, maximum] that is not in `beside`, near the middle; None if there is none."""
-    middle = (minimum + maximum) / 2
-    odd = [n for n in range(minimum, maximum + 1) if n % 2 and n not in beside]
-    return min(odd, key=lambda n: abs(n - middle), default=None)
-
-
-def batches_to_check(minimum: int, optimum: int, maximum: int) -> list[int]:
-    """Batch sizes of the gate: min, opt, max and an odd one in the range; sorted, each once."""
-    sizes = {minimum, optimum, maximum}
-    odd = odd_batch(minimum, maximum, sorted(sizes))
-    return sorted(sizes | ({odd} if odd is not None else set()))
-
-
-def odd_size(least: Size, most: Size) -> Size | None:
-    """An input size (height, width) in the range and unlike its ends; None if there is none.
-
-    Height and width are odd and differ if the range allows it. They divide the range by the golden section: thirds of
-    round numbers are close to multiples of 32, where strided layers round as they do at those multiples.
-    """
-
-    def near(axis: int, share: float, beside: int) -> int:
-        low, high = least[axis], most[axis]
-        wanted = low + share * (high - low)
-        return min(range(low, high + 1), key=lambda n: (n % 2 == 0, n == beside, abs(n - wanted)))
-
-    height = near(0, 0.382, 0)
-    found = height, near(1, 0.618, height)
-    return found if found not in (least, most) else None
-
-
-def sizes_to_check(least: Size, optimum: Size, most: Size) -> list[Size]:
-    """Input sizes of the gate in addition to opt: min, an odd one in the range, and max; each once."""
-    sizes = (least, odd_size(least, most), most)
-    return list(dict.fromkeys(size for size in sizes if size is not None and size != optimum))

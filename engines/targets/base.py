@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from export_zoo.engines.parity.metrics import Size
+    from export_zoo.engines.parity.checked_sizes import Size
     from export_zoo.engines.precision.int8.rules import Int8Rules
     from export_zoo.engines.targets.plan import Compiled, Plan
 

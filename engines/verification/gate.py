@@ -12,17 +12,9 @@ from export_zoo.base.errors import ParityError
 from export_zoo.calibration.images import Progress
 from export_zoo.calibration.preprocess import Pixels, Preprocess, normalize
 from export_zoo.engines.bundle.manifest import Batch, FurtherMetrics, Gate
-from export_zoo.engines.parity.metrics import (
-    MIN_UNFUSED_COSINE,
-    WITHOUT_NOISE,
-    Metrics,
-    batches_to_check,
-    check_reference,
-    compare,
-    failures,
-    fitting,
-    unfused_tolerances,
-)
+from export_zoo.engines.parity.checked_sizes import batches_to_check
+from export_zoo.engines.parity.limits import MIN_UNFUSED_COSINE, failures, fitting, unfused_tolerances
+from export_zoo.engines.parity.metrics import WITHOUT_NOISE, Metrics, check_reference, compare
 from export_zoo.engines.parity.outputs import sampled
 from export_zoo.engines.parity.tasks import Head
 from export_zoo.engines.targets.base import Runner
@@ -134,7 +126,7 @@ def _judge_size(
 
 
 class Patterns(NamedTuple):
-    """Test patterns (`calibration.images.test_patterns`) and what is asked of an engine there."""
+    """Test patterns (`calibration.synthetic.test_patterns`) and what is asked of an engine there."""
 
     names: Sequence[str]
     pixels: Pixels

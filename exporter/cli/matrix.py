@@ -83,6 +83,8 @@ def matrix(
     """
     del json_path, verbose
     from export_zoo.exporter.matrix import plan, report, run
+    from export_zoo.exporter.matrix.results import CellResult
+    from export_zoo.exporter.matrix.results import stored as stored_results
     from export_zoo.exporter.models.sources import torchvision_zoo
 
     given = plan.read(file)
@@ -102,14 +104,14 @@ def matrix(
         return
     shown = 0
 
-    def done(result: run.CellResult, cached: bool) -> None:
+    def done(result: CellResult, cached: bool) -> None:
         nonlocal shown
         shown += 1
         if not quiet:
             click.echo(report.line(result, shown, len(cells), cached), err=True)
 
     if stored:
-        known = run.stored(out / "results")
+        known = stored_results(out / "results")
         found = [
             run.left_out(cell) if cell.excluded or cell.skipped else known.get(cell.name) for cell in cells
         ]

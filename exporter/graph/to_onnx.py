@@ -22,8 +22,9 @@ from torch import nn
 from export_zoo.base import graph_io
 from export_zoo.base.errors import BadInputError, ExportDefectError, ParityError, UsageError
 from export_zoo.base.graph_io import MODULE_KEY
-from export_zoo.calibration.images import TEST_PATTERNS
-from export_zoo.engines.parity.metrics import odd_size, relative_errors
+from export_zoo.calibration.synthetic import TEST_PATTERNS
+from export_zoo.engines.parity.checked_sizes import odd_size
+from export_zoo.engines.parity.metrics import relative_errors
 from export_zoo.engines.targets.onnxruntime.engine import OnnxRuntimeEngine
 from export_zoo.exporter.graph.culprit import first_different_module
 from export_zoo.exporter.models.eager import AMPLIFIES, line_of, rounding_error, run_eager, without_autocast

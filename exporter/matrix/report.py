@@ -10,7 +10,7 @@ from pathlib import Path
 from export_zoo.base.errors import EnvironmentFailureError
 from export_zoo.engines.parity.tasks import HEADLINES, headline
 from export_zoo.engines.precision.registry import BASELINE
-from export_zoo.exporter.matrix.run import CellResult
+from export_zoo.exporter.matrix.results import CellResult
 
 COLUMNS = (
     "model",

@@ -15,11 +15,12 @@ import numpy.typing as npt
 
 from export_zoo.base.errors import BadInputError
 from export_zoo.base.machine import instruction_set
-from export_zoo.calibration import images
+from export_zoo.calibration import images, synthetic
 from export_zoo.calibration.images import ImageStream
 from export_zoo.calibration.preprocess import normalize
 from export_zoo.engines.bundle.reader import HeldOut
-from export_zoo.engines.parity.metrics import Size, check_reference, sizes_to_check
+from export_zoo.engines.parity.checked_sizes import Size, sizes_to_check
+from export_zoo.engines.parity.metrics import check_reference
 from export_zoo.engines.parity.outputs import as_rows
 from export_zoo.engines.verification.gate import SUBSET
 from export_zoo.exporter.run.cache import StageResult
@@ -164,14 +165,14 @@ def _synthetic(spec: ModelSpec, count: int, seed: int) -> Iterator[npt.NDArray[n
     """Synthetic inputs, float32 [count, channels, H, W], of every size that is checked."""
     for size in _all_sizes(spec):
         there = spec.preprocess.at_size(*size)
-        yield normalize(images.synthetic_images(count, there, seed), there)
+        yield normalize(synthetic.synthetic_images(count, there, seed), there)
 
 
 def _test_patterns(spec: ModelSpec) -> Iterator[npt.NDArray[np.float32]]:
     """The test patterns as inputs, float32 [6, channels, H, W], of every size that is checked."""
     for size in _all_sizes(spec):
         there = spec.preprocess.at_size(*size)
-        yield normalize(images.test_patterns(there), there)
+        yield normalize(synthetic.test_patterns(there), there)
 
 
 def export_graph(context: Context, spec: ModelSpec, model: EagerModel) -> StageResult[Exported]:
@@ -284,7 +285,7 @@ def run_reference(
         stream = None
         if chosen.synthetic:
             # Not the seed of the images that make random weights usable.
-            pixels = images.synthetic_images(SYNTHETIC_IMAGES, p, spec.seed + 2)
+            pixels = synthetic.synthetic_images(SYNTHETIC_IMAGES, p, spec.seed + 2)
         else:
             assert chosen.verify_root is not None
             wanted = len(chosen.splits["verify"])
@@ -306,7 +307,7 @@ def run_reference(
         for height, width in _further_sizes(spec):
             there = p.at_size(height, width)
             if stream is None:
-                pixels = images.synthetic_images(SUBSET, there, spec.seed + 2)
+                pixels = synthetic.synthetic_images(SUBSET, there, spec.seed + 2)
             else:
                 pixels = ImageStream(stream.images[:SUBSET], there, IMAGE_BATCH, stream.root).all()
             np.save(directory / Reference.file("inputs", (height, width)), pixels)
@@ -314,7 +315,7 @@ def run_reference(
             for name, output in zip(reference_files(spec), outputs, strict=True):
                 check_reference(as_rows(output), f"at {height}x{width}, ")
                 np.save(directory / Reference.file(name, (height, width)), output)
-        pixels = images.test_patterns(p)
+        pixels = synthetic.test_patterns(p)
         np.save(directory / Reference.file("inputs" + Reference.PATTERNS), pixels)
         outputs = eager_outputs(model.built[0], pixels, p)
         for name, output in zip(reference_files(spec), outputs, strict=True):
@@ -362,7 +363,7 @@ def run_reference(
     if chosen.labels is not None:
         by_hash = dict(zip((i.sha256 for i in files), chosen.labels, strict=True))
         labels = [by_hash[sha256] for sha256 in result.data.sha256]
-    patterns = held(suffix=Reference.PATTERNS, names=images.TEST_PATTERNS)
+    patterns = held(suffix=Reference.PATTERNS, names=synthetic.TEST_PATTERNS)
     return result, dataclasses.replace(whole, labels=labels, sizes=sizes, patterns=patterns)
 
 

@@ -12,10 +12,10 @@ from export_zoo.base.graph_io import sha256_of
 from export_zoo.base.machine import instruction_set
 from export_zoo.calibration import images
 from export_zoo.calibration.collect import collect
-from export_zoo.calibration.images import SyntheticStream
 from export_zoo.calibration.near_duplicates import FingerprintedStream
 from export_zoo.calibration.range_warnings import warnings_of
 from export_zoo.calibration.ranges import Ranges
+from export_zoo.calibration.synthetic import SyntheticStream
 from export_zoo.engines.precision.int8.keep_float import kept_float
 from export_zoo.engines.targets.registry import quantized_tensors
 from export_zoo.exporter.run.context import IMAGE_BATCH, Context

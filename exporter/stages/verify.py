@@ -15,7 +15,8 @@ from export_zoo.base.machine import cpu_model, instruction_set
 from export_zoo.calibration.preprocess import normalize
 from export_zoo.engines.bundle.manifest import Gate, Latency, Recipe
 from export_zoo.engines.bundle.reader import HeldOut
-from export_zoo.engines.parity.metrics import MIN_UNFUSED_COSINE, fitting, relative_errors
+from export_zoo.engines.parity.limits import MIN_UNFUSED_COSINE, fitting
+from export_zoo.engines.parity.metrics import relative_errors
 from export_zoo.engines.parity.outputs import sampled
 from export_zoo.engines.parity.tasks import Head, headline
 from export_zoo.engines.precision.registry import BASELINE, PRECISIONS

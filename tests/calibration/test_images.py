@@ -27,9 +27,9 @@ from export_zoo.calibration.images import (
     scan,
     shuffled,
     split,
-    synthetic_images,
 )
 from export_zoo.calibration.preprocess import Preprocess, read_pixels
+from export_zoo.calibration.synthetic import synthetic_images
 from export_zoo.exporter.stages.labels import folder_labels
 
 PREPROCESS = Preprocess(

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from export_zoo.calibration.images import synthetic_images
 from export_zoo.calibration.near_duplicates import alike, fingerprints
 from export_zoo.calibration.preprocess import Preprocess
+from export_zoo.calibration.synthetic import synthetic_images
 
 PREPROCESS = Preprocess(
     resize_size=96,

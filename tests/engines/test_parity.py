@@ -9,18 +9,13 @@ import numpy as np
 import pytest
 
 from export_zoo.base.errors import ParityError
-from export_zoo.calibration import images
+from export_zoo.calibration import synthetic
 from export_zoo.calibration.preprocess import Preprocess, normalize
 from export_zoo.engines.bundle.manifest import Batch
-from export_zoo.engines.parity import metrics as parity
-from export_zoo.engines.parity.metrics import (
-    Limit,
-    batches_to_check,
-    check_reference,
-    compare,
-    failures,
-    fitting,
-)
+from export_zoo.engines.parity import limits
+from export_zoo.engines.parity.checked_sizes import batches_to_check
+from export_zoo.engines.parity.limits import Limit, failures, fitting
+from export_zoo.engines.parity.metrics import check_reference, compare
 from export_zoo.engines.parity.tasks import TASKS, Head
 from export_zoo.engines.precision.registry import PRECISIONS
 from export_zoo.engines.verification.gate import Patterns, images_compared, judge, run_in_batches
@@ -322,10 +317,10 @@ def test_a_limit_that_cannot_be_measured_is_never_skipped():
 def _head_with(metric: str) -> Head:
     """The first task that has a metric."""
     heads = (Head(task, classes=10) for task in TASKS)
-    return next(head for head in heads if metric in parity.COMMON | head.figures)
+    return next(head for head in heads if metric in limits.COMMON | head.figures)
 
 
-@pytest.mark.parametrize("metric", sorted(parity.METRICS))
+@pytest.mark.parametrize("metric", sorted(limits.METRICS))
 def test_a_limit_holds_at_its_value_and_not_beyond(metric):
     reference = _logits(40, 10)
     labels = reference.argmax(axis=1)
@@ -334,14 +329,14 @@ def test_a_limit_holds_at_its_value_and_not_beyond(metric):
     labelled = labels.tolist() if head.labelled else None
     metrics = compare(reference, _noisy(reference, 3.0), labelled, head)
     value = getattr(metrics, metric)
-    worse = np.nextafter(value, np.inf if metric in parity.AT_LEAST else -np.inf)
+    worse = np.nextafter(value, np.inf if metric in limits.AT_LEAST else -np.inf)
     assert Limit(metric, value).holds(metrics) is True
     assert Limit(metric, worse).holds(metrics) is False
     (failure,) = failures(metrics, {metric: worse})
     assert failure.startswith(f"{metric} is ")
 
 
-@pytest.mark.parametrize("metric", sorted(parity.METRICS))
+@pytest.mark.parametrize("metric", sorted(limits.METRICS))
 def test_a_limit_that_is_not_a_number_never_holds(metric):
     head = _head_with(metric)
     metrics = compare(_logits(40, 10), _logits(40, 10), [0] * 40 if head.labelled else None, head)
@@ -350,7 +345,7 @@ def test_a_limit_that_is_not_a_number_never_holds(metric):
 
 @pytest.mark.parametrize(("graph", "limit"), [(-200.0, 6.0), (3.0, 6.0), (12.5, 12.5), (90.0, 20.0)])
 def test_random_weights_are_gated_by_their_graphs_own_distance_within_bounds(graph, limit):
-    assert parity.unfused_tolerances(graph) == {"sqnr": limit}
+    assert limits.unfused_tolerances(graph) == {"sqnr": limit}
 
 
 # -- batches ---------------------------------------------------------------------------------------------------
@@ -458,12 +453,12 @@ class _Even(_Linear):
     ],
 )
 def test_test_patterns_are_compared_too(wrong, limit, failures):
-    pixels = images.test_patterns(PREPROCESS.at_size(4, 4))
+    pixels = synthetic.test_patterns(PREPROCESS.at_size(4, 4))
     eager = {"logits": _Linear().run(normalize(pixels, PREPROCESS))}
-    patterns = Patterns(images.TEST_PATTERNS, pixels, eager, limit)
+    patterns = Patterns(synthetic.TEST_PATTERNS, pixels, eager, limit)
     right = _judged(_Linear(), patterns=patterns)
     assert right.failures == []
-    assert right.patterns == dict.fromkeys(images.TEST_PATTERNS, 200.0)
+    assert right.patterns == dict.fromkeys(synthetic.TEST_PATTERNS, 200.0)
     gate = _judged(_Even(wrong), patterns=patterns)
     assert [text.partition(": ")[0] for text in gate.failures] == [
         f"test pattern {name!r}" for name in ("black", "white", "gray") if failures

@@ -19,7 +19,7 @@ from torch import nn
 
 from export_zoo.base.errors import BadInputError
 from export_zoo.base.graph_io import load, save, sha256_of
-from export_zoo.calibration import images
+from export_zoo.calibration import images, synthetic
 from export_zoo.calibration.collect import activation_tensors, collect
 from export_zoo.calibration.preprocess import Preprocess, normalize
 from export_zoo.calibration.ranges import Ranges, TensorRange
@@ -137,10 +137,10 @@ def case(tmp_path_factory):
     from export_zoo.exporter.graph import to_onnx as graph
 
     folder = tmp_path_factory.mktemp("calibration")
-    for index, pixels in enumerate(images.synthetic_images(16, PREPROCESS, seed=3)):
+    for index, pixels in enumerate(synthetic.synthetic_images(16, PREPROCESS, seed=3)):
         Image.fromarray(pixels).save(folder / f"{index}.png")
     files = images.scan(folder, option="--calib").images
-    inputs = normalize(images.synthetic_images(16, PREPROCESS, seed=4), PREPROCESS)
+    inputs = normalize(synthetic.synthetic_images(16, PREPROCESS, seed=4), PREPROCESS)
 
     @cache
     def make(name: str) -> Case:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from export_zoo.engines.parity.metrics import compare, failures, fitting
+from export_zoo.engines.parity.limits import failures, fitting
+from export_zoo.engines.parity.metrics import compare
 from export_zoo.engines.parity.outputs import as_rows, sampled, sampled_shape
 from export_zoo.engines.parity.tasks import Head, guess, headline
 from export_zoo.engines.precision.registry import PRECISIONS

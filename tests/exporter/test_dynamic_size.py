@@ -21,12 +21,13 @@ from export_zoo.base import graph_io
 from export_zoo.base.errors import BadInputError, ExportDefectError, UsageError
 from export_zoo.base.graph_io import sha256_of
 from export_zoo.calibration.collect import collect
-from export_zoo.calibration.images import SyntheticStream, synthetic_images
 from export_zoo.calibration.preprocess import Preprocess, normalize
+from export_zoo.calibration.synthetic import SyntheticStream, synthetic_images
 from export_zoo.engines.bundle import reader
 from export_zoo.engines.bundle.manifest import Batch
 from export_zoo.engines.bundle.reader import HeldOut
-from export_zoo.engines.parity.metrics import fitting, odd_size, sizes_to_check
+from export_zoo.engines.parity.checked_sizes import odd_size, sizes_to_check
+from export_zoo.engines.parity.limits import fitting
 from export_zoo.engines.parity.tasks import Head
 from export_zoo.engines.precision.int8.equalize import observed
 from export_zoo.engines.precision.placement import classifier_layers

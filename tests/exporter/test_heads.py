@@ -15,7 +15,7 @@ import export_zoo
 from export_zoo.base.errors import UsageError
 from export_zoo.engines.bundle import triton
 from export_zoo.engines.bundle.reader import read_manifest
-from export_zoo.engines.parity.metrics import METRICS
+from export_zoo.engines.parity.limits import METRICS
 from export_zoo.engines.parity.tasks import TASKS
 from export_zoo.exporter.models import zoo
 from export_zoo.exporter.options import TASKS as TASK_OPTIONS

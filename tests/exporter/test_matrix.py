@@ -17,11 +17,11 @@ from support.paths import ROOT
 from export_zoo.base.errors import EnvironmentFailureError, UsageError
 from export_zoo.exporter.cli.app import main
 from export_zoo.exporter.cli.export import check_arguments
-from export_zoo.exporter.matrix import plan, report
+from export_zoo.exporter.matrix import plan, process, report
 from export_zoo.exporter.matrix import run as matrix_run
 from export_zoo.exporter.matrix.inputs import _of_folder as fingerprinted
 from export_zoo.exporter.matrix.inputs import fingerprints
-from export_zoo.exporter.matrix.run import CellResult
+from export_zoo.exporter.matrix.results import CellResult, store, stored
 
 needs_qemu = pytest.mark.skipif(
     not shutil.which("qemu-x86_64"), reason="qemu-x86_64 is not installed (qemu-user)"
@@ -275,7 +275,7 @@ def test_a_cell_is_exported_and_its_figures_are_kept(ran):
     assert result.seconds > 1
     assert result.versions["onnxruntime"] != "absent"
     assert (out / "bundles" / f"{cell.name}.bundle" / "manifest.json").exists()
-    assert matrix_run.stored(out / "results") == {cell.name: result}
+    assert stored(out / "results") == {cell.name: result}
 
 
 def test_a_second_run_takes_what_is_done_and_runs_what_is_not(ran, monkeypatch):
@@ -299,17 +299,17 @@ def test_a_second_run_takes_what_is_done_and_runs_what_is_not(ran, monkeypatch):
     matrix_run.run([cell], out, seconds=1)
     assert len(made) == 3, "a damaged result"
     for status in ("ok", "failed"):
-        matrix_run._store(out / "results", dataclasses.replace(result, status=status))
-    matrix_run._store(out / "results", result)
+        store(out / "results", dataclasses.replace(result, status=status))
+    store(out / "results", result)
     matrix_run.run([cell], out, seconds=1, again=True)
     assert len(made) == 4
-    matrix_run._store(out / "results", dataclasses.replace(result, versions={}))
+    store(out / "results", dataclasses.replace(result, versions={}))
     matrix_run.run([cell], out, seconds=1)
     assert len(made) == 5, "of other libraries"
     excluded = dataclasses.replace(cell, excluded="why not")
     assert matrix_run.run([excluded], out, seconds=1)[0].reason == "why not"
     assert len(made) == 5
-    matrix_run._store(out / "results", result)
+    store(out / "results", result)
 
 
 def test_a_cell_is_run_again_when_its_files_changed(ran, tmp_path, monkeypatch):
@@ -351,7 +351,7 @@ def test_a_cell_does_not_import_what_lies_beside_the_user(tmp_path, monkeypatch)
     for name in ("exporter", "onnx", "click"):
         (tmp_path / f"{name}.py").write_text("raise ImportError('the one of the user')")
     monkeypatch.chdir(tmp_path)
-    ended = matrix_run._process(["inspect", "none.bundle"], seconds=100, memory=None)
+    ended = process.run_limited(["inspect", "none.bundle"], seconds=100, memory=None)
     assert "none.bundle" in ended.reason
     assert ended.code == 5
 
@@ -364,7 +364,7 @@ def on_haswell(cell: plan.Cell, **changes) -> plan.Cell:
 def test_the_bundle_of_a_cell_is_run_on_an_emulated_cpu_and_not_exported_again(ran, monkeypatch):
     cell, out, result = ran
     monkeypatch.setattr(matrix_run, "run_cell", lambda *_, **__: pytest.fail("it is exported already"))
-    matrix_run._store(out / "results", result)
+    store(out / "results", result)
     cells = [cell, on_haswell(cell)]
     seen: list[tuple[str, bool]] = []
     done = lambda result, cached: seen.append((result.cpu, cached))  # noqa: E731
@@ -429,17 +429,17 @@ def test_an_emulated_cpu_runs_again_when_the_export_changed_and_only_then(ran, m
     assert run(cells) == (["host", "haswell"], ["ok", "ok"]), "another engine"
     changed["status"] = "failed"
     assert run(cells, again=True) == (["host"], ["failed", "skipped"])
-    assert on_haswell(cell).name not in matrix_run.stored(out / "results")
+    assert on_haswell(cell).name not in stored(out / "results")
 
 
 def test_a_cpu_that_cannot_be_emulated_here_fails_as_a_target_that_is_not_available(ran, monkeypatch):
     cell, out, result = ran
-    matrix_run._store(out / "results", result)
+    store(out / "results", result)
     monkeypatch.setenv("PATH", "")
     _, nehalem = matrix_run.run([cell, dataclasses.replace(cell, cpu="nehalem")], out, seconds=300)
     assert (nehalem.status, nehalem.gate, nehalem.exit_code) == ("failed", False, 4)
     assert "qemu-x86_64 is not installed; next: install qemu-user" in nehalem.reason
-    assert matrix_run.stored(out / "results")[nehalem.name] == nehalem
+    assert stored(out / "results")[nehalem.name] == nehalem
     target = dataclasses.replace(cell, target="tensorrt")
     skipped = matrix_run.left_out(on_haswell(target))
     assert (skipped.status, skipped.reason) == (
@@ -457,18 +457,18 @@ def test_a_run_that_is_stopped_leaves_no_old_result(ran, monkeypatch):
     monkeypatch.setattr(matrix_run, "run_cell", run_cell)
     with pytest.raises(KeyboardInterrupt):
         matrix_run.run([cell], out, seconds=1, again=True)
-    assert cell.name not in matrix_run.stored(out / "results")
-    matrix_run._store(out / "results", result)
+    assert cell.name not in stored(out / "results")
+    store(out / "results", result)
 
 
 def test_a_cell_gets_what_its_container_has_left(monkeypatch):
-    monkeypatch.setattr(matrix_run, "available_memory", lambda: 8 << 30)
-    assert matrix_run._budget(None) == 7 << 30
+    monkeypatch.setattr(process, "available_memory", lambda: 8 << 30)
+    assert process._budget(None) == 7 << 30
 
 
 def test_a_failed_gate_is_told_by_the_exit_code_though_nobody_reads_on(ran, tmp_path):
     _, out, result = ran
-    matrix_run._store(out / "results", dataclasses.replace(result, status="failed", gate=True, reason="sqnr"))
+    store(out / "results", dataclasses.replace(result, status="failed", gate=True, reason="sqnr"))
     path = write(tmp_path / "m.yaml", SMALL)
     reader, writer = os.pipe()
     os.close(reader)
@@ -482,7 +482,7 @@ def test_a_failed_gate_is_told_by_the_exit_code_though_nobody_reads_on(ran, tmp_
         cwd=ROOT,
     )
     os.close(writer)
-    matrix_run._store(out / "results", result)
+    store(out / "results", result)
     assert done.returncode == 3, done.stderr
     assert json.loads((tmp_path / "r.json").read_text())["exit_code"] == 3
 
@@ -540,15 +540,15 @@ def test_without_a_failed_gate_the_exit_code_is_that_of_bad_input(tmp_path, monk
 
 
 def test_a_crashed_process_is_told_by_its_signal_and_last_words():
-    assert matrix_run._reason({}, -11, "a\nb\n") == "killed by signal 11: b"
-    assert matrix_run._reason({}, 1, "") == "exit code 1"
+    assert process._reason({}, -11, "a\nb\n") == "killed by signal 11: b"
+    assert process._reason({}, 1, "") == "exit code 1"
 
 
 def test_stored_results_are_told_without_running_anything(ran, tmp_path, monkeypatch, capsys):
     cell, out, result = ran
     monkeypatch.setattr(matrix_run, "run_cell", lambda *_, **__: pytest.fail("nothing is to be run"))
     path = write(tmp_path / "m.yaml", SMALL.replace("fp32", "[fp32, fp16]"))
-    matrix_run._store(out / "results", dataclasses.replace(result, versions={"torch": "0.1"}))
+    store(out / "results", dataclasses.replace(result, versions={"torch": "0.1"}))
     page = tmp_path / "page.md"
     assert main(["matrix", str(path), "--out", str(out), "--stored", "--markdown", str(page)]) == 0
     assert "1 ok, 1 not run" in capsys.readouterr().out
@@ -566,7 +566,7 @@ def test_stored_results_are_told_without_running_anything(ran, tmp_path, monkeyp
     excluded = path.read_text() + "exclude: [{models: squeezenet1_1, precisions: fp16, reason: slow}]\n"
     assert main(["matrix", str(write(path, excluded)), "--out", str(out), "--stored"]) == 0
     assert "1 ok, 1 excluded" in capsys.readouterr().out
-    matrix_run._store(out / "results", result)
+    store(out / "results", result)
 
 
 def test_an_output_directory_that_cannot_be_made_is_refused(tmp_path):
@@ -727,4 +727,4 @@ def test_a_dry_run_prints_command_lines_and_runs_nothing(tmp_path, capsys):
 
 def test_a_target_that_refuses_a_network_is_no_failed_gate():
     for kind, gate in (("state", True), ("refused", False)):
-        assert matrix_run._Ended({"error": {"kind": kind}}, 6, "", 0, "").gate is gate
+        assert process.Ended({"error": {"kind": kind}}, 6, "", 0, "").gate is gate

@@ -24,8 +24,8 @@ from support.paths import ROOT
 
 import export_zoo
 from export_zoo.base.errors import BadInputError, UsageError
-from export_zoo.calibration.images import TEST_PATTERNS
 from export_zoo.calibration.preprocess import normalize
+from export_zoo.calibration.synthetic import TEST_PATTERNS
 from export_zoo.engines.bundle.reader import held_out, read_manifest
 from export_zoo.engines.parity.outputs import as_rows, sampled, sampled_shape
 from export_zoo.engines.targets import registry

@@ -20,7 +20,7 @@ from torchvision.models import WeightsEnum, get_model, get_model_weights
 
 from export_zoo.base.errors import BadInputError, EnvironmentFailureError, ParityError, UsageError
 from export_zoo.base.graph_io import sha256_of
-from export_zoo.calibration.images import synthetic_images
+from export_zoo.calibration.synthetic import synthetic_images
 from export_zoo.engines.parity.metrics import check_reference
 from export_zoo.exporter.graph.reference import eager_outputs
 from export_zoo.exporter.models import zoo

@@ -19,7 +19,7 @@ from typing import IO, Any
 from export_zoo.base import graph_io
 from export_zoo.base.errors import BuilderCrashError, EnvironmentFailureError, TargetRefusalError, UsageError
 from export_zoo.base.package import IMPORT_ROOT
-from export_zoo.engines.parity.metrics import Size
+from export_zoo.engines.parity.checked_sizes import Size
 from export_zoo.engines.targets.options import CURRENT, BuildOptions
 from export_zoo.engines.targets.tensorrt.worker import FATAL_WARNINGS, TIMING_SUFFIX
 

@@ -7,8 +7,8 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from export_zoo.base.errors import BadInputError
-from export_zoo.calibration.images import synthetic_images
 from export_zoo.calibration.preprocess import normalize
+from export_zoo.calibration.synthetic import synthetic_images
 from export_zoo.exporter.models.spec import ModelSpec
 
 RESIDUAL_GAIN = 0.25
