@@ -150,6 +150,7 @@ def manners(port: int, admin: int, image: bytes) -> list[str]:
         "chunked": (200, post + chunked + b"\r\n%x\r\n" % len(image) + image + b"\r\n0\r\n\r\n"),
         "negative": (400, post + b"Content-Length: -1\r\n\r\n"),
         "enormous": (413, post + b"Content-Length: 99999999999999999999999\r\n\r\n"),
+        "refused while it is sent": (413, post + b"Content-Length: 30000000\r\n\r\n" + b"x" * 30_000_000),
         "late": (408, post + b"Content-Length: 1000\r\n\r\n" + b"x" * 10),
         "no gzip": (
             415,
@@ -266,13 +267,8 @@ def second_signal(command: list[str], port: int, image: bytes) -> list[str]:
     command = list(command)
     command[command.index("--timeout") + 1] = "60"
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    for _ in range(300):
-        try:
-            client = socket.create_connection(("127.0.0.1", port), timeout=5)
-            break
-        except OSError:
-            time.sleep(0.1)
-    with client:
+    serving_engine(server, port)
+    with socket.create_connection(("127.0.0.1", port), timeout=5) as client:
         client.sendall(b"POST /v1/predict HTTP/1.1\r\nContent-Length: 100000\r\n\r\n" + image[:10])
         time.sleep(0.3)
         server.terminate()
@@ -312,6 +308,18 @@ def get(port: int, path: str) -> str:
         return answer.read().decode()
 
 
+def serving_engine(server: subprocess.Popen, port: int) -> str:
+    """The engine's name, once the server answers; empty if it ends before."""
+    for _ in range(300):
+        try:
+            return json.loads(get(port, "/healthz"))["engine"]
+        except OSError:
+            if server.poll() is not None:
+                break
+            time.sleep(0.1)
+    return ""
+
+
 def main() -> int:
     program, bundles = sys.argv[1], Path(sys.argv[2])
     count, port = int(sys.argv[3]) if len(sys.argv) > 3 else 3000, free_port()
@@ -321,17 +329,9 @@ def main() -> int:
     command += ["--queue", 64, "--max-bytes", 1_000_000]
     admin = free_port()
     command = [*map(str, command), "--admin-port", str(admin)]
-    server, engine = subprocess.Popen(command), ""
+    server = subprocess.Popen(command)
     try:
-        for _ in range(100):
-            try:
-                engine = json.loads(get(port, "/healthz"))["engine"]
-                break
-            except OSError:
-                if server.poll() is not None:
-                    break
-                time.sleep(0.2)
-        if not engine:
+        if not (engine := serving_engine(server, port)):
             print("it does not come up")
             return 1
         seen, wrong = asyncio.run(stress(port, bundles, count, engine))

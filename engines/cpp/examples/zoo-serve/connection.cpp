@@ -89,6 +89,14 @@ ssize_t Connection::write(const char* from, std::size_t size) {
   return sent;
 }
 
+void Connection::end() {
+  ::shutdown(socket_, SHUT_WR);
+  const auto until = Clock::now() + kLinger;
+  while (refused_ && !whole_ && wait_for(POLLIN, until)) {
+    if (recv(socket_, buffer_.data(), buffer_.size(), 0) <= 0) break;
+  }
+}
+
 void Connection::get_remote_ip_and_port(std::string& ip, int& port) const { address(getpeername, socket_, ip, port); }
 
 void Connection::get_local_ip_and_port(std::string& ip, int& port) const { address(getsockname, socket_, ip, port); }
@@ -99,8 +107,8 @@ bool Server::process_and_close_socket(socket_t socket) {
     Connection connection(socket, patience_);
     bool closed = false;
     good = process_request(connection, true, closed, nullptr);
+    connection.end();
   }
-  ::shutdown(socket, SHUT_RDWR);
   ::close(socket);
   return good;
 }

@@ -12,6 +12,7 @@ namespace zoo_serve {
 using Clock = std::chrono::steady_clock;
 
 inline constexpr std::size_t kMostHeaderBytes = 64 << 10;
+inline constexpr auto kLinger = std::chrono::milliseconds(500);
 
 class Connection : public httplib::Stream {
  public:
@@ -29,6 +30,15 @@ class Connection : public httplib::Stream {
     read_until_ = Clock::now() + patience_;
     left_ = bytes;
   }
+
+  // The request has been read to its end.
+  void read_all() noexcept { whole_ = true; }
+
+  void refuse() noexcept { refused_ = true; }
+
+  // Ends the answer, and takes what a client still sends of a request that was refused before its end, for half a second
+  // at most. Closed at once, the connection would be reset, and the client lose the answer (RFC 9112, section 9.6).
+  void end();
 
   // Whether the client has closed its side: nobody waits for the answer.
   [[nodiscard]] bool gone() const;
@@ -54,6 +64,8 @@ class Connection : public httplib::Stream {
   std::size_t left_ = kMostHeaderBytes;
   std::size_t begin_ = 0;
   std::size_t end_ = 0;
+  bool whole_ = false;
+  bool refused_ = false;
 };
 
 // Serves one request per connection through `Connection`.

@@ -152,6 +152,7 @@ class Service {
     server_.Post("/v1/predict", [this](const httplib::Request& request, httplib::Response& response,
                                        const httplib::ContentReader& reader) { predict(request, response, reader); });
     server_.set_error_handler([](const auto&, auto& response) {
+      Connection::current()->refuse();
       if (response.body.empty()) reply(response, {{"error", "HTTP " + std::to_string(response.status)}});
     });
     tell(server_);
@@ -360,6 +361,7 @@ class Service {
       metrics_.answered(response.status, Clock::now() - start);
       return;
     }
+    connection.read_all();
     try {
       const auto top = wanted(request);
       const bool with_logits = request.get_param_value("logits") == "1";
