@@ -7,10 +7,21 @@
 
 namespace export_zoo {
 
+namespace {
+
+// libpng takes up to 16 bytes for each pixel of a row, however few rows there are. As libpng's own limit.
+constexpr std::uint64_t kMostSide = 1'000'000;
+
+}  // namespace
+
 void detail::refuse_bomb(std::uint64_t width, std::uint64_t height, std::uint64_t most_pixels) {
   if (width * height > most_pixels) {
     throw Error(ErrorCode::image, std::to_string(width) + "x" + std::to_string(height) + " pixels are more than " +
                                       std::to_string(most_pixels) + ": a decompression bomb?");
+  }
+  if (std::max(width, height) > kMostSide) {
+    throw Error(ErrorCode::image, std::to_string(width) + "x" + std::to_string(height) + " has a side of more than " +
+                                      std::to_string(kMostSide) + " pixels: a decompression bomb?");
   }
 }
 

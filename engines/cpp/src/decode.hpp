@@ -8,7 +8,7 @@
 
 namespace export_zoo::detail {
 
-// Throws Error (image) if the image has more than `most_pixels`.
+// Throws Error (image) if the image has more than `most_pixels`, or a side of more than 1,000,000.
 void refuse_bomb(std::uint64_t width, std::uint64_t height, std::uint64_t most_pixels);
 
 // Return an upright image. Throw Error (image).

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <array>
 #include <csetjmp>
 #include <cstddef>
 #include <cstdint>
@@ -7,6 +8,7 @@
 #include <memory>
 #include <optional>
 #include <string_view>
+#include <vector>
 
 #include <jpeglib.h>  // after cstdio, which it needs
 
@@ -19,17 +21,20 @@ namespace export_zoo::detail {
 
 namespace {
 
-// A progressive file of a few kilobytes can have thousands of empty scans, each a pass over all pixels. Encoders write
-// about ten. Half a billion pixels take a third of a second.
-constexpr std::uint64_t kMostScans = 500;
-constexpr std::uint64_t kUsualScans = 20;
-constexpr std::uint64_t kMostScannedPixels = 500'000'000;
+// A progressive file of a few kilobytes can have thousands of empty scans, each a pass over all samples of its components.
+// Encoders write about ten scans, of 8 (4:2:0) to 24 (CMYK) samples a pixel in all. Half a billion samples take a third of
+// a second with Huffman codes, and 1.4 s with arithmetic ones, which go on where the data has ended.
+constexpr int kMostScans = 500;
+constexpr std::uint64_t kUsualSamples = 24;
+constexpr std::uint64_t kMostSamples = 500'000'000;
 
 struct Failure {
   jpeg_error_mgr base;
   std::jmp_buf jump;
   char message[JMSG_LENGTH_MAX];
-  std::uint64_t most_scans = kUsualScans;
+  int scan = 0;
+  std::uint64_t samples = 0;  // of all scans up to this one
+  std::uint64_t most_samples = kMostSamples;
 };
 
 [[noreturn]] void fail(j_common_ptr info) {
@@ -50,15 +55,29 @@ void quiet(j_common_ptr) {}
 void limit_scans(j_common_ptr common) {
   const auto* info = reinterpret_cast<jpeg_decompress_struct*>(common);
   auto* failure = reinterpret_cast<Failure*>(common->err);
-  if (static_cast<std::uint64_t>(info->input_scan_number) <= failure->most_scans) return;
-  std::snprintf(failure->message, sizeof failure->message, "more than %llu scans of so many pixels: a decompression bomb?",
-                static_cast<unsigned long long>(failure->most_scans));
+  if (info->input_scan_number == failure->scan) return;
+  failure->scan = info->input_scan_number;
+  for (int i = 0; i < info->comps_in_scan; ++i) {
+    const auto* component = info->cur_comp_info[i];
+    failure->samples += std::uint64_t{component->width_in_blocks} * component->height_in_blocks * DCTSIZE2;
+  }
+  if (failure->scan <= kMostScans && failure->samples <= failure->most_samples) return;
+  std::snprintf(failure->message, sizeof failure->message, "%d scans of so many pixels: a decompression bomb?", failure->scan);
   std::longjmp(failure->jump, 1);
 }
+
+// Views of the file's APP1 segments that may tell of orientation. libjpeg's own list of segments takes time in the square
+// of their number, and a segment takes four bytes.
+struct Segments {
+  std::array<std::string_view, 16> exif;  // one block may lie in several
+  std::size_t exifs = 0;
+  std::string_view xmp;
+};
 
 struct Jpeg {
   jpeg_decompress_struct info{};
   Failure failure{};
+  Segments segments{};
   jpeg_progress_mgr progress{};
   Jpeg() = default;
   Jpeg(const Jpeg&) = delete;
@@ -66,20 +85,33 @@ struct Jpeg {
   ~Jpeg() { jpeg_destroy_decompress(&info); }
 };
 
-std::optional<int> orientation_of(const jpeg_decompress_struct& info) {
-  constexpr std::string_view kExif("Exif\0\0", 6);
-  constexpr std::string_view kXmp("http://ns.adobe.com/xap/1.0/\0", 29);
-  std::optional<int> found;
-  std::optional<int> from_xmp;
-  for (const auto* marker = info.marker_list; marker != nullptr; marker = marker->next) {
-    const std::string_view data(reinterpret_cast<const char*>(marker->data), marker->data_length);
-    if (marker->marker == JPEG_APP0 + 1 && data.starts_with(kExif) && !found) {
-      found = exif_orientation({marker->data + kExif.size(), data.size() - kExif.size()});
-    } else if (marker->marker == JPEG_APP0 + 1 && data.starts_with(kXmp)) {
-      from_xmp = xmp_orientation(data.substr(kXmp.size()));
-    }
+constexpr std::string_view kExif("Exif\0\0", 6);
+constexpr std::string_view kXmp("http://ns.adobe.com/xap/1.0/\0", 29);
+
+// The whole file lies in memory, so the views stay valid.
+boolean note_segment(j_decompress_ptr info) {
+  auto& source = *info->src;
+  const auto* bytes = reinterpret_cast<const char*>(source.next_input_byte);
+  if (source.bytes_in_buffer < 2) return no_more(info);
+  const std::size_t size = std::max(2, static_cast<std::uint8_t>(bytes[0]) << 8 | static_cast<std::uint8_t>(bytes[1]));
+  if (size > source.bytes_in_buffer) return no_more(info);
+  const std::string_view data(bytes + 2, size - 2);
+  auto& segments = static_cast<Jpeg*>(info->client_data)->segments;
+  if (data.starts_with(kExif) && segments.exifs < segments.exif.size()) {
+    segments.exif[segments.exifs++] = data.substr(kExif.size());
+  } else if (data.starts_with(kXmp)) {
+    segments.xmp = data.substr(kXmp.size());
   }
-  return found ? found : from_xmp;
+  source.next_input_byte += size;
+  source.bytes_in_buffer -= size;
+  return TRUE;
+}
+
+std::optional<int> orientation_of(const Segments& segments) {
+  std::vector<std::uint8_t> exif;
+  for (const auto& part : segments.exif) exif.insert(exif.end(), part.begin(), part.end());
+  if (const auto found = exif_orientation(exif)) return found;
+  return xmp_orientation(segments.xmp);
 }
 
 // Pillow treats all four-colour files as Adobe's, which are stored inverted.
@@ -106,7 +138,8 @@ bool read_header(Jpeg& jpeg, std::span<const std::uint8_t> file) {
   info.src->fill_input_buffer = no_more;
   jpeg.progress.progress_monitor = limit_scans;
   info.progress = &jpeg.progress;
-  jpeg_save_markers(&info, JPEG_APP0 + 1, 0xFFFF);
+  info.client_data = &jpeg;
+  jpeg_set_marker_processor(&info, JPEG_APP0 + 1, note_segment);
   jpeg_read_header(&info, TRUE);
   return true;
 }
@@ -140,10 +173,10 @@ Image decode_jpeg(std::span<const std::uint8_t> file, std::uint64_t most_pixels)
     throw Error(ErrorCode::image, "JPEG with " + std::to_string(components) + " colours: convert it to RGB first");
   }
   refuse_bomb(info.image_width, info.image_height, most_pixels);
-  // From the markers before the pixels, as in Pillow. They are freed when the pixels have been read.
-  const int orientation = orientation_of(info).value_or(1);
+  // From the segments before the pixels, as in Pillow.
+  const int orientation = orientation_of(jpeg->segments).value_or(1);
   const std::size_t pixels = std::size_t{info.image_width} * info.image_height;
-  jpeg->failure.most_scans = std::clamp(kMostScannedPixels / std::max<std::uint64_t>(pixels, 1), kUsualScans, kMostScans);
+  if (!info.arith_code) jpeg->failure.most_samples = std::max(kMostSamples, kUsualSamples * pixels);
   Image image{static_cast<int>(info.image_width), static_cast<int>(info.image_height), {}};
   if (components == 3) {
     image.rgb.resize(pixels * 3);

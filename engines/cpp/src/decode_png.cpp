@@ -17,14 +17,24 @@ namespace export_zoo::detail {
 
 namespace {
 
+// After the last row, libpng inflates what follows in search of the end: 8 MB of it can be 8 GB.
+constexpr std::size_t kMostTail = 1 << 16;
+
 struct Source {
   std::span<const std::uint8_t> rest;
+  png_uint_32 height = PNG_UINT_32_MAX;  // known once the header has been read
+  std::size_t tail = 0;                  // bytes read after the last row
   char message[256] = "";
 };
 
 void read_bytes(png_structp png, png_bytep to, std::size_t size) {
   auto* source = static_cast<Source*>(png_get_io_ptr(png));
   if (size > source->rest.size()) png_error(png, "the file is truncated");
+  constexpr int kPasses = 7;
+  if (png_get_current_row_number(png) >= source->height || png_get_current_pass_number(png) >= kPasses) {
+    source->tail += size;
+    if (source->tail > kMostTail) png_error(png, "there are data after the last row");
+  }
   std::memcpy(to, source->rest.data(), size);
   source->rest = source->rest.subspan(size);
 }
@@ -41,6 +51,7 @@ struct Png {
   Source source;
   png_structp png = nullptr;
   png_infop info = nullptr;
+  int passes = 1;
   Png() = default;
   Png(const Png&) = delete;
   Png& operator=(const Png&) = delete;
@@ -72,24 +83,38 @@ bool begin(Png& reader) {
   png_set_strip_16(reader.png);
   png_set_strip_alpha(reader.png);
   png_set_gray_to_rgb(reader.png);
-  png_set_interlace_handling(reader.png);
+  reader.passes = png_set_interlace_handling(reader.png);
   png_read_update_info(reader.png, reader.info);
   return true;
 }
 
-bool read_rows(Png& reader, png_bytepp rows) {
-  if (setjmp(png_jmpbuf(reader.png)) != 0) return false;
-  png_read_image(reader.png, rows);
+bool read_rows(Png& reader, png_bytep rows, std::size_t stride) {
+  if (setjmp(png_jmpbuf(reader.png)) != 0) return reader.source.tail > kMostTail;  // all rows are there
+  const auto height = reader.source.height = png_get_image_height(reader.png, reader.info);
+  for (int pass = 0; pass < reader.passes; ++pass) {
+    for (std::size_t y = 0; y < height; ++y) png_read_row(reader.png, rows + y * stride, nullptr);
+  }
   return true;
 }
 
-// Reads the chunks after the pixels: text and orientation. Damage there is ignored, as it does not affect the pixels.
-void read_end(Png& reader) {
-  if (setjmp(png_jmpbuf(reader.png)) != 0) return;
-  png_read_end(reader.png, reader.info);
+// The file without its pixels: png_read_end would inflate all that follows the last row, gigabytes in a bomb.
+std::vector<std::uint8_t> without_pixels(std::span<const std::uint8_t> file) {
+  constexpr std::size_t kSignature = 8;
+  constexpr std::size_t kAround = 12;  // a chunk's length, type and checksum
+  std::vector<std::uint8_t> rest(file.begin(), file.begin() + kSignature);
+  for (auto left = file.subspan(kSignature); left.size() >= kAround;) {
+    std::size_t size = 0;
+    for (int i = 0; i < 4; ++i) size = size << 8 | left[i];
+    size += kAround;
+    if (size > left.size()) break;
+    const auto chunk = left.first(size);
+    if (std::memcmp(chunk.data() + 4, "IDAT", 4) != 0) rest.insert(rest.end(), chunk.begin(), chunk.end());
+    left = left.subspan(size);
+  }
+  return rest;
 }
 
-// Bytes of a profile that was written as hexadecimal text, without its three header lines and without "Exif\0\0".
+// Bytes of a profile that was written as hexadecimal text, without its three header lines.
 std::vector<std::uint8_t> from_hex(std::string_view text) {
   for (int line = 0; line < 3; ++line) {
     const auto end = text.find('\n');
@@ -108,14 +133,15 @@ std::vector<std::uint8_t> from_hex(std::string_view text) {
       high = -1;
     }
   }
-  constexpr std::string_view kExif("Exif\0\0", 6);
-  if (found.size() >= kExif.size() && std::equal(kExif.begin(), kExif.end(), found.begin())) {
-    found.erase(found.begin(), found.begin() + static_cast<std::ptrdiff_t>(kExif.size()));
-  }
   return found;
 }
 
-std::optional<int> orientation_of(Png& reader) {
+std::optional<int> orientation_of(std::span<const std::uint8_t> file) {
+  const auto chunks = without_pixels(file);
+  Png reader;
+  reader.source.rest = chunks;
+  read_info(reader);  // fails at the end, as there are no pixels, and at damage after them, which does not affect them
+  if (reader.info == nullptr) return std::nullopt;
   png_uint_32 size = 0;
   png_bytep exif = nullptr;
   if (png_get_eXIf_1(reader.png, reader.info, &size, &exif) != 0 && exif != nullptr) {
@@ -158,11 +184,8 @@ Image decode_png(std::span<const std::uint8_t> file, std::uint64_t most_pixels) 
   }
   Image image{static_cast<int>(width), static_cast<int>(height), {}};
   image.rgb.resize(stride * height);
-  std::vector<png_bytep> rows(height);
-  for (std::size_t y = 0; y < height; ++y) rows[y] = image.rgb.data() + y * stride;
-  check(read_rows(reader, rows.data()));
-  read_end(reader);
-  return upright(std::move(image), orientation_of(reader).value_or(1));
+  check(read_rows(reader, image.rgb.data(), stride));
+  return upright(std::move(image), orientation_of(file).value_or(1));
 }
 
 }  // namespace export_zoo::detail

@@ -1,5 +1,6 @@
 #include "exif.hpp"
 
+#include <algorithm>
 #include <array>
 #include <cstddef>
 #include <utility>
@@ -30,6 +31,10 @@ class Reader {
 }  // namespace
 
 std::optional<int> exif_orientation(std::span<const std::uint8_t> tiff) {
+  constexpr std::array<std::uint8_t, 6> kExif{'E', 'x', 'i', 'f', 0, 0};
+  while (tiff.size() >= kExif.size() && std::equal(kExif.begin(), kExif.end(), tiff.begin())) {
+    tiff = tiff.subspan(kExif.size());  // PNG has no need of it, but some writers put it there
+  }
   if (tiff.size() < 8) return std::nullopt;
   const bool little = tiff[0] == 'I' && tiff[1] == 'I';
   if (!little && !(tiff[0] == 'M' && tiff[1] == 'M')) return std::nullopt;
@@ -43,12 +48,19 @@ std::optional<int> exif_orientation(std::span<const std::uint8_t> tiff) {
     const auto tag = reader.read(entry, 2);
     if (!tag) return std::nullopt;
     if (*tag != 0x0112) continue;
-    constexpr std::uint32_t kShort = 3;
-    constexpr std::uint32_t kLong = 4;
+    // Sizes of TIFF's integers, by type; the first of several values counts, as in Pillow.
+    constexpr std::array<std::size_t, 14> kSizes{0, 0, 0, 2, 4, 0, 1, 0, 2, 4, 0, 0, 0, 4};
     const auto type = reader.read(entry + 2, 2);
-    if (!type || (*type != kShort && *type != kLong) || reader.read(entry + 4, 4) != 1) return std::nullopt;
-    if (const auto value = reader.read(entry + 8, *type == kShort ? 2 : 4)) return static_cast<int>(*value & 0xFFFF);
-    return std::nullopt;
+    const auto values = reader.read(entry + 4, 4);
+    if (!type || !values || *type >= kSizes.size() || kSizes[*type] == 0 || *values == 0) return std::nullopt;
+    const std::size_t size = kSizes[*type];
+    std::optional<std::uint32_t> at = static_cast<std::uint32_t>(entry + 8);
+    if (size * *values > 4) {
+      at = reader.read(entry + 8, 4);
+      if (!at || !reader.read(*at + size * *values - 1, 1)) return std::nullopt;
+    }
+    const auto value = reader.read(*at, size);
+    return value ? std::optional(static_cast<int>(*value & 0xFFFF)) : std::nullopt;
   }
   return std::nullopt;
 }

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <numeric>
 
 namespace export_zoo {
@@ -9,10 +10,14 @@ namespace export_zoo {
 std::vector<float> softmax(std::span<const float> logits) {
   std::vector<float> found(logits.begin(), logits.end());
   if (found.empty()) return found;
+  if (std::any_of(found.begin(), found.end(), [](float value) { return std::isnan(value); })) {
+    std::fill(found.begin(), found.end(), std::numeric_limits<float>::quiet_NaN());
+    return found;
+  }
   const float largest = *std::max_element(found.begin(), found.end());
   if (std::isinf(largest)) {  // inf - inf is not a number: the largest share it among themselves
     const auto share = 1 / static_cast<float>(std::count(found.begin(), found.end(), largest));
-    for (auto& value : found) value = std::isnan(value) ? value : value == largest ? share : 0;
+    for (auto& value : found) value = value == largest ? share : 0;
     return found;
   }
   double sum = 0;

@@ -7,6 +7,7 @@ decode alike.
 from __future__ import annotations
 
 import random
+import struct
 import subprocess
 import sys
 import tempfile
@@ -86,6 +87,29 @@ def sizes(folder: Path, pictures: list[Image.Image], rng: random.Random) -> list
     return cases
 
 
+def odd_exif() -> dict[str, bytes]:
+    """Orientation 6 as a rare writer has it: in other types of number, twice, and out of line."""
+
+    def tiff(kind: str, count: int, value: bytes, more: bytes = b"") -> bytes:
+        number = {"long": 4, "signed byte": 6, "signed short": 8, "signed long": 9, "short": 3, "byte": 1}[
+            kind
+        ]
+        entry = struct.pack("<HHI", 0x0112, number, count) + value.ljust(4, b"\0")
+        return b"Exif\0\0II*\0\x08\0\0\0\x01\0" + entry + bytes(4) + more
+
+    return {
+        "long": tiff("long", 1, b"\6"),
+        "byte": tiff("byte", 1, b"\6"),
+        "signed-byte": tiff("signed byte", 1, b"\6"),
+        "signed-short": tiff("signed short", 1, b"\6"),
+        "signed-long": tiff("signed long", 1, b"\6"),
+        "none": tiff("short", 0, b"\6"),
+        "two": tiff("short", 2, b"\6\0\1"),
+        "three": tiff("short", 3, b"\x1a", b"\6\0\1\0\1\0"),
+        "three-cut": tiff("short", 3, b"\x1a", b"\6\0\1\0\1"),
+    }
+
+
 def kinds(folder: Path, pictures: list[Image.Image], rng: random.Random) -> list[Case]:
     paths = []
 
@@ -112,6 +136,9 @@ def kinds(folder: Path, pictures: list[Image.Image], rng: random.Random) -> list
             profile = b"Exif\0\0" + exif.tobytes().removeprefix(b"Exif\0\0")
             text.add_text("Raw profile type exif", f"\nexif\n{len(profile):8}\n{profile.hex()}\n", zip=True)
             save(f"{index}-raw{orientation}.png", image, pnginfo=text)
+        for name, exif in odd_exif().items():
+            save(f"{index}-{name}.jpg", image, exif=exif)
+            save(f"{index}-{name}.png", image, exif=exif)
         save(f"{index}-xmp.jpg", image, xmp=b'<x><rdf:Description tiff:Orientation="6"/></x>')
         save(f"{index}-xmp2.jpg", image, xmp=b"<x><tiff:Orientation>8</tiff:Orientation></x>")
         for mode in ("1", "L", "LA", "P", "RGBA", "RGB"):

@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections import Counter
@@ -35,7 +36,7 @@ def free_port() -> int:
 
 
 async def post(port: int, body: bytes, query: str = "logits=1", *, kind: str = "") -> tuple[int, bytes]:
-    """Status and body; 0 where the client hangs up in the middle."""
+    """Status and body; 0 where the client hangs up in the middle, or the connection is reset."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
         headers = f"Host: x\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
@@ -63,6 +64,8 @@ async def post(port: int, body: bytes, query: str = "logits=1", *, kind: str = "
         await writer.drain()
         status = int((await reader.readuntil(b"\r\n\r\n")).split()[1])
         return status, await reader.read()
+    except (ConnectionError, asyncio.IncompleteReadError) as error:
+        return 0, repr(error).encode()
     finally:
         writer.close()
 
@@ -179,6 +182,8 @@ def manners(port: int, admin: int, image: bytes) -> list[str]:
         "expects, too large": (413, post + b"Expect: 100-continue\r\nContent-Length: 99999999\r\n\r\n"),
         "expects elsewhere": (404, b"POST /v2 HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 9\r\n\r\n"),
         "a wrong deadline": (400, whole + b"X-Request-Timeout-Ms: soon\r\n\r\n" + image),
+        "two deadlines": (400, whole + b"X-Request-Timeout-Ms: 5\r\n" * 2 + b"\r\n" + image),
+        "a huge deadline": (200, whole + b"X-Request-Timeout-Ms: 99999999999999999999\r\n\r\n" + image),
         "an early deadline": (50, whole + b"X-Request-Timeout-Ms: 1\r\n\r\n" + image),  # 503 or 504
         # None of these bodies may be waited for: what httplib reads of them is kept in memory, without a limit.
         "POST elsewhere": (404, b"POST /v2 HTTP/1.1\r\n" + begun),
@@ -262,6 +267,58 @@ def abandoned(port: int, image: bytes) -> list[str]:
     return [] if late else ["requests of clients that are gone are run"]
 
 
+def predict_status(port: int, body: bytes) -> int:
+    answer = ask(port, b"POST /v1/predict HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+    return int(answer.split()[1])
+
+
+def after_a_pause(command: list[str], port: int, image: bytes) -> list[str]:
+    """A pause after a request that failed while another was answered is not taken for the time of an answer."""
+    large = io.BytesIO()
+    Image.linear_gradient("L").resize((6000, 4000)).save(large, "JPEG", quality=95)
+    server = subprocess.Popen([*command, "--deadline", "500"], stdout=subprocess.DEVNULL)
+    try:
+        serving_engine(server, port)
+        failing = threading.Thread(target=predict_status, args=(port, large.getvalue()[:-1000]))
+        failing.start()
+        time.sleep(0.02)
+        predict_status(port, image)
+        failing.join()
+        time.sleep(3)
+        found = [predict_status(port, image) for _ in range(8)]
+    finally:
+        server.terminate()
+        server.wait(30)
+    return [] if set(found) == {200} else [f"after a pause: {found}"]
+
+
+def waited_for_a_thread(command: list[str], port: int, image: bytes) -> list[str]:
+    """The deadline counts from the connect, though silent clients hold all threads meanwhile."""
+    server = subprocess.Popen([*command, "--threads", "2", "--deadline", "1000"], stdout=subprocess.DEVNULL)
+    try:
+        serving_engine(server, port)
+        silent = [socket.create_connection(("127.0.0.1", port)) for _ in range(2)]
+        time.sleep(0.2)
+        found = [predict_status(port, image)]
+        for client in silent:
+            client.close()
+        time.sleep(0.2)
+        found.append(predict_status(port, image))
+    finally:
+        server.terminate()
+        server.wait(30)
+    return [] if found == [408, 200] else [f"behind silent clients: {found}"]
+
+
+def same_signal(command: list[str], port: int) -> list[str]:
+    """SIGTERM to the process and then to its group is one."""
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    serving_engine(server, port)
+    for _ in range(3):
+        server.terminate()
+    return [] if server.wait(30) == 0 else ["SIGTERM three times at once is not one"]
+
+
 def second_signal(command: list[str], port: int, image: bytes) -> list[str]:
     """A second SIGTERM ends the server at once, though a client is still sending."""
     command = list(command)
@@ -272,7 +329,7 @@ def second_signal(command: list[str], port: int, image: bytes) -> list[str]:
         client.sendall(b"POST /v1/predict HTTP/1.1\r\nContent-Length: 100000\r\n\r\n" + image[:10])
         time.sleep(0.3)
         server.terminate()
-        time.sleep(0.5)
+        time.sleep(1.5)
         waits = server.poll() is None
         server.terminate()
         try:
@@ -349,7 +406,8 @@ def main() -> int:
         server.send_signal(signal.SIGTERM)
         code = server.wait(60)
     wrong += ended_early(command)
-    wrong += second_signal(command, port, image)
+    wrong += after_a_pause(command, port, image) + waited_for_a_thread(command, port, image)
+    wrong += same_signal(command, port) + second_signal(command, port, image)
     print(*(f"{kind} {status}: {n}" for (kind, status), n in sorted(seen.items())), sep="\n")
     print("\n".join(wrong[:20]), f"{len(wrong)} wrong, exit code {code}")
     return int(bool(wrong) or code != 0 or not seen["valid", 200])

@@ -38,8 +38,10 @@ Batcher::Coming::Coming(Batcher& batcher, Patience patience) : batcher_(batcher)
   if (batcher_.closing_) throw Busy("shutting down");
   const auto ahead = batcher_.queue_.size() + batcher_.coming_;
   if (ahead >= batcher_.limits_.queue) throw Busy("too many requests wait");
+  patience_.check();
   const auto expected = batcher_.expected_of(ahead + 1);
-  if (Clock::now() + expected > patience_.deadline) {
+  // A server that does nothing tries: only an answer tells whether it still takes as long as it did.
+  if (ahead + batcher_.running_ > 0 && Clock::now() + expected > patience_.deadline) {
     throw Busy("the answer is expected in " +
                std::to_string(std::chrono::duration_cast<std::chrono::milliseconds>(expected).count()) +
                " ms, after the deadline");
@@ -52,6 +54,7 @@ Batcher::Coming::~Coming() {
   {
     const std::lock_guard lock(batcher_.mutex_);
     --batcher_.coming_;
+    batcher_.note_idle();
   }
   batcher_.changed_.notify_one();
 }
@@ -97,30 +100,39 @@ std::vector<Batcher::Item> Batcher::next() {
       auto item = std::move(queue_.front());
       queue_.pop_front();
       try {
-        item.patience.check(takes);
+        // The last one is tried whatever was expected: else, one slow batch would be the last for short deadlines.
+        item.patience.check(batch.empty() && queue_.empty() ? Clock::duration{} : takes);
         batch.push_back(std::move(item));
       } catch (const Late&) {
         ++dropped_;
         item.logits.set_exception(std::current_exception());
       }
     }
-    if (batch.empty()) continue;
+    if (batch.empty()) {
+      note_idle();
+      continue;
+    }
     running_ = batch.size();
+    began_ = busy_since_.value_or(Clock::now());
     return batch;
   }
 }
 
-void Batcher::learn(std::size_t images, Clock::time_point begin) {
-  const double found = std::chrono::duration<double>(Clock::now() - begin).count() / static_cast<double>(images);
+void Batcher::note_idle() {
+  if (queue_.empty() && coming_ == 0) busy_since_.reset();
+}
+
+void Batcher::learn(std::size_t images) {
+  const auto now = Clock::now();
+  const double found = std::chrono::duration<double>(now - began_).count() / static_cast<double>(images);
   seconds_per_image_ = seconds_per_image_ == 0 ? found : (1 - kNewest) * seconds_per_image_ + kNewest * found;
+  busy_since_ = now;
+  note_idle();
 }
 
 void Batcher::work() {
   std::vector<float> inputs;
-  Clock::time_point end{};
-  bool more = false;  // whether there were requests when the last batch ended
   for (auto batch = next(); !batch.empty(); batch = next()) {
-    const auto begin = more ? end : Clock::now();
     std::size_t answered = 0;
     try {
       inputs.clear();
@@ -139,9 +151,7 @@ void Batcher::work() {
       for (; answered < batch.size(); ++answered) batch[answered].logits.set_exception(std::current_exception());
     }
     const std::lock_guard lock(mutex_);
-    learn(batch.size(), begin);
-    end = Clock::now();
-    more = !queue_.empty() || coming_ > 0;
+    learn(batch.size());
   }
 }
 

@@ -9,6 +9,7 @@
 #include <functional>
 #include <future>
 #include <mutex>
+#include <optional>
 #include <stdexcept>
 #include <thread>
 #include <vector>
@@ -87,8 +88,10 @@ class Batcher {
   // Waits for the next batch; empty when all is done. Drops requests that nobody waits for.
   std::vector<Item> next();
   void work();
-  // With the lock. Learns from a batch that ended, which began when the one before ended or when it was there.
-  void learn(std::size_t images, Clock::time_point begin);
+  // Both with the lock. Learns from a batch that ended: it began when the one before ended, or after a pause, when it was
+  // there.
+  void learn(std::size_t images);
+  void note_idle();
   [[nodiscard]] Clock::duration expected_of(std::size_t position) const;
 
   Limits limits_;
@@ -98,6 +101,8 @@ class Batcher {
   std::deque<Item> queue_;
   std::size_t coming_ = 0;
   std::size_t running_ = 0;
+  std::optional<Clock::time_point> busy_since_;  // end of the last batch, if there has been a request ever since
+  Clock::time_point began_;                      // of the running batch
   double seconds_per_image_ = 0;  // at which requests are answered under load; 0: not known yet
   bool closing_ = false;
   std::atomic<std::uint64_t> batches_{0};

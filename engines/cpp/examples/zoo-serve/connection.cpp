@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <optional>
+#include <utility>
 
 #include <arpa/inet.h>
 #include <netinet/in.h>
@@ -15,6 +17,7 @@ namespace zoo_serve {
 namespace {
 
 thread_local Connection* served = nullptr;
+thread_local std::optional<Clock::time_point> connected;  // the client whose connection this thread takes next
 
 void address(int (*of)(int, sockaddr*, socklen_t*), int socket, std::string& ip, int& port) {
   sockaddr_storage found{};
@@ -36,7 +39,10 @@ void address(int (*of)(int, sockaddr*, socklen_t*), int socket, std::string& ip,
 }  // namespace
 
 Connection::Connection(socket_t socket, Clock::duration patience)
-    : socket_(socket), patience_(patience), start_(Clock::now()), read_until_(start_ + patience) {
+    : socket_(socket),
+      patience_(patience),
+      start_(connected.value_or(Clock::now())),
+      read_until_(Clock::now() + patience) {
   served = this;
 }
 
@@ -100,6 +106,14 @@ void Connection::end() {
 void Connection::get_remote_ip_and_port(std::string& ip, int& port) const { address(getpeername, socket_, ip, port); }
 
 void Connection::get_local_ip_and_port(std::string& ip, int& port) const { address(getsockname, socket_, ip, port); }
+
+void Pool::enqueue(std::function<void()> serve) {
+  httplib::ThreadPool::enqueue([at = Clock::now(), serve = std::move(serve)] {
+    connected = at;
+    serve();
+    connected.reset();
+  });
+}
 
 bool Server::process_and_close_socket(socket_t socket) {
   bool good = false;

@@ -3,6 +3,7 @@
 
 #include <array>
 #include <chrono>
+#include <functional>
 #include <string>
 
 #include <httplib.h>
@@ -16,7 +17,8 @@ inline constexpr auto kLinger = std::chrono::milliseconds(500);
 
 class Connection : public httplib::Stream {
  public:
-  // Reads until `patience` has passed. Each write may wait as long. Does not close the socket.
+  // Reads until `patience` has passed. Each write may wait as long. Does not close the socket. The client connected when
+  // `Pool` got its connection, or now.
   Connection(socket_t socket, Clock::duration patience);
   Connection(const Connection&) = delete;
   Connection& operator=(const Connection&) = delete;
@@ -25,9 +27,9 @@ class Connection : public httplib::Stream {
   // The connection whose request this thread serves; nullptr outside of one.
   [[nodiscard]] static Connection* current() noexcept;
 
-  // The request's body may take `patience` again, and as many bytes.
-  void read_body(std::size_t bytes) {
-    read_until_ = Clock::now() + patience_;
+  // The request's body may take until then, and as many bytes.
+  void read_body(std::size_t bytes, Clock::time_point until) {
+    read_until_ = until;
     left_ = bytes;
   }
 
@@ -43,6 +45,7 @@ class Connection : public httplib::Stream {
   // Whether the client has closed its side: nobody waits for the answer.
   [[nodiscard]] bool gone() const;
 
+  // When the client connected: a connection may have waited for a thread.
   [[nodiscard]] Clock::time_point start() const noexcept { return start_; }
 
   [[nodiscard]] bool is_readable() const override;
@@ -66,6 +69,13 @@ class Connection : public httplib::Stream {
   std::size_t end_ = 0;
   bool whole_ = false;
   bool refused_ = false;
+};
+
+// Threads that serve connections; more connections wait.
+class Pool : public httplib::ThreadPool {
+ public:
+  using httplib::ThreadPool::ThreadPool;
+  void enqueue(std::function<void()> serve) override;
 };
 
 // Serves one request per connection through `Connection`.

@@ -129,7 +129,7 @@ class Service {
       throw ez::Error(ez::ErrorCode::shape, engine_.metadata().model + " gives values for each pixel or token, this "
                                                 "service only values of an image: use the library");
     }
-    server_.new_task_queue = [this] { return new httplib::ThreadPool(settings_.threads); };
+    server_.new_task_queue = [this] { return new zoo_serve::Pool(settings_.threads); };
     server_.set_payload_max_length(settings.max_bytes);
     // One request per connection: otherwise, httplib would read the rest of a refused body as the next request.
     server_.set_keep_alive_max_count(1);
@@ -178,10 +178,11 @@ class Service {
   }
 
   // Lets waiting requests finish. If they take longer than --grace seconds, or one of `signals` comes again, ends the
-  // process with exit code 1.
+  // process with exit code 1. One that comes within a second is taken for the first.
   void stop(const sigset_t& signals) {
     stopping_ = true;
-    const auto deadline = Clock::now() + std::chrono::seconds(settings_.grace_s);
+    const auto first = Clock::now();
+    const auto deadline = first + std::chrono::seconds(settings_.grace_s) + kEnd;
     while (!ended_) {
       server_.stop();  // does nothing while the server does not run yet
       if (Clock::now() > deadline) {
@@ -189,7 +190,8 @@ class Service {
         std::_Exit(1);
       }
       const timespec pause{0, 10'000'000};
-      if (sigtimedwait(&signals, nullptr, &pause) > 0) {
+      // `timeout` of coreutils, and others, signal the process and then its group.
+      if (sigtimedwait(&signals, nullptr, &pause) > 0 && Clock::now() - first > kSameSignal) {
         std::cerr << "zoo-serve: ended by a second signal, before requests were answered\n";
         std::_Exit(1);
       }
@@ -330,14 +332,16 @@ class Service {
   // Until when the client waits: X-Request-Timeout-Ms after it connected, at most --deadline.
   zoo_serve::Patience patience_of(const httplib::Request& request, const Connection& connection) const {
     int milliseconds = settings_.deadline_ms;
+    if (request.get_header_value_count(kTimeout) > 1) throw BadQuery(std::string("more than one ") + kTimeout);
     if (request.has_header(kTimeout)) {
       const auto text = request.get_header_value(kTimeout);
-      int given = 0;
+      std::uint64_t given = 0;
       const auto [end, failed] = std::from_chars(text.data(), text.data() + text.size(), given);
-      if (end != text.data() + text.size() || failed != std::errc() || given < 1) {
+      const bool huge = failed == std::errc::result_out_of_range;
+      if (end != text.data() + text.size() || (failed != std::errc() && !huge) || (given < 1 && !huge)) {
         throw BadQuery(std::string(kTimeout) + ": " + text + " is not a number of milliseconds");
       }
-      milliseconds = std::min(milliseconds, given);
+      if (!huge) milliseconds = static_cast<int>(std::min<std::uint64_t>(milliseconds, given));
     }
     return {connection.start() + std::chrono::milliseconds(milliseconds), [&connection] { return connection.gone(); }};
   }
@@ -345,9 +349,16 @@ class Service {
   void predict(const httplib::Request& request, httplib::Response& response, const httplib::ContentReader& reader) {
     std::string body;
     auto& connection = *Connection::current();
-    const auto deadline = Clock::now() + std::chrono::seconds(settings_.timeout_s);
-    // After the deadline is taken: what it ends is late. Chunks have lines of their own, of any length.
-    connection.read_body(2 * settings_.max_bytes + zoo_serve::kMostHeaderBytes);
+    zoo_serve::Patience patience;
+    try {
+      patience = patience_of(request, connection);
+    } catch (const BadQuery& error) {
+      refuse(response, 400, error.what());
+      return;
+    }
+    const auto deadline = std::min(Clock::now() + std::chrono::seconds(settings_.timeout_s), patience.deadline);
+    // Chunks have lines of their own, of any length.
+    connection.read_body(2 * settings_.max_bytes + zoo_serve::kMostHeaderBytes, deadline);
     const bool all = reader([&](const char* data, std::size_t size) {
       body.append(data, size);
       return body.size() <= settings_.max_bytes && Clock::now() < deadline;
@@ -365,9 +376,9 @@ class Service {
     try {
       const auto top = wanted(request);
       const bool with_logits = request.get_param_value("logits") == "1";
-      const auto patience = patience_of(request, connection);
       zoo_serve::Batcher::Coming coming(batcher_, patience);
       const auto logits = coming.submit(prepare(body, patience)).get();
+      if (Clock::now() > patience.deadline) throw zoo_serve::Late("the answer came after the deadline");
       reply(response, answer(logits, top, with_logits));
     } catch (const zoo_serve::Busy& error) {
       response.status = 503;
@@ -428,6 +439,8 @@ class Service {
     return text;
   }
 
+  static constexpr auto kEnd = std::chrono::milliseconds(200);  // that an idle server takes to end
+  static constexpr auto kSameSignal = std::chrono::seconds(1);
   static constexpr const char* kTimeout = "X-Request-Timeout-Ms";
 
   Settings settings_;
@@ -462,18 +475,19 @@ int main(int argc, char** argv) {
   app.add_option("--ort-threads", settings.engine.threads, "Threads of ONNX Runtime (default: all cores)")
       ->check(CLI::Range(0, 1024));
   app.add_flag("!--no-measure", settings.engine.measure, "Do not time engines that no machine like this one timed");
-  app.add_option("--max-batch", settings.batch, "Maximum batch size (default: the bundle's optimum)");
+  app.add_option("--max-batch", settings.batch, "Maximum batch size (default: the bundle's optimum)")
+      ->check(CLI::Range(1, 65536));
   app.add_option("--max-wait-us", settings.wait_us, "Maximum microseconds that a request waits for others")
       ->check(CLI::Range(0, 10000000))
       ->capture_default_str();
   app.add_option("--queue", settings.queue, "Maximum number of waiting requests")
-      ->check(CLI::PositiveNumber)
+      ->check(CLI::Range(1, 1000000))
       ->capture_default_str();
   app.add_option("--max-bytes", settings.max_bytes, "Maximum size of a body, in bytes")
-      ->check(CLI::PositiveNumber)
+      ->check(CLI::Range(std::uint64_t{1}, std::uint64_t{1} << 40))
       ->capture_default_str();
   app.add_option("--max-pixels", settings.max_pixels, "Maximum size of an image, in pixels")
-      ->check(CLI::PositiveNumber)
+      ->check(CLI::Range(std::uint64_t{1}, std::uint64_t{1} << 40))
       ->capture_default_str();
   app.add_option("--threads", settings.threads, "Number of connections served at once; more wait")
       ->check(CLI::Range(1, 10000))
@@ -488,7 +502,7 @@ int main(int argc, char** argv) {
       ->check(CLI::Range(1, 3600000))
       ->capture_default_str();
   app.add_option("--timeout", settings.timeout_s, "Seconds in which a client must send its headers, and again its body")
-      ->check(CLI::PositiveNumber)
+      ->check(CLI::Range(1, 3600))
       ->capture_default_str();
   try {
     app.parse(argc, argv);

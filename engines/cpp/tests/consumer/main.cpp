@@ -1,3 +1,4 @@
+#include <exception>
 #include <fstream>
 #include <iostream>
 #include <iterator>
@@ -6,14 +7,18 @@
 #include <export_zoo/postprocess.hpp>
 #include <export_zoo/preprocess.hpp>
 
-int main(int, char** argv) {
+int main(int argc, char** argv) try {
+  if (argc != 3) {
+    std::cerr << "usage: classify BUNDLE IMAGE\n";
+    return 2;
+  }
   const auto engine = export_zoo::Engine::load(argv[1]);  // shared by all threads
   const export_zoo::Preprocessor preprocess(engine.metadata().preprocess);
   auto context = engine.context();  // one per thread
 
   std::ifstream file(argv[2], std::ios::binary);
   if (!file) {
-    std::cerr << argv[2] << ": cannot be read\n";
+    std::cerr << argv[2] << ": cannot be read: give a JPEG or PNG file\n";
     return 1;
   }
   const std::vector<char> jpeg((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
@@ -23,4 +28,7 @@ int main(int, char** argv) {
 
   const auto best = export_zoo::top_k(export_zoo::softmax(logits), 1).front();
   std::cout << "class " << best.index << ", " << 100 * best.score << " %\n";
+} catch (const std::exception& error) {  // export_zoo::Error says what is wrong, and what to do
+  std::cerr << error.what() << '\n';
+  return 1;
 }
