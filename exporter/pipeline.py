@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import NamedTuple
 
 from export_zoo.base.errors import (
     BuilderCrashError,
@@ -17,16 +18,19 @@ from export_zoo.base.errors import (
     TargetRefusalError,
 )
 from export_zoo.base.files import cache_directory
+from export_zoo.base.graph_io import quick_collections
 from export_zoo.base.package import __version__
 from export_zoo.calibration.images import check_folder
 from export_zoo.calibration.ranges import Ranges
 from export_zoo.engines.bundle import manifest
 from export_zoo.engines.bundle.manifest import Engine
+from export_zoo.engines.bundle.reader import HeldOut
 from export_zoo.engines.precision.registry import BASELINE, PRECISIONS
 from export_zoo.engines.targets import registry
 from export_zoo.engines.targets.base import Target
 from export_zoo.exporter import publish
 from export_zoo.exporter.contents import Contents, describe_engine, describe_held_out, describe_recipe
+from export_zoo.exporter.models.spec import ModelSpec
 from export_zoo.exporter.options import ExportOptions
 from export_zoo.exporter.run.cache import StageCache, StageResult
 from export_zoo.exporter.run.context import Context
@@ -34,7 +38,7 @@ from export_zoo.exporter.run.report import Reporter
 from export_zoo.exporter.stages import network
 from export_zoo.exporter.stages import ranges as ranges_stage
 from export_zoo.exporter.stages.build import build, check_graph
-from export_zoo.exporter.stages.images import choose_images
+from export_zoo.exporter.stages.images import ChosenImages, choose_images
 from export_zoo.exporter.stages.network import Exported, Reference, Simplified
 from export_zoo.exporter.stages.tuning.tune import Tuned, tune
 from export_zoo.exporter.stages.verify import judge_engines, name_modules, time_engines
@@ -133,7 +137,19 @@ def _refuse_overlap(ranges: Ranges, reference: StageResult[Reference]) -> None:
         )
 
 
-def _run(context: Context) -> ExportResult:
+class _Prepared(NamedTuple):
+    """What comes from the network: its graph, and eager PyTorch's outputs to compare with."""
+
+    spec: ModelSpec
+    images: ChosenImages
+    targets: list[Target]
+    exported: StageResult[Exported]
+    simplified: StageResult[Simplified]
+    reference: StageResult[Reference]
+    held: HeldOut
+
+
+def _prepare(context: Context) -> _Prepared:
     options = context.options
     publish.check_destination(options.out_dir)
     chosen_targets = registry.choose_for(options.targets, options.build, options.precisions)
@@ -150,9 +166,14 @@ def _run(context: Context) -> ExportResult:
     chosen = choose_images(context, spec)
     exported = network.export_graph(context, spec, model)
     simplified = network.simplify_graph(context, spec, exported)
-    graph = simplified.file(Simplified.GRAPH)
     reference, held = network.run_reference(context, spec, model, chosen)
-    del model  # frees gigabytes that the sessions of the next stages need
+    return _Prepared(spec, chosen, chosen_targets, exported, simplified, reference, held)
+
+
+def _make_bundle(context: Context, prepared: _Prepared) -> ExportResult:
+    options = context.options
+    spec, chosen, chosen_targets, exported, simplified, reference, held = prepared
+    graph = simplified.file(Simplified.GRAPH)
     calibrated: tuple[Path, Ranges] | None = None
     if options.uses_ranges:
         obtain = ranges_stage.calibrate if options.ranges is None else ranges_stage.read_ranges
@@ -253,4 +274,7 @@ def export(options: ExportOptions, *, reporter: Reporter | None = None) -> Expor
     root = cache_directory() if options.cache else None
     reporter = reporter or Reporter()
     with reporter.library_warnings(), StageCache(root) as cache:
-        return _run(Context(options, reporter, cache))
+        context = Context(options, reporter, cache)
+        prepared = _prepare(context)  # without the eager network: the next stages need its gigabytes
+        with nullcontext() if prepared.exported.cached else quick_collections():
+            return _make_bundle(context, prepared)

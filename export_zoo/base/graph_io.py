@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import onnx_ir as ir
@@ -15,22 +19,55 @@ MODULE_KEY = "module"
 """Node metadata key that carries the PyTorch module path (`layer1.0.conv1`)."""
 
 
+_HASHES: dict[tuple[int, ...], str] = {}
+"""Hashes of unchanged files, by device, inode, size and time of the last change: an engine is asked for ten times."""
+_HASHES_MAX = 4096
+_TICK_NS = 50_000_000
+"""Two changes within a tick of the file system's clock may bear the same time, so younger files are read each time."""
+
+
 def sha256_of(path: Path) -> str:
-    """Hex SHA-256 of a file, read in blocks."""
+    """Hex SHA-256 of a file, read in blocks; read once in this process while the file does not change."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
+        status = os.fstat(file.fileno())
+        key = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+        if known := _HASHES.get(key):
+            return known
+        settled = time.time_ns() - status.st_mtime_ns > _TICK_NS
         while block := file.read(1 << 20):
             digest.update(block)
+    if settled:
+        if len(_HASHES) >= _HASHES_MAX:
+            _HASHES.clear()
+        _HASHES[key] = digest.hexdigest()
     return digest.hexdigest()
 
 
 _PILE = 256 << 20
-"""Bytes of loaded graph files after which unused graphs are garbage-collected; that takes half a second."""
+"""Bytes of loaded graph files after which unused graphs are garbage-collected; see `quick_collections`."""
 
 
 class _Pile:
     size = 0
     """Bytes loaded since the last collection."""
+
+
+@contextmanager
+def quick_collections() -> Iterator[None]:
+    """Leave out of garbage collections, meanwhile, what lives now: tracing leaves PyTorch half a million objects.
+
+    A collection then takes milliseconds. Objects that someone else froze stay frozen.
+    """
+    if gc.get_freeze_count():
+        yield
+        return
+    gc.collect()  # else garbage lives on, too
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def load(path: Path) -> ir.Model:

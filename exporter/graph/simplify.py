@@ -49,7 +49,7 @@ class Simplified:
 
 _ONNXSIM = """
 import os, sys
-sys.modules["torch"] = None
+sys.modules["torch"] = sys.modules["sympy"] = None
 import onnx, onnxsim
 source, out = sys.argv[1:]
 model, ok = onnxsim.simplify(source, overwrite_input_shapes={})
@@ -58,7 +58,7 @@ if not ok:
 onnx.save(model, out, save_as_external_data=True, location=os.path.basename(out) + ".data")
 """
 """Runs onnxsim. Its command does the same, and then compares both graphs in a table, which takes three times as long on
-a network of 350 MB. Version 0.8 imports torch for a feature that is not used here, which takes seconds."""
+a network of 350 MB. Version 0.8 imports torch and sympy for features that are not used here, which takes seconds."""
 
 
 def _run_onnxsim(source: Path, out: Path) -> str:
