@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import gc
 import hashlib
 import json
 import os
@@ -25,6 +28,9 @@ if WORKER and hasattr(os, "sched_setaffinity"):
     # Threads of two processes on the same cores wait for each other. Before torch is imported, which counts cores.
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[int(WORKER.removeprefix("gw")) % len(cores)]})
+
+# Large pages for arrays and weights, in processes started from here: for small ones, the kernel takes a tenth of it.
+os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
 
 FIRST = (
     "test_models.py",
@@ -113,6 +119,48 @@ def _short_benchmarks():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bench, "FULL", bench.FULL._replace(seconds=bench.FULL.seconds / 10, rounds_min=2))
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _shared_translations(request: pytest.FixtureRequest):
+    """PyTorch's table of ONNX translations, made once in this process: each export would make it again, in a second."""
+    if not any(item.get_closest_marker("slow") for item in request.session.items):
+        yield  # fast tests need not import torch
+        return
+    from torch.onnx._internal.exporter import _registration
+
+    made = functools.cache(_registration.ONNXRegistry.from_torchlib)
+
+    def copied(_: type, **options: int) -> _registration.ONNXRegistry:
+        registry = copy.copy(made(**options))
+        registry.functions = {target: [*found] for target, found in registry.functions.items()}
+        return registry
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_registration.ONNXRegistry, "from_torchlib", classmethod(copied))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _few_collections():
+    """Garbage collections before large graphs only: with all that the tests import, each takes a second."""
+    from export_zoo.base import graph_io
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(graph_io, "_PILE", 1 << 30)
+        gc.freeze()
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _few_images_beside_opt(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer images at batch sizes other than OPT, which cost more than half of a gate's time.
+
+    Where weights are trained, a gate that allows one image in ten another class needs more images than that.
+    """
+    gate = sys.modules.get("export_zoo.engines.verification.gate")
+    if gate is not None and not {"digits", "digits_bundle"} & set(request.fixturenames):
+        monkeypatch.setattr(gate, "SUBSET", gate.SUBSET // 4)
 
 
 BEFORE_FAULTS = ("export", "simplify", "reference", "calibrate")

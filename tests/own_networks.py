@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from torchvision.models import mnasnet0_5
+from torchvision.models import VisionTransformer, mnasnet0_5
 
 
 def padded(mode: str = "zeros", num_classes: int = 10) -> nn.Module:
@@ -29,6 +29,13 @@ def padded(mode: str = "zeros", num_classes: int = 10) -> nn.Module:
             flat=nn.Flatten(),
             head=nn.Linear(32, num_classes),
         )
+    )
+
+
+def vision_transformer() -> nn.Module:
+    """vit_b_32 with 2 of 12 layers, and a twelfth of its width."""
+    return VisionTransformer(
+        image_size=64, patch_size=32, num_layers=2, num_heads=2, hidden_dim=64, mlp_dim=256, num_classes=10
     )
 
 

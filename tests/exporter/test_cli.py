@@ -20,7 +20,7 @@ from support.options import TUNED_LITTLE
 from support.paths import ROOT
 
 SIZES = ["--num-classes", "10", "--input-size", "32", "--resize-size", "32"]
-RANDOM = ["resnet18", "--weights", "none", *SIZES]
+RANDOM = ["squeezenet1_1", "--weights", "none", *SIZES]
 """The cheapest export: made once, from the cache after that."""
 
 HEAVY = {"torch", "torchvision", "onnxruntime", "onnx_ir", "onnx", "onnxsim"}
@@ -88,7 +88,7 @@ def _tree(directory: Path) -> dict[str, str]:
 
 
 def test_export_and_its_alias_do_the_same_with_options_on_either_side(cli, tmp_path):
-    forms = [["export", *RANDOM], RANDOM, [*RANDOM[1:], "resnet18"], ["export", *RANDOM[1:], "resnet18"]]
+    forms = [["export", *RANDOM], RANDOM, [*RANDOM[1:], RANDOM[0]], ["export", *RANDOM[1:], RANDOM[0]]]
     recipes = []
     for index, form in enumerate(forms):
         done = cli(*form, "--out", tmp_path / str(index))
@@ -104,7 +104,7 @@ def test_export_and_its_alias_do_the_same_with_options_on_either_side(cli, tmp_p
 def test_the_bundle_is_named_after_the_model_where_no_out_is_given(cli, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert cli(*RANDOM).code == 0
-    assert (tmp_path / "resnet18.bundle" / "manifest.json").is_file()
+    assert (tmp_path / f"{RANDOM[0]}.bundle" / "manifest.json").is_file()
 
 
 @pytest.mark.parametrize(
@@ -1103,7 +1103,7 @@ def test_quiet_shows_warnings_and_errors_only(command, code, cli, tmp_path):
     assert done.out == ""
     for line in done.err.splitlines():
         assert line.startswith(("warning: ", "error: ", "  next: ")), line
-    assert ("warning: " in done.err) == (command[0] in ("resnet18", "verify"))  # the weights are random
+    assert ("warning: " in done.err) == (command[0] in (RANDOM[0], "verify"))  # the weights are random
 
 
 # -- list -----------------------------------------------------------------------------------------------------------

@@ -23,17 +23,18 @@ SIZES = {
     "vit_b_32": 64,
 }
 
-COMPILED = ("densenet121", "mobilenet_v2", "resnet18", "squeezenet1_1", "vit_b_32")
-"""Those that TensorRT-RTX compiles, too: of large networks it takes minutes, and `make demo` does resnet50."""
+COMPILED = ("densenet121", "mobilenet_v2", "resnet18", "squeezenet1_1")
+"""Those that TensorRT-RTX compiles, too: of large networks it takes minutes. `make demo` does resnet50, and
+test_own_models.py a small vision transformer."""
 
 LARGE = ("alexnet", "vgg11_bn", "vit_b_32")
-"""Those whose runs take as long as reading their weights: one image at a time takes half of the test."""
+"""Those whose runs take as long as reading their weights: many images at a time, never one."""
 
 
 @pytest.mark.parametrize("model", sorted(SIZES))
 def test_model_reaches_a_verified_bundle(model, cli, photos, tmp_path):
     arguments = [model, "--weights", "none", "--input-size", str(SIZES[model])]
-    arguments += ["--batch", "4:8:8" if model in LARGE else "1:4:8"]
+    arguments += ["--batch", "4:32:32" if model in LARGE else "1:4:8"]
     built = ["onnxruntime"]
     if model in COMPILED and not TARGETS["tensorrt-rtx"].unavailable:
         built.append("tensorrt-rtx")
@@ -47,7 +48,7 @@ def test_model_reaches_a_verified_bundle(model, cli, photos, tmp_path):
         for target in built
         for precision in PRECISIONS
     }
-    checked = cli("verify", tmp_path / "out")
+    checked = cli("verify", tmp_path / "out", "--no-latency")
     assert checked.code == 0, checked.err
 
 

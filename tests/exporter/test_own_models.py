@@ -19,7 +19,7 @@ import pytest
 import torch
 from own_networks import Pixels, TwoHeads, padded
 from safetensors.torch import save_file
-from support.options import UNTUNED
+from support.options import PREPROCESS_FILE, UNTUNED
 from support.paths import ROOT
 
 import export_zoo
@@ -35,21 +35,13 @@ from export_zoo.exporter.models.preprocessing import PreprocessFile, main, read_
 from export_zoo.exporter.options import ExportOptions
 
 NETWORKS = ROOT / "tests" / "own_networks.py"
-PREPROCESS = {
-    "resize_size": 72,
-    "crop_height": 64,
-    "crop_width": 64,
-    "interpolation": "bilinear",
-    "mean": [0.5, 0.4, 0.3],
-    "std": [0.25, 0.25, 0.25],
-}
 SMALL = ["--weights", "none", "--verify-images", "32", "--batch", "1:2:3"]
 
 
 @pytest.fixture
 def preprocess(tmp_path: Path) -> Path:
     path = tmp_path / "preprocess.json"
-    path.write_text(json.dumps(PREPROCESS))
+    path.write_text(json.dumps(PREPROCESS_FILE))
     return path
 
 
@@ -60,12 +52,16 @@ def resolved(function: str, preprocess: Path, **given):
 INT8 = ["--precision", "fp32", "--precision", "fp16", "--precision", "int8"]
 
 
-@pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
-def test_padding_modes_pooling_groups_and_dilation_end_verified(cli, photos, preprocess, tmp_path, mode):
+@pytest.mark.parametrize(
+    "network", ["padded zeros", "padded reflect", "padded replicate", "padded circular", "vision_transformer"]
+)
+def test_networks_end_verified_and_compiled(cli, photos, preprocess, tmp_path, network):
+    """Padding modes, pooling, groups and dilation; attention as torchvision's vit_b_32 has it."""
+    name, _, mode = network.partition(" ")
     done = cli(
-        *(f"{NETWORKS}:padded", *SMALL, *INT8, "--calib", photos, "--preprocess", preprocess),
-        *("--model-arg", f"mode={mode}", "--target", "onnxruntime", "--target", "tensorrt-rtx"),
-        *("--out", tmp_path / "b.bundle"),
+        *(f"{NETWORKS}:{name}", *SMALL, *INT8, "--calib", photos, "--preprocess", preprocess),
+        *(("--model-arg", f"mode={mode}") if mode else ()),
+        *("--target", "onnxruntime", "--target", "tensorrt-rtx", "--out", tmp_path / "b.bundle"),
     )
     assert done.code == 0, done.json["error"]
     states = {engine["name"]: engine["state"] for engine in done.json["engines"]}
@@ -648,7 +644,7 @@ def test_eager_and_engine_agree_on_the_names_of_outputs(preprocess):
 def test_a_preprocessing_file_is_json_or_yaml_and_may_hold_labels(preprocess, tmp_path):
     as_json, none = read_preprocess(preprocess)
     path = tmp_path / "p.yaml"
-    lines = "".join(f"{key}: {json.dumps(value)}\n" for key, value in PREPROCESS.items())
+    lines = "".join(f"{key}: {json.dumps(value)}\n" for key, value in PREPROCESS_FILE.items())
     path.write_text(lines + "labels: [cat, dog]\n")
     as_yaml, labels = read_preprocess(path)
     assert as_json.model_dump(exclude={"source"}) == as_yaml.model_dump(exclude={"source"})
@@ -658,7 +654,7 @@ def test_a_preprocessing_file_is_json_or_yaml_and_may_hold_labels(preprocess, tm
 
 def test_labels_of_the_file_reach_the_bundle_and_must_fit(cli, tmp_path):
     path = tmp_path / "p.json"
-    path.write_text(json.dumps({**PREPROCESS, "labels": list("abcdefg")}))
+    path.write_text(json.dumps({**PREPROCESS_FILE, "labels": list("abcdefg")}))
     done = cli(f"{NETWORKS}:Registered", *SMALL, "--preprocess", path, "--out", tmp_path / "b.bundle")
     assert done.code == 0, done.json["error"]
     assert read_manifest(tmp_path / "b.bundle").recipe.labels == list("abcdefg")
@@ -683,7 +679,7 @@ def test_labels_of_the_file_reach_the_bundle_and_must_fit(cli, tmp_path):
 )
 def test_a_preprocessing_file_that_says_something_else_is_refused(tmp_path, change, message):
     path = tmp_path / "p.json"
-    path.write_text(json.dumps({k: v for k, v in {**PREPROCESS, **change}.items() if v is not None}))
+    path.write_text(json.dumps({k: v for k, v in {**PREPROCESS_FILE, **change}.items() if v is not None}))
     with pytest.raises(BadInputError, match=f"--preprocess .*p.json: {message}") as error:
         read_preprocess(path)
     assert "docs/usage.md" in error.value.hint
@@ -714,5 +710,5 @@ def test_the_published_schema_is_that_of_the_code(capsys):
     assert json.loads(schema.read_text()) == json.loads(capsys.readouterr().out)
     import jsonschema
 
-    jsonschema.validate(PREPROCESS, json.loads(schema.read_text()))
-    assert PreprocessFile.model_validate(PREPROCESS).labels == []
+    jsonschema.validate(PREPROCESS_FILE, json.loads(schema.read_text()))
+    assert PreprocessFile.model_validate(PREPROCESS_FILE).labels == []

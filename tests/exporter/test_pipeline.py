@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.options import TUNED_LITTLE, UNTUNED
+from support.options import PREPROCESS_FILE, TUNED_LITTLE, UNTUNED
+from support.paths import ROOT
 
 import export_zoo
 from export_zoo.engines.targets.registry import TARGETS
@@ -34,7 +35,7 @@ def test_fp32_fp16_and_int8_are_verified_against_eager(digits, cli, tmp_path):
 
 def test_second_run_is_cached_and_makes_the_same_graphs(digits, cli, tmp_path):
     arguments = [*digits.arguments("squeezenet1_1"), "--precision", "int8", "--calib", digits.images]
-    arguments += ["--calib-images", "64"]
+    arguments += ["--calib-images", "64", *TUNED_LITTLE]
     first = cli(*arguments, "--out", tmp_path / "a")
     second = cli(*arguments, "--out", tmp_path / "b")
     fresh = cli(*arguments, "--out", tmp_path / "c", "--no-cache")
@@ -411,14 +412,29 @@ def test_synthetic_images_are_used_and_named_where_no_folder_is_given(digits, cl
     assert any("synthetic" in warning for warning in done.json["warnings"])
 
 
-def test_two_runs_side_by_side_on_one_cache_are_both_right(digits, tmp_path):
+def test_two_runs_side_by_side_on_one_cache_are_both_right(photos, tmp_path):
     import os
     import subprocess
     import sys
 
     environment = {**os.environ, "EXPORT_ZOO_CACHE": str(tmp_path / "cache")}
-    command = [sys.executable, "-m", "export_zoo", *digits.arguments("squeezenet1_1"), "--precision", "int8"]
-    command += ["--calib", str(digits.images), "--calib-images", "64", *TUNED_LITTLE]
+    (tmp_path / "preprocess.json").write_text(json.dumps(PREPROCESS_FILE))
+    command = [
+        sys.executable,
+        "-m",
+        "export_zoo",
+        f"{ROOT}/tests/own_networks.py:padded",
+        "--weights",
+        "none",
+    ]
+    command += [
+        "--preprocess",
+        str(tmp_path / "preprocess.json"),
+        "--precision",
+        "int8",
+        "--calib",
+        str(photos),
+    ]
     runs = [
         subprocess.Popen([*command, "--out", str(tmp_path / name)], env=environment, stderr=subprocess.PIPE)
         for name in "ab"
@@ -446,7 +462,8 @@ def test_graphs_above_the_size_limit_keep_their_weights_beside_them(
     arguments = [*digits.arguments("squeezenet1_1"), "--precision", "fp32", "--precision", "int8"]
     arguments += ["--calib", digits.images, "--calib-images", "64"]
     monkeypatch.setenv("EXPORT_ZOO_CACHE", str(tmp_path / "cache"))
-    done = cli(*arguments, "--out", out, *(["--no-cache"] if cache == "none" else []))
+    # Each step of the tuning once.
+    done = cli(*arguments, "--out", out, *(["--no-cache", *TUNED_LITTLE] if cache == "none" else []))
     assert done.code == 0, done.err
     weights = {f["path"] for e in done.json["engines"] for f in e["external_data"]}
     assert len(weights) == 2

@@ -1,5 +1,15 @@
 """Options of exports that several tests give."""
 
+PREPROCESS_FILE = {
+    "resize_size": 72,
+    "crop_height": 64,
+    "crop_width": 64,
+    "interpolation": "bilinear",
+    "mean": [0.5, 0.4, 0.3],
+    "std": [0.25, 0.25, 0.25],
+}
+"""Contents of a file for --preprocess, for networks of our own."""
+
 UNTUNED = ("--steps", "none", "--method", "minmax")
 """INT8 as it is calibrated."""
 
