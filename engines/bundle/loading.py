@@ -16,7 +16,7 @@ from export_zoo.calibration.preprocess import normalize, read_pixels
 from export_zoo.engines.bundle import local_latencies
 from export_zoo.engines.bundle import manifest as m
 from export_zoo.engines.bundle.bench import BRIEF, run_in_turn
-from export_zoo.engines.bundle.reader import attestations, checked, named, read_manifest
+from export_zoo.engines.bundle.reader import attestations, check_weights, checked, named, read_manifest
 from export_zoo.engines.bundle.selection import Speeds, fastest_first, not_verified, speeds, standing
 from export_zoo.engines.precision.registry import PRECISIONS
 from export_zoo.engines.targets.base import Opening
@@ -46,6 +46,8 @@ class LoadedEngine:
             externals += engine.graph_external_data
         for external in externals:
             checked(bundle, external)
+        if graph is not None or engine.graph is None:
+            check_weights(bundle, *engine.precision_graph())
         self.manifest = manifest
         self.name = engine.name
         self.state = state

@@ -382,6 +382,10 @@ class Engine(_Model):
             return self.saturating_cpu_session
         return {"session.x64quantprecision": "1"} if PRECISIONS[self.precision].integer_sums else {}
 
+    def precision_graph(self) -> tuple[File, list[File]]:
+        """The ONNX file that the engine is, or was built from, and the files with its weights, if they exceed 2 GiB."""
+        return (self.graph, self.graph_external_data) if self.graph else (self.file, self.external_data)
+
     @property
     def without_weights(self) -> bool:
         """Whether the engine's file has no weights. Then the weights come from its graph."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import numpy.typing as npt
 from pydantic import ValidationError
 
 from export_zoo.base.errors import BadInputError, first_of
-from export_zoo.base.graph_io import sha256_of
+from export_zoo.base.graph_io import external_files, sha256_of
 from export_zoo.calibration.preprocess import Pixels
 from export_zoo.engines.bundle import manifest as m
 from export_zoo.engines.parity.outputs import sampled_shape
@@ -81,6 +83,35 @@ def checked(bundle: Path, file: m.File) -> Path:
             hint="the copy is damaged or was edited: copy or export the bundle again",
         )
     return path
+
+
+def check_files(bundle: Path, manifest: m.Manifest) -> None:
+    """Check all of a bundle's files, and that its graphs have weights in no others.
+
+    Raises:
+        BadInputError: see `checked` and `check_weights`.
+    """
+    for file in manifest.files():
+        checked(bundle, file)
+    check_weights(bundle, manifest.recipe.graph, manifest.recipe.external_data)
+    for engine in manifest.artifacts.engines:
+        check_weights(bundle, *engine.precision_graph())
+
+
+def check_weights(bundle: Path, graph: m.File, beside: Sequence[m.File]) -> None:
+    """Check that a graph has weights only in itself and in `beside`: other files have no checksum.
+
+    Raises:
+        BadInputError: it has some in another file.
+    """
+    path = bundle / graph.path
+    listed = {os.path.normpath(bundle / file.path) for file in beside}
+    for file in external_files(path):
+        if os.path.normpath(file) not in listed:
+            raise BadInputError(
+                f"{path}: has weights in {file.name!r}, which the manifest does not list",
+                hint="export the bundle again",
+            )
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from export_zoo.base.errors import (
     UsageError,
 )
 from export_zoo.engines.bundle import manifest as m
-from export_zoo.engines.bundle.reader import attestations, checked, named, read_manifest
+from export_zoo.engines.bundle.reader import attestations, check_weights, checked, named, read_manifest
 from export_zoo.engines.bundle.selection import fastest_first, not_verified, speeds, standing
 from export_zoo.engines.precision.int8.saturation.pairs import saturating_layers
 from export_zoo.engines.precision.int8.saturation.unsigned import unsigned_weights
@@ -199,6 +199,8 @@ def write_repository(
     files = {model_file: checked(bundle, chosen.file)}
     # External weights of an ONNX file keep their file name, because the ONNX file refers to it.
     files |= {Path(file.path).name: checked(bundle, file) for file in chosen.external_data}
+    if chosen.graph is None:
+        check_weights(bundle, *chosen.precision_graph())
     rewritten = _for_cpus(bundle, chosen, files[model_file], cpu_graph)
     described = {"config.pbtxt": config(manifest, chosen, name, delay_us=delay_us)}
     if manifest.recipe.labels:

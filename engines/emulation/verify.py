@@ -13,7 +13,7 @@ from export_zoo.base.errors import TargetUnavailableError
 from export_zoo.base.machine import cpu_model, library_versions
 from export_zoo.calibration.images import Progress
 from export_zoo.engines.bundle import manifest as m
-from export_zoo.engines.bundle.reader import HeldOut, checked, held_out, read_manifest
+from export_zoo.engines.bundle.reader import HeldOut, check_files, held_out, read_manifest
 from export_zoo.engines.emulation.cpus import Cpu
 from export_zoo.engines.emulation.engine import Emulated, EmulatedEngine
 from export_zoo.engines.parity.tasks import headline
@@ -128,8 +128,7 @@ def verify_on(
             f"{root}: --cpu {cpu.name}: the bundle has no engine of onnxruntime",
             hint="export with --target onnxruntime",
         )
-    for file in manifest.files():
-        checked(root, file)
+    check_files(root, manifest)
     everything = held_out(root, manifest)
     gates: dict[str, m.Gate] = {}
     beside: dict[str, m.HostFigures] = {}

@@ -19,7 +19,14 @@ from export_zoo.base.machine import cpu_model, instruction_set, library_versions
 from export_zoo.calibration.images import Progress
 from export_zoo.calibration.preprocess import Pixels
 from export_zoo.engines.bundle import manifest as m
-from export_zoo.engines.bundle.reader import ATTESTATIONS, MANIFEST, HeldOut, checked, held_out, read_manifest
+from export_zoo.engines.bundle.reader import (
+    ATTESTATIONS,
+    MANIFEST,
+    HeldOut,
+    check_files,
+    held_out,
+    read_manifest,
+)
 from export_zoo.engines.precision.int8.saturation.pairs import saturating_layers
 from export_zoo.engines.precision.int8.saturation.probe import saturates
 from export_zoo.engines.precision.registry import BASELINE, PRECISIONS
@@ -126,8 +133,7 @@ def verify(
     """
     root = Path(bundle)
     manifest = read_manifest(root)
-    for file in manifest.files():
-        checked(root, file)
+    check_files(root, manifest)
     held = held_out(root, manifest)
     warnings = [f"{name}: not run, this version does not know it" for name in manifest.unknown_engines]
     gates: dict[str, m.Gate] = {}

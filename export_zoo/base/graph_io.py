@@ -122,12 +122,24 @@ def save(model: ir.Model, path: Path, *, external_threshold: int | None = None) 
     return [path, data]
 
 
+def _tensors(model: ir.Model) -> Iterator[ir.TensorProtocol | None]:
+    """All tensors of a model: initializers of its graphs, and attributes of its nodes."""
+    for graph in (model.graph, *model.graph.subgraphs()):
+        yield from (value.const_value for value in graph.initializers.values())
+    roots: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+    for root in roots:
+        for node in ir.traversal.RecursiveGraphIterator(root):
+            for attribute in node.attributes.values():
+                if attribute.type == ir.AttributeType.TENSOR:
+                    yield attribute.as_tensor()
+                elif attribute.type == ir.AttributeType.TENSORS:
+                    yield from attribute.as_tensors()
+
+
 def external_files(path: Path) -> list[Path]:
     """The external data files that a graph refers to, in order of name."""
     names = {
-        str(value.const_value.location)
-        for value in ir.load(path).graph.initializers.values()
-        if isinstance(value.const_value, ir.ExternalTensor)
+        str(tensor.location) for tensor in _tensors(ir.load(path)) if isinstance(tensor, ir.ExternalTensor)
     }
     return [path.parent / name for name in sorted(names)]
 

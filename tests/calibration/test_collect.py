@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 import shutil
 import subprocess
 import sys
+import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -643,3 +646,35 @@ def test_sha256_of_is_that_of_the_whole_file(tmp_path, size):
     data = np.random.default_rng(size).bytes(size)
     (tmp_path / "file").write_bytes(data)
     assert graph_io.sha256_of(tmp_path / "file") == hashlib.sha256(data).hexdigest()
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_sha256_of_reads_a_file_again_only_if_it_changed(tmp_path, old, monkeypatch):
+    """A file that was just written may change without showing it: the file system's clock ticks."""
+    if not old:
+        monkeypatch.setattr(graph_io, "_TICK_NS", 10**12)
+    path = tmp_path / "file"
+    for data in (b"one", b"two"):
+        path.write_bytes(data)
+        time.sleep(0.1)
+        assert graph_io.sha256_of(path) == hashlib.sha256(data).hexdigest()
+    monkeypatch.setattr(graph_io, "_HASHES", dict.fromkeys(graph_io._HASHES, "known"))
+    assert (graph_io.sha256_of(path) == "known") == old
+
+
+def test_collections_leave_out_what_lived_before_and_free_the_rest(monkeypatch):
+    class Cycle:
+        def __init__(self) -> None:
+            self.own = self
+
+    monkeypatch.setattr(gc, "get_freeze_count", lambda: 0)  # the tests freeze what they import
+    before, after = Cycle(), Cycle()
+    gone = [weakref.ref(before), weakref.ref(after)]
+    with graph_io.quick_collections():
+        after = Cycle()
+        gone.append(weakref.ref(after))
+        del before, after
+        gc.collect()
+        assert [found() is None for found in gone] == [False, False, True]
+    gc.collect()
+    assert [found() is None for found in gone] == [True, True, True]

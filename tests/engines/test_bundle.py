@@ -71,6 +71,36 @@ def test_engine_gives_the_held_out_logits(digits_bundle, name, sqnr):
     assert found.top1 > 0.9
 
 
+@pytest.mark.parametrize("where", ["initializer", "attribute"])
+def test_weights_in_files_that_the_manifest_does_not_list_are_refused(bundle, where):
+    def promise(document):
+        document["artifacts"]["engines"][0]["file"] |= {
+            "sha256": sha256_of(path),
+            "size_bytes": path.stat().st_size,
+        }
+
+    path = bundle / read_manifest(bundle).artifacts.engines[0].file.path
+    model = onnx.load(path)
+    if where == "attribute":
+        tensor = onnx.helper.make_tensor(
+            "c", onnx.TensorProto.FLOAT, [1], np.zeros(1, np.float32).tobytes(), raw=True
+        )
+        model.graph.node.append(onnx.helper.make_node("Constant", [], ["unused"], value=tensor))
+        tensor = model.graph.node[-1].attribute[0].t
+    else:
+        tensor = next(t for t in model.graph.initializer if len(t.dims) == 4)
+    (path.parent / "other.bin").write_bytes(tensor.raw_data)
+    onnx.external_data_helper.set_external_data(tensor, "other.bin")
+    tensor.ClearField("raw_data")
+    path.write_bytes(model.SerializeToString())
+    _edit(bundle, promise)
+    for action in (lambda: export_zoo.load(bundle, engine="onnxruntime-fp32"), lambda: verify(bundle)):
+        with pytest.raises(
+            BadInputError, match=r"has weights in 'other.bin', which the manifest does not list"
+        ):
+            action()
+
+
 def test_a_bundle_can_be_loaded_by_a_string(digits_bundle):
     assert export_zoo.load(str(digits_bundle)).run(np.zeros((1, 3, 32, 32), dtype=np.float32)).shape == (
         1,

@@ -5,6 +5,9 @@
 #include <map>
 #include <optional>
 #include <random>
+#include <set>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include <export_zoo/error.hpp>
@@ -13,6 +16,7 @@
 #include "backend.hpp"
 #include "local_latencies.hpp"
 #include "manifest.hpp"
+#include "onnx_weights.hpp"
 #include "selection.hpp"
 #include "targets.hpp"
 
@@ -101,10 +105,30 @@ std::vector<std::size_t> loadable(const std::filesystem::path& bundle, const Met
                                            : ": choose another engine"));
 }
 
+// Files that the manifest does not list have no checksum: anything may be in them.
+void check_weights(const std::filesystem::path& bundle, const std::filesystem::path& graph,
+                   const std::vector<detail::File>& beside) {
+  std::set<std::string> names;
+  try {
+    names = detail::weight_files(graph);
+  } catch (const std::runtime_error& error) {
+    throw Error(ErrorCode::bundle, graph.string() + ' ' + error.what() + ": export the bundle again");
+  }
+  for (const auto& name : names) {
+    const auto wanted = (graph.parent_path() / name).lexically_normal();
+    const auto is_it = [&](const detail::File& file) { return (bundle / file.path).lexically_normal() == wanted; };
+    if (std::none_of(beside.begin(), beside.end(), is_it)) {
+      throw Error(ErrorCode::bundle, graph.string() + ": has weights in '" + name +
+                                         "', which the manifest does not list: export the bundle again");
+    }
+  }
+}
+
 std::unique_ptr<detail::Backend> open(const std::filesystem::path& bundle, const detail::EngineFiles& files,
                                       const EngineInfo& info, const Metadata& metadata, const Options& options) {
   for (const auto& file : files.beside) detail::checked(bundle, file);
   const auto path = detail::checked(bundle, files.engine);
+  if (!detail::target_of(info).on_gpu) check_weights(bundle, path, files.beside);
   return detail::target_of(info).open(path, info, metadata, options);
 }
 

@@ -602,6 +602,25 @@ TEST_F(Engine, WhoseGraphHasAFixedBatchIsRefused) {
   EXPECT_THAT(message, HasSubstr("not those of the manifest"));
 }
 
+TEST_F(Engine, TakesWeightsOnlyFromFilesOfTheManifest) {
+  const auto bundle = copy();
+  const auto file = [&](const std::string& name) {
+    fs::copy(bundles() / name, bundle / "files" / name);
+    return nlohmann::json{{"path", "files/" + name},
+                          {"sha256", support::sha256(bundles() / name)},
+                          {"size_bytes", fs::file_size(bundles() / name)}};
+  };
+  const auto weights = file("external.bin");
+  change(bundle, "/artifacts/engines/0/file", file("external.onnx"));
+  ez::Options options;
+  options.engine = "onnxruntime-fp32";
+  const auto [code, message] = error_of([&] { static_cast<void>(ez::Engine::load(bundle, options)); });
+  EXPECT_EQ(code, ez::ErrorCode::bundle);
+  EXPECT_THAT(message, HasSubstr("'external.bin', which the manifest does not list"));
+  change(bundle, "/artifacts/engines/0/external_data", nlohmann::json::array({weights}));
+  EXPECT_NO_THROW(static_cast<void>(ez::Engine::load(bundle, options)));
+}
+
 TEST_F(Engine, RefusesThreadsThatCannotBe) {
   ez::Options options;
   for (const int threads : {-1, 100000}) {

@@ -151,6 +151,13 @@ def write_fixed_batch(out: Path) -> None:
     onnx.save(model, out / "fixed-batch.onnx")
 
 
+def write_external_weights(out: Path) -> None:
+    """DIR/external.onnx: the FP32 engine of DIR/resnet18.bundle, with its weights in DIR/external.bin."""
+    model = onnx.load(fp32_graph(out / "resnet18.bundle"))
+    (out / "external.bin").unlink(missing_ok=True)  # onnx appends
+    onnx.save(model, out / "external.onnx", save_as_external_data=True, location="external.bin")
+
+
 def write_dynamic(out: Path, paths: list[Path]) -> None:
     bundle = out / "dynamic.bundle"
     export(out, "squeezenet1_1", bundle, dynamic_size=SizeRange.parse("48:64:96"))
@@ -183,6 +190,7 @@ def main() -> None:
     write_dynamic(out, paths)
     write_heads(out, paths)
     write_fixed_batch(out)
+    write_external_weights(out)
     _, attestation = verify(out / f"{MODELS[0]}.bundle")
     assert attestation is not None
     attestation.replace(out / "attestation.json")
