@@ -125,6 +125,8 @@ class Reporter:
                 self.warn(f"{_origin(filename)}: {' '.join(str(message).split())}")
 
         with warnings.catch_warnings():
+            if any(action == "error" for action, *_ in warnings.filters):
+                warnings.simplefilter("default")  # PYTHONWARNINGS=error is not meant to end an export
             warnings.showwarning = show  # type: ignore[assignment]
             yield
 

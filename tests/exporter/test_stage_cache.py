@@ -156,7 +156,11 @@ def test_the_code_digest_changes_with_any_source_file(tmp_path):
         return code_digest(copy / "export_zoo")
 
     def append(path: str):
-        return lambda copy: (copy / path).open("a").write("# changed\n")
+        def change(copy: Path) -> None:
+            with (copy / path).open("a") as file:
+                file.write("# changed\n")
+
+        return change
 
     digests = [
         of_copy("unchanged"),
