@@ -102,11 +102,15 @@ def check_weights(bundle: Path, graph: m.File, beside: Sequence[m.File]) -> None
     """Check that a graph has weights only in itself and in `beside`: other files have no checksum.
 
     Raises:
-        BadInputError: it has some in another file.
+        BadInputError: it has some in another file, or is no ONNX file.
     """
     path = bundle / graph.path
     listed = {os.path.normpath(bundle / file.path) for file in beside}
-    for file in external_files(path):
+    try:
+        found = external_files(path)
+    except Exception as error:  # protobuf and onnx_ir raise many types
+        raise BadInputError(f"{path}: is no ONNX file: {error}", hint="export the bundle again") from error
+    for file in found:
         if os.path.normpath(file) not in listed:
             raise BadInputError(
                 f"{path}: has weights in {file.name!r}, which the manifest does not list",

@@ -20,7 +20,8 @@ from export_zoo.engines.parity.tasks import headline
 from export_zoo.engines.precision.registry import PRECISIONS
 from export_zoo.engines.targets.base import Opening, Runner
 from export_zoo.engines.targets.registry import TARGETS
-from export_zoo.engines.verification.gate import MIN_LABELLED, SUBSET, judge
+from export_zoo.engines.verification import gate as parity_gate
+from export_zoo.engines.verification.gate import MIN_LABELLED, judge
 from export_zoo.engines.verification.verify import attested, plain_outputs, with_claim, write_attestation
 
 Float32Array = npt.NDArray[np.float32]
@@ -93,7 +94,7 @@ def _tolerances(engine: m.Engine, images: int) -> dict[str, float]:
     limits = dict(engine.gate.tolerances)
     if images < MIN_LABELLED:
         limits = {metric: value for metric, value in limits.items() if "accuracy" not in metric}
-    if images < SUBSET:
+    if images < parity_gate.SUBSET:
         limits = {metric: value for metric, value in limits.items() if metric not in _COUNTS}
     if images < _MIN_MISPLACED:
         limits.pop("misplaced", None)

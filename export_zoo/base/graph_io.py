@@ -22,8 +22,9 @@ MODULE_KEY = "module"
 _HASHES: dict[tuple[int, ...], str] = {}
 """Hashes of unchanged files, by device, inode, size and time of the last change: an engine is asked for ten times."""
 _HASHES_MAX = 4096
-_TICK_NS = 50_000_000
-"""Two changes within a tick of the file system's clock may bear the same time, so younger files are read each time."""
+_TICK_NS = 2_000_000_000
+"""Two changes within a tick of the file system's clock (FAT: two seconds) may bear the same time, so younger files are
+read each time."""
 
 
 def sha256_of(path: Path) -> str:

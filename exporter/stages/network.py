@@ -22,7 +22,7 @@ from export_zoo.engines.bundle.reader import HeldOut
 from export_zoo.engines.parity.checked_sizes import Size, sizes_to_check
 from export_zoo.engines.parity.metrics import check_reference
 from export_zoo.engines.parity.outputs import as_rows
-from export_zoo.engines.verification.gate import SUBSET
+from export_zoo.engines.verification import gate
 from export_zoo.exporter.run.cache import StageResult
 from export_zoo.exporter.run.context import IMAGE_BATCH, Context
 from export_zoo.exporter.stages.images import SYNTHETIC_IMAGES, ChosenImages
@@ -307,9 +307,9 @@ def run_reference(
         for height, width in _further_sizes(spec):
             there = p.at_size(height, width)
             if stream is None:
-                pixels = synthetic.synthetic_images(SUBSET, there, spec.seed + 2)
+                pixels = synthetic.synthetic_images(gate.SUBSET, there, spec.seed + 2)
             else:
-                pixels = ImageStream(stream.images[:SUBSET], there, IMAGE_BATCH, stream.root).all()
+                pixels = ImageStream(stream.images[: gate.SUBSET], there, IMAGE_BATCH, stream.root).all()
             np.save(directory / Reference.file("inputs", (height, width)), pixels)
             outputs = eager_outputs(model.built[0], pixels, there)
             for name, output in zip(reference_files(spec), outputs, strict=True):

@@ -717,10 +717,20 @@ def test_held_out_arrays_that_are_not_as_described_are_refused_by_name(bundle, s
         verify(bundle)
 
 
-def test_engine_that_does_not_load_is_refused_by_name(bundle):
-    _replace(bundle, _engine, b"no graph")
+def _of_unknown_operators() -> bytes:
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Nonsense", [], ["y"])], "main", [], [])
+    return onnx.helper.make_model(graph).SerializeToString()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"no graph", "is no ONNX file"), (_of_unknown_operators(), "ONNX Runtime .* cannot load it")],
+    ids=["nonsense", "unknown operator"],
+)
+def test_engine_that_does_not_load_is_refused_by_name(bundle, content, message):
+    _replace(bundle, _engine, content)
     for use in (verify, lambda place: export_zoo.load(place, engine="onnxruntime-int8")):
-        with pytest.raises(BadInputError, match=r"int8\.\w+\.onnx: ONNX Runtime .* cannot load it"):
+        with pytest.raises(BadInputError, match=rf"int8\.\w+\.onnx: {message}"):
             use(bundle)
 
 

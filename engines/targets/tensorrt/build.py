@@ -86,20 +86,20 @@ def _worker(
     request: dict[str, Any], steps: Steps
 ) -> tuple[dict[str, Any], Counter[str], list[str], int, str]:
     """Run the builder's process. Returns its last event, warnings, logged errors, exit code and end of stderr."""
+    pipe = subprocess.PIPE
     with tempfile.TemporaryFile() as stderr:
-        process = subprocess.Popen(
-            WORKER, cwd=IMPORT_ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True
-        )
-        try:
-            assert process.stdin is not None
-            assert process.stdout is not None
-            with process.stdin:
-                process.stdin.write(json.dumps(request))
-            final, warnings, logged = _follow(process.stdout, steps)
-            code = process.wait()
-        finally:
-            process.kill()
-            process.wait()
+        with subprocess.Popen(
+            WORKER, cwd=IMPORT_ROOT, stdin=pipe, stdout=pipe, stderr=stderr, text=True
+        ) as process:
+            try:
+                assert process.stdin is not None
+                assert process.stdout is not None
+                with process.stdin:
+                    process.stdin.write(json.dumps(request))
+                final, warnings, logged = _follow(process.stdout, steps)
+                code = process.wait()
+            finally:
+                process.kill()
         stderr.seek(0)
         tail = " ".join(stderr.read().decode(errors="replace").strip().splitlines()[-2:])
     return final, warnings, logged, code, tail
