@@ -91,11 +91,11 @@ constexpr std::string_view kXmp("http://ns.adobe.com/xap/1.0/\0", 29);
 // The whole file lies in memory, so the views stay valid.
 boolean note_segment(j_decompress_ptr info) {
   auto& source = *info->src;
-  const auto* bytes = reinterpret_cast<const char*>(source.next_input_byte);
+  const auto* bytes = source.next_input_byte;
   if (source.bytes_in_buffer < 2) return no_more(info);
-  const std::size_t size = std::max(2, static_cast<std::uint8_t>(bytes[0]) << 8 | static_cast<std::uint8_t>(bytes[1]));
+  const auto size = std::max(std::size_t{2}, std::size_t{bytes[0]} << 8 | bytes[1]);
   if (size > source.bytes_in_buffer) return no_more(info);
-  const std::string_view data(bytes + 2, size - 2);
+  const std::string_view data(reinterpret_cast<const char*>(bytes) + 2, size - 2);
   auto& segments = static_cast<Jpeg*>(info->client_data)->segments;
   if (data.starts_with(kExif) && segments.exifs < segments.exif.size()) {
     segments.exif[segments.exifs++] = data.substr(kExif.size());

@@ -104,7 +104,7 @@ std::vector<std::uint8_t> without_pixels(std::span<const std::uint8_t> file) {
   std::vector<std::uint8_t> rest(file.begin(), file.begin() + kSignature);
   for (auto left = file.subspan(kSignature); left.size() >= kAround;) {
     std::size_t size = 0;
-    for (int i = 0; i < 4; ++i) size = size << 8 | left[i];
+    for (std::size_t i = 0; i < 4; ++i) size = size << 8 | left[i];
     size += kAround;
     if (size > left.size()) break;
     const auto chunk = left.first(size);
