@@ -35,7 +35,9 @@ class Answers:
         return float(np.percentile(self.good, 99)) if self.good else float("nan")
 
 
-async def _ask(port: int, image: bytes, answers: Answers) -> None:
+async def _ask(port: int, image: bytes, answers: Answers) -> bool:
+    """Ask once. Returns False if the server refused."""
+
     begin = time.monotonic()
 
     async def exchange() -> bytes:
@@ -54,20 +56,25 @@ async def _ask(port: int, image: bytes, answers: Answers) -> None:
         answer = await asyncio.wait_for(exchange(), CLIENT_SECONDS)
     except (TimeoutError, asyncio.TimeoutError, OSError):
         answers.given_up += 1
-        return
+        return True
     if answer.startswith(b"HTTP/1.1 200 "):
         answers.good.append(time.monotonic() - begin)
-    else:
-        answers.refused += 1
+        return True
+    answers.refused += 1
+    return False
 
 
 async def capacity(port: int, images: Sequence[bytes], seconds: float) -> float:
-    """Answers a second with CONNECTIONS clients, each of which asks again when it is answered."""
+    """Answers a second with CONNECTIONS clients, each of which asks again when it is answered.
+
+    One that is refused waits for a second first, as Retry-After says. Clients that do not would take the CPU.
+    """
     answers, end = Answers(), time.monotonic() + seconds
 
     async def client(index: int) -> None:
         while time.monotonic() < end:
-            await _ask(port, images[index % len(images)], answers)
+            if not await _ask(port, images[index % len(images)], answers):
+                await asyncio.sleep(1)
             index += CONNECTIONS
 
     await asyncio.gather(*map(client, range(CONNECTIONS)))
