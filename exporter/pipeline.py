@@ -138,7 +138,7 @@ def _refuse_overlap(ranges: Ranges, reference: StageResult[Reference]) -> None:
 
 
 class _Prepared(NamedTuple):
-    """What comes from the network: its graph, and eager PyTorch's outputs to compare with."""
+    """The network's graph, and eager PyTorch's outputs, which engines are compared with."""
 
     spec: ModelSpec
     images: ChosenImages

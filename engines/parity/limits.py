@@ -40,18 +40,11 @@ class Limit:
 COMMON = frozenset({"max_abs", "max_rel", "sqnr", "cosine"})
 """Metrics of every output, whatever its task."""
 
-
 SHARES = frozenset(
     {"cosine", "top1", "top5", "agreement", "correlation", "similarity", "nearest", "accuracy"}
 )
-
-
 AT_LEAST = SHARES | {"sqnr"}
-
-
 AT_MOST = frozenset({"max_abs", "max_rel", "misplaced", "relative_error", "accuracy_drop"})
-
-
 METRICS = AT_LEAST | AT_MOST
 
 

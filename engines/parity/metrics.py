@@ -1,4 +1,4 @@
-"""Compare an engine's logits with a reference, and judge the figures by tolerances.
+"""Compare an engine's logits with a reference.
 
 A comparison that compared nothing fails. See docs/parity.md for each metric and default, and its reason.
 """

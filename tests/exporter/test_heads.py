@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from support.options import UNTUNED
+from support.options import PREPROCESS_FILE, UNTUNED
 from support.paths import ROOT
 
 import export_zoo
@@ -23,14 +23,7 @@ from export_zoo.exporter.options import TOLERANCE_METRICS, ExportOptions
 
 NETWORKS = ROOT / "tests" / "own_networks.py"
 SMALL = ("--verify-images", "32", "--batch", "1:2:3", "--target", "onnxruntime", *UNTUNED)
-PREPROCESS = {
-    "resize_size": 36,
-    "crop_height": 32,
-    "crop_width": 32,
-    "interpolation": "bilinear",
-    "mean": [0.5, 0.4, 0.3],
-    "std": [0.25, 0.25, 0.25],
-}
+PREPROCESS = {**PREPROCESS_FILE, "resize_size": 36, "crop_height": 32, "crop_width": 32}
 
 
 @pytest.fixture

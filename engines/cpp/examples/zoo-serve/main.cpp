@@ -350,10 +350,14 @@ class Service {
     std::string body;
     auto& connection = *Connection::current();
     zoo_serve::Patience patience;
+    std::size_t top = 0;
     try {
       patience = patience_of(request, connection);
-    } catch (const BadQuery& error) {
-      refuse(response, 400, error.what());
+      top = wanted(request);
+    } catch (const BadQuery& error) {  // before the body is read
+      response.status = 400;
+      reply(response, {{"error", error.what()}, {"code", "query"}});
+      metrics_.answered(400, {});
       return;
     }
     const auto deadline = std::min(Clock::now() + std::chrono::seconds(settings_.timeout_s), patience.deadline);
@@ -374,7 +378,6 @@ class Service {
     }
     connection.read_all();
     try {
-      const auto top = wanted(request);
       const bool with_logits = request.get_param_value("logits") == "1";
       zoo_serve::Batcher::Coming coming(batcher_, patience);
       const auto logits = coming.submit(prepare(body, patience)).get();
@@ -387,9 +390,6 @@ class Service {
     } catch (const zoo_serve::Late& error) {
       response.status = 504;
       reply(response, {{"error", error.what()}, {"code", "deadline"}});
-    } catch (const BadQuery& error) {
-      response.status = 400;
-      reply(response, {{"error", error.what()}, {"code", "query"}});
     } catch (const ez::Error& error) {
       response.status = error.code() == ez::ErrorCode::image ? 400 : 500;
       reply(response, {{"error", error.what()}, {"code", name(error.code())}});
