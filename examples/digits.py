@@ -67,7 +67,7 @@ def _train(name: str, seed: int, make: Callable[[], nn.Module]) -> tuple[nn.Modu
                 0.1  # MNASNet's 0.0003 is for weeks of ImageNet: statistics would stay those of the start
             )
     epochs, rate = EPOCHS.get(name, 20), LEARNING_RATE.get(name, 1e-3)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=1e-2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=1e-2, fused=True)
     train_x, train_y = x[::2], y[::2]
     steps = epochs * (len(train_x) // 64)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)

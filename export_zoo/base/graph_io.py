@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import mmap
 import os
 import time
 from collections.abc import Iterator
@@ -139,6 +140,10 @@ def _tensors(model: ir.Model) -> Iterator[ir.TensorProtocol | None]:
 
 def external_files(path: Path) -> list[Path]:
     """The external data files that a graph refers to, in order of name."""
+    if path.stat().st_size:  # an empty file cannot be mapped
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            if content.find(b"location") < 0:  # each reference has this key: most graphs need not be parsed
+                return []
     names = {
         str(tensor.location) for tensor in _tensors(ir.load(path)) if isinstance(tensor, ir.ExternalTensor)
     }
