@@ -42,7 +42,7 @@ from export_zoo.exporter.stages.tuning.int8_parts import Int8Parts
 
 OFF = "off"
 
-APPROXIMATE = "0.75 approximate"
+APPROXIMATE = "0.5 approximate"
 """Strength of equalization through ReLU6, too. The result is not the same function on all images."""
 
 FEW_IMAGES = 64

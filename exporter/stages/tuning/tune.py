@@ -118,8 +118,6 @@ def _tune(evaluator: Evaluator, target: Target, steps: Sequence[str], method: st
 
     if "equalize" in steps and (strengths := evaluator.equalized):
         choosing.step("equalize", OFF, {s: now(strength=s) for s in (OFF, *strengths)})
-    if "equalize" in steps and evaluator.approximated:
-        choosing.step("relu6", OFF, {OFF: now(), ON: now(strength=APPROXIMATE)})
     strength = choosing.candidate.strength
     if "round" in steps:
         evaluator.rounding(strength, target)
@@ -132,6 +130,14 @@ def _tune(evaluator: Evaluator, target: Target, steps: Sequence[str], method: st
         counts = [2**i for i in range(len(clipped).bit_length()) if 2**i < len(clipped)]
         some = {f"mse on {count}": now(clipped=clipped[:count]) for count in counts}
         choosing.step("method", "minmax", {**{name: now(method=name) for name in METHODS}, **some})
+    if "equalize" in steps and evaluator.approximated:
+        # Last: its gain shows only once weights are rounded and outliers clipped, which hide it otherwise.
+        through = now(strength=APPROXIMATE)
+        if through.rounded:
+            evaluator.rounding(APPROXIMATE, target)
+        if through.bias:
+            evaluator.means(APPROXIMATE)
+        choosing.step("relu6", OFF, {OFF: now(), ON: through})
     if "float" in steps and target.int8.half:  # on the CPU they would cost four times the memory traffic
         layers = {_count(kept): now(kept=kept) for kept in evaluator.classifiers()}
         choosing.step("float", OFF, {OFF: now(), **layers})
