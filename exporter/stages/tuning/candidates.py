@@ -172,16 +172,23 @@ class Evaluator:
         return squares
 
     def sqnr(self, candidate: Candidate, target: Target) -> float:
-        """SQNR of a candidate on the first `few` images, in dB. Its parts must have been made."""
+        """SQNR of a candidate on the first `few` images, in dB. Its equalized graph must have been made."""
         noise = float(self.noise(candidate, target, self.few).sum())
         if not np.isfinite(noise):
             return -WITHOUT_NOISE
         return WITHOUT_NOISE if noise == 0 else min(WITHOUT_NOISE, 10 * math.log10(self._signal / noise))
 
     def noise(self, candidate: Candidate, target: Target, count: int) -> Float64Array:
-        """Squared errors of a candidate's logits on the first images, [count]. Its parts must have been made."""
+        """Squared errors of a candidate's logits on the first images, [count].
+
+        Its equalized graph must have been made; other parts that it lacks are made here.
+        """
         known = self._known.get((candidate, target), np.empty(0))
         if len(known) < count:
+            if candidate.rounded:
+                self._rounding(candidate.strength, target)
+            if candidate.bias:
+                self._means(candidate.strength)
             with tempfile.TemporaryDirectory(prefix="export-zoo-") as directory:
                 graph, twin = Path(directory) / "candidate.onnx", Path(directory) / "twin.onnx"
                 parts, options = self._store.parts(candidate, target), self._context.options
@@ -232,14 +239,14 @@ class Evaluator:
         ranges.write(path.with_suffix(".json"))
         return True
 
-    def means(self, strength: str) -> None:
+    def _means(self, strength: str) -> None:
         """Write the mean inputs of layers, unless they exist."""
         path = self._store.means(strength)
         if not path.exists():
             graph = self._store.graph_of(strength)
             save_file(layer_means(graph, self._pixels(FEW_IMAGES), self._preprocess, _layers(graph)), path)
 
-    def rounding(self, strength: str, target: Target) -> None:
+    def _rounding(self, strength: str, target: Target) -> None:
         """Round the weights and write the rounding steps, unless they exist; the slowest step of tuning."""
         path = self._store.rounding(strength, target)
         if path.exists():

@@ -118,26 +118,18 @@ def _tune(evaluator: Evaluator, target: Target, steps: Sequence[str], method: st
 
     if "equalize" in steps and (strengths := evaluator.equalized):
         choosing.step("equalize", OFF, {s: now(strength=s) for s in (OFF, *strengths)})
-    strength = choosing.candidate.strength
     if "round" in steps:
-        evaluator.rounding(strength, target)
         choosing.step("round", OFF, {OFF: now(), ON: now(rounded=True)})
     if "bias" in steps:  # corrects the error that rounding leaves
-        evaluator.means(strength)
         choosing.step("bias", OFF, {OFF: now(), ON: now(bias=True)})
     if method == "auto":
-        clipped = tuple(evaluator.clipped(strength, target))
+        clipped = tuple(evaluator.clipped(choosing.candidate.strength, target))
         counts = [2**i for i in range(len(clipped).bit_length()) if 2**i < len(clipped)]
         some = {f"mse on {count}": now(clipped=clipped[:count]) for count in counts}
         choosing.step("method", "minmax", {**{name: now(method=name) for name in METHODS}, **some})
     if "equalize" in steps and evaluator.approximated:
         # Last: its gain shows only once weights are rounded and outliers clipped, which hide it otherwise.
-        through = now(strength=APPROXIMATE)
-        if through.rounded:
-            evaluator.rounding(APPROXIMATE, target)
-        if through.bias:
-            evaluator.means(APPROXIMATE)
-        choosing.step("relu6", OFF, {OFF: now(), ON: through})
+        choosing.step("relu6", OFF, {OFF: now(), ON: now(strength=APPROXIMATE)})
     if "float" in steps and target.int8.half:  # on the CPU they would cost four times the memory traffic
         layers = {_count(kept): now(kept=kept) for kept in evaluator.classifiers()}
         choosing.step("float", OFF, {OFF: now(), **layers})
