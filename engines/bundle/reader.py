@@ -102,7 +102,7 @@ def check_weights(bundle: Path, graph: m.File, beside: Sequence[m.File]) -> None
     """Check that a graph has weights only in itself and in `beside`: other files have no checksum.
 
     Raises:
-        BadInputError: it has some in another file, or is no ONNX file.
+        BadInputError: it has some in another file, or seems so and cannot be parsed.
     """
     path = bundle / graph.path
     listed = {os.path.normpath(bundle / file.path) for file in beside}

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
+from onnxruntime.capi.onnxruntime_pybind11_state import InvalidProtobuf
 
 from export_zoo.base.errors import BadInputError, TargetUnavailableError
 from export_zoo.base.machine import session_threads
@@ -64,6 +65,8 @@ class OnnxRuntimeEngine:
             self._session = _session(graph, options, disabled)
         except TargetUnavailableError:
             raise
+        except InvalidProtobuf as error:
+            raise BadInputError(f"{graph}: is no ONNX file: {error}", hint="export it again") from error
         except Exception as error:  # ONNX Runtime raises a dozen types of its own
             raise BadInputError(
                 f"{graph}: ONNX Runtime {ort.__version__} cannot load it: {error}",
