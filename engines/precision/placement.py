@@ -14,6 +14,10 @@ ACTIVATIONS = frozenset({"Relu", "Clip"})
 LAYOUT = frozenset({"Flatten", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Identity"})
 SAME_SCALE = LAYOUT | {"MaxPool"}
 """Operators that only move or select values. Input and output are quantized with one scale, at no cost."""
+FLOAT_ACTIVATIONS = frozenset(
+    {"Sigmoid", "HardSigmoid", "HardSwish", "Gelu", "Erf", "Tanh", "Softplus", "Mish", "Elu", "Selu", "Mul"}
+)
+"""Operators after a layer that are computed in float everywhere; Mul as in x * Sigmoid(x), or of a gate."""
 AVERAGES = frozenset({"AveragePool", "GlobalAveragePool"})
 
 
@@ -88,6 +92,70 @@ def layers_before_indices(graph: ir.Graph) -> frozenset[str]:
         if any(map(chooses_indices, readers(value))):
             found.add(name_of(node))
     return frozenset(found)
+
+
+def is_pointwise(node: ir.Node) -> bool:
+    """Whether a Conv is a product of each pixel with a matrix: 1x1 kernel, one group, stride 1 and no padding."""
+    value = node.inputs[1] if len(node.inputs) > 1 else None
+    shape = list(value.shape) if value is not None and value.shape is not None else []
+    attributes = node.attributes
+    return (
+        node.op_type == "Conv"
+        and shape[2:] == [1, 1]
+        and attributes.get_int("group", 1) == 1
+        and not any(attributes.get_ints("pads", []))
+        and all(stride == 1 for stride in attributes.get_ints("strides", []))
+    )
+
+
+def silu_input(node: ir.Node) -> ir.Value | None:
+    """x, if a node is the Mul of x * Sigmoid(x). Otherwise, None."""
+    if node.op_type != "Mul":
+        return None
+    for factor, other in (node.inputs, node.inputs[::-1]):
+        gate = factor.producer() if factor is not None else None
+        if gate is not None and gate.op_type == "Sigmoid" and gate.inputs[0] is other:
+            return other
+    return None
+
+
+def gate_layers(graph: ir.Graph) -> frozenset[str]:
+    """Names of the weighted layers of squeeze-and-excitation gates, which weight the channels of an image.
+
+    They see one pixel an image, so that they cost no time in float, and all that comes after depends on them.
+    Source: Hu et al. 2018, "Squeeze-and-Excitation Networks", arXiv 1709.01507, section 3.
+    """
+    found: set[str] = set()
+    for node in graph:
+        if node.op_type != "Mul" or any(map(constant, node.inputs)):
+            continue
+        single = [value for value in node.inputs if value is not None and _pixels(value) == 1]
+        if len(single) != 1:
+            continue
+        waiting = [single[0].producer()]
+        seen: set[ir.Node] = set()
+        while waiting:
+            layer = waiting.pop()
+            if layer is None or layer in seen or layer.op_type in AVERAGES | {"ReduceMean"}:
+                continue
+            seen.add(layer)
+            if weight_of(layer) is not None:
+                found.add(name_of(layer))
+            waiting += [v.producer() for v in layer.inputs if v is not None and _pixels(v) == 1]
+    return frozenset(found)
+
+
+def _pixels(value: ir.Value) -> int | None:
+    """Number of pixels of [N, C, H, W], and 1 for [N, C]; None if unknown."""
+    if value.shape is None or len(value.shape) not in (2, 4):
+        return None
+    sizes = list(value.shape)[2:]
+    product = 1
+    for size in sizes:
+        if not isinstance(size, int):
+            return None
+        product *= size
+    return product
 
 
 def weight_of(node: ir.Node) -> QuantizedWeight | None:

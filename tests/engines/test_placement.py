@@ -119,6 +119,10 @@ def _module(name: str) -> nn.Module:
     torch.manual_seed(0)
     if name == "tiny densenet":
         return models.DenseNet(8, (2, 3), 16, num_classes=10).eval()
+    if name == "tiny efficientnet":
+        config = models.efficientnet.MBConvConfig
+        blocks = [config(1, 3, 1, 16, 16, 1), config(4, 3, 2, 16, 24, 2)]
+        return models.EfficientNet(blocks, 0.2, num_classes=10).eval()
     if name == "tiny vit":
         vit = models.VisionTransformer(SIZE, 16, 2, 2, 32, 64, num_classes=10).eval()
         vit.heads.head.reset_parameters()
@@ -186,6 +190,44 @@ def test_every_convolution_becomes_qlinearconv(case, model, convolutions):
 def test_no_convolution_stays_float_in_the_other_networks_either(case, model):
     found = {op: n for op, n in case(model).optimized.counts.items() if "conv" in op.lower()}
     assert found == {"QLinearConv": case(model).fp32.counts["Conv"]}
+
+
+def test_silu_and_gates_of_efficientnet_run_in_the_fastest_kernels(case):
+    found = case("tiny efficientnet").optimized.counts
+    assert found["QuickGelu"] == 10, "each SiLU is one operator"
+    assert "Sigmoid" not in found, "those of gates are fused with their convolution"
+    assert found["QLinearConv"] == 7, "the stem, three depthwise ones and three that end a block"
+    assert found["MatMulIntegerToFloat"] == 3, "two that begin a block, and the last"
+    assert sum(found[op] for op in ("Conv", "FusedConv")) == 6, "two of each gate"
+    assert found["DequantizeLinear"] == 4, "in front of SiLU, where the convolution has 8-bit outputs only"
+    assert found["ReduceMean"] == 8
+    assert "GlobalAveragePool" not in found
+
+
+def test_float_outputs_of_pointwise_convolutions_are_those_of_the_layer(case, monkeypatch):
+    """Without the rewrite ONNX Runtime computes such a Conv in float, with the same weights and inputs."""
+    net = case("tiny efficientnet")
+    rules = TARGETS["onnxruntime"].int8
+    plain = net.int8_path.with_name("plain.onnx")
+    quantize(net.fp32_path, net.ranges, plain, rules=replace(rules, finish=block_first_convolution))
+    assert Net(onnx.load(plain)).counts["Conv"] == net.fp32.counts["Conv"]
+    expected = OnnxRuntimeEngine(plain).run(net.inputs)
+    assert compare(expected, OnnxRuntimeEngine(net.int8_path).run(net.inputs)).sqnr > 50
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt-rtx"])
+def test_layers_of_gates_stay_float_and_no_others(case, target, tmp_path):
+    net, out = case("tiny efficientnet"), tmp_path / "int8.onnx"
+    quantize(net.fp32_path, net.ranges, out, rules=TARGETS[target].int8)
+    floats = [
+        node for node in load(out).graph if node.op_type == "Conv" and node.inputs[1].producer() is None
+    ]
+    modules = sorted(node.metadata_props["module"] for node in floats)
+    assert modules == [
+        f"features.{block}.block.{place}.fc{layer}"
+        for block, place in (("1.0", 1), ("2.0", 2), ("2.1", 2))
+        for layer in (1, 2)
+    ]
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 from hypothesis import given, settings
@@ -335,6 +336,18 @@ def test_quantized_layer_cannot_saturate_and_one_pair_of_127_and_2_is_found(kind
         assert layers_with(sign * 127, sign * 2) == ["layer"]
     assert layers_with(-127, 127) == []
     assert layers_with(0, 0) == []
+
+
+def test_a_product_with_float_outputs_is_found():
+    """Of `float_outputs_of_pointwise`; channels 2j and 2j + 1 of an output are added in 16 bits."""
+    weight = np.array([[127, 127], [1, 2], [1, 1], [127, -127]], dtype=np.int8)
+    for columns, expected in (([0], []), ([1], ["product"]), ([0, 1], ["product"])):
+        x = ir.Value(name="x", type=ir.TensorType(ir.DataType.UINT8))
+        stored = ir.Value(name="w", const_value=ir.tensor(np.ascontiguousarray(weight[:, columns])))
+        stored.dtype = ir.DataType.INT8
+        node = ir.node("MatMulIntegerToFloat", [x, stored], domain="com.microsoft", name="product")
+        graph = ir.Graph([x], node.outputs, nodes=[node], initializers=[stored])
+        assert saturating_layers(graph) == expected
 
 
 @pytest.mark.parametrize("kind", LAYERS)

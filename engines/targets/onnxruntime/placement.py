@@ -6,22 +6,25 @@ from collections.abc import Iterator, Set
 
 import onnx_ir as ir
 
-from export_zoo.engines.precision.int8.first_conv import block_first_convolution
 from export_zoo.engines.precision.int8.rules import Int8Rules
 from export_zoo.engines.precision.placement import (
     AVERAGES,
+    FLOAT_ACTIVATIONS,
     SAME_SCALE,
     Placement,
     activated,
     chooses_indices,
     constant,
     ends_in_output,
+    gate_layers,
     input_of,
+    is_pointwise,
     layers_before_indices,
     name_of,
     readers,
     weight_of,
 )
+from export_zoo.engines.targets.onnxruntime.kernels import use_fast_kernels
 
 
 class _Groups:
@@ -45,6 +48,9 @@ def place_onnxruntime(graph: ir.Graph, kept: Set[str] = frozenset()) -> Placemen
     | operator         | rule                                                                             |
     |------------------|----------------------------------------------------------------------------------|
     | Conv             | input; weight; output after Relu/Clip, otherwise directly                        |
+    | 1x1 Conv before  | input; weight: MatMulIntegerToFloat returns float, see                           |
+    | SiLU and the like| `kernels.float_outputs_of_pointwise`                                             |
+    | Conv of a gate   | nothing: it sees one pixel an image (`placement.gate_layers`)                    |
     | Gemm, MatMul     | input; weight; the output only if a quantized reader needs it                    |
     | Add              | all inputs and the output (after Relu), if every input is quantized              |
     | MaxPool, layout  | in and out share one scale, if the input is quantized and a reader needs it      |
@@ -54,7 +60,7 @@ def place_onnxruntime(graph: ir.Graph, kept: Set[str] = frozenset()) -> Placemen
     | all else, `kept` | FP32, like all tensors with only layout operators between them and the logits    |
     """
     placement = Placement()
-    kept = kept | layers_before_indices(graph)
+    kept = kept | layers_before_indices(graph) | gate_layers(graph)
     groups = _Groups()
     wanted: set[str] = set()
 
@@ -73,7 +79,7 @@ def place_onnxruntime(graph: ir.Graph, kept: Set[str] = frozenset()) -> Placemen
             continue
         placement.weights[name_of(node)] = weight
         want(input_of(node, 0), needed=True)
-        if node.op_type == "Conv":
+        if node.op_type == "Conv" and not _float_output(node):
             want(activated(node.outputs[0]))
 
     def quantized(values: Iterator[ir.Value]) -> bool:
@@ -100,6 +106,12 @@ def place_onnxruntime(graph: ir.Graph, kept: Set[str] = frozenset()) -> Placemen
     return placement
 
 
+def _float_output(node: ir.Node) -> bool:
+    """Whether all readers of a pointwise Conv compute in float."""
+    after = readers(node.outputs[0])
+    return is_pointwise(node) and bool(after) and all(reader.op_type in FLOAT_ACTIVATIONS for reader in after)
+
+
 def _share(groups: _Groups, values: list[ir.Value], quantized: bool) -> None:
     if quantized:
         for value in values[1:]:
@@ -119,5 +131,5 @@ INT8_RULES = Int8Rules(
     int32_bias=True,
     half=False,
     sums_in_16_bits=True,
-    finish=block_first_convolution,
+    finish=use_fast_kernels,
 )

@@ -10,6 +10,7 @@ from export_zoo.engines.precision.int8.rules import Int8Rules
 from export_zoo.engines.precision.placement import (
     Placement,
     constant,
+    gate_layers,
     input_of,
     layers_before_indices,
     name_of,
@@ -27,6 +28,7 @@ def place_tensorrt(graph: ir.Graph, kept: Set[str] = frozenset()) -> Placement:
     | MatMul           | the next layer's input quantizer becomes their output                            |
     | Add of a Conv    | its other input, the identity, so that Conv + Add + Relu is one int8 kernel; of two |
     |                  | convolutions the shallower is the shortcut and counts as identity               |
+    | Conv of a gate   | nothing: it sees one pixel an image (`placement.gate_layers`)                    |
     | MaxPool, Concat, | nothing of their own: the builder moves a reader's quantizer up through them      |
     | layout           |                                                                                  |
     | average pooling  | nothing of its own: it sums, and does not commute with a quantizer                |
@@ -37,7 +39,7 @@ def place_tensorrt(graph: ir.Graph, kept: Set[str] = frozenset()) -> Placement:
     Recommendations".
     """
     placement = Placement()
-    kept = kept | layers_before_indices(graph)
+    kept = kept | layers_before_indices(graph) | gate_layers(graph)
     depth: dict[int, int] = {}
     """Number of weighted layers on the longest path from the input to a value, by the value's id."""
 

@@ -135,8 +135,11 @@ def saturating_layers(graph: ir.Graph) -> list[str]:
     An empty list proves that the graph cannot saturate. Layers whose activations are int8 (TensorRT's) count, too.
     """
     found = []
-    for node, _, weight in quantized_weights(graph):
-        assert weight.const_value is not None
+    products = ((node, node.inputs[1]) for node in graph if node.op_type == "MatMulIntegerToFloat")
+    layers = [*products, *((node, weight) for node, _, weight in quantized_weights(graph))]
+    for node, weight in layers:
+        if weight is None or weight.const_value is None or weight.dtype != ir.DataType.INT8:
+            continue
         integers = weight.const_value.numpy()
         if node.op_type == "Conv":
             if depthwise(integers.shape, node.attributes.get_int("group", 1)):
