@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -128,7 +128,11 @@ def _at_size(model: ir.Model, crop: tuple[int, int]) -> ir.Model:
 
 
 def _observe(
-    model: ir.Model, histograms: Collection[str], crop: tuple[int, int], workers: int
+    model: ir.Model,
+    histograms: Collection[str],
+    crop: tuple[int, int],
+    workers: int,
+    left_out: Collection[str],
 ) -> list[_Observed]:
     feed = model.graph.inputs[0]
     batch = feed.shape[0] if feed.shape is not None else None
@@ -137,6 +141,8 @@ def _observe(
     }
     observed = []
     for name in activation_tensors(model):
+        if name in left_out:
+            continue
         shape = list(values[name].shape or [])
         known = [size for size in shape[1:] if isinstance(size, int)]
         by_image = bool(shape) and shape[0] == batch and not isinstance(batch, int)
@@ -215,6 +221,7 @@ def collect(
     images: ImageStream,
     *,
     histograms: Collection[str] = (),
+    known: Mapping[str, TensorRange] | None = None,
     threads: int = 0,
     budget: int = BUDGET,
     progress: Progress = lambda _: None,
@@ -228,6 +235,7 @@ def collect(
         graph: ONNX file with one float32 input [N, 3, H, W].
         images: the stream to calibrate on.
         histograms: names of the tensors to collect histograms of: those that will be quantized.
+        known: ranges of activations that need not be observed, by name.
         threads: number of threads for ONNX Runtime and for counting; 0 for all cores.
         budget: bytes of activations to hold at once; see BUDGET.
         progress: called with the number of images done since the last call.
@@ -243,7 +251,8 @@ def collect(
     crop = (p.crop_height, p.crop_width)
     model = _at_size(graph_io.load(graph), crop)
     feed = model.graph.inputs[0].name
-    observed = _observe(model, histograms, crop, workers)
+    found = {name: known[name] for name in activation_tensors(model) if name in known} if known else {}
+    observed = _observe(model, histograms, crop, workers, found)
     passes = list(_passes(observed, budget))
     shown = 0
     for index, tensors in enumerate(passes):
@@ -273,7 +282,7 @@ def collect(
         unreadable=sorted(u.name for u in images.unreadable),
         instruction_set=instruction_set(),
         versions=library_versions("onnxruntime", "numpy", "pillow"),
-        tensors={tensor.name: tensor.range() for tensor in observed},
+        tensors={**found, **{tensor.name: tensor.range() for tensor in observed}},
     )
 
 

@@ -119,6 +119,14 @@ def silu_input(node: ir.Node) -> ir.Value | None:
     return None
 
 
+def gate_of(node: ir.Node) -> ir.Value | None:
+    """The computed factor of a Mul that has one pixel an image, if the other factor has more. Otherwise, None."""
+    if node.op_type != "Mul" or any(map(constant, node.inputs)):
+        return None
+    single = [value for value in node.inputs if value is not None and _pixels(value) == 1]
+    return single[0] if len(single) == 1 else None
+
+
 def gate_layers(graph: ir.Graph) -> frozenset[str]:
     """Names of the weighted layers of squeeze-and-excitation gates, which weight the channels of an image.
 
@@ -126,13 +134,8 @@ def gate_layers(graph: ir.Graph) -> frozenset[str]:
     Source: Hu et al. 2018, "Squeeze-and-Excitation Networks", arXiv 1709.01507, section 3.
     """
     found: set[str] = set()
-    for node in graph:
-        if node.op_type != "Mul" or any(map(constant, node.inputs)):
-            continue
-        single = [value for value in node.inputs if value is not None and _pixels(value) == 1]
-        if len(single) != 1:
-            continue
-        waiting = [single[0].producer()]
+    for gate in filter(None, map(gate_of, graph)):
+        waiting = [gate.producer()]
         seen: set[ir.Node] = set()
         while waiting:
             layer = waiting.pop()

@@ -197,6 +197,20 @@ def test_histograms_are_the_same_bits_for_any_threads(network, images, threads):
     assert found == collect(network, images, 8, histograms=QUANTIZED)
 
 
+def test_ranges_that_are_known_are_taken_over_and_the_others_observed(network, images):
+    names = sorted(collect(network, images).tensors)
+    whole = collect(network, images, histograms=names)
+    kept = {name: whole.tensors[name].model_copy(update={"max": 1e6}) for name in names[::2]}
+    found = collect(network, images, histograms=names, known={**kept, "gone": whole.tensors[names[0]]})
+    assert sorted(found.tensors) == names
+    for name, tensor in found.tensors.items():
+        expected = kept.get(name, whole.tensors[name])
+        # Fewer tensors are outputs, so that other operators fuse.
+        assert [tensor.min, tensor.max] == pytest.approx([expected.min, expected.max], rel=1e-5)
+        assert (tensor == expected) or name not in kept
+        assert tensor.histogram
+
+
 def test_shards_merge_to_the_bits_of_the_whole(network, images):
     shards = [collect(network, images[start::3], 4, histograms=QUANTIZED) for start in range(3)]
     whole = collect(network, images, 8, histograms=QUANTIZED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,16 @@ from export_zoo.calibration.collect import channel_magnitudes, collect
 from export_zoo.calibration.images import ImageFile, ImageStream
 from export_zoo.calibration.preprocess import Preprocess, normalize
 from export_zoo.engines.parity.metrics import compare
-from export_zoo.engines.precision.int8.equalize import STRENGTHS, equalize, links, observed, scale
+from export_zoo.engines.precision.int8.equalize import (
+    STRENGTHS,
+    equalize,
+    links,
+    observed,
+    scale,
+    scaled_tensors,
+)
 from export_zoo.engines.precision.int8.qdq import quantize
+from export_zoo.engines.precision.int8.saturation.channel_order import ChannelOrder, choose_order, reorder
 from export_zoo.engines.precision.twin import write_twin
 from export_zoo.engines.targets.onnxruntime.engine import OnnxRuntimeEngine
 from export_zoo.engines.targets.registry import TARGETS, quantized_tensors
@@ -67,6 +76,82 @@ def test_equalization_keeps_the_logits_and_forgets_any_scaling(kind, strength, t
     assert np.array_equal(logits(done), logits(path))
     for seed in (1, 2):
         assert constants(equalized(rescaled(path, seed), strength)) == constants(done)
+
+
+CLASSIFIER = [node("Flatten", "mean", "flat"), node("Gemm", "flat wl bl", "logits")]
+
+
+def gated(path: Path, last: Sequence[onnx.NodeProto] = CLASSIFIER) -> Path:
+    """SiLU, a squeeze-and-excitation gate, a 1x1 convolution, SiLU, and what reads the mean of the image."""
+    silu = [node("Sigmoid", "c1", "s1"), node("Mul", "c1 s1", "x")]
+    gate = [
+        node("GlobalAveragePool", "x", "squeezed"),
+        conv("squeezed g1", "reduced"),
+        node("Relu", "reduced", "active"),
+        conv("active g2", "expanded"),
+        node("Sigmoid", "expanded", "gate"),
+        node("Mul", "gate x", "product"),
+    ]
+    more = [conv("product w2", "c2"), node("Sigmoid", "c2", "s2"), node("Mul", "c2 s2", "y")]
+    pool = node("GlobalAveragePool", "y", "mean")
+    return graph_of(
+        path,
+        [conv("input w1 b1", "c1", pads=[1] * 4), *silu, *gate, *more, pool, *last],
+        w1=random(8, 3, 3, 3, seed=1),
+        b1=random(8, seed=2),
+        g1=random(2, 8, 1, 1, seed=3),
+        g2=random(8, 2, 1, 1, seed=4),
+        w2=random(6, 8, 1, 1, seed=5),
+        wl=random(6, 5, seed=6),
+        bl=random(5, seed=7),
+    )
+
+
+@pytest.mark.parametrize("strength", STRENGTHS)
+@pytest.mark.parametrize("gates", [False, True])
+def test_means_and_gates_take_factors_and_the_logits_stay_the_same_to_the_bit(gates, strength, tmp_path):
+    path = gated(tmp_path / "graph.onnx")
+    model = graph_io.load(path)
+    names = observed(model.graph)
+    assert names == ["flat", "mean", "product"]
+    found = channel_magnitudes(path, PIXELS, PREPROCESS, names)
+    before = scaled_tensors(model.graph)
+    assert before == {"mean", "flat", "product"}
+    assert equalize(model.graph, found, strength, gates=gates) == 1 + gates
+    factors = {node.name for node in model.graph if str(node.name).endswith("_equalized")}
+    assert factors == {"mean_equalized", *(["product_equalized"] if gates else [])}
+    done = tmp_path / "done.onnx"
+    graph_io.save(model, done)
+    assert np.array_equal(logits(done), logits(path))
+    after = channel_magnitudes(done, PIXELS, PREPROCESS, ["product", "mean_equalized_output", "squeezed"])
+    assert np.array_equal(after["product"], found["product"]) is not gates
+    assert not np.array_equal(after["mean_equalized_output"], found["mean"])
+    squeezed = channel_magnitudes(path, PIXELS, PREPROCESS, ["squeezed"])["squeezed"]
+    assert np.array_equal(after["squeezed"], squeezed), "what makes the gate keeps what it reads"
+    # Layers that read scaled channels may still change places with their factors.
+    order = choose_order(model.graph)
+    reorder(model.graph, ChannelOrder(dict(order.made), dict(order.read)))
+    graph_io.save(model, tmp_path / "reordered.onnx")
+    assert np.allclose(logits(tmp_path / "reordered.onnx"), logits(path), rtol=1e-4, atol=1e-5)
+
+
+def test_channels_with_a_factor_change_places_together_with_it(tmp_path):
+    path = gated(tmp_path / "graph.onnx")
+    model = graph_io.load(path)
+    found = channel_magnitudes(path, PIXELS, PREPROCESS, observed(model.graph))
+    equalize(model.graph, found, 0.75, gates=True)
+    swapped = np.array([1, 0, 3, 2, 5, 4, 7, 6])
+    nodes = {str(node.name) for node in model.graph}
+    made = dict.fromkeys(("c1", "expanded", "product_equalized"), swapped)
+    assert made.keys() <= nodes
+    reorder(model.graph, ChannelOrder(made, {"reduced": swapped, "c2": swapped}))
+    graph_io.save(model, tmp_path / "reordered.onnx")
+    assert np.allclose(logits(tmp_path / "reordered.onnx"), logits(path), rtol=1e-4, atol=1e-5)
+
+
+def test_a_mean_that_something_else_reads_is_left_alone(tmp_path):
+    path = gated(tmp_path / "graph.onnx", [*CLASSIFIER[:1], node("Softmax", "flat", "logits")])
+    assert observed(graph_io.load(path).graph) == ["product"]
 
 
 def test_a_wrong_factor_would_be_seen(tmp_path):

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from export_zoo.engines.precision.placement import constant, readers, weight_of
+from export_zoo.engines.precision.placement import constant, gate_layers, gate_of, readers, weight_of
 from export_zoo.engines.precision.rewrites import add_constant, remove_unused_initializers
 
 Float32Array = npt.NDArray[np.float32]
@@ -54,15 +54,20 @@ class Reader:
 
 @dataclass
 class Link:
-    """A layer whose output channels can be scaled, and all layers that read them."""
+    """Channels that can be scaled, and all layers that read them."""
 
-    producer: ir.Node
+    producer: ir.Node | None
+    """The layer whose output channels are scaled. None if `vector` is multiplied instead."""
     activation: ir.Value
-    """The producer's output, after its Relu or ReLU6 if it has one."""
+    """The scaled tensor: the producer's output, after its Relu or ReLU6 if it has one."""
     channels: int
-    ceiling: float | None
+    ceiling: float | None = None
     """Upper bound of the activation: 6 for a ReLU6."""
+    vector: ir.Value | None = None
+    """One pixel an image, [N, C, 1, 1]: a product with it costs no time."""
     readers: list[Reader] = field(default_factory=list)
+    scaled: list[ir.Value] = field(default_factory=list)
+    """All tensors that are scaled."""
 
 
 def links(graph: ir.Graph, *, approximate: bool = False) -> Iterator[Link]:
@@ -71,9 +76,10 @@ def links(graph: ir.Graph, *, approximate: bool = False) -> Iterator[Link]:
     Args:
         approximate: also allow a ReLU6 directly after the layer.
     """
+    gates = gate_layers(graph)  # they stay float
     for node in graph:
         weight = weight_of(node)
-        if weight is None or node.op_type != "Conv":
+        if weight is None or node.op_type != "Conv" or node.name in gates:
             continue
         output = node.outputs[0]
         following = readers(output)
@@ -90,8 +96,38 @@ def links(graph: ir.Graph, *, approximate: bool = False) -> Iterator[Link]:
             yield link
 
 
+def every_link(graph: ir.Graph, *, approximate: bool = False, gates: bool = False) -> Iterator[Link]:
+    """All links: those of `links`, and what a factor for each channel of one pixel scales, at no cost.
+
+    The latter are means of images that layers read which read no channels of `links`.
+
+    Args:
+        approximate: see `links`.
+        gates: also products of squeeze-and-excitation gates. Their values are the most heavy-tailed ones of a network,
+            so that this often does not pay off.
+    """
+    found = list(links(graph, approximate=approximate))
+    yield from found
+    scaled = {reader.node.name for link in found for reader in link.readers}
+    scaled |= gate_layers(graph)  # they stay float
+    for node in graph:
+        output = node.outputs[0]
+        vector = output if node.op_type == "GlobalAveragePool" else gate_of(node) if gates else None
+        channels = _size(output, 1)
+        if vector is None or channels is None or _size(vector, 1) != channels:
+            continue
+        link = Link(None, output, channels, vector=vector)
+        if (
+            _trace(output, 0, 1, link)
+            and link.readers
+            and scaled.isdisjoint(r.node.name for r in link.readers)
+        ):
+            yield link
+
+
 def _trace(value: ir.Value, offset: int, repeat: int, link: Link) -> bool:
     """Follow a value to the layers that read it. False if anything else reads it."""
+    link.scaled.append(value)
     if value.is_graph_output():
         return False
     for use in value.uses():
@@ -196,15 +232,18 @@ def _replace(graph: ir.Graph, node: ir.Node, index: int, array: Float32Array) ->
 
 
 def scale(graph: ir.Graph, link: Link, scales: Float32Array) -> None:
-    """Multiply the producer's channels by `scales`, and divide the weights that read them by `scales`.
+    """Multiply the link's channels by `scales`, and divide the weights that read them by `scales`.
 
     Args:
         scales: powers of two, float32 [channels].
     """
-    weight = _array(link.producer)
-    _replace(graph, link.producer, 1, weight * scales.reshape(-1, *[1] * (weight.ndim - 1)))
-    if len(link.producer.inputs) > 2 and constant(link.producer.inputs[2]):
-        _replace(graph, link.producer, 2, _array(link.producer, 2) * scales)
+    if link.producer is None:
+        _multiply(graph, link, scales)
+    else:
+        weight = _array(link.producer)
+        _replace(graph, link.producer, 1, weight * scales.reshape(-1, *[1] * (weight.ndim - 1)))
+        if len(link.producer.inputs) > 2 and constant(link.producer.inputs[2]):
+            _replace(graph, link.producer, 2, _array(link.producer, 2) * scales)
     for reader in link.readers:
         weight = _array(reader.node).copy()
         factors = np.repeat(1 / scales, reader.repeat)
@@ -221,6 +260,23 @@ def scale(graph: ir.Graph, link: Link, scales: Float32Array) -> None:
             by_group = np.repeat(whole.reshape(groups, weight.shape[1]), len(weight) // groups, axis=0)
             weight *= by_group[:, :, None, None]
         _replace(graph, reader.node, 1, weight)
+
+
+def _multiply(graph: ir.Graph, link: Link, scales: Float32Array) -> None:
+    """Multiply the vector of a link by `scales`. Other products of a gate keep what they read."""
+    vector = link.vector
+    assert vector is not None
+    producer = vector.producer()
+    assert producer is not None
+    uses = [u for u in vector.uses() if vector is link.activation or u.node.outputs[0] is link.activation]
+    name = f"{link.activation.name}_equalized"
+    factors = add_constant(graph, f"{name}_factors", scales.reshape(-1, 1, 1))
+    product = ir.node("Mul", [vector, factors], name=name, metadata_props=dict(producer.metadata_props))
+    product.outputs[0].name = f"{name}_output"
+    product.outputs[0].type, product.outputs[0].shape = vector.type, vector.shape
+    graph.insert_after(producer, product)
+    for use in uses:
+        use.node.replace_input_with(use.idx, product.outputs[0])
 
 
 def powers_of_two(scales: npt.NDArray[np.floating]) -> Float32Array:
@@ -241,10 +297,19 @@ def _below(ceiling: float, have: Float64Array, scales: Float64Array) -> Float32A
 
 def observed(graph: ir.Graph, *, approximate: bool = False) -> list[str]:
     """Names of the activations whose channel magnitudes `equalize` needs."""
-    found = list(links(graph, approximate=approximate))
+    found = list(every_link(graph, approximate=approximate, gates=True))
     names = {str(link.activation.name) for link in found}
     names |= {str(_input(reader.node).name) for link in found for reader in link.readers}
     return sorted(names)
+
+
+def scaled_tensors(graph: ir.Graph) -> set[str]:
+    """Names of the tensors whose values `equalize` may change, unless `approximate`."""
+    found: set[str] = set()
+    for link in every_link(graph, gates=True):
+        values = [*link.scaled, *(link.producer.outputs if link.producer is not None else ())]
+        found |= {str(value.name) for value in values}
+    return found
 
 
 def _input(node: ir.Node) -> ir.Value:
@@ -254,7 +319,12 @@ def _input(node: ir.Node) -> ir.Value:
 
 
 def equalize(
-    graph: ir.Graph, magnitudes: Mapping[str, Float32Array], strength: float, *, approximate: bool = False
+    graph: ir.Graph,
+    magnitudes: Mapping[str, Float32Array],
+    strength: float,
+    *,
+    approximate: bool = False,
+    gates: bool = False,
 ) -> int:
     """Scale the channels of every link by how much they matter to their readers. Returns the number of changed layers.
 
@@ -269,11 +339,12 @@ def equalize(
         strength: exponent of the need, 0 to 1, see STRENGTHS.
         approximate: also scale through ReLU6. Only channels whose magnitude is under its ceiling are scaled, and they
             stay under it. On images with larger magnitudes, the function changes.
+        gates: see `every_link`.
     """
     changed = 0
     known = {name: array.astype(np.float64) for name, array in magnitudes.items()}
     decided: list[tuple[Link, Float32Array]] = []
-    for link in links(graph, approximate=approximate):
+    for link in every_link(graph, approximate=approximate, gates=gates):
         have = known[str(link.activation.name)]
         reads, needs = [], []
         for reader in link.readers:

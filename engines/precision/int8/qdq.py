@@ -19,6 +19,7 @@ from export_zoo.calibration.ranges import Ranges, TensorRange
 from export_zoo.engines.precision.fp16.half import halve
 from export_zoo.engines.precision.int8.int8_weights import blocks_of_rows, quantize_weight, rounded_otherwise
 from export_zoo.engines.precision.int8.keep_float import kept_float
+from export_zoo.engines.precision.int8.preactivations import activations_behind, least_input
 from export_zoo.engines.precision.int8.rules import Int8Rules
 from export_zoo.engines.precision.int8.saturation.channel_order import ChannelOrder, choose_order, reorder
 from export_zoo.engines.precision.int8.saturation.pairs import (
@@ -97,6 +98,7 @@ class _Quantizer:
 
     def _scales(self, ranges: Ranges, method: str, clipped: Collection[str]) -> dict[str, ActivationScale]:
         scales: dict[str, ActivationScale] = {}
+        behind = activations_behind(self.graph)
         for members in self.placement.groups().values():
             missing = [name for name in members if name not in ranges.tensors]
             if missing:
@@ -107,6 +109,8 @@ class _Quantizer:
             tensors = {name: ranges.tensors[name] for name in members}
             chosen = method if tensors.keys().isdisjoint(clipped) else "mse"
             low, high = _range_of(chosen, tensors, self.rules.symmetric)
+            if behind.keys() >= set(members):
+                low = max(low, min(least_input(behind[name], high) for name in members))
             shared = symmetric_scale(low, high) if self.rules.symmetric else activation_scale(low, high)
             scales.update(dict.fromkeys(members, shared))
         return scales

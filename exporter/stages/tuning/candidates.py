@@ -24,7 +24,7 @@ from export_zoo.calibration.ranges import Ranges
 from export_zoo.engines.parity.metrics import WITHOUT_NOISE, check_reference
 from export_zoo.engines.parity.outputs import as_rows
 from export_zoo.engines.precision.int8.clipping import worth_clipping
-from export_zoo.engines.precision.int8.equalize import STRENGTHS, equalize, observed
+from export_zoo.engines.precision.int8.equalize import STRENGTHS, equalize, observed, scaled_tensors
 from export_zoo.engines.precision.int8.keep_float import kept_float
 from export_zoo.engines.precision.int8.precision import INT8
 from export_zoo.engines.precision.int8.rounding import LARGEST, rounding
@@ -44,6 +44,9 @@ OFF = "off"
 
 APPROXIMATE = "0.5 approximate"
 """Strength of equalization through ReLU6, too. The result is not the same function on all images."""
+
+GATES = "0.75 gates"
+"""Strength of equalization that scales products of gates, too."""
 
 FEW_IMAGES = 64
 """Number of images for channels' magnitudes and layers' mean inputs."""
@@ -209,7 +212,7 @@ class Evaluator:
         if not names:
             return []
         magnitudes = self._magnitudes(names)
-        return [s for s in map(str, STRENGTHS) if self._equalize(s, magnitudes)]
+        return [s for s in (*map(str, STRENGTHS), GATES) if self._equalize(s, magnitudes)]
 
     @cached_property
     def approximated(self) -> bool:
@@ -223,9 +226,11 @@ class Evaluator:
 
     def _equalize(self, strength: str, magnitudes: Mapping[str, npt.NDArray[np.float32]]) -> bool:
         model = graph_io.load(self._store.graph)
-        approximate = strength == APPROXIMATE
-        power = float(strength.split()[0])
-        if not equalize(model.graph, magnitudes, power, approximate=approximate):
+        approximate, scaled = strength == APPROXIMATE, scaled_tensors(model.graph)
+        power, *more = strength.split()
+        if not equalize(
+            model.graph, magnitudes, float(power), approximate=approximate, gates="gates" in more
+        ):
             return False
         path = self._store.equalized(strength)
         graph_io.save(model, path)
@@ -234,8 +239,11 @@ class Evaluator:
         self._hashes.add(graph_io.sha256_of(path))
         stream = ImageStream(self._files, self._preprocess, IMAGE_BATCH, self._root)
         wanted = quantized_tensors(model.graph, kept_float(model.graph, self._context.options.keep_float))
+        # Powers of two leave all other tensors as they were, but through a ReLU6 the function changes.
+        before = {} if approximate else self._store.ranges.tensors
+        known = {name: found for name, found in before.items() if name not in scaled}
         with self._context.reporter.bar("tune", len(self._files)) as progress:
-            ranges = collect(path, stream, histograms=wanted, progress=progress)
+            ranges = collect(path, stream, histograms=wanted, known=known, progress=progress)
         ranges.write(path.with_suffix(".json"))
         return True
 

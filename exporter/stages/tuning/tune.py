@@ -116,6 +116,12 @@ def _tune(evaluator: Evaluator, target: Target, steps: Sequence[str], method: st
     def now(**change: Any) -> Candidate:
         return choosing.candidate.model_copy(update=change)
 
+    def methods(default: str, more: Mapping[str, Candidate]) -> None:
+        candidates = {name: now(method=name, clipped=()) for name in METHODS}
+        choosing.step("method", default, {**candidates, **more})
+
+    if method == "auto" and steps:  # while ranges are far too wide, their errors hide what other steps gain
+        methods("minmax", {})
     if "equalize" in steps and (strengths := evaluator.equalized):
         choosing.step("equalize", OFF, {s: now(strength=s) for s in (OFF, *strengths)})
     if "round" in steps:
@@ -125,8 +131,8 @@ def _tune(evaluator: Evaluator, target: Target, steps: Sequence[str], method: st
     if method == "auto":
         clipped = tuple(evaluator.clipped(choosing.candidate.strength, target))
         counts = [2**i for i in range(len(clipped).bit_length()) if 2**i < len(clipped)]
-        some = {f"mse on {count}": now(clipped=clipped[:count]) for count in counts}
-        choosing.step("method", "minmax", {**{name: now(method=name) for name in METHODS}, **some})
+        some = {f"mse on {count}": now(method="minmax", clipped=clipped[:count]) for count in counts}
+        methods(choosing.candidate.method, some)
     if "equalize" in steps and evaluator.approximated:
         # Last: its gain shows only once weights are rounded and outliers clipped, which hide it otherwise.
         choosing.step("relu6", OFF, {OFF: now(), ON: now(strength=APPROXIMATE)})
@@ -210,9 +216,10 @@ def _count(layers: Sequence[str]) -> str:
 
 
 def _describe(tuning: Tuning) -> str:
-    parts = []
+    parts: list[str] = []
+    method = "minmax"
     for step in tuning.steps:
-        default = "minmax" if step.name == "method" else OFF
+        before = method if step.name == "method" else OFF
         what = {
             "equalize": f"equalized {step.chosen}",
             "relu6": "equalized through ReLU6",
@@ -221,8 +228,10 @@ def _describe(tuning: Tuning) -> str:
             "round": "weights rounded",
             "float": f"{step.chosen} float",
         }
-        if step.chosen != default:
+        if step.chosen != before:
             parts.append(f"{what[step.name]} {step.gain or 0.0:+.1f} dB")
-        elif step.name == "method":
-            parts.append(step.chosen)
+        if step.name == "method":
+            method = step.chosen
+    if any(step.name == "method" for step in tuning.steps) and method == "minmax":
+        parts.append(method)
     return ", ".join(parts) or "unchanged"

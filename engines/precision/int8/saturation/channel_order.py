@@ -60,7 +60,7 @@ class _Channels:
 
     size: int
     made: list[ir.Node] = field(default_factory=list)
-    """Layers with these output channels, including depthwise layers, which pass them on."""
+    """Layers with these output channels, including depthwise layers and factors, which pass them on."""
     read: list[ir.Node] = field(default_factory=list)
     """Layers with these input channels."""
 
@@ -115,12 +115,27 @@ def _scalar(value: ir.Value | None) -> bool:
     return value is not None and value.const_value is not None and value.const_value.size == 1
 
 
+def _one_number_a_channel(value: ir.Value, channels: int | None, rank: int) -> bool:
+    """Whether a constant has one number per channel of [N, C, H, W] or [N, C], with the channels as its axis 0."""
+    return value.shape is not None and tuple(value.shape) == (channels, *[1] * (rank - 2))
+
+
 def _one_bias_a_channel(node: ir.Node) -> bool:
     """Whether a layer has no bias, or one per output channel. A Gemm's bias may be [1] or [N, channels] instead."""
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     if bias is None:
         return True
     return bias.shape is not None and tuple(bias.shape) == (_channels_of(node.outputs[0]),)
+
+
+def _factors(node: ir.Node) -> ir.Value | None:
+    """The second operand of an elementwise node, if it is a constant with one number per channel."""
+    if node.op_type not in ELEMENTWISE or not constant(node.inputs[1]):
+        return None
+    value, output = node.inputs[1], node.outputs[0]
+    assert value is not None
+    rank = len(output.shape) if output.shape is not None else 0
+    return value if _one_number_a_channel(value, _channels_of(output), rank) else None
 
 
 def _join(node: ir.Node, groups: _Groups) -> None:
@@ -146,11 +161,10 @@ def _join(node: ir.Node, groups: _Groups) -> None:
         if all(_scalar(value) for value in inputs[1:]):
             groups.join(*tensors)
             return
-    elif (
-        node.op_type in ELEMENTWISE and alike and same_rank and all(constant(v) <= _scalar(v) for v in inputs)
-    ):
-        groups.join(*tensors)
-        return
+    elif node.op_type in ELEMENTWISE and alike and same_rank:
+        if all(constant(v) <= (_scalar(v) or _factors(node) is v) for v in inputs):
+            groups.join(*tensors)
+            return
     elif node.op_type == "Flatten" and alike and node.attributes.get_int("axis", 1) == 1:
         groups.join(*tensors)  # [N, C, 1, 1] -> [N, C]
         return
@@ -174,6 +188,8 @@ def _found(graph: ir.Graph) -> list[_Channels]:
         return found.setdefault(groups.find(value), _Channels(size))
 
     for node in graph:
+        if _factors(node) is not None and (channels := at(node.outputs[0])) is not None:
+            channels.made.append(node)
         rule = weight_of(node)
         if rule is None or node.op_type not in ("Conv", "Gemm"):
             continue
