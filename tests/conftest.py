@@ -29,8 +29,13 @@ if WORKER and hasattr(os, "sched_setaffinity"):
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[int(WORKER.removeprefix("gw")) % len(cores)]})
 
-# Large pages for arrays and weights, in processes started from here: for small ones, the kernel takes a tenth of it.
-os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
+# In processes started from here: large pages, and freed memory stays with the process. Otherwise, the kernel takes a
+# third of the time of a large network, to hand out empty pages again and again.
+os.environ.setdefault(
+    "GLIBC_TUNABLES",
+    "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184"
+    ":glibc.malloc.top_pad=268435456",
+)
 
 FIRST = (
     "test_models.py",
