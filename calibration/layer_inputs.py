@@ -42,10 +42,33 @@ class _Windows:
         self._dilations = node.attributes.get_ints("dilations", [1, 1])
         self._pads = node.attributes.get_ints("pads", [0, 0, 0, 0])
 
+    def _padded(self, array: Float32Array) -> Float32Array:
+        top, left, bottom, right = self._pads
+        return np.pad(array, ((0, 0), (0, 0), (top, bottom), (left, right)))
+
+    def mean(self, array: Float32Array) -> Float64Array:
+        """Mean patch, float64 [C, kH, kW], of [N, C, H, W].
+
+        Columns are summed first, then rows: kH + kW sums instead of kH * kW.
+        """
+        padded = self._padded(array)
+        rows, columns = (
+            [range(k * step, size - (kernel - 1 - k) * step, stride) for k in range(kernel)]
+            for kernel, step, stride, size in zip(
+                self._kernel, self._dilations, self._strides, padded.shape[2:], strict=True
+            )
+        )
+        sums = np.empty((padded.shape[1], len(rows), len(columns)))
+        for x, taken in enumerate(columns):
+            # Along the contiguous axis NumPy adds in pairs, so that float32 suffices for a row.
+            of_rows = np.add.reduce(padded[..., taken.start : taken.stop : taken.step], axis=3)
+            for y, lines in enumerate(rows):
+                sums[:, y, x] = of_rows[:, :, lines.start : lines.stop : lines.step].sum((0, 2), np.float64)
+        return sums / (len(padded) * len(rows[0]) * len(columns[0]))
+
     def of(self, array: Float32Array) -> Float32Array:
         """[N, C, H, W] -> a view [N, C, oH, oW, kH, kW] of the padded array."""
-        top, left, bottom, right = self._pads
-        padded = np.pad(array, ((0, 0), (0, 0), (top, bottom), (left, right)))
+        padded = self._padded(array)
         spans = [(size - 1) * step + 1 for size, step in zip(self._kernel, self._dilations, strict=True)]
         view = np.lib.stride_tricks.sliding_window_view(padded, spans, axis=(2, 3))
         rows, columns = self._dilations
@@ -56,12 +79,7 @@ def _mean(node: ir.Node, array: Float32Array) -> Float64Array:
     """Mean layer input of one batch, over all its images and positions."""
     if node.op_type != "Conv":
         return np.asarray(array.reshape(-1, array.shape[-1]).mean(axis=0, dtype=np.float64))
-    view = _Windows(node).of(array)
-    means = np.empty((view.shape[1], *view.shape[4:]))
-    # One kernel position at a time, so that the view is never copied.
-    for y, x in np.ndindex(*view.shape[4:]):
-        means[:, y, x] = view[..., y, x].mean(axis=(0, 2, 3), dtype=np.float64)
-    return means
+    return _Windows(node).mean(array)
 
 
 def layer_means(

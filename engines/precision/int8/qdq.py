@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from functools import reduce
+from functools import lru_cache, reduce
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +53,14 @@ def _range_of(method: str, tensors: Mapping[str, TensorRange], symmetric: bool) 
                 f"the ranges file has no histogram of tensor {name!r}, which --method {method} needs",
                 hint="calibrate again with --precision int8 and the same --keep-float",
             )
-    found = [Histogram.decode(tensor.histogram) for tensor in tensors.values()]
+    return _searched(method, tuple(tensor.histogram for tensor in tensors.values()), low, high, symmetric)
+
+
+@lru_cache(maxsize=4096)  # candidates of tuning share most ranges
+def _searched(
+    method: str, histograms: tuple[str, ...], low: float, high: float, symmetric: bool
+) -> tuple[float, float]:
+    found = map(Histogram.decode, histograms)
     return METHODS[method](reduce(Histogram.merged, found), low, high, symmetric)
 
 

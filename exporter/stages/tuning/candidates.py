@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from glob import escape
@@ -208,28 +208,29 @@ class Evaluator:
     @cached_property
     def equalized(self) -> list[str]:
         """Strengths with which layers can be equalized. Makes and calibrates the graph of each."""
-        names = observed(graph_io.load(self._store.graph).graph)
-        if not names:
+        if not observed(graph_io.load(self._store.graph).graph):
             return []
-        magnitudes = self._magnitudes(names)
-        return [s for s in (*map(str, STRENGTHS), GATES) if self._equalize(s, magnitudes)]
+        return [s for s in (*map(str, STRENGTHS), GATES) if self._equalize(s)]
 
     @cached_property
     def approximated(self) -> bool:
         """Whether more layers can be equalized through ReLU6. Makes and calibrates that graph."""
         graph = graph_io.load(self._store.graph).graph
-        names = observed(graph, approximate=True)
-        return names != observed(graph) and self._equalize(APPROXIMATE, self._magnitudes(names))
+        return observed(graph, approximate=True) != observed(graph) and self._equalize(APPROXIMATE)
 
-    def _magnitudes(self, names: list[str]) -> dict[str, npt.NDArray[np.float32]]:
+    @cached_property
+    def _magnitudes(self) -> dict[str, npt.NDArray[np.float32]]:
+        """Channels' magnitudes of all tensors that any equalization asks for."""
+        graph = graph_io.load(self._store.graph).graph
+        names = sorted({*observed(graph), *observed(graph, approximate=True)})
         return channel_magnitudes(self._store.graph, self._pixels(FEW_IMAGES), self._preprocess, names)
 
-    def _equalize(self, strength: str, magnitudes: Mapping[str, npt.NDArray[np.float32]]) -> bool:
+    def _equalize(self, strength: str) -> bool:
         model = graph_io.load(self._store.graph)
         approximate, scaled = strength == APPROXIMATE, scaled_tensors(model.graph)
         power, *more = strength.split()
         if not equalize(
-            model.graph, magnitudes, float(power), approximate=approximate, gates="gates" in more
+            model.graph, self._magnitudes, float(power), approximate=approximate, gates="gates" in more
         ):
             return False
         path = self._store.equalized(strength)
