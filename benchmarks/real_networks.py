@@ -10,7 +10,7 @@ images, by SQNR to eager PyTorch and by agreement (top-1, or the nearest image o
 of calibrating and tuning; those of quantize_static include reading its images, those of the peers below do not.
 
 Peers of --peers run in environments of their own (up to 7 GB each), made one after another and removed. They and their
-options are in PEERS; `peer_worker.py` shows how each is called. `--python NAME=PYTHON` takes an environment that exists.
+options are in PEERS; `peer_worker.py` shows how each is called. `--python NAME=PYTHON` takes an existing environment.
 """
 
 from __future__ import annotations
