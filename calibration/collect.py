@@ -235,7 +235,7 @@ def collect(
         graph: ONNX file with one float32 input [N, 3, H, W].
         images: the stream to calibrate on.
         histograms: names of the tensors to collect histograms of: those that will be quantized.
-        known: ranges of activations that need not be observed, by name.
+        known: ranges of activations that need not be observed, by name. If given, the others may all be 0.
         threads: number of threads for ONNX Runtime and for counting; 0 for all cores.
         budget: bytes of activations to hold at once; see BUDGET.
         progress: called with the number of images done since the last call.
@@ -269,7 +269,7 @@ def collect(
         raise BadInputError(f"{images.root}: no image could be used for calibration", hint="check the folder")
     quantized = [tensor for tensor in observed if tensor.accumulator is not None]
     dead = [tensor for tensor in quantized if tensor.low == tensor.high == 0]
-    if dead and (len(dead) == len(quantized) or dead[0].name == feed):
+    if dead and not found and (len(dead) == len(quantized) or dead[0].name == feed):
         what = "all tensors are" if len(dead) == len(quantized) else "the input is"
         raise BadInputError(
             f"calibration: {what} 0 on all calibration images: no 8-bit scale can be chosen",

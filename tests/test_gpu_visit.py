@@ -168,7 +168,8 @@ def test_each_step_writes_what_it_found_and_that_it_ended(rehearsed):
     found = {line["step"]: line for line in lines if "ended" not in line}
     assert found["wheels"]["skipped"] == "no wheels came"
     assert found["resnet50"]["skipped"] == "no images came"
-    assert found["lite0"]["skipped"] == "its package did not come"
+    came = importlib.util.find_spec("efficientnet_lite_pytorch") is not None  # a benchmark's
+    assert found["lite0"]["skipped"] == ("no images came" if came else "its package did not come")
     for step in ("digits speed", "errors"):
         assert found[step]["skipped"] == "digits was not exported"
     assert found["layers"]["skipped"] == "no engine of TensorRT-RTX runs here"

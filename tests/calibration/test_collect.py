@@ -211,6 +211,20 @@ def test_ranges_that_are_known_are_taken_over_and_the_others_observed(network, i
         assert tensor.histogram
 
 
+def test_others_may_all_be_zero_if_ranges_are_known(tmp_path, images):
+    def silent(weights: dict[str, np.ndarray]) -> None:
+        weights["stem.weight"][...], weights["stem.bias"][...] = 0, 0
+
+    path = tiny_network(tmp_path / "graph.onnx", silent)
+    names = collect(path, images).tensors
+    dead = [name for name, found in names.items() if found.min == found.max == 0]
+    assert dead
+    known = {name: found for name, found in names.items() if name not in dead}
+    assert collect(path, images, histograms=dead, known=known).tensors.keys() == names.keys()
+    with pytest.raises(BadInputError, match="all tensors are 0"):
+        collect(path, images, histograms=dead)
+
+
 def test_shards_merge_to_the_bits_of_the_whole(network, images):
     shards = [collect(network, images[start::3], 4, histograms=QUANTIZED) for start in range(3)]
     whole = collect(network, images, 8, histograms=QUANTIZED)

@@ -61,7 +61,8 @@ def everything(path: Path) -> Path:
         ("Relu", ["s0"], "s1", {}),
         ("Conv", ["s1", "excite"], "s2", CONV),
         ("Sigmoid", ["s2"], "s3", {}),
-        ("Mul", ["d", "s3"], "scaled", {}),
+        ("Mul", ["s3", "factors"], "s4", {}),
+        ("Mul", ["d", "s4"], "scaled", {}),
         ("Conv", ["scaled", "project"], "p", CONV),
         ("Add", ["x", "p"], "r", {}),
         ("Mul", ["r", "half"], "halved", {}),
@@ -83,6 +84,7 @@ def everything(path: Path) -> Path:
         "depthwise_b": (16,),
         "squeeze": (6, 16, 1, 1),
         "excite": (16, 6, 1, 1),
+        "factors": (16, 1, 1),
         "project": (8, 16, 1, 1),
         "branch": (4, 8, 1, 1),
         "grouped": (12, 6, 1, 1),
@@ -112,7 +114,7 @@ def test_a_reordered_network_computes_the_same(tmp_path):
     np.testing.assert_allclose(logits(tmp_path / "reordered.onnx"), logits(path), rtol=1e-4, atol=1e-5)
     # Tensors that a Concat, a grouped layer or the outside sees keep their order: x is joined with `both` by the Add.
     assert set(order.read) == {"s0", "s2", "p", "h", "logits"}
-    assert set(order.made) == {"c1", "d", "s2", "s0", "l", "h"}
+    assert set(order.made) == {"c1", "d", "s2", "s4", "s0", "l", "h"}
 
 
 @pytest.mark.parametrize(
@@ -123,7 +125,7 @@ def test_channels_keep_their_order_where_something_else_reads_them(tmp_path, kin
         "BatchNormalization": [("BatchNormalization", ["c", "s", "b", "m", "v"], "y", {})],
         "Transpose": [("Transpose", ["c"], "t", {"perm": [0, 1, 3, 2]}), ("Relu", ["t"], "y", {})],
         "Softmax": [("Softmax", ["c"], "y", {"axis": 1})],
-        "per-channel Mul": [("Mul", ["c", "channels"], "y", {})],
+        "per-channel Mul": [("Mul", ["channels", "c"], "y", {})],
         "two outputs": [("Relu", ["c"], "y", {})],
     }
     nodes = [

@@ -19,6 +19,7 @@ from export_zoo.engines.parity.metrics import compare
 from export_zoo.engines.precision.int8.equalize import (
     STRENGTHS,
     equalize,
+    every_link,
     links,
     observed,
     scale,
@@ -107,6 +108,11 @@ def gated(path: Path, last: Sequence[onnx.NodeProto] = CLASSIFIER) -> Path:
     )
 
 
+def without_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
+    del model.graph.value_info[:]
+    return model
+
+
 @pytest.mark.parametrize("strength", STRENGTHS)
 @pytest.mark.parametrize("gates", [False, True])
 def test_means_and_gates_take_factors_and_the_logits_stay_the_same_to_the_bit(gates, strength, tmp_path):
@@ -147,6 +153,23 @@ def test_channels_with_a_factor_change_places_together_with_it(tmp_path):
     reorder(model.graph, ChannelOrder(made, {"reduced": swapped, "c2": swapped}))
     graph_io.save(model, tmp_path / "reordered.onnx")
     assert np.allclose(logits(tmp_path / "reordered.onnx"), logits(path), rtol=1e-4, atol=1e-5)
+
+
+def test_a_mean_of_a_gates_product_is_scaled_once(tmp_path):
+    path = gated(tmp_path / "graph.onnx")
+    model = onnx.load(path)
+    for (
+        made
+    ) in model.graph.node:  # the mean of the product itself, as if the second convolution were not there
+        if made.op_type == "GlobalAveragePool" and made.input[0] == "y":
+            made.input[0] = "product"
+        if made.op_type == "Gemm":
+            made.input[1] = "wide"
+    model.graph.initializer.append(numpy_helper.from_array(random(8, 5, seed=8), "wide"))
+    onnx.save(onnx.shape_inference.infer_shapes(without_shapes(model), strict_mode=True), path)
+    graph = graph_io.load(path).graph
+    assert {str(link.activation.name) for link in every_link(graph, gates=True)} == {"product"}
+    assert {str(link.activation.name) for link in every_link(graph)} == {"mean"}
 
 
 def test_a_mean_that_something_else_reads_is_left_alone(tmp_path):

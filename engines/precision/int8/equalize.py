@@ -99,7 +99,7 @@ def links(graph: ir.Graph, *, approximate: bool = False) -> Iterator[Link]:
 def every_link(graph: ir.Graph, *, approximate: bool = False, gates: bool = False) -> Iterator[Link]:
     """All links: those of `links`, and what a factor for each channel of one pixel scales, at no cost.
 
-    The latter are means of images that layers read which read no channels of `links`.
+    The latter are means of images; each layer's channels are scaled once.
 
     Args:
         approximate: see `links`.
@@ -117,11 +117,9 @@ def every_link(graph: ir.Graph, *, approximate: bool = False, gates: bool = Fals
         if vector is None or channels is None or _size(vector, 1) != channels:
             continue
         link = Link(None, output, channels, vector=vector)
-        if (
-            _trace(output, 0, 1, link)
-            and link.readers
-            and scaled.isdisjoint(r.node.name for r in link.readers)
-        ):
+        names = {reader.node.name for reader in link.readers} if _trace(output, 0, 1, link) else set()
+        if names and scaled.isdisjoint(names):
+            scaled |= names
             yield link
 
 
