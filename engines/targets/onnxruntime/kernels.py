@@ -1,7 +1,7 @@
 """Last rewrites of an INT8 graph: operators for which ONNX Runtime's CPU provider has faster or more exact kernels.
 
 The nodes of domain com.microsoft are ONNX Runtime's contrib operators, documented in its ContribOperators.md. All
-figures: EfficientNet-B0, one thread, AMD EPYC Zen 3, ONNX Runtime 1.31; `benchmarks/cpu_engine.py --models
+figures: EfficientNet-B0, one thread, AMD EPYC (AVX512-VNNI), ONNX Runtime 1.31; `benchmarks/cpu_engine.py --models
 efficientnet_b0` compares the result with FP32.
 """
 
