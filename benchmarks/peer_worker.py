@@ -118,7 +118,7 @@ def main() -> None:
         began = time.monotonic()
         run = PEERS[peer](option, graph, images, Path(folder))
         seconds = time.monotonic() - began
-        # Of this program: getrusage would begin with the peak of the process that started it.
+        # The peak is that of this program alone: getrusage would begin with the peak of the process that started it.
         status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
         peak = int(status["VmHWM"].split()[0]) / 1024
 

@@ -63,7 +63,7 @@ NETWORKS = {
 
 
 class Peer(NamedTuple):
-    """What `peer_worker.py` needs for a peer, and the options that are tried."""
+    """A peer's packages, and those of its options in `peer_worker.py` that are tried."""
 
     packages: tuple[str, ...]
     options: tuple[str, ...]
@@ -115,23 +115,40 @@ def ours(name: str, folder: Path, targets: list[str], out: Path) -> Iterator[Row
         yield Row(name, who, found["sqnr"], agreement, found["accuracy"], each)
 
 
-def theirs(name: str, folder: Path, place: Path) -> Iterator[Row]:
-    """Rows of ONNX Runtime's quantizer on our graph and our images."""
-    manifest = reader.read_manifest(place)
-    p, held = manifest.recipe.preprocess, reader.held_out(place, manifest)
-    (head, *_) = manifest.recipe.heads.values()
-    scanned = images.scan(folder, option="--images")
-    splits = images.split(scanned, calibrate=DEFAULT_CALIB_IMAGES, verify=DEFAULT_VERIFY_IMAGES, seed=0)
-    for activations in ("uint8", "int8"):
-        began, out = time.monotonic(), place.with_suffix(".peer.onnx")
-        stream = images.ImageStream(splits["calibrate"], p, 8, folder)
-        batches = (normalize(pixels, p) for pixels in stream)
-        quantize_with_onnxruntime(place / manifest.recipe.graph.path, out, batches, activations=activations)
-        seconds = time.monotonic() - began
-        (found,) = run_in_batches(OnnxRuntimeEngine(out), held.pixels, p, 8)
-        metrics = compare(held.logits, found, held.labels, head)
+class Bundle:
+    """One of our bundles: what peers quantize and are judged by."""
+
+    def __init__(self, name: str, folder: Path, place: Path) -> None:
+        self.name, self.folder, self.place = name, folder, place
+        manifest = reader.read_manifest(place)
+        self.graph = place / manifest.recipe.graph.path
+        self.preprocess = manifest.recipe.preprocess
+        self.held_out = reader.held_out(place, manifest)
+        (self._head, *_) = manifest.recipe.heads.values()
+
+    def calibrate(self) -> images.ImageStream:
+        """The images that ours calibrated on."""
+        scanned = images.scan(self.folder, option="--images")
+        splits = images.split(scanned, calibrate=DEFAULT_CALIB_IMAGES, verify=DEFAULT_VERIFY_IMAGES, seed=0)
+        return images.ImageStream(splits["calibrate"], self.preprocess, 8, self.folder)
+
+    def row(self, who: str, logits: np.ndarray, seconds: float, peak_mib: float | None = None) -> Row:
+        """A peer's row, by its logits of the held-out images."""
+        metrics = compare(self.held_out.logits, logits, self.held_out.labels, self._head)
         agreement = metrics.nearest if metrics.nearest is not None else metrics.top1
-        yield Row(name, f"quantize_static {activations}", metrics.sqnr, agreement, metrics.accuracy, seconds)
+        return Row(self.name, who, metrics.sqnr, agreement, metrics.accuracy, seconds, peak_mib)
+
+
+def theirs(bundle: Bundle) -> Iterator[Row]:
+    """Rows of ONNX Runtime's quantizer on our graph and our images."""
+    p = bundle.preprocess
+    for activations in ("uint8", "int8"):
+        began, out = time.monotonic(), bundle.place.with_suffix(".peer.onnx")
+        batches = (normalize(pixels, p) for pixels in bundle.calibrate())
+        quantize_with_onnxruntime(bundle.graph, out, batches, activations=activations)
+        seconds = time.monotonic() - began
+        (found,) = run_in_batches(OnnxRuntimeEngine(out), bundle.held_out.pixels, p, 8)
+        yield bundle.row(f"quantize_static {activations}", found, seconds)
 
 
 @contextmanager
@@ -144,39 +161,30 @@ def environment(packages: Sequence[str]) -> Iterator[str]:
         yield python
 
 
-def in_environment(peer: str, python: str, name: str, folder: Path, place: Path) -> Iterator[Row]:
+def in_environment(peer: str, python: str, bundle: Bundle) -> Iterator[Row]:
     """Rows of one of PEERS on our graph and our images."""
-    manifest = reader.read_manifest(place)
-    p, held = manifest.recipe.preprocess, reader.held_out(place, manifest)
-    (head, *_) = manifest.recipe.heads.values()
-    scanned = images.scan(folder, option="--images")
-    splits = images.split(scanned, calibrate=DEFAULT_CALIB_IMAGES, verify=DEFAULT_VERIFY_IMAGES, seed=0)
-    arrays = {
-        "calibrate.npy": images.ImageStream(splits["calibrate"], p, 8, folder).all(),
-        "held-out.npy": held.pixels,
-    }
+    arrays = {"calibrate.npy": bundle.calibrate().all(), "held-out.npy": bundle.held_out.pixels}
     for file, pixels in arrays.items():
-        np.save(place.with_name(file), normalize(pixels, p))
+        np.save(bundle.place.with_name(file), normalize(pixels, bundle.preprocess))
+    logits = bundle.place.with_name("logits.npy")
+    files = [bundle.graph, *map(bundle.place.with_name, arrays), logits]
     for option in PEERS[peer].options:
-        worker = [python, str(Path(__file__).with_name("peer_worker.py")), peer, option]
-        files = [place / manifest.recipe.graph.path, *map(place.with_name, (*arrays, "logits.npy"))]
-        done = subprocess.run([*worker, *map(str, files)], capture_output=True, text=True, check=False)
+        worker = [str(Path(python).absolute()), str(Path(__file__).with_name("peer_worker.py")), peer, option]
+        # Some peers leave files in the working directory.
+        done = subprocess.run(
+            [*worker, *map(str, files)],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=bundle.place.parent,
+        )
         if done.returncode:
-            print(f"{peer} {option} on {name}: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
+            print(
+                f"{peer} {option} on {bundle.name}: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr
+            )
             continue
         figures = json.loads(done.stdout.splitlines()[-1])
-        found = np.load(place.with_name("logits.npy"))
-        metrics = compare(held.logits, found, held.labels, head)
-        agreement = metrics.nearest if metrics.nearest is not None else metrics.top1
-        yield Row(
-            name,
-            f"{peer} {option}",
-            metrics.sqnr,
-            agreement,
-            metrics.accuracy,
-            figures["seconds"],
-            figures["peak_mib"],
-        )
+        yield bundle.row(f"{peer} {option}", np.load(logits), figures["seconds"], figures["peak_mib"])
 
 
 def main() -> None:
@@ -201,12 +209,12 @@ def main() -> None:
             place.parent.mkdir()
             show(ours(name, given.images, given.targets, place))
             if not given.no_peers:
-                show(theirs(name, given.images, place))
+                show(theirs(Bundle(name, given.images, place)))
         for peer in given.peers:
             existing = nullcontext(pythons[peer]) if peer in pythons else environment(PEERS[peer].packages)
             with existing as python:
                 for name, place in places.items():
-                    show(in_environment(peer, python, name, given.images, place))
+                    show(in_environment(peer, python, Bundle(name, given.images, place)))
 
 
 def show(rows: Iterable[Row]) -> None:

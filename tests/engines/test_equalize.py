@@ -135,8 +135,7 @@ def test_means_and_gates_take_factors_and_the_logits_stay_the_same_to_the_bit(ga
     squeezed = channel_magnitudes(path, PIXELS, PREPROCESS, ["squeezed"])["squeezed"]
     assert np.array_equal(after["squeezed"], squeezed), "what makes the gate keeps what it reads"
     # Layers that read scaled channels may still change places with their factors.
-    order = choose_order(model.graph)
-    reorder(model.graph, ChannelOrder(dict(order.made), dict(order.read)))
+    reorder(model.graph, choose_order(model.graph))
     graph_io.save(model, tmp_path / "reordered.onnx")
     assert np.allclose(logits(tmp_path / "reordered.onnx"), logits(path), rtol=1e-4, atol=1e-5)
 
@@ -158,9 +157,8 @@ def test_channels_with_a_factor_change_places_together_with_it(tmp_path):
 def test_a_mean_of_a_gates_product_is_scaled_once(tmp_path):
     path = gated(tmp_path / "graph.onnx")
     model = onnx.load(path)
-    for (
-        made
-    ) in model.graph.node:  # the mean of the product itself, as if the second convolution were not there
+    # The mean is that of the product itself, as if the second convolution were not there.
+    for made in model.graph.node:
         if made.op_type == "GlobalAveragePool" and made.input[0] == "y":
             made.input[0] = "product"
         if made.op_type == "Gemm":

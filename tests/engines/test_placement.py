@@ -204,7 +204,7 @@ def test_silu_and_gates_of_efficientnet_run_in_the_fastest_kernels(case):
     assert "GlobalAveragePool" not in found
 
 
-def test_float_outputs_of_pointwise_convolutions_are_those_of_the_layer(case, monkeypatch):
+def test_float_outputs_of_pointwise_convolutions_are_those_of_the_layer(case):
     """Without the rewrite ONNX Runtime computes such a Conv in float, with the same weights and inputs."""
     net = case("tiny efficientnet")
     rules = TARGETS["onnxruntime"].int8

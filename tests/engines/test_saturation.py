@@ -339,7 +339,7 @@ def test_quantized_layer_cannot_saturate_and_one_pair_of_127_and_2_is_found(kind
 
 
 def test_a_product_with_float_outputs_is_found():
-    """Of `float_outputs_of_pointwise`; channels 2j and 2j + 1 of an output are added in 16 bits."""
+    """The product is one that `float_outputs_of_pointwise` writes: rows 2j and 2j + 1 are added in 16 bits."""
     weight = np.array([[127, 127], [1, 2], [1, 1], [127, -127]], dtype=np.int8)
     for columns, expected in (([0], []), ([1], ["product"]), ([0, 1], ["product"])):
         x = ir.Value(name="x", type=ir.TensorType(ir.DataType.UINT8))

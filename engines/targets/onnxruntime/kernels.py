@@ -7,6 +7,8 @@ efficientnet_b0` compares the result with FP32.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
@@ -16,12 +18,6 @@ from export_zoo.engines.precision.placement import activated, is_pointwise, read
 from export_zoo.engines.precision.rewrites import add_constant, remove_unused_initializers
 
 CONTRIB = "com.microsoft"
-
-_CHANNELS_FIRST = (0, 3, 1, 2)
-_UNARY = frozenset(
-    {"QuickGelu", "HardSwish", "HardSigmoid", "Sigmoid", "Gelu", "Tanh", "Elu", "Selu", "Mish"}
-)
-"""Activations with one input, which may read channels in any order."""
 
 
 def use_fast_kernels(graph: ir.Graph) -> None:
@@ -51,6 +47,13 @@ def _take_place(graph: ir.Graph, made: list[ir.Node], old: ir.Node) -> None:
     after.name = name
 
 
+def _remove_unread(graph: ir.Graph, nodes: Iterable[ir.Node | None]) -> None:
+    """Remove those nodes whose output nothing reads any more."""
+    for node in nodes:
+        if node is not None and not readers(node.outputs[0]):
+            graph.remove(node, safe=True)
+
+
 def fuse_silu(graph: ir.Graph) -> int:
     """Write x * Sigmoid(x) as one QuickGelu. Returns the number of rewritten nodes.
 
@@ -66,9 +69,7 @@ def fuse_silu(graph: ir.Graph) -> int:
         sigmoids = [value.producer() for value in node.inputs if value is not None and value is not source]
         fused = ir.node("QuickGelu", [source], {"alpha": 1.0}, domain=CONTRIB, name=node.name)
         _take_place(graph, [fused], node)
-        for sigmoid in sigmoids:
-            if sigmoid is not None and not readers(sigmoid.outputs[0]):
-                graph.remove(sigmoid, safe=True)
+        _remove_unread(graph, sigmoids)
         count += 1
     return count
 
@@ -110,11 +111,9 @@ def float_outputs_of_pointwise(graph: ir.Graph) -> int:
         product.outputs[0].dtype = ir.DataType.FLOAT
         product.outputs[0].shape = ir.Shape([n, h, w, integers.shape[1]])
         first = ir.node("Transpose", [product.outputs[0]], {"perm": [0, 3, 1, 2]}, name=name)
-        unread = [weight_dq, data_dq, _dequantize(node, 2)]
+        operands_before = [weight_dq, data_dq, _dequantize(node, 2)]
         _take_place(graph, [last, product, first], node)
-        for dequantize in unread:
-            if dequantize is not None and not readers(dequantize.outputs[0]):
-                graph.remove(dequantize, safe=True)
+        _remove_unread(graph, operands_before)
         count += 1
     return count
 
