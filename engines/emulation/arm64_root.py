@@ -36,10 +36,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 from export_zoo.base.errors import EnvironmentFailureError, ExportZooError, TargetUnavailableError, UsageError
 from export_zoo.base.machine import library_versions
+from export_zoo.engines.emulation import arm64
 
 RELEASE = "bookworm"
 """Debian release. Its Python version determines the wheels."""
-PYTHON = "3.11"
 MIRROR_VARIABLE = "DEBIAN_MIRROR"
 """Environment variable: URL of a Debian mirror, `http://HOST/debian`, if apt here has none, for example on Ubuntu."""
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
@@ -51,9 +51,9 @@ PACKAGES = (
     "zlib1g",
     "libexpat1",
     "libffi8",
-    f"python{PYTHON}-minimal",
-    f"libpython{PYTHON}-minimal",
-    f"libpython{PYTHON}-stdlib",
+    f"python{arm64.PYTHON}-minimal",
+    f"libpython{arm64.PYTHON}-minimal",
+    f"libpython{arm64.PYTHON}-stdlib",
 )
 """Packages that Python, numpy and ONNX Runtime need.
 
@@ -76,16 +76,6 @@ NUMPY = "2.4.6"
 """Version of numpy: the last one for Python 3.11."""
 PLATFORMS = ("manylinux_2_28_aarch64", "manylinux_2_27_aarch64", "manylinux_2_17_aarch64")
 """Platform tags of wheels that run with Debian 12's glibc 2.36."""
-CPUS = {
-    "cortex-a53": ("0x41", "0x0", "0xd03", "4"),
-    "neoverse-n1": ("0x41", "0x3", "0xd0c", "1"),
-    "max": ("0x00", "0x0", "0x51", "0"),
-}
-"""CPUs of qemu-aarch64, with implementer, variant, part and revision as in /proc/cpuinfo.
-
-cortex-a53 has neither dot products nor FP16, and neoverse-n1 has both. max has all features that qemu implements, for
-example I8MM.
-"""
 _PROCESSORS = 512
 """Number of processors in /proc/cpuinfo.
 
@@ -93,7 +83,6 @@ At least this machine's number is needed: processors that are not listed get no 
 """
 _NEEDED_BYTES = 500_000_000
 """Free disk space needed to make the root, in bytes: downloads and unpacked files together."""
-_RECORD = "root.json"
 _CHECK = """
 import hashlib, platform, sys
 import numpy, onnxruntime
@@ -104,64 +93,6 @@ session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProv
 assert (y == 127).all(), y
 """
 """Python program that runs the model of `_write_convolution`. 64 * 255 * 127 / 2^14 is 126.5."""
-
-
-VARIABLE = "EXPORT_ZOO_ARM64_ROOT"
-
-
-def default_root() -> Path:
-    """The default folder of the ARM64 root.
-
-    $EXPORT_ZOO_ARM64_ROOT, else $XDG_CACHE_HOME/export-zoo/arm64-root, else ~/.cache/export-zoo/arm64-root.
-    """
-    if chosen := os.environ.get(VARIABLE):
-        return Path(chosen).absolute()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "export-zoo" / "arm64-root"
-
-
-def versions(root: Path) -> dict[str, str]:
-    """Versions of Debian, Python, numpy and ONNX Runtime in a root; empty if the root is missing or damaged."""
-    try:
-        found = json.loads((root / _RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
-        return {}
-    return found
-
-
-def usable(root: Path) -> bool:
-    """Whether `root` is a complete ARM64 root. Only checks files, runs nothing."""
-    parts = (_python(root), *(root / "site" / name / "__init__.py" for name in ("numpy", "onnxruntime")))
-    files = [*parts, *(root / "cpu" / cpu / "proc" / "cpuinfo" for cpu in CPUS)]
-    loaders = [root / "cpu" / cpu / "lib" / "ld-linux-aarch64.so.1" for cpu in CPUS]
-    return bool(versions(root)) and all(file.is_file() for file in (*files, *loaders))
-
-
-def site(root: Path) -> Path:
-    """The folder of numpy and ONNX Runtime in a root."""
-    return root / "site"
-
-
-def command(root: Path, cpu: str) -> list[str]:
-    """The command that runs the root's Python on a CPU. Its environment needs `environment(root)`.
-
-    Raises:
-        TargetUnavailableError: qemu-aarch64 is not installed.
-        UsageError: the CPU is unknown.
-    """
-    if cpu not in CPUS:
-        raise UsageError(f"{cpu!r}: not a CPU of the ARM64 root", hint=f"use {', '.join(CPUS)}")
-    qemu = _program("qemu-aarch64", "qemu-user")
-    return [qemu, "-cpu", cpu, "-L", str(root / "cpu" / cpu), str(_python(root))]
-
-
-def environment(root: Path) -> dict[str, str]:
-    """Environment variables that the root's Python needs, in addition to those of this process.
-
-    PYTHONHOME is emptied: this machine's value would lead the root's Python to the wrong files.
-    """
-    return {"PYTHONPATH": str(root / "site"), "PYTHONHOME": "", "PYTHONDONTWRITEBYTECODE": "1"}
 
 
 def mirror_of_apt() -> str:
@@ -196,8 +127,8 @@ def make(root: Path, *, onnxruntime: str | None = None, mirror: str | None = Non
         TargetUnavailableError: a program, Debian's keys or a Debian mirror is missing.
         EnvironmentFailureError: the network or the disk failed, or the root does not run.
     """
-    if usable(root):
-        have = versions(root)["onnxruntime"]
+    if arm64.usable(root):
+        have = arm64.versions(root)["onnxruntime"]
         if (wanted := onnxruntime or _installed() or have) != have:
             raise UsageError(
                 f"{root}: has ONNX Runtime {have}, not {wanted}",
@@ -225,18 +156,21 @@ def make(root: Path, *, onnxruntime: str | None = None, mirror: str | None = Non
             _add_cpus(made)
             for name in UNUSED:
                 shutil.rmtree(made / name, ignore_errors=True)
-            for tests in [*made.glob("site/numpy/**/tests"), *made.glob(f"root/usr/lib/python{PYTHON}/test")]:
+            for tests in [
+                *made.glob("site/numpy/**/tests"),
+                *made.glob(f"root/usr/lib/python{arm64.PYTHON}/test"),
+            ]:
                 shutil.rmtree(tests, ignore_errors=True)
             _write_convolution(work / "convolution.onnx")
-            for cpu in CPUS:
+            for cpu in arm64.CPUS:
                 _check(made, cpu, work / "convolution.onnx")
             record = {
                 "debian": RELEASE,
-                "python": PYTHON,
+                "python": arm64.PYTHON,
                 "numpy": NUMPY,
                 "onnxruntime": onnxruntime,
             }
-            (made / _RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            (made / arm64.RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
             return _put(made, root)
     except OSError as error:
         hint = (
@@ -252,28 +186,15 @@ def _installed() -> str | None:
     return None if version == "absent" else version
 
 
-def _python(root: Path) -> Path:
-    return root / "root" / "usr" / "bin" / f"python{PYTHON}"
-
-
 def _put(made: Path, root: Path) -> bool:
     """Rename `made` to `root`. Returns False if another process made `root` in the meantime."""
     try:
         made.rename(root)
     except OSError:
-        if usable(root):
+        if arm64.usable(root):
             return False
         raise
     return True
-
-
-def _program(name: str, package: str) -> str:
-    found = shutil.which(name)
-    if found is None:
-        raise TargetUnavailableError(
-            f"ARM64 root: {name} is not installed", hint=f"on Debian or Ubuntu: apt-get install {package}"
-        )
-    return found
 
 
 def _programs() -> dict[str, str]:
@@ -284,7 +205,7 @@ def _programs() -> dict[str, str]:
             hint="make the root on Debian or Ubuntu (a container is enough), and copy the folder",
         )
     found = {
-        name: _program(name, package)
+        name: arm64.program(name, package)
         for name, package in (("apt-get", "apt"), ("dpkg-deb", "dpkg"), ("qemu-aarch64", "qemu-user"))
     }
     if importlib.util.find_spec("pip") is None:
@@ -357,14 +278,14 @@ def _unpack_wheels(site: Path, work: Path, onnxruntime: str) -> None:
     """Download the ARM64 wheels of numpy and ONNX Runtime and unzip them to `site`."""
     wheels = work / "wheels"
     arguments = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
-    arguments += ["--python-version", PYTHON, "--implementation", "cp", "--dest", str(wheels)]
+    arguments += ["--python-version", arm64.PYTHON, "--implementation", "cp", "--dest", str(wheels)]
     for platform in PLATFORMS:
         arguments += ["--platform", platform]
     _run(
         [*arguments, f"numpy=={NUMPY}", f"onnxruntime=={onnxruntime}"],
         "pip download",
         f"check that the package index can be reached. If it has no onnxruntime {onnxruntime} for "
-        f"ARM64 and Python {PYTHON}, use --onnxruntime {ONNXRUNTIME}",
+        f"ARM64 and Python {arm64.PYTHON}, use --onnxruntime {ONNXRUNTIME}",
         cwd=work,
     )
     for wheel in sorted(wheels.glob("*.whl")):
@@ -373,7 +294,7 @@ def _unpack_wheels(site: Path, work: Path, onnxruntime: str) -> None:
 
 
 def _add_cpus(made: Path) -> None:
-    for cpu, (implementer, variant, part, revision) in CPUS.items():
+    for cpu, (implementer, variant, part, revision) in arm64.CPUS.items():
         directory = made / "cpu" / cpu
         (directory / "proc").mkdir(parents=True)
         for name in ("etc", "lib", "usr"):
@@ -410,8 +331,8 @@ def _write_convolution(path: Path) -> None:
 def _check(made: Path, cpu: str, model: Path) -> None:
     """Import numpy and ONNX Runtime on an emulated CPU, and run a convolution."""
     hint = "use another version (--onnxruntime), or a newer qemu-user"
-    program = [*command(made, cpu), "-c", _CHECK, str(model)]
-    _run(program, f"running ONNX Runtime as {cpu}", hint, cwd=made, **environment(made))
+    program = [*arm64.command(made, cpu), "-c", _CHECK, str(model)]
+    _run(program, f"running ONNX Runtime as {cpu}", hint, cwd=made, **arm64.environment(made))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -419,11 +340,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m export_zoo.engines.emulation.arm64_root",
         description="Make an ARM64 root for qemu-aarch64: Debian's Python, numpy and ONNX Runtime.",
     )
-    parser.add_argument("root", nargs="?", type=Path, metavar="DIR", help=f"default: {default_root()}")
+    parser.add_argument("root", nargs="?", type=Path, metavar="DIR", help=f"default: {arm64.default_root()}")
     parser.add_argument("--onnxruntime", metavar="VERSION", help="default: the version installed here")
     parser.add_argument("--mirror", metavar="URL", help="Debian mirror (default: $DEBIAN_MIRROR, else apt's)")
     options = parser.parse_args(arguments)
-    root: Path = (options.root or default_root()).absolute()
+    root: Path = (options.root or arm64.default_root()).absolute()
     try:
         made = make(root, onnxruntime=options.onnxruntime, mirror=options.mirror)
     except ExportZooError as error:
@@ -431,7 +352,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.hint:
             print(f"hint: {error.hint}", file=sys.stderr)
         return error.exit_code
-    have = versions(root)
+    have = arm64.versions(root)
     print(f"{root}: {'made' if made else 'already there'}, ", end="")
     print(f"Python {have['python']}, numpy {have['numpy']}, ONNX Runtime {have['onnxruntime']}")
     return 0

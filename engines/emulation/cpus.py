@@ -13,7 +13,7 @@ import numpy as np
 
 from export_zoo.base.errors import TargetUnavailableError, UsageError
 from export_zoo.base.package import IMPORT_ROOT
-from export_zoo.engines.emulation import arm64_root
+from export_zoo.engines.emulation import arm64
 
 
 @dataclass(frozen=True)
@@ -93,17 +93,15 @@ def launch(cpu: Cpu) -> Launch:
     """
     qemu = emulator(cpu)
     if cpu.machine == "aarch64":
-        root = arm64_root.default_root()
-        if not arm64_root.usable(root):
+        root = arm64.default_root()
+        if not arm64.usable(root):
             raise TargetUnavailableError(
                 f"--cpu {cpu.name}: there is no ARM64 Python with ONNX Runtime in {root}",
                 hint="make one with `python -m export_zoo.engines.emulation.arm64_root` (a minute, 130 MB), or set "
-                f"{arm64_root.VARIABLE} to the folder of an existing one",
+                f"{arm64.VARIABLE} to the folder of an existing one",
             )
-        environment = _environment([arm64_root.site(root), IMPORT_ROOT])
-        return Launch(
-            arm64_root.command(root, cpu.model), {**arm64_root.environment(root), **environment}, IMPORT_ROOT
-        )
+        environment = _environment([arm64.site(root), IMPORT_ROOT])
+        return Launch(arm64.command(root, cpu.model), {**arm64.environment(root), **environment}, IMPORT_ROOT)
     if platform.machine().lower() not in ("x86_64", "amd64"):
         raise TargetUnavailableError(
             f"--cpu {cpu.name}: needs a Python for x86-64, but this machine is {platform.machine()}",

@@ -18,7 +18,7 @@ from export_zoo.base.errors import EnvironmentFailureError, TargetUnavailableErr
 from export_zoo.base.machine import cpu_model, instruction_set, library_versions
 from export_zoo.base.package import __version__
 from export_zoo.engines.bundle.reader import read_manifest
-from export_zoo.engines.emulation import arm64_root
+from export_zoo.engines.emulation import arm64
 from export_zoo.engines.emulation.cpus import CPUS
 from export_zoo.engines.emulation.engine import qemu_version
 from export_zoo.exporter.matrix.inputs import fingerprints, of_emulation
@@ -52,7 +52,7 @@ def _emulation_versions(name: str) -> dict[str, str]:
     with contextlib.suppress(TargetUnavailableError):
         found["qemu"] = qemu_version(cpu)
     if cpu.machine == "aarch64":
-        there = arm64_root.versions(arm64_root.default_root())
+        there = arm64.versions(arm64.default_root())
         found |= {f"ARM64 {name}": version for name, version in there.items()}
     return found
 

@@ -179,7 +179,7 @@ def export_graph(context: Context, spec: ModelSpec, model: EagerModel) -> StageR
     """Export the eager model, and check it against eager at two batches of every size."""
 
     def make(directory: Path) -> Exported:
-        from export_zoo.exporter.graph import to_onnx
+        from export_zoo.exporter.graph import against_eager, to_onnx
 
         module, report = model.built
         p = spec.preprocess
@@ -201,7 +201,7 @@ def export_graph(context: Context, spec: ModelSpec, model: EagerModel) -> StageR
                 channels=p.channels,
             )
             patterns = (
-                to_onnx.difference_on_test_patterns(out, module, part) for part in _test_patterns(spec)
+                against_eager.difference_on_test_patterns(out, module, part) for part in _test_patterns(spec)
             )
             return next(filter(None, patterns), "")
 
@@ -213,9 +213,9 @@ def export_graph(context: Context, spec: ModelSpec, model: EagerModel) -> StageR
                 plain.replace(path)
             plain.unlink(missing_ok=True)
         error = 0.0
-        for inputs in _synthetic(spec, max(to_onnx.CHECK_BATCHES), spec.seed):
+        for inputs in _synthetic(spec, max(against_eager.CHECK_BATCHES), spec.seed):
             follows = spec.sizes is not None
-            error = max(error, to_onnx.check_batches(path, module, inputs, follows=follows))
+            error = max(error, against_eager.check_batches(path, module, inputs, follows=follows))
         return Exported(**asdict(report), error=error, opset=to_onnx.OPSET, warning=warning)
 
     with context.reporter.stage("export") as stage:

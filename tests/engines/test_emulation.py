@@ -27,7 +27,7 @@ from export_zoo.calibration.preprocess import normalize
 from export_zoo.calibration.ranges import Ranges
 from export_zoo.engines.bundle.manifest import Attestation, HostFigures
 from export_zoo.engines.bundle.reader import attestations, held_out, read_manifest
-from export_zoo.engines.emulation import arm64_root
+from export_zoo.engines.emulation import arm64, arm64_root
 from export_zoo.engines.emulation.cpus import CPUS, launch
 from export_zoo.engines.emulation.engine import EmulatedEngine, qemu_version
 from export_zoo.engines.emulation.verify import FLOAT_IMAGES, IMAGES, _Beside, verify_on
@@ -239,8 +239,8 @@ def test_int8_that_saturates_and_says_that_it_cannot_ends_with_3(old_bundle, tmp
 
 @pytest.mark.parametrize("name", ["cortex-a53", "neoverse-n1"])
 def test_int8_is_within_a_tenth_of_a_decibel_on_arm64(name, int8_bundle):
-    if not arm64_root.usable(arm64_root.default_root()):
-        pytest.skip(f"there is no ARM64 root in {arm64_root.default_root()}")
+    if not arm64.usable(arm64.default_root()):
+        pytest.skip(f"there is no ARM64 root in {arm64.default_root()}")
     attestation, path = verify_on(int8_bundle, emulated_cpu(name), images=4)
     assert path is not None
     assert attestation.status == "ok"
@@ -752,8 +752,8 @@ PARTS = [
     "root/lib/ld-linux-aarch64.so.1",
     "site/numpy/__init__.py",
     "site/onnxruntime/__init__.py",
-    *(f"cpu/{cpu}/proc/cpuinfo" for cpu in arm64_root.CPUS),
-    *(f"cpu/{cpu}/lib" for cpu in arm64_root.CPUS),
+    *(f"cpu/{cpu}/proc/cpuinfo" for cpu in arm64.CPUS),
+    *(f"cpu/{cpu}/lib" for cpu in arm64.CPUS),
     "root.json",
 ]
 
@@ -771,33 +771,33 @@ def root(tmp_path: Path) -> Path:
 
 
 def test_a_whole_root_is_usable_and_says_its_versions(root):
-    assert arm64_root.usable(root)
-    assert arm64_root.versions(root) == RECORD
-    assert arm64_root.site(root) == root / "site"
+    assert arm64.usable(root)
+    assert arm64.versions(root) == RECORD
+    assert arm64.site(root) == root / "site"
 
 
 @pytest.mark.parametrize("part", PARTS)
 def test_a_root_that_lacks_a_part_is_not_usable(part, root):
     (root / part).unlink()
-    assert not arm64_root.usable(root)
+    assert not arm64.usable(root)
 
 
 @pytest.mark.parametrize("record", ["", "{", "{}", "[]", "null", '{"onnxruntime": 1}', b"\xff\xfe"])
 def test_a_root_with_a_damaged_record_is_not_usable(record, root):
     data = record if isinstance(record, bytes) else record.encode()
     (root / "root.json").write_bytes(data)
-    assert not arm64_root.usable(root)
-    assert arm64_root.versions(root) == {}
+    assert not arm64.usable(root)
+    assert arm64.versions(root) == {}
 
 
 def test_an_empty_folder_and_none_are_not_usable(tmp_path):
     (tmp_path / "empty").mkdir()
-    assert not arm64_root.usable(tmp_path / "empty")
-    assert not arm64_root.usable(tmp_path / "none")
+    assert not arm64.usable(tmp_path / "empty")
+    assert not arm64.usable(tmp_path / "none")
 
 
 def test_each_cpu_has_a_cpuinfo_of_its_own(root):
-    text = {cpu: (root / "cpu" / cpu / "proc" / "cpuinfo").read_text() for cpu in arm64_root.CPUS}
+    text = {cpu: (root / "cpu" / cpu / "proc" / "cpuinfo").read_text() for cpu in arm64.CPUS}
     assert "CPU part\t: 0xd03" in text["cortex-a53"]
     assert "CPU part\t: 0xd0c" in text["neoverse-n1"]
     assert all(found.count("processor\t: ") >= 256 for found in text.values())
@@ -806,11 +806,11 @@ def test_each_cpu_has_a_cpuinfo_of_its_own(root):
 def test_the_place_of_the_root_is_the_variables_then_the_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("EXPORT_ZOO_ARM64_ROOT", "/somewhere")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert arm64_root.default_root() == Path("/somewhere")
+    assert arm64.default_root() == Path("/somewhere")
     monkeypatch.delenv("EXPORT_ZOO_ARM64_ROOT")
-    assert arm64_root.default_root() == tmp_path / "export-zoo" / "arm64-root"
+    assert arm64.default_root() == tmp_path / "export-zoo" / "arm64-root"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert arm64_root.default_root() == Path.home() / ".cache" / "export-zoo" / "arm64-root"
+    assert arm64.default_root() == Path.home() / ".cache" / "export-zoo" / "arm64-root"
 
 
 def test_a_root_that_is_there_is_not_made_again(root, monkeypatch):
@@ -951,14 +951,14 @@ def test_the_program_ends_with_the_errors_exit_code_and_hint(root, tmp_path, cap
 def test_the_command_names_the_cpu_and_its_files(root, tmp_path, monkeypatch):
     program(tmp_path / "bin", "qemu-aarch64", "exit 1")
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
-    found = arm64_root.command(root, "cortex-a53")
+    found = arm64.command(root, "cortex-a53")
     assert found[1:5] == ["-cpu", "cortex-a53", "-L", str(root / "cpu" / "cortex-a53")]
     with pytest.raises(UsageError, match="'cortex-x9': not a CPU") as raised:
-        arm64_root.command(root, "cortex-x9")
+        arm64.command(root, "cortex-x9")
     assert "neoverse-n1" in raised.value.hint
     (tmp_path / "bin" / "qemu-aarch64").unlink()
     with pytest.raises(TargetUnavailableError, match=r"qemu-aarch64 is not installed"):
-        arm64_root.command(root, "cortex-a53")
+        arm64.command(root, "cortex-a53")
 
 
 def test_the_roots_python_reads_its_own_files_whatever_this_machines_python_reads(

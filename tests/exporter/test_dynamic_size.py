@@ -36,7 +36,7 @@ from export_zoo.engines.targets.onnxruntime.engine import OnnxRuntimeEngine
 from export_zoo.engines.targets.registry import TARGETS, quantized_tensors
 from export_zoo.engines.targets.tensorrt.build import build_engine
 from export_zoo.engines.verification.gate import images_compared, judge
-from export_zoo.exporter.graph import simplify, to_onnx
+from export_zoo.exporter.graph import against_eager, simplify, to_onnx
 from export_zoo.exporter.models import dynamic_size, zoo
 from export_zoo.exporter.options import ExportOptions, SizeRange
 from export_zoo.exporter.stages.tuning import candidates
@@ -282,7 +282,7 @@ def test_height_and_width_are_symbolic_and_the_logits_are_eagers_at_all_sizes(ex
     dims = [d.dim_param or d.dim_value for d in feed.type.tensor_type.shape.dim]
     assert dims == ["batch", 3, "height", "width"]
     for height, width in ((8, 8), (9, 40), (16, 16), (31, 17), (32, 40)):
-        assert to_onnx.check_batches(path, module, _inputs(height, width)) < 1e-5
+        assert against_eager.check_batches(path, module, _inputs(height, width)) < 1e-5
 
 
 def test_without_the_option_the_size_is_fixed(tmp_path):
@@ -295,13 +295,13 @@ def test_a_height_may_be_fixed_beside_a_width_that_is_not(tmp_path):
     module = _made(Net)
     to_onnx.export(module, 16, 24, tmp_path / "m.onnx", sizes=SizeRange((16, 16), (16, 24), (16, 64)))
     for width in (16, 33, 64):
-        assert to_onnx.check_batches(tmp_path / "m.onnx", module, _inputs(16, width)) < 1e-5
+        assert against_eager.check_batches(tmp_path / "m.onnx", module, _inputs(16, width)) < 1e-5
 
 
 def test_a_graph_that_is_wrong_at_another_size_is_found(sums):
-    assert to_onnx.check_batches(sums, _made(Means), _inputs(16, 16)) < 1e-5
+    assert against_eager.check_batches(sums, _made(Means), _inputs(16, 16)) < 1e-5
     with pytest.raises(ExportDefectError, match="at input 8x24"):
-        to_onnx.check_batches(sums, _made(Means), _inputs(8, 24))
+        against_eager.check_batches(sums, _made(Means), _inputs(8, 24))
 
 
 def test_simplifying_keeps_the_logits_at_all_sizes(exported, tmp_path):
@@ -310,7 +310,7 @@ def test_simplifying_keeps_the_logits_at_all_sizes(exported, tmp_path):
     assert done.warning == ""
     assert "GlobalAveragePool" in [node.op_type for node in onnx.load(done.files[0]).graph.node]
     for height, width in ((8, 8), (9, 40), (32, 40)):
-        assert to_onnx.check_batches(done.files[0], module, _inputs(height, width)) < 1e-5
+        assert against_eager.check_batches(done.files[0], module, _inputs(height, width)) < 1e-5
 
 
 def test_simplifying_that_changes_the_logits_of_one_size_is_found(sums, tmp_path):

@@ -21,7 +21,7 @@ from export_zoo.base import graph_io
 from export_zoo.base.errors import BadInputError, ExportDefectError, ParityError
 from export_zoo.base.graph_io import external_files, sha256_of
 from export_zoo.engines.targets.onnxruntime.engine import OnnxRuntimeEngine
-from export_zoo.exporter.graph import simplify, to_onnx
+from export_zoo.exporter.graph import against_eager, simplify, to_onnx
 
 
 class Tiny(nn.Module):
@@ -138,7 +138,7 @@ def test_graph_gives_eagers_logits_at_any_batch(exported):
     engine = OnnxRuntimeEngine(path)
     for count in (1, 2, 5, 7, 16):
         np.testing.assert_allclose(engine.run(_batch(count)), _eager(module, _batch(count)), atol=1e-5)
-    assert to_onnx.check_batches(path, module, _batch()) < 1e-5
+    assert against_eager.check_batches(path, module, _batch()) < 1e-5
 
 
 def test_nothing_but_module_paths_is_left_of_the_metadata(exported):
@@ -292,14 +292,14 @@ def test_reshape_to_a_fixed_batch_is_found_by_running_other_batches(exported, tm
     module, path = exported
     baked = _edited_reshape(path, tmp_path / "baked.onnx", [batch, 16, 16])
     with pytest.raises(ExportDefectError, match=f"(?s)fails at batch {fails_at}: .*a batch is baked in"):
-        to_onnx.check_batches(baked, module, _batch())
+        against_eager.check_batches(baked, module, _batch())
 
 
 def test_output_of_another_batch_is_found(exported, tmp_path):
     module, path = exported
     baked = _edited_reshape(path, tmp_path / "baked.onnx", [-1, 16, 4])  # four rows for each image
     with pytest.raises(ExportDefectError, match=r"logits are \[4, 10\] at batch 1, .*, eager's \[1, 10\]"):
-        to_onnx.check_batches(baked, module, _batch())
+        against_eager.check_batches(baked, module, _batch())
 
 
 def test_other_logits_than_eagers_are_found(exported, tmp_path):
@@ -309,7 +309,7 @@ def test_other_logits_than_eagers_are_found(exported, tmp_path):
     weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * np.float32(1.01), weight.name))
     onnx.save(model, tmp_path / "model.onnx")
     with pytest.raises(ExportDefectError, match="logits differ from eager's at batch 1"):
-        to_onnx.check_batches(tmp_path / "model.onnx", module, _batch())
+        against_eager.check_batches(tmp_path / "model.onnx", module, _batch())
 
 
 def test_logits_that_are_wrong_at_three_images_only_are_found(exported):
@@ -318,7 +318,7 @@ def test_logits_that_are_wrong_at_three_images_only_are_found(exported):
             return exported[0](x) * (1.5 if len(x) == 3 else 1.0)
 
     with pytest.raises(ExportDefectError, match="at batch 3"):
-        to_onnx.check_batches(exported[1], Wrong(), _batch())
+        against_eager.check_batches(exported[1], Wrong(), _batch())
 
 
 def test_nan_logits_of_the_graph_are_found(exported, tmp_path):
@@ -326,7 +326,7 @@ def test_nan_logits_of_the_graph_are_found(exported, tmp_path):
     _scale_head(model, float("nan"))
     onnx.save(model, tmp_path / "poisoned.onnx")
     with pytest.raises(ExportDefectError, match="differ"):
-        to_onnx.check_batches(tmp_path / "poisoned.onnx", exported[0], _batch())
+        against_eager.check_batches(tmp_path / "poisoned.onnx", exported[0], _batch())
 
 
 def test_nan_logits_of_the_eager_model_are_nothing_to_compare_with(exported):
@@ -335,13 +335,13 @@ def test_nan_logits_of_the_eager_model_are_nothing_to_compare_with(exported):
             return exported[0](x) * torch.nan
 
     with pytest.raises(ParityError, match="eager model's own logits are not finite"):
-        to_onnx.check_batches(exported[1], Poisoned(), _batch())
+        against_eager.check_batches(exported[1], Poisoned(), _batch())
 
 
 def test_graph_that_does_not_load_is_a_defect_of_the_export(tmp_path):
     (tmp_path / "model.onnx").write_bytes(b"no graph")
     with pytest.raises(ExportDefectError, match="does not load"):
-        to_onnx.check_batches(tmp_path / "model.onnx", _made(Tiny), _batch())
+        against_eager.check_batches(tmp_path / "model.onnx", _made(Tiny), _batch())
 
 
 # -- external data ---------------------------------------------------------------------------------------------
@@ -368,7 +368,7 @@ def test_large_weights_go_beside_the_graph_under_their_hash(external, exported):
 
 
 def test_graph_with_external_data_gives_eagers_logits(external, exported):
-    assert to_onnx.check_batches(external[0], exported[0], _batch()) < 1e-5
+    assert against_eager.check_batches(external[0], exported[0], _batch()) < 1e-5
 
 
 def test_graph_with_external_data_can_be_moved(external, exported, tmp_path):
@@ -410,7 +410,7 @@ def _left_alone(exported, directory: Path) -> simplify.Simplified:
     assert done.files == [directory / "graph.onnx"]
     assert [path.name for path in directory.iterdir() if path.suffix != ".sh"] == ["graph.onnx"]
     onnx.checker.check_model(onnx.load(done.files[0]), full_check=True)
-    assert to_onnx.check_batches(done.files[0], module, _batch()) < 1e-5
+    assert against_eager.check_batches(done.files[0], module, _batch()) < 1e-5
     assert _modules(done.files[0]) == _modules(source)
     return done
 
@@ -553,7 +553,7 @@ def test_mean_becomes_average_pooling(tmp_path):
     operators = [node.op_type for node in onnx.load(done.files[0]).graph.node]
     assert "GlobalAveragePool" in operators
     assert "ReduceMean" not in operators
-    assert to_onnx.check_batches(done.files[0], module, _batch()) < 1e-5
+    assert against_eager.check_batches(done.files[0], module, _batch()) < 1e-5
 
 
 @pytest.fixture(scope="module")
@@ -577,7 +577,7 @@ def test_onnxsim_simplifies_a_vision_transformer_and_keeps_its_logits(vit):
     before, after = (len(onnx.load(directory / name).graph.node) for name in ("model.onnx", "graph.onnx"))
     assert f"{before} -> {after} nodes" in done.summary
     assert after < before
-    assert to_onnx.check_batches(done.files[0], module, _batch(size=16)) < 1e-4
+    assert against_eager.check_batches(done.files[0], module, _batch(size=16)) < 1e-4
 
 
 @pytest.mark.slow
