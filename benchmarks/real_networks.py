@@ -7,7 +7,8 @@
 DIR has photographs, in folders named by ImageNet class index where accuracy is wanted; 300 calibrate, an eighth selects
 and a quarter verifies. Peers get our FP32 graph and the images that ours calibrates on. All are judged on the verify
 images, by SQNR to eager PyTorch and by agreement (top-1, or the nearest image of features). Seconds of ours are those
-of calibrating and tuning; those of quantize_static include reading its images, those of the peers below do not.
+of calibrating and tuning, and include reading images; those of quantize_static do, too, those of the peers below do
+not. The peak memory of ours is that of the whole export, with PyTorch; that of peers is that of quantizing.
 
 Peers of --peers run in environments of their own (up to 7 GB each), made one after another and removed. They and their
 options are in PEERS; `peer_worker.py` shows how each is called. `--python NAME=PYTHON` takes an existing environment.
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -37,7 +39,7 @@ from export_zoo.engines.bundle import reader
 from export_zoo.engines.parity.metrics import compare
 from export_zoo.engines.targets.onnxruntime.engine import OnnxRuntimeEngine
 from export_zoo.engines.verification.gate import run_in_batches
-from export_zoo.exporter.options import DEFAULT_CALIB_IMAGES, DEFAULT_VERIFY_IMAGES
+from export_zoo.exporter.options import DEFAULT_CALIB_IMAGES, DEFAULT_VERIFY_IMAGES, EFFORTS
 
 LITE = {"interpolation": "bicubic", "mean": [0.498] * 3, "std": [0.502] * 3}
 IMAGENET = {"interpolation": "bilinear", "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
@@ -89,7 +91,7 @@ class Row(NamedTuple):
     peak_mib: float | None = None
 
 
-def ours(name: str, folder: Path, targets: list[str], out: Path) -> Iterator[Row]:
+def ours(name: str, folder: Path, targets: list[str], effort: str, out: Path) -> Iterator[Row]:
     """Our engines' rows; the bundle stays at `out`."""
     network = NETWORKS[name]
     preprocess = out.with_suffix(".preprocess.json")
@@ -98,21 +100,37 @@ def ours(name: str, folder: Path, targets: list[str], out: Path) -> Iterator[Row
     source = f"{Path(__file__).with_name('real_weights.py')}:{name}"
     command = [sys.executable, "-m", "export_zoo", source, "--preprocess", str(preprocess), *network.options]
     command += ["--precision", "int8", "--calib", str(folder), "--out", str(out), "--no-cache", "--quiet"]
+    command += ["--effort", effort]
     command += [word for target in targets for word in ("--target", target)]
     # A miss is a figure here, too.
     command += [word for limit in network.limits for word in ("--tolerance", limit)]
-    done = subprocess.run(
-        [*command, "--json", str(out.with_suffix(".json"))], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        sys.exit(done.stderr)
+    log = out.with_suffix(".log")
+    with log.open("w") as stderr:
+        process = subprocess.Popen([*command, "--json", str(out.with_suffix(".json"))], stderr=stderr)
+        peak = _peak_mib(process)
+    if process.returncode:
+        sys.exit(log.read_text())
     document = json.loads(out.with_suffix(".json").read_text())
     seconds = sum(stage["seconds"] for stage in document["stages"] if stage["name"] in ("calibrate", "tune"))
     for engine in document["engines"]:
         found = engine["gate"]["eager_metrics"]
         agreement = found["nearest"] if found.get("nearest") is not None else found["top1"]
-        who, each = f"ours, {engine['target']}", seconds / len(targets)
-        yield Row(name, who, found["sqnr"], agreement, found["accuracy"], each)
+        who, each = f"ours, {engine['target']}, --effort {effort}", seconds / len(targets)
+        yield Row(name, who, found["sqnr"], agreement, found["accuracy"], each, peak)
+
+
+def _peak_mib(process: subprocess.Popen[bytes]) -> float:
+    """Wait for a process; returns its peak memory as the kernel last told it, asked twenty times a second."""
+    peak = 0.0
+    while process.poll() is None:
+        try:
+            text = Path(f"/proc/{process.pid}/status").read_text()
+        except OSError:
+            continue
+        if found := re.search(r"VmHWM:\s*(\d+) kB", text):
+            peak = int(found[1]) / 1024
+        time.sleep(0.05)
+    return peak
 
 
 class Bundle:
@@ -194,6 +212,7 @@ def main() -> None:
     parser.add_argument("--images", type=Path, required=True, help="folder of photographs")
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=[*NETWORKS])
     parser.add_argument("--targets", nargs="+", default=["onnxruntime"])
+    parser.add_argument("--efforts", nargs="+", choices=EFFORTS, default=[*EFFORTS])
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=[])
     parser.add_argument("--python", action="append", default=[], metavar="NAME=PYTHON")
@@ -207,7 +226,8 @@ def main() -> None:
         places = {name: Path(directory) / name / "bundle" for name in given.networks}
         for name, place in places.items():
             place.parent.mkdir()
-            show(ours(name, given.images, given.targets, place))
+            for effort in given.efforts:
+                show(ours(name, given.images, given.targets, effort, place))
             if not given.no_peers:
                 show(theirs(Bundle(name, given.images, place)))
         for peer in given.peers:

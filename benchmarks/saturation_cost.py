@@ -37,7 +37,7 @@ sys.path.insert(0, str(ROOT))
 from export_zoo.base import graph_io  # noqa: E402
 from export_zoo.base.machine import cpu_model, instruction_set, library_versions  # noqa: E402
 from export_zoo.calibration.images import IMAGE_SUFFIXES  # noqa: E402
-from export_zoo.calibration.layer_inputs import input_sizes, layer_means, layer_moments  # noqa: E402
+from export_zoo.calibration.layer_inputs import layer_statistics  # noqa: E402
 from export_zoo.calibration.preprocess import normalize, read_pixels  # noqa: E402
 from export_zoo.calibration.ranges import Ranges  # noqa: E402
 from export_zoo.engines.bundle import reader  # noqa: E402
@@ -86,9 +86,9 @@ def graphs(root: Path, folder: Path, out: Path) -> dict[str, Path]:
     chosen = files[:: max(1, len(files) // IMAGES)][:IMAGES]
     pixels = np.stack([read_pixels(f.read_bytes(), p)[0] for f in chosen])
     layers = [str(n.name) for n in graph_io.load(graph).graph if weight_of(n) is not None]
-    few = [name for name, (_, size) in input_sizes(graph, layers).items() if size <= LARGEST]
-    moments = dict(layer_moments(graph, pixels, p, few))
-    means = layer_means(graph, pixels[:64], p, layers)
+    found = dict(layer_statistics(graph, pixels, p, layers, largest=LARGEST))
+    moments = {name: each.moments for name, each in found.items() if each.moments is not None}
+    means = {name: each.mean for name, each in found.items()}
 
     safe = TARGETS["onnxruntime"].int8
     free = replace(safe, sums_in_16_bits=False)

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import repeat
 from math import gcd
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +22,7 @@ Float32Array = npt.NDArray[np.float32]
 Float64Array = npt.NDArray[np.float64]
 
 PLACES = 16
-"""Number of positions per image at which a convolution's input is sampled for its second moments."""
+"""Number of positions per image at which a convolution's input is sampled."""
 
 MOMENTS = 512 << 20
 """Bytes of second moments that are held at once. A network with more is run several times."""
@@ -30,125 +31,99 @@ _AT_ONCE = 1024
 """Number of input samples of a layer that are multiplied at once."""
 
 
-class _Windows:
-    """The patches of a padded input that a Conv (explicit pads) multiplies with its weight."""
+class Statistics(NamedTuple):
+    """Statistics of the inputs of a layer, over images and positions."""
 
-    def __init__(self, node: ir.Node) -> None:
-        weight = node.inputs[1]
-        assert weight is not None
-        assert weight.shape is not None
-        self._kernel = weight.shape.numpy()[2:]
-        self._strides = node.attributes.get_ints("strides", [1, 1])
-        self._dilations = node.attributes.get_ints("dilations", [1, 1])
-        self._pads = node.attributes.get_ints("pads", [0, 0, 0, 0])
-
-    def _padded(self, array: Float32Array) -> Float32Array:
-        top, left, bottom, right = self._pads
-        return np.pad(array, ((0, 0), (0, 0), (top, bottom), (left, right)))
-
-    def mean(self, array: Float32Array) -> Float64Array:
-        """Mean patch, float64 [C, kH, kW], of [N, C, H, W].
-
-        Columns are summed first, then rows: kH + kW sums instead of kH * kW.
-        """
-        padded = self._padded(array)
-        rows, columns = (
-            [range(k * step, size - (kernel - 1 - k) * step, stride) for k in range(kernel)]
-            for kernel, step, stride, size in zip(
-                self._kernel, self._dilations, self._strides, padded.shape[2:], strict=True
-            )
-        )
-        sums = np.empty((padded.shape[1], len(rows), len(columns)))
-        for x, taken in enumerate(columns):
-            # Along the contiguous axis NumPy adds in pairs, so that float32 suffices for a row.
-            of_rows = np.add.reduce(padded[..., taken.start : taken.stop : taken.step], axis=3)
-            for y, lines in enumerate(rows):
-                sums[:, y, x] = of_rows[:, :, lines.start : lines.stop : lines.step].sum((0, 2), np.float64)
-        return sums / (len(padded) * len(rows[0]) * len(columns[0]))
-
-    def of(self, array: Float32Array) -> Float32Array:
-        """[N, C, H, W] -> a view [N, C, oH, oW, kH, kW] of the padded array."""
-        padded = self._padded(array)
-        spans = [(size - 1) * step + 1 for size, step in zip(self._kernel, self._dilations, strict=True)]
-        view = np.lib.stride_tricks.sliding_window_view(padded, spans, axis=(2, 3))
-        rows, columns = self._dilations
-        return view[:, :, :: self._strides[0], :: self._strides[1], ::rows, ::columns]
+    mean: Float64Array
+    """Mean input, float64 [groups, K]. K is ordered like one row of the weight: C, kH, kW for a Conv."""
+    moments: Float64Array | None
+    """Second moments E[x xᵀ], float64 [groups, K, K]; None if they were not asked for."""
 
 
-def _mean(node: ir.Node, array: Float32Array) -> Float64Array:
-    """Mean layer input of one batch, over all its images and positions."""
-    if node.op_type != "Conv":
-        return np.asarray(array.reshape(-1, array.shape[-1]).mean(axis=0, dtype=np.float64))
-    return _Windows(node).mean(array)
-
-
-def layer_means(
-    graph: Path, pixels: Pixels, preprocess: Preprocess, layers: Collection[str]
-) -> dict[str, Float64Array]:
-    """Mean input of each layer, over the images and all positions at which its weight is applied.
+def _patches(node: ir.Node, array: Float32Array, index: int) -> Float32Array:
+    """Patches of the padded input that a Conv (explicit pads) multiplies with its weight, [N, places, C, kH, kW].
 
     Args:
-        pixels: [N, H, W, C]; images are run one at a time, so that memory is needed for one image only.
-        layers: names of Conv (explicit pads), Gemm and MatMul nodes.
-
-    Returns float64 by node name: [C, kH, kW] for a Conv, with padding counted as zeros; [K] for the others.
+        array: the layer's input, [N, C, H, W].
+        index: number of images before. Each image continues the walk through all positions where the last one ended.
     """
-    nodes = _nodes(graph, layers)
-    totals: dict[str, Float64Array] = {}
-    for arrays in Observer(graph, map(_input_name, nodes.values())).one_by_one(pixels, preprocess):
-        for name, node in nodes.items():
-            mean = _mean(node, arrays[_input_name(node)])
-            totals[name] = totals[name] + mean if name in totals else mean
-    return {name: total / len(pixels) for name, total in totals.items()}
+    weight = node.inputs[1]
+    assert weight is not None
+    assert weight.shape is not None
+    kernel = weight.shape.numpy()[2:]
+    strides = node.attributes.get_ints("strides", [1, 1])
+    dilations = node.attributes.get_ints("dilations", [1, 1])
+    pads = node.attributes.get_ints("pads", [0, 0, 0, 0])
+    sizes = [
+        (size + pads[axis] + pads[axis + 2] - (kernel[axis] - 1) * dilations[axis] - 1) // strides[axis] + 1
+        for axis, size in enumerate(array.shape[2:])
+    ]
+    count = sizes[0] * sizes[1]
+    step = max(1, count // PLACES)
+    while gcd(step, count) != 1:  # so that no position is left out
+        step += 1
+    taken = min(PLACES, count)
+    corners = np.divmod((index * taken + np.arange(taken)) * step % count, sizes[1])
+    rows, columns = (
+        corner[:, None] * strides[axis] + np.arange(kernel[axis]) * dilations[axis] - pads[axis]
+        for axis, corner in enumerate(corners)
+    )
+    inside = [(at >= 0) & (at < size) for at, size in zip((rows, columns), array.shape[2:], strict=True)]
+    rows, columns = (
+        np.clip(at, 0, size - 1) for at, size in zip((rows, columns), array.shape[2:], strict=True)
+    )
+    found = array[:, :, rows[:, :, None], columns[:, None, :]]
+    if not all(part.all() for part in inside):
+        found = found * (inside[0][:, :, None] & inside[1][:, None, :])
+    return np.moveaxis(found, 2, 1)
 
 
-def _samples(node: ir.Node, array: Float32Array) -> Float32Array:
+def _samples(node: ir.Node, array: Float32Array, index: int) -> Float32Array:
     """Input samples of a layer, [groups, samples, K]: of a Conv, at up to PLACES positions of each image."""
     if node.op_type != "Conv":
         return array.reshape(1, -1, array.shape[-1]).copy()  # a copy: the next run overwrites the array
-    view = _Windows(node).of(array)
+    patches = _patches(node, array, index)
     groups = node.attributes.get_int("group", 1)
-    count = view.shape[2] * view.shape[3]
-    step = max(1, count // PLACES)
-    while gcd(step, count) != 1:  # so that no row or column is left out
-        step += 1
-    rows, columns = np.divmod(np.arange(0, count, step)[:PLACES], view.shape[3])
-    chosen = np.moveaxis(view[:, :, rows, columns], 2, 1)  # [N, places, C, kH, kW]
-    flat = chosen.reshape(-1, groups, view.shape[1] // groups * view.shape[4] * view.shape[5])
+    flat = patches.reshape(-1, groups, int(np.prod(patches.shape[2:])) // groups)
     return np.moveaxis(flat, 1, 0)
 
 
-class _Moments:
-    """Sums up x xᵀ, for many samples at once."""
+class _Sums:
+    """Sums up x and x xᵀ, for many samples at once."""
 
-    def __init__(self, groups: int, size: int) -> None:
-        self._total = np.zeros((groups, size, size))
+    def __init__(self, groups: int, size: int, *, moments: bool) -> None:
+        self._mean = np.zeros((groups, size))
+        self._moments = np.zeros((groups, size, size)) if moments else None
         self._waiting: list[Float32Array] = []
-        self._count = 0
+        self._count = self._seen = 0
 
     def look(self, node: ir.Node, arrays: Mapping[str, Float32Array]) -> None:
         """Add the layer's input samples of one image."""
-        self._waiting.append(_samples(node, arrays[_input_name(node)]))
+        self._waiting.append(_samples(node, arrays[_input_name(node)], self._seen))
+        self._seen += 1
         if sum(x.shape[1] for x in self._waiting) >= _AT_ONCE:
             self.take()
 
     def take(self) -> None:
-        """Multiply the waiting samples and add them to the sum."""
+        """Add the waiting samples to the sums."""
         if not self._waiting:
             return
         x = np.concatenate(self._waiting, axis=1)
-        self._total += x.swapaxes(1, 2) @ x
+        self._mean += x.sum(axis=1, dtype=np.float64)
+        if self._moments is not None:
+            self._moments += x.swapaxes(1, 2) @ x
         self._count += x.shape[1]
         self._waiting = []
 
-    def mean(self) -> Float64Array:
-        return self._total / self._count
+    def statistics(self) -> Statistics:
+        moments = self._moments / self._count if self._moments is not None else None
+        return Statistics(self._mean / self._count, moments)
 
 
 def input_sizes(graph: Path, layers: Collection[str]) -> dict[str, tuple[int, int]]:
     """Number of groups of each layer, and number of inputs K of one output channel.
 
-    `layer_moments` yields one K x K matrix per group.
+    `layer_statistics` yields one K x K matrix per group.
     """
     sizes = {}
     for name, node in _nodes(graph, layers).items():
@@ -163,40 +138,51 @@ def input_sizes(graph: Path, layers: Collection[str]) -> dict[str, tuple[int, in
     return sizes
 
 
-def layer_moments(
+def layer_statistics(
     graph: Path,
     pixels: Pixels,
     preprocess: Preprocess,
     layers: Collection[str],
     *,
+    largest: int,
     budget: int = MOMENTS,
-) -> Iterator[tuple[str, Float64Array]]:
-    """Second moments E[x xᵀ] of each layer's inputs x, over the images and PLACES positions of each.
+) -> Iterator[tuple[str, Statistics]]:
+    """Means and second moments of layers' inputs x, over the images and PLACES positions of each.
 
     Args:
-        pixels: [N, H, W, C]; images are run one at a time.
+        pixels: [N, H, W, C]; images are run one at a time, so that memory is needed for one image only.
         layers: names of Conv (explicit pads), Gemm and MatMul nodes.
+        largest: maximum K, the number of inputs of an output channel, for which there are second moments.
         budget: bytes of moments to hold at once; one layer may need more.
 
     Layers are computed in parallel, each on one core, so that the bits do not depend on the number of cores.
-
-    Yields a layer's name and float64 [groups, K, K]. K is ordered like one row of the weight: C, kH, kW for a Conv.
     """
     nodes, sizes = _nodes(graph, layers), input_sizes(graph, layers)
     together: list[str] = []
     for name in [*nodes, ""]:
-        held = sum(8 * groups * size**2 for groups, size in (sizes[n] for n in (*together, name) if n))
+        each = [sizes[n] for n in (*together, name) if n]
+        held = sum(8 * groups * size**2 for groups, size in each if size <= largest)
         if together and (not name or held > budget):
-            sums = {n: _Moments(*sizes[n]) for n in together}
+            sums = {n: _Sums(*sizes[n], moments=sizes[n][1] <= largest) for n in together}
             inputs = {_input_name(nodes[n]) for n in together}
             with one_blas_thread(), ThreadPoolExecutor(usable_cores()) as pool:
                 for arrays in Observer(graph, inputs).one_by_one(pixels, preprocess):
-                    list(pool.map(_Moments.look, sums.values(), (nodes[n] for n in together), repeat(arrays)))
-                list(pool.map(_Moments.take, sums.values()))
+                    list(pool.map(_Sums.look, sums.values(), (nodes[n] for n in together), repeat(arrays)))
+                list(pool.map(_Sums.take, sums.values()))
             for layer in together:
-                yield layer, sums.pop(layer).mean()
+                yield layer, sums.pop(layer).statistics()
             together = []
         together.append(name)
+
+
+def scaled(found: Statistics, factors: Float32Array) -> Statistics:
+    """The statistics of a layer after its input channels, or features, were multiplied by `factors` [channels]."""
+    mean, moments = found
+    by_group = factors.reshape(len(mean), -1)  # each group of a Conv has its own channels
+    each = np.repeat(by_group, mean.shape[1] // by_group.shape[1], axis=1)
+    if moments is not None:
+        moments = moments * each[:, :, None] * each[:, None, :]
+    return Statistics(mean * each, moments)
 
 
 def _nodes(graph: Path, layers: Collection[str]) -> dict[str, ir.Node]:

@@ -18,6 +18,9 @@ from export_zoo.engines.targets.registry import TARGETS
 STEPS = ("equalize", "round", "bias", "float")
 """Steps that may improve INT8, tried in this order."""
 
+EFFORTS = ("default", "high")
+"""How much is tried to improve INT8."""
+
 METHODS = ("auto", "minmax", "percentile", "entropy", "mse")
 """`auto`, and the names in `calibration.methods`, which is not imported because it loads NumPy."""
 TASKS = ("classification", "binary", "multilabel", "regression", "embedding", "segmentation")
@@ -255,6 +258,7 @@ class ExportOptions:
     """Whether `auto` fails, too, if a target refuses the network."""
     method: str = "auto"
     steps: tuple[str, ...] = STEPS
+    effort: str = EFFORTS[0]
     keep_float: tuple[str, ...] = ()
     build: BuildOptions = field(default_factory=BuildOptions)
     out: Path | None = None
@@ -304,6 +308,8 @@ class ExportOptions:
                     f"--steps {given}: unknown step {step!r}",
                     hint=f"choose from {', '.join(STEPS)}, none",
                 )
+        if self.effort not in EFFORTS:
+            raise UsageError(f"--effort {self.effort}: unknown", hint=f"choose from {', '.join(EFFORTS)}")
         if self.require not in REQUIREMENTS:
             raise UsageError(
                 f"--require {self.require}: unknown", hint=f"choose from {', '.join(REQUIREMENTS)}"

@@ -116,7 +116,7 @@ def _give_own(graph: ir.Graph, dequantize: ir.Node, reader: ir.Node, index: int)
 
 def add_constant(graph: ir.Graph, name: str, array: npt.NDArray[np.generic]) -> ir.Value:
     """Add an initializer to a graph and return it."""
-    tensor = ir.tensor(array, name=name)
+    tensor = ir.Tensor(array, name=name)  # ir.tensor asks for the kind of its argument, which is slow
     value = ir.Value(
         name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
     )

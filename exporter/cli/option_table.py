@@ -340,6 +340,14 @@ OPTIONS = (
         read=o.parse_steps,
     ),
     Option(
+        "--effort",
+        "effort",
+        _INT8,
+        "How much is tried to improve INT8. high takes two to three times as long.",
+        metavar="|".join(o.EFFORTS),
+        default=o.EFFORTS[0],
+    ),
+    Option(
         "--keep-float",
         "keep_float",
         _INT8,

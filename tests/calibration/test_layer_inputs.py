@@ -10,11 +10,22 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from support.layers import LAYERS, PIXELS, PREPROCESS, layer, network, wide_ranges
 
-from export_zoo.calibration.layer_inputs import layer_means
+from export_zoo.base import graph_io
+from export_zoo.calibration.layer_inputs import _patches, layer_statistics
 from export_zoo.calibration.preprocess import normalize
 from export_zoo.engines.precision.int8.qdq import quantize
 from export_zoo.engines.targets.onnxruntime.engine import OnnxRuntimeEngine
 from export_zoo.engines.targets.registry import TARGETS
+
+
+@pytest.fixture(autouse=True)
+def every_place(monkeypatch):
+    monkeypatch.setattr("export_zoo.calibration.layer_inputs.PLACES", 1000)
+
+
+def means_of(graph: Path, *layers: str) -> dict[str, np.ndarray]:
+    found = layer_statistics(graph, PIXELS, PREPROCESS, layers, largest=0)
+    return {name: statistics.mean for name, statistics in found}
 
 
 def by_channel(path: Path) -> np.ndarray:
@@ -27,7 +38,7 @@ def by_channel(path: Path) -> np.ndarray:
 @pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])
 def test_means_of_output_channels_are_those_of_the_float_layer(kind, target, tmp_path):
     graph, weight = network(tmp_path / "graph.onnx", kind)
-    means = layer_means(graph, PIXELS, PREPROCESS, ["layer"])
+    means = means_of(graph, "layer")
 
     # What is judged are the rounded weights: the layer, in float, with them and the bias that the INT8 graph has.
     ranges = wide_ranges(graph)
@@ -74,8 +85,23 @@ def test_layers_that_share_an_input_have_means_of_their_own(tmp_path):
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     onnx.save(onnx.shape_inference.infer_shapes(model, strict_mode=True), tmp_path / "graph.onnx")
-    means = layer_means(tmp_path / "graph.onnx", PIXELS, PREPROCESS, ["first", "second"])
+    means = means_of(tmp_path / "graph.onnx", "first", "second")
     inputs = normalize(PIXELS, PREPROCESS).astype(np.float64)
-    assert means["second"][:, 1, 1] == pytest.approx(inputs[:, :, 1:11, 1:11].mean(axis=(0, 2, 3)), rel=1e-6)
+    assert means["second"].reshape(3, 3, 3)[:, 1, 1] == pytest.approx(
+        inputs[:, :, 1:11, 1:11].mean(axis=(0, 2, 3)), rel=1e-6
+    )
     padded = np.pad(inputs, ((0, 0), (0, 0), (1, 1), (1, 1)))
-    assert means["first"][:, 0, 2] == pytest.approx(padded[:, :, :12, 2:14].mean(axis=(0, 2, 3)), rel=1e-6)
+    assert means["first"].reshape(3, 3, 3)[:, 0, 2] == pytest.approx(
+        padded[:, :, :12, 2:14].mean(axis=(0, 2, 3)), rel=1e-6
+    )
+
+
+def test_images_together_visit_every_place(tmp_path, monkeypatch):
+    graph, _ = network(tmp_path / "graph.onnx", "padded")
+    monkeypatch.setattr("export_zoo.calibration.layer_inputs.PLACES", 7)
+    node = next(node for node in graph_io.load(graph).graph if node.name == "layer")
+    shape = normalize(PIXELS[:1], PREPROCESS).shape
+    places = np.arange(1, np.prod(shape) + 1, dtype=np.float32).reshape(shape)  # every value occurs once
+    seen = [_patches(node, places, index) for index in range(np.prod(shape[2:]))]
+    assert all(found.shape[:2] == (1, 7) for found in seen)
+    assert set(np.concatenate(seen).ravel()) == {0, *places.ravel()}, "0 is padding"

@@ -14,6 +14,7 @@ from support.networks import KINDS, PIXELS, PREPROCESS, conv, graph_of, network,
 from export_zoo.base import graph_io
 from export_zoo.calibration.collect import channel_magnitudes, collect
 from export_zoo.calibration.images import ImageFile, ImageStream
+from export_zoo.calibration.layer_inputs import layer_statistics, scaled
 from export_zoo.calibration.preprocess import Preprocess, normalize
 from export_zoo.engines.parity.metrics import compare
 from export_zoo.engines.precision.int8.equalize import (
@@ -27,6 +28,7 @@ from export_zoo.engines.precision.int8.equalize import (
 )
 from export_zoo.engines.precision.int8.qdq import quantize
 from export_zoo.engines.precision.int8.saturation.channel_order import ChannelOrder, choose_order, reorder
+from export_zoo.engines.precision.placement import weight_of
 from export_zoo.engines.precision.twin import write_twin
 from export_zoo.engines.targets.onnxruntime.engine import OnnxRuntimeEngine
 from export_zoo.engines.targets.registry import TARGETS, quantized_tensors
@@ -123,7 +125,7 @@ def test_means_and_gates_take_factors_and_the_logits_stay_the_same_to_the_bit(ga
     found = channel_magnitudes(path, PIXELS, PREPROCESS, names)
     before = scaled_tensors(model.graph)
     assert before == {"mean", "flat", "product"}
-    assert equalize(model.graph, found, strength, gates=gates) == 1 + gates
+    assert len(equalize(model.graph, found, strength, gates=gates)) == 1 + gates
     factors = {node.name for node in model.graph if str(node.name).endswith("_equalized")}
     assert factors == {"mean_equalized", *(["product_equalized"] if gates else [])}
     done = tmp_path / "done.onnx"
@@ -152,6 +154,25 @@ def test_channels_with_a_factor_change_places_together_with_it(tmp_path):
     reorder(model.graph, ChannelOrder(made, {"reduced": swapped, "c2": swapped}))
     graph_io.save(model, tmp_path / "reordered.onnx")
     assert np.allclose(logits(tmp_path / "reordered.onnx"), logits(path), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_statistics_times_the_factors_are_those_of_the_equalized_graph(kind, tmp_path):
+    path = network(tmp_path / "graph.onnx", kind)
+    model = graph_io.load(path)
+    factors = equalize(model.graph, channel_magnitudes(path, PIXELS, PREPROCESS, observed(model.graph)), 0.25)
+    graph_io.save(model, tmp_path / "done.onnx")
+    layers = [str(node.name) for node in model.graph if weight_of(node) is not None]
+    assert factors.keys() <= set(layers)
+    assert any((found != 1).any() for found in factors.values())
+    before, after = (
+        dict(layer_statistics(graph, PIXELS, PREPROCESS, layers, largest=1000))
+        for graph in (path, tmp_path / "done.onnx")
+    )
+    for name, found in before.items():
+        have = scaled(found, factors[name]) if name in factors else found
+        assert np.array_equal(have.mean, after[name].mean)
+        assert np.array_equal(have.moments, after[name].moments)
 
 
 def test_a_mean_of_a_gates_product_is_scaled_once(tmp_path):
@@ -240,8 +261,8 @@ def test_through_relu6_only_what_stays_under_it_is_scaled_and_only_where_asked_f
     model = graph_io.load(path)
     names = observed(model.graph, approximate=True)
     found = channel_magnitudes(path, PIXELS, PREPROCESS, names)
-    assert equalize(model.graph, found, strength) == 0
-    assert equalize(model.graph, found, strength, approximate=True) == 1
+    assert not equalize(model.graph, found, strength)
+    assert len(equalize(model.graph, found, strength, approximate=True)) == 1
     graph_io.save(model, tmp_path / "done.onnx")
     after = channel_magnitudes(tmp_path / "done.onnx", PIXELS, PREPROCESS, names)["x"]
     full = found["x"] >= 6

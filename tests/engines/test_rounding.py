@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -14,12 +15,24 @@ from support.layers import LAYERS, PIXELS, PREPROCESS, network, wide_ranges
 from threadpoolctl import threadpool_limits
 
 from export_zoo.base import graph_io
-from export_zoo.calibration.layer_inputs import input_sizes, layer_moments
+from export_zoo.calibration.layer_inputs import input_sizes, layer_statistics
 from export_zoo.calibration.preprocess import normalize
 from export_zoo.engines.precision.int8.qdq import quantize
-from export_zoo.engines.precision.int8.rounding import output_error, round_to_least_error, rounding
+from export_zoo.engines.precision.int8.rounding import (
+    LARGEST,
+    output_error,
+    round_small_groups,
+    round_to_least_error,
+    rounding,
+)
 from export_zoo.engines.precision.int8.saturation.pairs import NONE, overflowing, within_pairs
 from export_zoo.engines.targets.registry import TARGETS
+
+
+def moments_of(graph: Path, pixels: np.ndarray) -> list[tuple[str, np.ndarray]]:
+    """Second moments of the inputs of `layer`."""
+    found = layer_statistics(graph, pixels, PREPROCESS, ["layer"], largest=LARGEST)
+    return [(name, statistics.moments) for name, statistics in found]
 
 
 def correlated(size: int, seed: int) -> np.ndarray:
@@ -81,6 +94,16 @@ def test_the_error_is_near_the_least_of_all_roundings_up_and_down():
     assert nearest.mean() > 2 * best.mean()
 
 
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 10**6), st.integers(1, 20), st.integers(1, 3), st.integers(1, 12))
+def test_many_groups_at_once_are_rounded_like_each_alone(seed, groups, channels, size):
+    scaled = np.random.default_rng(seed).uniform(-140, 140, size=(groups, channels, size))
+    moments = np.stack([correlated(size, seed + group) for group in range(groups)])
+    found = round_small_groups(scaled, moments)
+    want = np.stack([round_to_least_error(*both) for both in zip(scaled, moments, strict=True)])
+    assert np.array_equal(found, want)
+
+
 def test_inputs_that_do_not_vary_together_are_rounded_to_nearest():
     scaled = np.random.default_rng(0).uniform(-100, 100, size=(5, 300))
     assert np.array_equal(round_to_least_error(scaled, np.diag(np.arange(300.0))), np.rint(scaled))
@@ -114,7 +137,7 @@ def test_moments_are_those_of_all_places(kind, tmp_path, monkeypatch):
     monkeypatch.setattr("export_zoo.calibration.layer_inputs.PLACES", 1000)
     graph, _ = network(tmp_path / "graph.onnx", kind)
     want = inputs_of(kind, PIXELS)
-    ((name, found),) = layer_moments(graph, PIXELS, PREPROCESS, ["layer"])
+    ((name, found),) = moments_of(graph, PIXELS)
     assert name == "layer"
     assert input_sizes(graph, ["layer"]) == {"layer": (len(want), want.shape[2])}
     want = want.swapaxes(1, 2) @ want / want.shape[1]
@@ -130,7 +153,7 @@ def test_how_many_cores_there_are_does_not_show(tmp_path, monkeypatch):
             "export_zoo.engines.precision.int8.rounding.usable_cores", lambda cores=cores: cores
         )
         with threadpool_limits(limits=cores, user_api="blas"):
-            moments = list(layer_moments(graph, PIXELS.repeat(20, axis=0), PREPROCESS, ["layer"]))
+            moments = moments_of(graph, PIXELS.repeat(20, axis=0))
             found.append(
                 (
                     moments[0][1].tobytes(),
@@ -144,7 +167,7 @@ def test_how_many_cores_there_are_does_not_show(tmp_path, monkeypatch):
 
 def test_moments_of_some_places_resemble_those_of_all(tmp_path):
     graph, _ = network(tmp_path / "graph.onnx", "padded")
-    ((_, found),) = layer_moments(graph, PIXELS, PREPROCESS, ["layer"])
+    ((_, found),) = moments_of(graph, PIXELS)
     want = inputs_of("padded", PIXELS)
     want = want.swapaxes(1, 2) @ want / want.shape[1]
     assert 0 < np.linalg.norm(found - want) < 0.3 * np.linalg.norm(want)
@@ -156,7 +179,7 @@ def test_the_graph_has_the_rounded_weights_and_its_layer_is_nearer(kind, target,
     graph, weight = network(tmp_path / "graph.onnx", kind)
     coarse = np.random.default_rng(2).integers(0, 256, (120, 4, 4, 3), dtype=np.uint8)
     pixels = coarse.repeat(3, axis=1).repeat(3, axis=2)  # neighbours resemble each other
-    moments = layer_moments(graph, pixels[:80], PREPROCESS, ["layer"])
+    moments = moments_of(graph, pixels[:80])
     steps = rounding(graph_io.load(graph).graph, moments, TARGETS[target].int8)
     ranges = wide_ranges(graph)
 

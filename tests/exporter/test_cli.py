@@ -196,6 +196,7 @@ USAGE_ERRORS = {
     "--precision": ["fp64", "int8"],
     "--method": ["median"],
     "--steps": ["retrain", "equalize,retrain", ""],
+    "--effort": ["most", ""],
     "--require": ["built"],
     "--tolerance": ["sqnr", "sqnr=", "speed=3", "sqnr=fast", "sqnr=nan", "int8:speed=3", "=3", "a:b:sqnr=3"],
     # target.py

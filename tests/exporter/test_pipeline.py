@@ -297,6 +297,7 @@ def test_int8_of_a_rescaled_network_is_as_good_as_before(digits, cli, tmp_path):
 
 def test_what_was_tried_stands_in_the_manifest_and_the_best_is_taken(digits, cli, tmp_path):
     arguments = [*digits.arguments("mobilenet_v2"), "--precision", "int8", *digits.tuned_once()]
+    arguments += ["--effort", "high"]
     done = cli(*arguments, "--out", tmp_path / "out")
     assert done.code == 0, done.err
     tuning = done.json["engines"][0]["tuning"]
@@ -324,6 +325,14 @@ def test_what_was_tried_stands_in_the_manifest_and_the_best_is_taken(digits, cli
     assert method["sqnr"][method["chosen"]] == relu6["sqnr"]["off"]
     again = cli(*arguments, "--out", tmp_path / "out")
     assert next(s for s in again.json["stages"] if s["name"] == "tune")["cached"]
+    quick = cli(*arguments, "--effort", "default", "--out", tmp_path / "quick").json["engines"][0]
+    tried = {step["name"]: set(step["sqnr"]) for step in quick["tuning"]["steps"]}
+    through = next(step for step in quick["tuning"]["steps"] if step["name"] == "relu6")
+    more = {"equalize"} if through["chosen"] == "off" else set()
+    assert tried.keys() == {"method", "round", "bias", "relu6"} | more, "equalization is that through ReLU6"
+    assert tried["method"] == set(first["sqnr"])
+    reached = [found["steps"][-1]["sqnr"] for found in (quick["tuning"], tuning)]
+    assert max(reached[0].values()) > max(reached[1].values()) - 1, "dB, on the same select images"
 
 
 @pytest.mark.parametrize(
@@ -341,16 +350,18 @@ def test_what_a_step_chooses_is_in_the_engine(
     if why := TARGETS[target].unavailable:
         pytest.skip(why)
     from export_zoo.engines.bundle import reader
-    from export_zoo.exporter.stages.tuning import candidates
+    from export_zoo.exporter.stages.tuning import candidates, input_statistics
     from export_zoo.exporter.stages.tuning import tune as tuning
 
     monkeypatch.setitem(tuning.WANTED, step, (0, -100))  # take it, whatever it brings
     monkeypatch.setattr(candidates, "worth_clipping", lambda *_: ["input", "relu"])
     if step == "method":
         monkeypatch.setattr(tuning, "METHODS", ("minmax",))
-    monkeypatch.setattr(candidates, "LARGEST", 600)  # layers with more inputs take half a minute to round
+    monkeypatch.setattr(
+        input_statistics, "LARGEST", 600
+    )  # layers with more inputs take half a minute to round
     arguments = [*digits.arguments(), "--precision", "int8", "--calib", digits.images, "--target", target]
-    steps = ["--steps", "none", "--method", "auto"] if step == "method" else ["--steps", step]
+    steps = ["--steps", "none" if step == "method" else step, "--effort", "high"]
     done = cli(*arguments, *steps, "--out", tmp_path / "with")
     without = cli(*arguments, *UNTUNED, "--out", tmp_path / "without")
     assert (done.code, without.code) == (0, 0), done.err

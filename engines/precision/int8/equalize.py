@@ -178,6 +178,14 @@ def _area(value: ir.Value, flat: ir.Value) -> int | None:
     return height * width if _size(flat, 1) == channels * height * width else None
 
 
+def _inputs(node: ir.Node) -> int:
+    """Number of input channels of a Conv, or of input features of a Gemm."""
+    rows, columns = _array(node).shape[:2]
+    if node.op_type == "Gemm":
+        return int(columns if node.attributes.get_int("transB", 0) else rows)
+    return int(node.attributes.get_int("group", 1) * columns)
+
+
 def _table(node: ir.Node) -> Float64Array:
     """Largest weight magnitude of each output channel for each input channel (for a Gemm, input feature)."""
     weight = np.abs(_array(node)).astype(np.float64)
@@ -301,10 +309,10 @@ def observed(graph: ir.Graph, *, approximate: bool = False) -> list[str]:
     return sorted(names)
 
 
-def scaled_tensors(graph: ir.Graph) -> set[str]:
-    """Names of the tensors whose values `equalize` may change, unless `approximate`."""
+def scaled_tensors(graph: ir.Graph, *, approximate: bool = False) -> set[str]:
+    """Names of the tensors that `equalize` may scale."""
     found: set[str] = set()
-    for link in every_link(graph, gates=True):
+    for link in every_link(graph, approximate=approximate, gates=True):
         values = [*link.scaled, *(link.producer.outputs if link.producer is not None else ())]
         found |= {str(value.name) for value in values}
     return found
@@ -323,8 +331,8 @@ def equalize(
     *,
     approximate: bool = False,
     gates: bool = False,
-) -> int:
-    """Scale the channels of every link by how much they matter to their readers. Returns the number of changed layers.
+) -> dict[str, Float32Array]:
+    """Scale the channels of every link by how much they matter to their readers.
 
     The paper balances the weights of both layers. Here, weights have a scale per output channel, so there is nothing to
     balance in the first layer. Instead, an activation's channels, which share one scale, are balanced with the weights
@@ -338,8 +346,11 @@ def equalize(
         approximate: also scale through ReLU6. Only channels whose magnitude is under its ceiling are scaled, and they
             stay under it. On images with larger magnitudes, the function changes.
         gates: see `every_link`.
+
+    Returns the factors of the inputs of each layer that reads scaled channels, float32 [input channels or features], by
+    node name.
     """
-    changed = 0
+    factors: dict[str, Float32Array] = {}
     known = {name: array.astype(np.float64) for name, array in magnitudes.items()}
     decided: list[tuple[Link, Float32Array]] = []
     for link in every_link(graph, approximate=approximate, gates=gates):
@@ -364,6 +375,9 @@ def equalize(
     for link, chosen in decided:
         if (chosen != 1).any():
             scale(graph, link, chosen)
-            changed += 1
+            for reader in link.readers:
+                found = factors.setdefault(str(reader.node.name), np.ones(_inputs(reader.node), np.float32))
+                part = np.repeat(chosen, reader.repeat)
+                found[reader.offset : reader.offset + len(part)] = part
     remove_unused_initializers(graph)
-    return changed
+    return factors

@@ -96,6 +96,38 @@ def round_to_least_error(
     return np.where(better[:, None], rounded, nearest)
 
 
+def round_small_groups(scaled: Float64Array, moments: Float64Array) -> Float64Array:
+    """`round_to_least_error` for many groups of a few inputs at once: a depthwise convolution has hundreds.
+
+    Args:
+        scaled: weights over their channel's scale, float64 [groups, channels, K].
+        moments: second moments of the inputs, float64 [groups, K, K].
+
+    Returns float64 [groups, channels, K].
+    """
+    size = moments.shape[1]
+    nearest = np.clip(np.rint(scaled), -MAX_WEIGHT, MAX_WEIGHT)
+    least = np.maximum(DAMPING * np.trace(moments, axis1=1, axis2=2) / size, 1e-12)
+    damped = moments + least[:, None, None] * np.eye(size)
+    order = np.argsort(-np.diagonal(damped, axis1=1, axis2=2), axis=1, kind="stable")
+    turned = order[:, ::-1]
+    sorted_moments = np.take_along_axis(
+        np.take_along_axis(damped, turned[:, :, None], 1), turned[:, None, :], 2
+    )
+    factor = np.linalg.cholesky(sorted_moments)[:, ::-1, ::-1]
+    feedback = factor / np.diagonal(factor, axis1=1, axis2=2)[:, None, :]
+    ordered = np.take_along_axis(scaled, order[:, None, :], 2)
+    found, errors = np.empty_like(ordered), np.empty_like(ordered)
+    for i in range(size):
+        target = ordered[:, :, i] + (errors[:, :, :i] @ feedback[:, :i, i, None])[:, :, 0]
+        found[:, :, i] = np.clip(np.rint(target), -MAX_WEIGHT, MAX_WEIGHT)
+        errors[:, :, i] = ordered[:, :, i] - found[:, :, i]
+    rounded = np.empty_like(found)
+    np.put_along_axis(rounded, np.broadcast_to(order[:, None, :], found.shape), found, 2)
+    better = output_error(rounded - scaled, moments) < output_error(nearest - scaled, moments)
+    return np.where(better[..., None], rounded, nearest)
+
+
 def _order(
     importance: Float64Array, partners: IndexArray | None
 ) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.bool_]]:
@@ -136,8 +168,8 @@ def _shared_excess(first: Float64Array, second: Float64Array, feedback: float, r
 
 
 def output_error(difference: Float64Array, moments: Float64Array) -> Float64Array:
-    """Mean squared error of each output channel, float64 [channels], for weight differences [channels, K]."""
-    return np.asarray(((difference @ moments) * difference).sum(axis=1))
+    """Mean squared error of each output channel, float64 [..., channels], for weight differences [..., channels, K]."""
+    return np.asarray(((difference @ moments) * difference).sum(axis=-1))
 
 
 def rounding(
@@ -176,12 +208,19 @@ def rounding(
         )
         channels = np.moveaxis(weight, rule.axis, 0)
         rows = channels.reshape(len(scales), -1) / scales.astype(np.float64)[:, None]
-        groups = np.split(rows, len(matrices))
-        integers = [
-            round_to_least_error(group, matrix, partners.get(name))
-            for group, matrix in zip(groups, matrices, strict=True)
-        ]
-        rounded = np.moveaxis(np.concatenate(integers).reshape(channels.shape), 0, rule.axis)
+        groups = rows.reshape(len(matrices), -1, rows.shape[1])
+        neighbours = partners.get(name)
+        alone = neighbours is None or bool((neighbours == NONE).all())
+        if alone and matrices.shape[1] <= _BLOCK:
+            integers = round_small_groups(groups, matrices)
+        else:
+            integers = np.stack(
+                [
+                    round_to_least_error(group, matrix, neighbours)
+                    for group, matrix in zip(groups, matrices, strict=True)
+                ]
+            )
+        rounded = np.moveaxis(integers.reshape(channels.shape), 0, rule.axis)
         return np.clip(rounded - nearest, -127, 127).astype(np.int8)
 
     found: dict[str, Int8Array] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from glob import escape
@@ -17,19 +17,18 @@ from safetensors.numpy import save_file
 
 from export_zoo.base import graph_io
 from export_zoo.calibration.collect import channel_magnitudes, collect
-from export_zoo.calibration.images import ImageStream
-from export_zoo.calibration.layer_inputs import input_sizes, layer_means, layer_moments
+from export_zoo.calibration.kept_images import KeptStream
 from export_zoo.calibration.preprocess import Pixels, Preprocess
 from export_zoo.calibration.ranges import Ranges
 from export_zoo.engines.parity.metrics import WITHOUT_NOISE, check_reference
 from export_zoo.engines.parity.outputs import as_rows
 from export_zoo.engines.precision.int8.clipping import worth_clipping
-from export_zoo.engines.precision.int8.equalize import STRENGTHS, equalize, observed, scaled_tensors
+from export_zoo.engines.precision.int8.equalize import equalize, observed, scaled_tensors
 from export_zoo.engines.precision.int8.keep_float import kept_float
 from export_zoo.engines.precision.int8.precision import INT8
-from export_zoo.engines.precision.int8.rounding import LARGEST, rounding
+from export_zoo.engines.precision.int8.rounding import rounding
 from export_zoo.engines.precision.int8.saturation.channel_order import ChannelOrder, choose_order
-from export_zoo.engines.precision.placement import classifier_layers, weight_of
+from export_zoo.engines.precision.placement import classifier_layers
 from export_zoo.engines.precision.twin import write_twin
 from export_zoo.engines.targets.base import Opening, Runner, Target
 from export_zoo.engines.targets.onnxruntime.engine import OnnxRuntimeEngine
@@ -38,6 +37,7 @@ from export_zoo.engines.verification.gate import run_in_batches
 from export_zoo.exporter.run.context import IMAGE_BATCH, Context
 from export_zoo.exporter.stages.images import ChosenImages
 from export_zoo.exporter.stages.tuning.gain import Float64Array
+from export_zoo.exporter.stages.tuning.input_statistics import InputStatistics
 from export_zoo.exporter.stages.tuning.int8_parts import Int8Parts
 
 OFF = "off"
@@ -49,10 +49,7 @@ GATES = "0.75 gates"
 """Strength of equalization that scales products of gates, too."""
 
 FEW_IMAGES = 64
-"""Number of images for channels' magnitudes and layers' mean inputs."""
-
-MOMENT_IMAGES = 256
-"""Number of images for second moments of layers' inputs. These have many more entries to estimate."""
+"""Number of images for channels' magnitudes."""
 
 
 class Candidate(BaseModel):
@@ -129,6 +126,8 @@ class Evaluator:
     Args:
         select: images to measure on, [N, H, W, C].
         few: number of them that the SQNR is measured on.
+        strengths: strengths of equalization to try.
+        statistics: number of calibration images for the statistics of layers' inputs.
     """
 
     def __init__(
@@ -139,12 +138,15 @@ class Evaluator:
         preprocess: Preprocess,
         select: Pixels,
         few: int,
+        strengths: Sequence[str],
+        statistics: int,
     ) -> None:
         self._context, self._store, self._preprocess = context, store, preprocess
         root = context.options.calib
         assert root is not None
-        self._root, self._files = root, chosen.splits["calibrate"]
+        self._calibrate = KeptStream(chosen.splits["calibrate"], preprocess, IMAGE_BATCH, root)
         self._select = select
+        self._strengths, self._images = strengths, statistics
         self.images, self.few = len(select), min(few, len(select))
         self._reference = self._outputs(OnnxRuntimeEngine(store.graph, saturating_session={}), 0, self.few)
         rows = as_rows(self._reference).astype(np.float64)
@@ -152,14 +154,14 @@ class Evaluator:
         self._signal = float(((rows - rows.mean(axis=0)) ** 2).sum())
         self._known: dict[tuple[Candidate, Target], Float64Array] = {}
         self._hashes = {graph_io.sha256_of(store.graph)}
-        self._decoded: dict[int, Pixels] = {}
+        self._factors: dict[str, dict[str, npt.NDArray[np.float32]]] = {OFF: {}}
+        """Factors of layers' inputs, by strength."""
         self._orders: dict[str, ChannelOrder] = {}
 
-    def _pixels(self, count: int) -> Pixels:
-        if count not in self._decoded:
-            stream = ImageStream(self._files[:count], self._preprocess, IMAGE_BATCH, self._root)
-            self._decoded[count] = stream.all()
-        return self._decoded[count]
+    @cached_property
+    def _pixels(self) -> Pixels:
+        """The first calibration images."""
+        return self._calibrate.first(self._images)
 
     def _outputs(self, engine: Runner, start: int, stop: int) -> npt.NDArray[np.float32]:
         """First outputs of the select images from `start` to `stop`."""
@@ -210,7 +212,7 @@ class Evaluator:
         """Strengths with which layers can be equalized. Makes and calibrates the graph of each."""
         if not observed(graph_io.load(self._store.graph).graph):
             return []
-        return [s for s in (*map(str, STRENGTHS), GATES) if self._equalize(s)]
+        return [strength for strength in self._strengths if self._equalize(strength)]
 
     @cached_property
     def approximated(self) -> bool:
@@ -223,51 +225,53 @@ class Evaluator:
         """Channels' magnitudes of all tensors that any equalization asks for."""
         graph = graph_io.load(self._store.graph).graph
         names = sorted({*observed(graph), *observed(graph, approximate=True)})
-        return channel_magnitudes(self._store.graph, self._pixels(FEW_IMAGES), self._preprocess, names)
+        return channel_magnitudes(self._store.graph, self._pixels[:FEW_IMAGES], self._preprocess, names)
 
     def _equalize(self, strength: str) -> bool:
         model = graph_io.load(self._store.graph)
-        approximate, scaled = strength == APPROXIMATE, scaled_tensors(model.graph)
+        approximate = strength == APPROXIMATE
+        scaled = scaled_tensors(model.graph, approximate=approximate)
         power, *more = strength.split()
-        if not equalize(
+        factors = equalize(
             model.graph, self._magnitudes, float(power), approximate=approximate, gates="gates" in more
-        ):
+        )
+        if not factors:
             return False
+        self._factors[strength] = factors
         path = self._store.equalized(strength)
         graph_io.save(model, path)
         if graph_io.sha256_of(path) in self._hashes:  # another strength gave the same powers of two
             return False
         self._hashes.add(graph_io.sha256_of(path))
-        stream = ImageStream(self._files, self._preprocess, IMAGE_BATCH, self._root)
         wanted = quantized_tensors(model.graph, kept_float(model.graph, self._context.options.keep_float))
-        # Powers of two leave all other tensors as they were, but through a ReLU6 the function changes.
-        before = {} if approximate else self._store.ranges.tensors
+        # Powers of two leave all other tensors as they were. Through a ReLU6, these change hardly.
+        before = self._store.ranges.tensors
         known = {name: found for name, found in before.items() if name not in scaled}
-        with self._context.reporter.bar("tune", len(self._files)) as progress:
-            ranges = collect(path, stream, histograms=wanted, known=known, progress=progress)
+        images = self._calibrate
+        with self._context.reporter.bar("tune", len(images.files)) as progress:
+            ranges = collect(path, images, histograms=wanted, known=known, progress=progress)
         ranges.write(path.with_suffix(".json"))
         return True
+
+    @cached_property
+    def _statistics(self) -> InputStatistics:
+        return InputStatistics(self._store.graph, self._pixels, self._preprocess)
 
     def _means(self, strength: str) -> None:
         """Write the mean inputs of layers, unless they exist."""
         path = self._store.means(strength)
         if not path.exists():
-            graph = self._store.graph_of(strength)
-            save_file(layer_means(graph, self._pixels(FEW_IMAGES), self._preprocess, _layers(graph)), path)
+            save_file(self._statistics.means(self._factors[strength]), path)
 
     def _rounding(self, strength: str, target: Target) -> None:
         """Round the weights and write the rounding steps, unless they exist; the slowest step of tuning."""
         path = self._store.rounding(strength, target)
         if path.exists():
             return
-        graph = self._store.graph_of(strength)
-        sizes = input_sizes(graph, _layers(graph))
-        layers = [name for name, (_, size) in sizes.items() if size <= LARGEST]
-        moments = layer_moments(graph, self._pixels(MOMENT_IMAGES), self._preprocess, layers)
-        with self._context.reporter.bar("tune rounding", len(layers)) as progress:
-            order = self._order(strength, target)
-            steps = rounding(graph_io.load(graph).graph, moments, target.int8, order=order, progress=progress)
-        save_file(steps, path)
+        moments = self._statistics.moments(self._factors[strength])
+        with self._context.reporter.bar("tune rounding", self._statistics.rounded) as progress:
+            order, graph = self._order(strength, target), graph_io.load(self._store.graph_of(strength)).graph
+            save_file(rounding(graph, moments, target.int8, order=order, progress=progress), path)
 
     def _order(self, strength: str, target: Target) -> ChannelOrder | None:
         """The channel order of a graph for a target, chosen once per strength; None if no sums are in 16 bits."""
@@ -292,8 +296,3 @@ class Evaluator:
 
 def _file(strength: str) -> str:
     return strength.replace(" ", "-")
-
-
-def _layers(graph: Path) -> list[str]:
-    """Names of the nodes with an int8 weight."""
-    return [str(node.name) for node in graph_io.load(graph).graph if weight_of(node) is not None]

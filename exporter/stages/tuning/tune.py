@@ -16,11 +16,19 @@ from export_zoo.calibration.methods import METHODS
 from export_zoo.calibration.preprocess import Preprocess
 from export_zoo.calibration.ranges import Ranges
 from export_zoo.engines.bundle.manifest import StepName, Tuning, TuningStep
+from export_zoo.engines.precision.int8.equalize import STRENGTHS
 from export_zoo.engines.targets.base import Target
 from export_zoo.engines.targets.registry import TARGETS
 from export_zoo.exporter.run.context import IMAGE_BATCH, Context
 from export_zoo.exporter.stages.images import ChosenImages
-from export_zoo.exporter.stages.tuning.candidates import APPROXIMATE, OFF, Candidate, Evaluator, Store
+from export_zoo.exporter.stages.tuning.candidates import (
+    APPROXIMATE,
+    GATES,
+    OFF,
+    Candidate,
+    Evaluator,
+    Store,
+)
 from export_zoo.exporter.stages.tuning.gain import gain
 from export_zoo.exporter.stages.tuning.int8_parts import Int8Parts
 
@@ -48,6 +56,25 @@ MIN_SELECT, MAX_SELECT, MAX_PIXELS = 32, 128, 128 * 64 * 64
 run unfused here. A close decision is tried on up to MAX_SELECT images."""
 
 ON = "on"
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is tried."""
+
+    strengths: tuple[str, ...]
+    """Strengths of equalization."""
+    statistics: int
+    """Number of images for the statistics of layers' inputs."""
+    thorough: bool
+    """Whether the method is tried for single tensors, too, and exact equalization beside that through ReLU6."""
+
+
+EFFORT = {
+    "default": Effort((str(STRENGTHS[0]),), 128, thorough=False),
+    "high": Effort((*map(str, STRENGTHS), GATES), 256, thorough=True),
+}
+"""By the names of `options.EFFORTS`. docs/int8.md shows what they reach in what time."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +136,9 @@ class _Choosing:
         )
 
 
-def _tune(evaluator: Evaluator, target: Target, steps: Sequence[str], method: str) -> _Choosing:
+def _tune(
+    evaluator: Evaluator, target: Target, steps: Sequence[str], method: str, effort: Effort
+) -> _Choosing:
     """Run the steps for one target; returns the choices with the figures of all candidates."""
     choosing = _Choosing(evaluator, target, Candidate(method="minmax" if method == "auto" else method))
 
@@ -122,20 +151,28 @@ def _tune(evaluator: Evaluator, target: Target, steps: Sequence[str], method: st
 
     if method == "auto" and steps:  # while ranges are far too wide, their errors hide what other steps gain
         methods("minmax", {})
-    if "equalize" in steps and (strengths := evaluator.equalized):
-        choosing.step("equalize", OFF, {s: now(strength=s) for s in (OFF, *strengths)})
+
+    def equalize() -> None:
+        if strengths := evaluator.equalized:
+            choosing.step("equalize", OFF, {s: now(strength=s) for s in (OFF, *strengths)})
+
+    # Equalization through ReLU6 includes the other.
+    if "equalize" in steps and (effort.thorough or not evaluator.approximated):
+        equalize()
     if "round" in steps:
         choosing.step("round", OFF, {OFF: now(), ON: now(rounded=True)})
     if "bias" in steps:  # corrects the error that rounding leaves
         choosing.step("bias", OFF, {OFF: now(), ON: now(bias=True)})
     if method == "auto":
-        clipped = tuple(evaluator.clipped(choosing.candidate.strength, target))
+        clipped = tuple(evaluator.clipped(choosing.candidate.strength, target)) if effort.thorough else ()
         counts = [2**i for i in range(len(clipped).bit_length()) if 2**i < len(clipped)]
         some = {f"mse on {count}": now(method="minmax", clipped=clipped[:count]) for count in counts}
         methods(choosing.candidate.method, some)
     if "equalize" in steps and evaluator.approximated:
         # Last: its gain shows only once weights are rounded and outliers clipped, which hide it otherwise.
         choosing.step("relu6", OFF, {OFF: now(), ON: now(strength=APPROXIMATE)})
+        if choosing.candidate.strength == OFF and not effort.thorough:
+            equalize()
     if "float" in steps and target.int8.half:  # on the CPU they would cost four times the memory traffic
         layers = {_count(kept): now(kept=kept) for kept in evaluator.classifiers()}
         choosing.step("float", OFF, {OFF: now(), **layers})
@@ -173,8 +210,11 @@ def tune(
         assert options.calib is not None
         store = Store(directory, graph, ranges)
         pixels = ImageStream(files, preprocess, IMAGE_BATCH, options.calib).all()
-        evaluator = Evaluator(context, store, chosen, preprocess, pixels, few)
-        found = {t: _tune(evaluator, t, options.steps, options.method) for t in targets}
+        effort = EFFORT[options.effort]
+        evaluator = Evaluator(
+            context, store, chosen, preprocess, pixels, few, effort.strengths, effort.statistics
+        )
+        found = {t: _tune(evaluator, t, options.steps, options.method, effort) for t in targets}
         store.keep([(choosing.candidate, target) for target, choosing in found.items()])
         return Choices(
             evaluator.few,
@@ -192,7 +232,7 @@ def tune(
             calibrate=[file.sha256 for file in chosen.splits["calibrate"]],
             select=[file.sha256 for file in files],
             targets=[target.name for target in targets],
-            options=[options.steps, options.method, options.keep_float],
+            options=[options.steps, options.method, options.effort, options.keep_float],
             isa=instruction_set(),
         )
         result = context.cache.run("tune", key, make, Choices)
