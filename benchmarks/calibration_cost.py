@@ -1,4 +1,4 @@
-"""What calibration costs: time as a ratio to plain forward passes over the same images, and peak memory.
+"""Cost of calibration: time as a ratio to plain forward passes over the same images, and peak memory.
 
     python benchmarks/calibration_cost.py
     python benchmarks/calibration_cost.py --modelopt .venv-modelopt/bin/python --json result.json

@@ -26,7 +26,7 @@ import digits  # noqa: E402
 import small_networks  # noqa: E402
 
 from export_zoo import ExportOptions, export  # noqa: E402
-from export_zoo.exporter.options import BatchRange, Tolerance  # noqa: E402
+from export_zoo.exporter.option_values import BatchRange, Tolerance  # noqa: E402
 from export_zoo.exporter.pipeline import KeptError  # noqa: E402
 
 OWN = {"vit": small_networks.vit, "swin": small_networks.swin}

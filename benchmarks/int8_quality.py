@@ -44,7 +44,7 @@ from export_zoo.engines.precision.int8 import equalize  # noqa: E402
 from export_zoo.engines.precision.twin import write_twin  # noqa: E402
 from export_zoo.engines.targets.onnxruntime.engine import OnnxRuntimeEngine  # noqa: E402
 from export_zoo.engines.verification.gate import run_in_batches  # noqa: E402
-from export_zoo.exporter.options import BatchRange, Tolerance  # noqa: E402
+from export_zoo.exporter.option_values import BatchRange, Tolerance  # noqa: E402
 from export_zoo.exporter.pipeline import KeptError  # noqa: E402
 
 MODELS = ("resnet18", "mobilenet_v2", "squeezenet1_1", "vgg11_bn")

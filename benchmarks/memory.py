@@ -13,7 +13,8 @@ from pathlib import Path
 
 from export_zoo.exporter.matrix.results import CellResult, stored
 from export_zoo.exporter.models import memory, zoo
-from export_zoo.exporter.options import BatchRange, ExportOptions
+from export_zoo.exporter.option_values import BatchRange
+from export_zoo.exporter.options import ExportOptions
 
 
 def expected(result: CellResult) -> float:

@@ -1,4 +1,4 @@
-"""What an INT8 graph that cannot saturate costs: accuracy, time and instructions, beside the other ways out.
+"""Cost of an INT8 graph that cannot saturate: accuracy, time and instructions, beside the other ways out.
 
     python benchmarks/saturation_cost.py BUNDLE --images DIR [--instructions] [--json FILE]
 

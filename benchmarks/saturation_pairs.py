@@ -1,4 +1,4 @@
-"""Which pairs of int8 weights saturate in ONNX Runtime's kernels of this CPU, found by experiments alone.
+"""Finds the pairs of int8 weights that saturate in ONNX Runtime's kernels of this CPU, by experiments alone.
 
     python benchmarks/saturation_pairs.py            # about a minute on two cores
     python benchmarks/saturation_pairs.py --quick    # seconds
@@ -249,7 +249,7 @@ def _blocks_to_depth(x: Array) -> Array:
 def outputs_of(
     layer: Layer, filters: Array, bias: Array, step: float, x: Array, *, precise: bool = False
 ) -> Array:
-    """What ONNX Runtime computes: [positions, outputs], integers."""
+    """ONNX Runtime's sums: [positions, outputs], integers."""
     level = "ORT_ENABLE_BASIC" if layer.op == "conv_basic" else ""
     session = session_of(
         model_of(layer, filters, bias, step), threads=layer.threads, level=level, precise=precise
@@ -599,7 +599,7 @@ SHARED = {
     "one_output": "nothing; one output channel each, so two equal zero points of one element",
     "equal": "nothing; equal weights in two initializers",
 }
-"""What two convolutions of one Q/DQ graph share."""
+"""Constants that two convolutions of one Q/DQ graph share."""
 
 
 def _two_layers(kind: str) -> tuple[bytes, list[int]]:
@@ -656,7 +656,7 @@ def _precise_layer(layer: Layer) -> str:
 
 
 def _precise_graph(kind: str) -> str:
-    """What the option makes of two convolutions."""
+    """Effect of the option on two convolutions."""
     model, sums = _two_layers(kind)
     x = np.full((1, 16, 2, 2), FULL, np.float32)
     try:
@@ -672,7 +672,7 @@ def _send_result(send: Connection, kind: str, layer: Layer | None) -> None:
 
 
 def precision_option() -> dict[str, str]:
-    """What `session.x64quantprecision=1` does: by operator, and by what two layers share.
+    """Effect of `session.x64quantprecision=1`: by operator, and by what two layers share.
 
     Each graph has a process of its own, for ONNX Runtime before 1.30 aborts on a MatMulInteger whose weight has no zero
     point.

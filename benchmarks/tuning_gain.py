@@ -1,4 +1,4 @@
-"""What tuning brings to INT8 on images that it never saw, over several divisions of the images.
+"""Gain of tuning INT8, on images that it never saw, over several divisions of the images.
 
     python benchmarks/tuning_gain.py [--seeds N] [--target TARGET] MODEL OPTIONS...
 

@@ -121,7 +121,7 @@ class Ranges(BaseModel):
         try:
             found = cls.model_validate_json(path.read_text(encoding="utf-8"))
         except OSError as error:
-            raise BadInputError(f"{path}: cannot be read: {error.strerror}", hint=again) from error
+            raise BadInputError(f"{path}: the ranges cannot be read: {error.strerror}", hint=again) from error
         except UnicodeDecodeError as error:
             raise BadInputError(f"{path}: not a ranges file: it is not UTF-8 text", hint=again) from error
         except ValidationError as error:

@@ -1,4 +1,4 @@
-"""Images that no camera took: seeded ones with the spectrum of photographs, and test patterns."""
+"""Synthetic images: seeded images with the spectrum of photographs, and test patterns."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Fuzz the decoders and the manifest reader under the address and undefined-behaviour sanitizers: ci/fuzz.sh [SECONDS].
-# Needs clang. What is found lies in engines/cpp/build/fuzz; the corpus in the repository stays as it is.
+# Needs clang. Findings are written to engines/cpp/build/fuzz; the corpus in the repository stays as it is.
 set -euo pipefail
 seconds=${1:-60}
 cd "$(dirname "$0")/.."

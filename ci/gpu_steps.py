@@ -1,4 +1,4 @@
-"""What is run on a machine with an NVIDIA GPU, step by step; `ci/gpu_visit.py` runs each in a process of its own.
+"""Steps of a visit to a machine with an NVIDIA GPU; `ci/gpu_visit.py` runs each in a process of its own.
 
     python ci/gpu_steps.py STEP OUT WORK [--quick]
 
@@ -196,13 +196,13 @@ class Network:
     """A network that is exported, gated and timed there."""
 
     arguments: Callable[[Visit], Sequence[str]]
-    """Of `export-zoo`: the model and its weights. Makes what they need."""
+    """Arguments of `export-zoo`: the model and its weights. Makes the files that they need."""
     build: Callable[[Visit], Any]
     """The PyTorch module, for its speed."""
     size: int
     """Height and width of the input, in pixels."""
     lacks: Callable[[Visit], str] = lambda visit: ""
-    """What is missing for it here; empty where nothing is."""
+    """Missing input of the step; empty if nothing is missing."""
 
 
 def _no_images(visit: Visit) -> str:
@@ -346,7 +346,7 @@ def _export(visit: Visit, name: str) -> None:
 
 @dataclass(frozen=True)
 class Contestant:
-    """What runs one batch that lies on the device already, without copies."""
+    """An engine that runs one batch which lies on the device already, without copies."""
 
     start: Callable[[], object]
     """Launches it."""
@@ -621,7 +621,7 @@ def _providers(visit: Visit) -> None:
 
 
 def _layers(visit: Visit) -> None:
-    """What TensorRT-RTX made of each network's layers: is INT8 run as INT8? All it says goes to OUT/layers.json."""
+    """Layers of each network as TensorRT-RTX compiled them: is INT8 run as INT8? All of them go to OUT/layers.json."""
     from export_zoo.engines.bundle.reader import read_manifest
     from export_zoo.engines.targets.registry import TARGETS
     from export_zoo.engines.targets.tensorrt.engine import TensorRTEngine
@@ -686,7 +686,7 @@ def _last_line(text: str) -> str:
 
 
 def _errors(visit: Visit) -> None:
-    """What users see of two processes on one GPU, of too little memory, and of a plan that is damaged."""
+    """Messages that users see: two processes on one GPU, too little memory, a damaged plan."""
     import torch
 
     from export_zoo.base.cuda import has_cuda_device

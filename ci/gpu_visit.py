@@ -90,7 +90,7 @@ IMAGES = 160
 
 INDEX = "index.json"
 PIECES = "pieces"
-"""What lines about pieces are under, beside the steps."""
+"""Name under which lines about pieces are written, beside the steps."""
 LOG = "log.txt"
 
 
@@ -307,7 +307,7 @@ def _read(out: Path) -> list[dict[str, Any]]:
 
 
 def report(out: Path) -> str:
-    """What was found, as Markdown: the device, then a section for each step. What was not run says so."""
+    """The results, as Markdown: the device, then a section for each step. A step that was not run says so."""
     lines = _read(out)
     parts = []
     for step in (PIECES, *STEPS):

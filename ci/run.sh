@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export EXPORT_ZOO_CACHE="${EXPORT_ZOO_CACHE:-$PWD/.ci-cache}" PIP_DISABLE_PIP_VERSION_CHECK=1 NO_COLOR=1
-# What each step takes, for ci/budget.py.
+# CPU time and disk of each step, for ci/budget.py.
 taken=$(mktemp -d)
 number=-1
 used() { df -BM --output=used . | tail -n 1 | tr -dc 0-9; }

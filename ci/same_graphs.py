@@ -90,7 +90,7 @@ def export(checkout: Path, given: Sequence[str], out: Path, cache: Path) -> dict
 
 
 def compared(manifest: dict[str, Any]) -> dict[str, Any]:
-    """What must be the same, by a name."""
+    """Parts of a manifest that must be the same, by a name."""
     recipe, artifacts = manifest["recipe"], manifest["artifacts"]
     found = {
         "FP32 graph": recipe["graph"]["sha256"],

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from export_zoo.base.errors import UsageError
-from export_zoo.engines.precision.registry import BASELINE, PRECISIONS
-from export_zoo.engines.targets.base import MAX_BATCH
+from export_zoo.engines.precision.registry import BASELINE, PRECISIONS, QUANTIZED
 from export_zoo.engines.targets.options import BuildOptions
-from export_zoo.engines.targets.registry import TARGETS
+from export_zoo.exporter.model_sources import short_name, source_of
+from export_zoo.exporter.option_values import READERS, BatchRange, SizeRange, Tolerance
 
 STEPS = ("equalize", "round", "bias", "float")
 """Steps that may improve INT8, tried in this order."""
@@ -23,203 +20,20 @@ EFFORTS = ("default", "high")
 
 METHODS = ("auto", "minmax", "percentile", "entropy", "mse")
 """`auto`, and the names in `calibration.methods`, which is not imported because it loads NumPy."""
+KEEP_FLOAT_KINDS = ("@depthwise", "@few-channels")
+"""Names in `precision.int8.keep_float`, which is not imported for the same reason."""
 TASKS = ("classification", "binary", "multilabel", "regression", "embedding", "segmentation")
 """Names in `parity.tasks`, which is not imported for the same reason."""
 MAX_SEED = 2**31 - 1
-MAX_SIDE = 8192
 REQUIREMENTS = ("graph", "verified")
 
 DEFAULT_CALIB_IMAGES = 512
 DEFAULT_VERIFY_IMAGES = 128
-DEFAULT_BATCH = "1:8:32"
-
-TOLERANCE_METRICS = (
-    "sqnr",
-    "cosine",
-    "top1",
-    "top5",
-    "agreement",
-    "correlation",
-    "similarity",
-    "nearest",
-    "accuracy",
-    "max_abs",
-    "max_rel",
-    "relative_error",
-    "misplaced",
-    "accuracy_drop",
-)
-
-
-_SHARES = ("cosine", "top1", "top5", "agreement", "correlation", "similarity", "nearest", "accuracy")
-_NOT_NEGATIVE = ("max_abs", "max_rel", "relative_error", "misplaced")
-
-
-@dataclass(frozen=True)
-class BatchRange:
-    """Batch sizes an engine must accept: `min` <= `opt` <= `max`. The engine is tuned for `opt`."""
-
-    min: int = 1
-    opt: int = 8
-    max: int = 32
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.min <= self.opt <= self.max:
-            raise UsageError(
-                f"--batch {self.min}:{self.opt}:{self.max}: must be 1 <= MIN <= OPT <= MAX",
-                hint="for example --batch 1:8:32",
-            )
-        if self.max > MAX_BATCH:
-            raise UsageError(
-                f"--batch {self.min}:{self.opt}:{self.max}: MAX must be at most {MAX_BATCH}",
-                hint="give the largest MAX that you will use: it is run and compared, too",
-            )
-
-    @classmethod
-    def parse(cls, text: str) -> BatchRange:
-        """Parse `MIN:OPT:MAX`, or one number for a fixed batch size."""
-        match = re.fullmatch(r"(\d+)(?::(\d+):(\d+))?", text)
-        if match is None:
-            raise UsageError(f"--batch {text!r}: not MIN:OPT:MAX", hint="for example --batch 1:8:32")
-        low = int(match[1])
-        return cls(low, int(match[2] or low), int(match[3] or low))
-
-
-@dataclass(frozen=True)
-class SizeRange:
-    """Input sizes (height, width) an engine must accept, in pixels: `min` <= `opt` <= `max` in both."""
-
-    min: tuple[int, int]
-    opt: tuple[int, int]
-    max: tuple[int, int]
-
-    def __post_init__(self) -> None:
-        for low, opt, high in zip(self.min, self.opt, self.max, strict=True):
-            if not 1 <= low <= opt <= high:
-                raise UsageError(
-                    f"--dynamic-size {self}: must be MIN <= OPT <= MAX, in height and in width",
-                    hint="for example --dynamic-size 128:224:320",
-                )
-        if self.min == self.max:
-            raise UsageError(f"--dynamic-size {self}: MIN and MAX are the same size", hint="use --input-size")
-        if max(self.max) > MAX_SIDE:
-            raise UsageError(
-                f"--dynamic-size {self}: MAX must be at most {MAX_SIDE}",
-                hint="give the largest MAX that you will use: it is run and compared, too",
-            )
-
-    def __str__(self) -> str:
-        return ":".join(f"{height}x{width}" for height, width in (self.min, self.opt, self.max))
-
-    @classmethod
-    def parse(cls, text: str) -> SizeRange:
-        """Parse `MIN:OPT:MAX`, each `N` or `HxW`."""
-        parts = text.split(":")
-        if len(parts) != 3:
-            raise UsageError(
-                f"--dynamic-size {text!r}: not MIN:OPT:MAX",
-                hint="for example --dynamic-size 128:224:320 or --dynamic-size 128x160:224x280:448x560",
-            )
-        low, opt, high = (parse_size(part, option="--dynamic-size") for part in parts)
-        return cls(low, opt, high)
-
-
-@dataclass(frozen=True)
-class Tolerance:
-    """A limit from the command line. `selector` is a target, a precision or an engine's name; None: all engines."""
-
-    metric: str
-    value: float
-    selector: str | None = None
-
-    @classmethod
-    def parse(cls, text: str) -> Tolerance:
-        """Parse `[TARGET:]METRIC=VALUE`."""
-        match = re.fullmatch(r"(?:([\w-]+):)?(\w+)=([^=]+)", text)
-        if match is None:
-            raise UsageError(
-                f"--tolerance {text!r}: not [TARGET:]METRIC=VALUE",
-                hint="for example --tolerance sqnr=20 or --tolerance onnxruntime-int8:top1=0.95",
-            )
-        selector, metric, number = match.groups()
-        if metric not in TOLERANCE_METRICS:
-            raise UsageError(
-                f"--tolerance {text!r}: unknown metric {metric!r}",
-                hint=f"choose from {', '.join(TOLERANCE_METRICS)}",
-            )
-        try:
-            value = float(number)
-        except ValueError:
-            value = float("nan")
-        if not math.isfinite(value):
-            raise UsageError(
-                f"--tolerance {text!r}: {number!r} is not a finite number", hint="for example sqnr=20"
-            )
-        if (metric in _SHARES and value > 1) or (metric in _NOT_NEGATIVE and value < 0):
-            raise UsageError(f"--tolerance {text!r}: no engine can satisfy this", hint="see docs/parity.md")
-        known = {*TARGETS, *PRECISIONS, *(f"{t}-{p}" for t in TARGETS for p in PRECISIONS)}
-        if selector is not None and selector not in known:
-            raise UsageError(
-                f"--tolerance {text!r}: no target, precision or engine {selector!r}",
-                hint=f"choose from {', '.join([*TARGETS, *PRECISIONS])}, or TARGET-PRECISION: onnxruntime-int8",
-            )
-        return cls(metric, value, selector)
-
-    @property
-    def specificity(self) -> int:
-        """0 for all engines, 1 for those of a target or precision, 2 for one engine."""
-        if self.selector is None:
-            return 0
-        return 1 if self.selector in (*TARGETS, *PRECISIONS) else 2
-
-    def applies_to(self, target: str, precision: str) -> bool:
-        return self.selector in (None, target, precision, f"{target}-{precision}")
-
-
-def parse_size(text: str, option: str = "--input-size") -> tuple[int, int]:
-    """Parse `N` or `HxW`, in pixels, into (height, width)."""
-    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
-    if match is None or int(match[1]) < 1 or int(match[2] or 1) < 1:
-        raise UsageError(
-            f"{option} {text!r}: not N or HxW", hint="for example 224 or 224x320 (height, width)"
-        )
-    return int(match[1]), int(match[2] or match[1])
-
-
-def parse_model_args(texts: Sequence[str]) -> tuple[tuple[str, str], ...]:
-    """Parse `KEY=VALUE` texts. If a key is repeated, its last value counts."""
-    found = {}
-    for text in texts:
-        key, equals, value = text.partition("=")
-        if not equals or not key.isidentifier():
-            raise UsageError(
-                f"--model-arg {text!r}: not KEY=VALUE", hint="for example --model-arg zero_init_residual=true"
-            )
-        found[key] = value
-    return tuple(sorted(found.items()))
-
-
-def parse_renames(texts: Sequence[str]) -> tuple[tuple[str, str], ...]:
-    """Parse `OLD=NEW` texts. NEW may be empty."""
-    found = []
-    for text in texts:
-        old, equals, new = text.partition("=")
-        if not equals or not old:
-            raise UsageError(
-                f"--rename {text!r}: not OLD=NEW", hint="for example --rename backbone.= (removes it)"
-            )
-        found.append((old, new))
-    return tuple(found)
-
-
-def parse_steps(text: str) -> tuple[str, ...]:
-    """Parse step names separated by commas, or `none`."""
-    return () if text == "none" else tuple(dict.fromkeys(part.strip() for part in text.split(",")))
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What to export, to what, and how strictly to check it. Defaults and reasons: docs/usage.md.
+    """Options of an export: model, engines, and how strictly they are checked. Defaults and reasons: docs/usage.md.
 
     Sizes are in pixels, counts in images. `input_size` is (height, width).
 
@@ -267,9 +81,10 @@ class ExportOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("calib", "ranges", "verify", "preprocess", "out"):
-            if isinstance(given := getattr(self, name), str):  # Python's users write strings
-                object.__setattr__(self, name, Path(given))
+        for name, read in READERS.items():
+            given = getattr(self, name)
+            if given is not None or self.__dataclass_fields__[name].default is not None:
+                object.__setattr__(self, name, read(name, given))
         if not self.precisions:
             raise UsageError("--precision: none given", hint=f"choose from {', '.join(PRECISIONS)}")
         for precision in self.precisions:
@@ -277,7 +92,7 @@ class ExportOptions:
                 raise UsageError(
                     f"--precision {precision}: unknown", hint=f"choose from {', '.join(PRECISIONS)}"
                 )
-        if ":" in self.model and self.preprocess is None:
+        if source_of(self.model).own_code and self.preprocess is None:
             raise UsageError(
                 f"{self.model}: user models need --preprocess FILE: their preprocessing cannot be inferred",
                 hint='for example {"resize_size": 256, "crop_height": 224, "crop_width": 224, "interpolation": '
@@ -310,13 +125,18 @@ class ExportOptions:
                 )
         if self.effort not in EFFORTS:
             raise UsageError(f"--effort {self.effort}: unknown", hint=f"choose from {', '.join(EFFORTS)}")
+        for pattern in self.keep_float:
+            if pattern.startswith("@") and pattern not in KEEP_FLOAT_KINDS:
+                raise UsageError(
+                    f"--keep-float {pattern}: unknown kind", hint=f"choose from {', '.join(KEEP_FLOAT_KINDS)}"
+                )
         if self.require not in REQUIREMENTS:
             raise UsageError(
                 f"--require {self.require}: unknown", hint=f"choose from {', '.join(REQUIREMENTS)}"
             )
         if self.ranges is not None and not self.uses_ranges:
             raise UsageError(
-                f"--ranges has no effect on {', '.join(self.precisions)}", hint="add --precision int8"
+                f"--ranges has no effect on {', '.join(self.precisions)}", hint=f"add --precision {QUANTIZED}"
             )
         if self.quantizes and self.calib is None and self.ranges is None:
             raise UsageError(
@@ -335,7 +155,7 @@ class ExportOptions:
         if self.num_classes is not None and self.num_classes < 0:
             raise UsageError(
                 f"--num-classes {self.num_classes}: must be at least 0",
-                hint="0 is timm's form without a head",
+                hint="leave it out, or give 1 or more; 0 is timm's form without a head",
             )
         if self.task is not None and self.task not in TASKS:
             raise UsageError(f"--task {self.task}: unknown", hint=f"choose from {', '.join(TASKS)}")
@@ -358,7 +178,7 @@ class ExportOptions:
     @property
     def short_name(self) -> str:
         """The model's name without the parts that a file name cannot hold: `vit` for `nets/vit.py:vit`."""
-        return self.model.removeprefix("timm/").rpartition(":")[2]
+        return short_name(self.model)
 
     @property
     def crop_size(self) -> tuple[int, int] | None:

@@ -52,6 +52,9 @@ def check_destination(out: Path) -> None:
     for above in absolute.parents:
         if above.exists() and not above.is_dir():
             raise UsageError(f"--out {out}: {above} is a file", hint="give a directory")
+    nearest = next((above for above in (absolute, *absolute.parents) if above.is_dir()), None)
+    if nearest is not None and not os.access(nearest, os.W_OK | os.X_OK):
+        raise UsageError(f"--out {out}: {nearest} cannot be written to", hint="give another directory")
     for place, shown in ((absolute, out), (failed_place(out), f"{out} ({failed_place(out).name})")):
         if place.exists() and not place.is_dir():
             raise UsageError(f"--out {shown}: is a file", hint="give a directory, or remove that file")

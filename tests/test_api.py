@@ -60,5 +60,5 @@ def test_a_package_that_is_not_installed_is_named():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == EnvironmentFailureError.exit_code
-    assert "the package torch is not installed" in done.stderr
+    assert "the package of the module torch is not installed" in done.stderr
     assert "export-zoo-runtime" in done.stderr

@@ -1,4 +1,4 @@
-"""What the documentation shows is what is tested."""
+"""The documentation shows the commands and figures that are tested."""
 
 from __future__ import annotations
 

@@ -12,7 +12,6 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
 from export_zoo.calibration.preprocess import Preprocess
-from export_zoo.engines.parity.limits import METRICS
 from export_zoo.engines.parity.tasks import TASKS, Head, classes_of
 from export_zoo.engines.precision.registry import PRECISIONS
 from export_zoo.engines.targets.base import MAX_BATCH
@@ -20,8 +19,6 @@ from export_zoo.engines.targets.plan import Plan
 from export_zoo.engines.targets.registry import TARGETS
 
 SCHEMA_VERSION: Literal[1] = 1
-WeightsKind = Literal["torchvision", "timm", "factory", "file", "random"]
-ZooName = Literal["torchvision", "timm", "python"]
 State = Literal["built", "graph verified", "verified"]
 STATES: tuple[State, ...] = ("built", "graph verified", "verified")
 """States of an engine, weakest first.
@@ -46,7 +43,10 @@ class File(_Model):
 
 
 class Weights(_Model):
-    kind: WeightsKind
+    kind: str = Field(
+        description="`random`, `file` (given with `--weights`), `factory` (the user's own function loads them), or the "
+        "source of the network, for example `torchvision`."
+    )
     name: str = Field(description="`ResNet50_Weights.IMAGENET1K_V2`, a file's name, or `random`.")
     sha256: str = Field(description="SHA-256 of the weights file; empty for random weights.")
     random: bool = Field(
@@ -66,7 +66,9 @@ class Weights(_Model):
 class Source(_Model):
     """The network that was exported, and how it was built."""
 
-    zoo: ZooName = Field(description="Source of the network. `python` is the user's own code.")
+    zoo: str = Field(
+        description="Source of the network: `torchvision`, `timm`, or `python` for the user's own code."
+    )
     name: str
     factory: str = Field(
         default="",
@@ -252,13 +254,6 @@ class Gate(_Model):
     )
     failures: list[str]
 
-    @field_validator("tolerances")
-    @classmethod
-    def _known(cls, tolerances: dict[str, float]) -> dict[str, float]:
-        if unknown := tolerances.keys() - METRICS:
-            raise ValueError(f"unknown metric {', '.join(sorted(unknown))}")
-        return tolerances
-
 
 def state_after(gate: Gate) -> State:
     """The strongest state that an engine may have after its gate."""
@@ -364,7 +359,7 @@ class Engine(_Model):
         compiled = TARGETS[self.target].compiled
         if compiled != (self.plan is not None) or compiled != (self.graph is not None):
             raise ValueError(
-                f"{self.name}: TensorRT engines need a plan and a precision graph; others must have neither"
+                f"{self.name}: a compiled engine needs a plan and a precision graph; others must have neither"
             )
         if compiled and self.file.path.endswith(".onnx"):
             raise ValueError(f"{self.name}: {self.file.path} is not an engine of {self.target}")
@@ -471,7 +466,8 @@ class Artifacts(_Model):
     def _each_once(self) -> Artifacts:
         names = [engine.name for engine in self.engines]
         if len(set(names)) < len(names):
-            raise ValueError(f"an engine is there twice: {', '.join(sorted(names))}")
+            twice = sorted({name for name in names if names.count(name) > 1})
+            raise ValueError(f"an engine is there twice: {', '.join(twice)}")
         return self
 
 

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from export_zoo.base.errors import BadInputError, first_of
 from export_zoo.base.graph_io import external_files, sha256_of
+from export_zoo.base.package import __version__
 from export_zoo.calibration.preprocess import Pixels
 from export_zoo.engines.bundle import manifest as m
 from export_zoo.engines.parity.outputs import sampled_shape
@@ -53,7 +54,8 @@ def read_manifest(bundle: Path) -> m.Manifest:
         found = m.Manifest.of(document)
     except ValidationError as error:
         raise BadInputError(
-            f"{path}: damaged manifest: {first_of(error)}", hint="export the bundle again"
+            f"{path}: damaged manifest: {first_of(error)}",
+            hint=f"made by {_maker(document)}, read by {__version__}: use a version as new, or export the bundle again",
         ) from error
     except m.NoKnownEngineError as error:
         raise BadInputError(f"{path}: {error}", hint="update export-zoo, or export again") from error
@@ -66,6 +68,12 @@ def read_manifest(bundle: Path) -> m.Manifest:
                 hint="do not use this bundle: a path that escapes the bundle directory is unsafe",
             )
     return found
+
+
+def _maker(document: Any) -> str:
+    """The version that wrote a manifest, as it says."""
+    tool = document.get("tool") if isinstance(document, dict) else None
+    return tool if isinstance(tool, str) and tool else "an unknown version"
 
 
 def checked(bundle: Path, file: m.File) -> Path:

@@ -1,4 +1,4 @@
-"""Tolerances: limits on metrics, which of them fit a task, and which of them figures break.
+"""Tolerances: limits on metrics, which of them a task has, and whether figures are within them.
 
 See docs/parity.md for each default, and its reason.
 """
@@ -28,7 +28,7 @@ class Limit:
 
     def holds(self, metrics: Metrics) -> bool | None:
         """Whether the limit holds; None if the metric was not measured (accuracy without labels). NaN never holds."""
-        measured = getattr(metrics, self.metric)
+        measured = getattr(metrics, self.metric, None)
         if measured is None:
             return None
         return bool(measured >= self.value if self.at_least else measured <= self.value)
@@ -83,6 +83,11 @@ def failures(metrics: Metrics, tolerances: Mapping[str, float]) -> list[str]:
     """
     judged = [(limit, limit.holds(metrics)) for limit in limits_of(tolerances)]
     unmeasured = [limit.metric for limit, holds in judged if holds is None]
+    if newer := sorted(tolerances.keys() - METRICS):
+        raise ParityError(
+            f"this version does not know the metric {', '.join(newer)}",
+            hint="update export-zoo to verify the bundle",
+        )
     if unmeasured or not judged:
         raise ParityError(
             "the parity gate has nothing to judge by: " + (", ".join(unmeasured) or "no tolerance given"),

@@ -17,7 +17,7 @@ SAME_SCALE = LAYOUT | {"MaxPool"}
 FLOAT_ACTIVATIONS = frozenset(
     {"Sigmoid", "HardSigmoid", "HardSwish", "Gelu", "Erf", "Tanh", "Softplus", "Mish", "Elu", "Selu", "Mul"}
 )
-"""Operators after a layer that are computed in float everywhere; Mul as in x * Sigmoid(x), or of a gate."""
+"""Operators after a layer that are computed in float everywhere. Mul is the product of x * Sigmoid(x), or of a gate."""
 AVERAGES = frozenset({"AveragePool", "GlobalAveragePool"})
 
 
@@ -71,7 +71,7 @@ def ends_in_output(value: ir.Value) -> bool:
 
 
 def chooses_indices(node: ir.Node) -> bool:
-    """Whether a node's result depends on which value is the largest, as pooling indices do that are read.
+    """Whether a node's result depends on which value is the largest, as with a MaxPool whose indices are read.
 
     Rounding makes values equal and moves the maximum: what reads the indices then finds another place.
     """

@@ -15,3 +15,6 @@ PRECISIONS: Mapping[str, Precision] = {precision.name: precision for precision i
 BASELINE = FP32
 """The precision of the simplified graph. The other precisions are written from it. Their speeds are reported as
 multiples of its speed."""
+
+QUANTIZED = " or ".join(name for name, precision in PRECISIONS.items() if precision.quantized)
+"""Names of the quantized precisions, for messages."""

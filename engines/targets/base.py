@@ -125,7 +125,7 @@ class Target(ABC):
     def why_not_run(self, plan: Plan | None) -> str:
         """Why an engine cannot run on this machine, judged by its description alone; empty if it can."""
         del plan
-        return ""
+        return f"the package {self.distribution} is not installed" if self.version == "absent" else ""
 
     @abstractmethod
     def open(self, opening: Opening) -> OpenEngine:

@@ -15,7 +15,7 @@ Exit codes:
     4  a requested target is not available here
     5  bad input: model, weights, images or bundle
     6  an engine did not reach the state that export's --require asks for, or was refused by its target
-    7  network, disk or memory
+    7  network, disk, memory, or a package that is not installed
   130  interrupted
 """
 

@@ -35,6 +35,7 @@ def export(model: str, json_path: Path | None, quiet: bool, verbose: bool, **giv
     """Export MODEL, build its engines, and check their logits against eager PyTorch."""
     if verbose:
         show_log()
+    from export_zoo.engines.precision.registry import QUANTIZED
     from export_zoo.engines.targets import registry
 
     chosen = export_options(model, given)
@@ -44,9 +45,9 @@ def export(model: str, json_path: Path | None, quiet: bool, verbose: bool, **giv
     now.reporter = ConsoleReporter(quiet=quiet)
     if not chosen.quantizes:
         for name in sorted(
-            given_options() & {"method", "steps"}
+            given_options() & {"method", "steps", "effort"}
         ):  # the pipeline cannot tell them from their defaults
-            now.reporter.warn(f"{option_name(name)} has no effect without --precision int8")
+            now.reporter.warn(f"{option_name(name)} has no effect without --precision {QUANTIZED}")
     registry.choose_for(chosen.targets, chosen.build, chosen.precisions)  # before PyTorch is loaded
     from export_zoo.exporter import pipeline
 

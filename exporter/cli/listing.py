@@ -14,7 +14,8 @@ from export_zoo.base.machine import library_versions
 from export_zoo.calibration.preprocess import Preprocess
 from export_zoo.exporter.models import memory, zoo
 from export_zoo.exporter.models.sources import torchvision_zoo
-from export_zoo.exporter.options import DEFAULT_BATCH, BatchRange, ExportOptions
+from export_zoo.exporter.option_values import DEFAULT_BATCH, BatchRange
+from export_zoo.exporter.options import ExportOptions
 from export_zoo.exporter.run.cache import StageCache, code_digest
 from export_zoo.exporter.run.report import make_console
 

@@ -16,6 +16,7 @@ import click
 from export_zoo.engines.precision.registry import BASELINE, PRECISIONS
 from export_zoo.engines.targets.options import BuildOptions
 from export_zoo.engines.targets.registry import AUTO, TARGETS
+from export_zoo.exporter import option_values as v
 from export_zoo.exporter import options as o
 
 SECTIONS = ("Precision and target", "Images", "Weights", "Network and input", "INT8", "TensorRT", "Run")
@@ -117,8 +118,8 @@ OPTIONS = (
         _PRECISIONS,
         "Batch sizes to accept; engines are tuned and timed at OPT.",
         metavar="MIN:OPT:MAX",
-        default=o.DEFAULT_BATCH,
-        read=o.BatchRange.parse,
+        default=v.DEFAULT_BATCH,
+        read=v.BatchRange.parse,
     ),
     Option(
         "--tolerance",
@@ -127,7 +128,7 @@ OPTIONS = (
         "Limit of the parity gate. Repeatable. Defaults by precision: docs/parity.md.",
         metavar="[TARGET:]METRIC=VALUE",
         repeatable=True,
-        read=lambda given: tuple(map(o.Tolerance.parse, given)),
+        read=lambda given: tuple(map(v.Tolerance.parse, given)),
     ),
     Option(
         "--require",
@@ -205,7 +206,7 @@ OPTIONS = (
         "Replace prefix OLD of names in the file with NEW. Repeatable; applied in this order.",
         metavar="OLD=NEW",
         repeatable=True,
-        read=o.parse_renames,
+        read=v.parse_renames,
         calibrate=True,
     ),
     Option(
@@ -277,7 +278,7 @@ OPTIONS = (
         "Argument of the model's function: replace_stride_with_dilation=[false,true,true]. Repeatable.",
         metavar="KEY=VALUE",
         repeatable=True,
-        read=o.parse_model_args,
+        read=v.parse_model_args,
         calibrate=True,
     ),
     Option(
@@ -300,7 +301,7 @@ OPTIONS = (
         _NETWORK,
         "Input size in pixels. Default: the weights' own.",
         metavar="N|HxW",
-        read=_optional(o.parse_size),
+        read=_optional(v.parse_size),
         calibrate=True,
     ),
     Option(
@@ -310,7 +311,7 @@ OPTIONS = (
         "Instead of --input-size: any height and width from MIN to MAX (each N or HxW). Preprocessing and "
         "calibration use OPT.",
         metavar="MIN:OPT:MAX",
-        read=_optional(o.SizeRange.parse),
+        read=_optional(v.SizeRange.parse),
         calibrate=True,
     ),
     Option(
@@ -326,7 +327,8 @@ OPTIONS = (
         "--method",
         "method",
         _INT8,
-        "Method for INT8 ranges: minmax, percentile, entropy, mse, or auto (the best of them on the select images).",
+        f"Method for INT8 ranges: {', '.join(o.METHODS[1:])}, or {o.METHODS[0]} (the best of them on the select "
+        "images).",
         metavar="NAME",
         default="auto",
     ),
@@ -337,7 +339,7 @@ OPTIONS = (
         "Steps to try to improve INT8: names separated by commas, or none.",
         metavar="NAMES",
         default=",".join(o.STEPS),
-        read=o.parse_steps,
+        read=v.parse_steps,
     ),
     Option(
         "--effort",

@@ -185,7 +185,7 @@ def _out_of_memory(failure: Exception) -> dict[str, str]:
 def _not_installed(failure: ModuleNotFoundError) -> dict[str, str]:
     return {
         "kind": EnvironmentFailureError.kind,
-        "message": f"the package {failure.name} is not installed",
+        "message": f"the package of the module {failure.name} is not installed",
         "hint": "install export-zoo: export-zoo-runtime loads and verifies bundles, and does not export",
     }
 

@@ -23,7 +23,7 @@ CHECK_BATCHES = (1, 3)
 MAX_RELATIVE_ERROR = 1e-3
 
 _AMPLIFIED = 1e-2
-"""`rounding_error` from which a difference is the network's own."""
+"""From this `rounding_error` on, a difference comes from the network, not from the export."""
 
 
 def check_batches(

@@ -22,7 +22,7 @@ from export_zoo.base.errors import BadInputError, ExportDefectError, UsageError
 from export_zoo.base.graph_io import MODULE_KEY
 from export_zoo.engines.parity.checked_sizes import odd_size
 from export_zoo.exporter.models.eager import line_of, run_eager, without_autocast
-from export_zoo.exporter.options import SizeRange
+from export_zoo.exporter.option_values import SizeRange
 
 INPUT, BATCH = "input", "batch"
 HEIGHT, WIDTH = "height", "width"

@@ -17,6 +17,7 @@ from export_zoo.engines.emulation.cpus import CPUS
 from export_zoo.engines.emulation.verify import IMAGES
 from export_zoo.engines.precision.registry import PRECISIONS
 from export_zoo.engines.targets.registry import TARGETS
+from export_zoo.exporter.model_sources import source_of
 
 HOST = "host"
 """This machine's CPU, which exports. The other CPUs are emulated and run the exported bundle."""
@@ -221,8 +222,8 @@ class Names:
 
 
 def _names_itself(pattern: str) -> bool:
-    """Whether a pattern is a network of timm or the user's own, which no list holds."""
-    return pattern.startswith("timm/") or ":" in pattern
+    """Whether a pattern is a network of a source whose models no list holds."""
+    return not source_of(pattern).listed
 
 
 def _models(patterns: Sequence[str], names: Names, path: Path) -> Iterable[str]:

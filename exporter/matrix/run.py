@@ -21,10 +21,12 @@ from export_zoo.engines.bundle.reader import read_manifest
 from export_zoo.engines.emulation import arm64
 from export_zoo.engines.emulation.cpus import CPUS
 from export_zoo.engines.emulation.engine import qemu_version
+from export_zoo.engines.targets.registry import TARGETS
 from export_zoo.exporter.matrix.inputs import fingerprints, of_emulation
 from export_zoo.exporter.matrix.plan import HOST, Cell
 from export_zoo.exporter.matrix.process import Ended, run_limited
 from export_zoo.exporter.matrix.results import CellResult, store, stored
+from export_zoo.exporter.model_sources import source_of
 from export_zoo.exporter.publish import failed_place
 
 BUNDLES = "bundles"
@@ -32,14 +34,14 @@ BUNDLES = "bundles"
 
 _DATE = "%Y-%m-%dT%H:%M:%SZ"
 
-_VERSIONS = ("torch", "torchvision", "onnx", "onnxsim", "onnxruntime", "tensorrt", "tensorrt-rtx")
+_VERSIONS = ("torch", "onnx", "onnxsim", *dict.fromkeys(target.distribution for target in TARGETS.values()))
 
 
 def _versions(cell: Cell) -> dict[str, str]:
     if cell.cpu != HOST:
         return _emulation_versions(cell.cpu)
-    own = (*_VERSIONS, "timm") if cell.model.startswith("timm/") else _VERSIONS
-    return {**library_versions(*own), "export-zoo": __version__}
+    libraries = *_VERSIONS, "torchvision", *source_of(cell.model).libraries
+    return {**library_versions(*dict.fromkeys(libraries)), "export-zoo": __version__}
 
 
 def _emulation_versions(name: str) -> dict[str, str]:

@@ -314,7 +314,7 @@ def module_outputs(module: nn.Module, images: torch.Tensor) -> list[tuple[str, t
 
 
 def _first_different(module: nn.Module, images: torch.Tensor, other: torch.Tensor) -> str:
-    """Text that names the first module whose output of `other`, the first of the images, is another one than before."""
+    """Names the first module whose output for `other`, the first of the images, differs between the two runs."""
     runs = module_outputs(module, images), module_outputs(module, other)
     for (path, before), (_, after) in zip(*runs, strict=False):
         if before.shape[1:] == after.shape[1:] and not _alike(before[: len(after)], after, spread=before):

@@ -69,7 +69,7 @@ _SAME_SHAPE = frozenset(
 
 
 class _ShapesAsTheyAre(TorchFunctionMode):
-    """Skips normalizations and activations, of which PyTorch takes milliseconds to say that the shape stays."""
+    """Skips normalizations and activations. They keep the shape, and PyTorch takes milliseconds for each."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None

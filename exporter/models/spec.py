@@ -8,11 +8,11 @@ from typing import Any
 
 from export_zoo.base.errors import UsageError
 from export_zoo.calibration.preprocess import Preprocess
-from export_zoo.engines.bundle.manifest import WeightsKind, ZooName
 from export_zoo.engines.parity.tasks import Head, classes_of, why_not
 from export_zoo.exporter.models.weights.state_dicts import Reading
 from export_zoo.exporter.models.weights.weights_files import ChosenWeights
-from export_zoo.exporter.options import ExportOptions, SizeRange
+from export_zoo.exporter.option_values import SizeRange
+from export_zoo.exporter.options import ExportOptions
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,9 @@ class Output:
 class ModelSpec:
     """Everything that determines what a model computes. The cache keys of all later stages depend on it."""
 
-    zoo: ZooName
+    zoo: str
     name: str
-    weights_kind: WeightsKind
+    weights_kind: str
     weights_name: str
     weights_sha256: str
     weights_path: Path | None
@@ -89,7 +89,7 @@ class ModelSpec:
         cls,
         options: ExportOptions,
         *,
-        zoo: ZooName,
+        zoo: str,
         name: str,
         weights: ChosenWeights,
         preprocess: Preprocess,

@@ -1,23 +1,29 @@
-"""Dispatches a model name to its source: torchvision, timm or user code."""
+"""Dispatches a model name to its source, and builds the network."""
 
 from __future__ import annotations
 
 import dataclasses
 import warnings
+from importlib import import_module
 from types import ModuleType
 
 import torch
 from torch import nn
 
 from export_zoo.base.errors import BadInputError, UsageError
+from export_zoo.exporter.model_sources import SOURCES, source_of
 from export_zoo.exporter.models import dynamic_size, fully_convolutional, memory
-from export_zoo.exporter.models.sources import timm_zoo, torchvision_zoo, user_code
 from export_zoo.exporter.models.spec import ModelSpec
 from export_zoo.exporter.models.weights import state_dicts, weights_files
 from export_zoo.exporter.models.weights.random_weights import make_usable
 from export_zoo.exporter.options import ExportOptions
 
-_SOURCES: dict[str, ModuleType] = {"torchvision": torchvision_zoo, "timm": timm_zoo, "python": user_code}
+_BY_NAME = {source.name: source for source in SOURCES}
+
+
+def _module(name: str) -> ModuleType:
+    """The module of a source, by its name in the manifest."""
+    return import_module(f"{__package__}.sources.{_BY_NAME[name].module}")
 
 
 def resolve(options: ExportOptions) -> ModelSpec:
@@ -32,15 +38,12 @@ def resolve(options: ExportOptions) -> ModelSpec:
         raise UsageError(
             f"model {options.model!r}: names a file but no function", hint="give FILE.py:FUNCTION"
         )
-    if options.model.startswith("timm/"):
-        source: ModuleType = timm_zoo
-    else:
-        source = user_code if ":" in options.model else torchvision_zoo
-    if source is not torchvision_zoo:
+    source = source_of(options.model)
+    if not source.listed:
         _refuse_torchvisions(options)
     if options.fully_convolutional:
         fully_convolutional.check(options.model)
-    spec: ModelSpec = source.resolve(options)
+    spec: ModelSpec = _module(source.name).resolve(options)
     if spec.weights_path is None:
         _refuse_without_file(options)
     size = (spec.preprocess.crop_height, spec.preprocess.crop_width)
@@ -73,11 +76,12 @@ def resolve_before_download(options: ExportOptions) -> ModelSpec | None:
 
     None if no weights are downloaded. Raises the errors of `resolve`.
     """
-    if options.weights == "none" or weights_files.looks_like_file(options.weights) or ":" in options.model:
+    source = source_of(options.model)
+    if options.weights == "none" or weights_files.looks_like_file(options.weights) or source.own_code:
         return None
     transforms = options.transforms
-    if not options.model.startswith("timm/"):
-        torchvision_zoo.check_model(options.model)
+    if source.listed:
+        _module(source.name).check_model(options.model)
         weights = weights_files.by_name(options.model, options.weights, option="--weights")
         if weights_files.place_of(weights).is_file():
             return None
@@ -127,14 +131,14 @@ def footprint(spec: ModelSpec) -> memory.Footprint | None:
     Raises:
         BadInputError: the network refuses its arguments or the input size.
     """
-    if spec.zoo == "python":
+    if _BY_NAME[spec.zoo].own_code:
         return None
     shapes_only = dataclasses.replace(spec, weights_kind="random")
     p = spec.preprocess
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
         with memory.without_memory():
-            module: nn.Module = _SOURCES[spec.zoo].construct(shapes_only, None)
+            module: nn.Module = _module(spec.zoo).construct(shapes_only, None)
         try:
             size = spec.sizes.max if spec.sizes is not None else (p.crop_height, p.crop_width)
             return memory.footprint(module, *size, p.channels)
@@ -159,7 +163,7 @@ def build(spec: ModelSpec) -> tuple[nn.Module, state_dicts.LoadReport]:
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(spec.seed)
-        model: nn.Module = _SOURCES[spec.zoo].construct(spec, state)
+        model: nn.Module = _module(spec.zoo).construct(spec, state)
         initialized: list[str] = []
         if spec.weights_kind == "random":
             make_usable(model, spec)

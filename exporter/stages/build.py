@@ -14,7 +14,7 @@ from export_zoo.engines.precision.base import Precision
 from export_zoo.engines.precision.registry import BASELINE, PRECISIONS
 from export_zoo.engines.targets.base import BuildRequest, Target
 from export_zoo.engines.targets.plan import Compiled, Plan
-from export_zoo.engines.targets.registry import TARGETS
+from export_zoo.engines.targets.registry import BASELINE_TARGET, TARGETS
 from export_zoo.exporter.run.cache import StageResult
 from export_zoo.exporter.run.context import Context
 from export_zoo.exporter.stages.tuning.tune import Tuned
@@ -126,7 +126,7 @@ def build(
         compiled = _compile(context, precise, target)
         stage.cached, warnings = compiled.cached, compiled.data.warnings
         if warnings:
-            stage.detail += f"; {sum(warnings.values())} warnings by TensorRT (-v shows them)"
+            stage.detail += f"; {sum(warnings.values())} warnings by {target.distribution} (-v shows them)"
     timings = compiled.data.timing_cache
     return EngineFiles(
         target.name,
@@ -155,7 +155,7 @@ def check_graph(context: Context, graph: Path, target: Target) -> None:
         result = context.cache.run("parse", key, make, str)
         stage.cached, stage.detail = result.cached, result.data or f"{target.name} takes the graph"
     if result.data:
-        raise TargetRefusalError(result.data, hint="use --target onnxruntime to build without TensorRT")
+        raise TargetRefusalError(result.data, hint=f"use --target {BASELINE_TARGET.name}")
 
 
 def _compile(context: Context, graph: Path, target: Target) -> StageResult[Compiled]:

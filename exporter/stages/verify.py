@@ -19,9 +19,10 @@ from export_zoo.engines.parity.limits import MIN_UNFUSED_COSINE, fitting
 from export_zoo.engines.parity.metrics import relative_errors
 from export_zoo.engines.parity.outputs import sampled
 from export_zoo.engines.parity.tasks import Head, headline
-from export_zoo.engines.precision.registry import BASELINE, PRECISIONS
+from export_zoo.engines.precision.registry import BASELINE, PRECISIONS, QUANTIZED
 from export_zoo.engines.targets.base import Opening
 from export_zoo.engines.targets.onnxruntime.engine import OnnxRuntimeEngine
+from export_zoo.engines.targets.registry import TARGETS
 from export_zoo.engines.verification.gate import MIN_LABELLED, images_compared
 from export_zoo.engines.verification.latency import TimedEngine, measure_latencies
 from export_zoo.engines.verification.verify import judge_engine
@@ -74,7 +75,7 @@ def judge_engines(
                 f"--tolerance {tolerance.selector}:{tolerance.metric}: no such engine in this run"
             )
     if context.options.keep_float and not context.options.quantizes:
-        context.reporter.warn("--keep-float has no effect without --precision int8")
+        context.reporter.warn(f"--keep-float has no effect without --precision {QUANTIZED}")
     return {engine.name: _judge(context, engine, recipe, held, reference) for engine in engines}
 
 
@@ -111,6 +112,7 @@ def _judge(
             "numpy",
             engine=sha256_of(engine.file if engine.runs_here else engine.graph),
             target=engine.target,  # two targets may run the same file
+            version=TARGETS[engine.target].version,
             precision=engine.precision,
             only_graph=not engine.runs_here,
             reference=reference.key,
@@ -235,7 +237,11 @@ def time_engines(
             **{name: sha256_of(engine.file) for name, engine in timed.items()},
         }
         key = context.key(
-            "onnxruntime", engines=hashes, batch=recipe.batch.opt, machine=[cpu_model(), device_name()]
+            "onnxruntime",
+            engines=hashes,
+            versions={engine.target: TARGETS[engine.target].version for engine in timed.values()},
+            batch=recipe.batch.opt,
+            machine=[cpu_model(), device_name()],
         )
         result = context.cache.run("bench", key, make, dict[str, Latency])
         stage.cached = result.cached

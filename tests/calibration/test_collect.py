@@ -47,7 +47,7 @@ OBSERVED = {
     "flat": "",
     "logits": "head",
 }
-"""What the tiny network's ranges must cover, and the modules; `conv1` and `added` fuse with their Relu."""
+"""Ranges that those of the tiny network must cover, and the modules; `conv1` and `added` fuse with their Relu."""
 
 
 def tiny_network(path: Path, change=None) -> Path:

@@ -54,7 +54,7 @@ def test_every_value_is_counted_in_the_bin_of_its_leading_bits(rows):
     found = histogram_of(rows)
     keys = rows.reshape(-1).view(np.uint32) >> histogram.SHIFT
     expected = np.bincount(np.where(rows.reshape(-1) == 0, 0, keys), minlength=histogram.BINS)
-    # What is below float32's normal numbers may share bin 0 with zero, of either sign.
+    # Values below float32's normal numbers may share bin 0 with zero, of either sign.
     expected[0] += expected[histogram.BINS >> 1]
     expected[histogram.BINS >> 1] = 0
     assert np.array_equal(found.keys, np.flatnonzero(expected))
@@ -132,7 +132,7 @@ KINDS = ["normal", "laplace", "relu", "shifted", "outlier", "negative"]
 
 
 def quantization_error(values: np.ndarray, low: float, high: float, symmetric: bool) -> float:
-    """Of the kernels' arithmetic: uint8 with a zero point, or int8."""
+    """Mean squared error by the kernels' arithmetic: uint8 with a zero point, or int8."""
     from export_zoo.engines.precision.int8.scales import activation_scale
 
     if symmetric:

@@ -40,7 +40,7 @@ def test_means_of_output_channels_are_those_of_the_float_layer(kind, target, tmp
     graph, weight = network(tmp_path / "graph.onnx", kind)
     means = means_of(graph, "layer")
 
-    # What is judged are the rounded weights: the layer, in float, with them and the bias that the INT8 graph has.
+    # The rounded weights are judged: the layer, in float, with them and the bias that the INT8 graph has.
     ranges = wide_ranges(graph)
 
     units = [4e-3]  # of TensorRT's bias, which is stored in half

@@ -30,6 +30,8 @@ from export_zoo.engines.bundle import manifest as manifest_module
 from export_zoo.engines.bundle.manifest import Attestation, File, Manifest
 from export_zoo.engines.bundle.reader import checked, held_out, read_manifest
 from export_zoo.engines.parity.metrics import compare
+from export_zoo.engines.targets.onnxruntime.target import OnnxRuntime
+from export_zoo.engines.targets.registry import TARGETS
 from export_zoo.engines.verification.verify import verify
 from export_zoo.exporter import publish as publish_module
 from export_zoo.exporter.publish import check_destination, describe, failed_place, publish
@@ -260,6 +262,40 @@ def test_a_bundle_of_which_no_engine_is_known_says_to_update(bundle):
     ) as raised:
         export_zoo.load(bundle)
     assert "update export-zoo" in raised.value.hint
+
+
+def test_names_of_a_later_version_do_not_keep_a_bundle_from_being_loaded(bundle):
+    def change(document):
+        document["recipe"]["source"]["zoo"] = "hub"
+        document["recipe"]["source"]["weights"]["kind"] = "hub"
+        for engine in document["artifacts"]["engines"]:
+            engine["gate"]["tolerances"]["sharpness"] = 1.0
+
+    _edit(bundle, change)
+    assert export_zoo.load(bundle).name
+    with pytest.raises(ParityError, match="does not know the metric sharpness") as raised:
+        verify(bundle)
+    assert "update export-zoo" in raised.value.hint
+
+
+def test_an_engine_whose_package_is_not_installed_is_left_out(bundle, monkeypatch):
+    class Other(OnnxRuntime):
+        name = "other"
+        distribution = "no-such-package"
+
+        def open(self, opening):
+            raise AssertionError("it cannot be opened")
+
+    monkeypatch.setitem(TARGETS, "other", Other())
+
+    def change(document):
+        (engine, *_) = document["artifacts"]["engines"]
+        document["artifacts"]["engines"].append({**engine, "name": "other-fp32", "target": "other"})
+
+    _edit(bundle, change)
+    found = export_zoo.load(bundle)
+    assert found.name.startswith("onnxruntime")
+    assert "the package no-such-package is not installed" in found.why
 
 
 def test_preprocessing_of_a_later_version_is_refused_for_it_changes_logits(bundle):

@@ -339,7 +339,7 @@ class Pixels(ImageStream):
 
 
 def int8_sqnr(path: Path, fp32: Path, pixels: np.ndarray, target: str) -> float:
-    """Of the INT8 graph of `path` to the float logits of `fp32`, in dB, on images not calibrated on."""
+    """SQNR of the INT8 graph of `path` to the float logits of `fp32`, in dB, on images not calibrated on."""
     ranges = collect(path, Pixels(pixels[:128]), histograms=quantized_tensors(graph_io.load(path).graph))
     out = path.with_name(f"{path.stem}-{target}.onnx")
     quantize(path, ranges, out, rules=TARGETS[target].int8)

@@ -90,7 +90,7 @@ class Layer:
 
     @property
     def axis(self) -> int:
-        """Of the output channels."""
+        """Axis of the output channels."""
         return 0 if self.op == "Conv" or self.attributes.get("transB") else 1
 
 
@@ -666,7 +666,7 @@ def test_instruction_set_here_is_that_of_a_machine_that_saturates_only_without_v
 
 
 def optimized(monkeypatch: pytest.MonkeyPatch, graph: Path, **options: Any) -> onnx.ModelProto:
-    """What ONNX Runtime makes of a graph in the very session of an engine."""
+    """The graph as ONNX Runtime optimizes it in the session of an engine."""
     path, opened = graph.with_suffix(".optimized.onnx"), onnxruntime_engine._session
 
     def session(graph: Path, session_options: ort.SessionOptions, disabled: list[str]):

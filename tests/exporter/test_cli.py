@@ -197,6 +197,7 @@ USAGE_ERRORS = {
     "--method": ["median"],
     "--steps": ["retrain", "equalize,retrain", ""],
     "--effort": ["most", ""],
+    "--keep-float": ["@deep"],
     "--require": ["built"],
     "--tolerance": ["sqnr", "sqnr=", "speed=3", "sqnr=fast", "sqnr=nan", "int8:speed=3", "=3", "a:b:sqnr=3"],
     # target.py

@@ -38,7 +38,8 @@ from export_zoo.engines.targets.tensorrt.build import build_engine
 from export_zoo.engines.verification.gate import images_compared, judge
 from export_zoo.exporter.graph import against_eager, simplify, to_onnx
 from export_zoo.exporter.models import dynamic_size, zoo
-from export_zoo.exporter.options import ExportOptions, SizeRange
+from export_zoo.exporter.option_values import SizeRange
+from export_zoo.exporter.options import ExportOptions
 from export_zoo.exporter.stages.tuning import candidates
 
 RTX = pytest.mark.skipif(bool(TARGETS["tensorrt-rtx"].unavailable), reason="tensorrt-rtx is not installed")
@@ -90,7 +91,7 @@ class Asks(nn.Module):
 
 
 class Decides(nn.Module):
-    """What is computed depends on the size."""
+    """A network whose function depends on the size."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -145,7 +146,7 @@ def sums(tmp_path_factory) -> Path:
 
 
 class Means(nn.Module):
-    """What `sums` is at 16x16."""
+    """The network that `sums` is at 16x16."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -15,6 +15,7 @@ import pytest
 import torch
 from onnx import numpy_helper
 from support.paths import ROOT
+from support.tiny import Tiny, made
 from torch import nn
 
 from export_zoo.base import graph_io
@@ -22,28 +23,6 @@ from export_zoo.base.errors import BadInputError, ExportDefectError, ParityError
 from export_zoo.base.graph_io import external_files, sha256_of
 from export_zoo.engines.targets.onnxruntime.engine import OnnxRuntimeEngine
 from export_zoo.exporter.graph import against_eager, simplify, to_onnx
-
-
-class Tiny(nn.Module):
-    """What zoo networks are made of: Conv + BatchNorm, branches, pooling, token-wise and final dense layers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(
-            nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2)
-        )
-        self.block = nn.ModuleDict({"left": nn.Conv2d(16, 16, 1), "right": nn.Conv2d(16, 16, 1)})
-        self.norm = nn.BatchNorm2d(16)
-        self.tokens = nn.Linear(16, 12)
-        self.head = nn.Linear(12, 10)
-        self.stem[1].running_mean.normal_()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.stem(x)
-        x = torch.relu(self.block["left"](x)) + self.block["right"](x)
-        x = torch.relu(self.norm(x))
-        x = torch.tanh(self.tokens(x.flatten(2).transpose(1, 2)))
-        return self.head(x.mean(1))
 
 
 class Means(nn.Module):
@@ -83,11 +62,6 @@ class Branches(nn.Module):
         return torch.cond(x.sum() > 0, lambda y: y.sin() + 1, lambda y: y.cos() * 2, (x,)).flatten(1)
 
 
-def _made(module_class: type[nn.Module]) -> nn.Module:
-    torch.manual_seed(0)
-    return module_class().eval()
-
-
 def _batch(count: int = 5, size: int = 8) -> np.ndarray:
     return np.random.default_rng(0).normal(size=(count, 3, size, size)).astype(np.float32)
 
@@ -110,7 +84,7 @@ def _modules(path: Path) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     """`Tiny`, exported: the module and the graph's path. Copy the graph before changing it."""
-    module, path = _made(Tiny), tmp_path_factory.mktemp("export") / "model.onnx"
+    module, path = made(Tiny), tmp_path_factory.mktemp("export") / "model.onnx"
     assert to_onnx.export(module, 8, 8, path) == [path]
     return module, path
 
@@ -166,7 +140,7 @@ def test_file_holds_no_path_and_no_stack_trace(exported):
 
 
 def test_file_with_subgraphs_holds_no_path_and_no_stack_trace(tmp_path):
-    to_onnx.export(_made(Branches), 8, 8, tmp_path / "model.onnx")
+    to_onnx.export(made(Branches), 8, 8, tmp_path / "model.onnx")
     assert "If" in {node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node}
     assert _traces(tmp_path / "model.onnx") == []
 
@@ -194,18 +168,18 @@ def test_module_paths_of_nodes_without_a_weight_are_their_scope(exported):
 
 
 def test_two_exports_are_the_same_bytes(exported, tmp_path):
-    to_onnx.export(_made(Tiny), 8, 8, tmp_path / "again.onnx")
+    to_onnx.export(made(Tiny), 8, 8, tmp_path / "again.onnx")
     assert (tmp_path / "again.onnx").read_bytes() == exported[1].read_bytes()
 
 
 @pytest.mark.slow
 def test_export_in_another_process_and_folder_is_the_same_bytes(exported, tmp_path):
     script = (
-        "import sys; from pathlib import Path; from test_graph import Tiny, _made\n"
+        "import sys; from pathlib import Path; from support.tiny import Tiny, made\n"
         "from export_zoo.exporter.graph import to_onnx\n"
-        "to_onnx.export(_made(Tiny), 8, 8, Path(sys.argv[1]))"
+        "to_onnx.export(made(Tiny), 8, 8, Path(sys.argv[1]))"
     )
-    folders = [ROOT, ROOT / "tests", ROOT / "tests" / "exporter"]
+    folders = [ROOT, ROOT / "tests"]
     path = os.pathsep.join([*map(str, folders), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": "12345"}
     command = [sys.executable, "-c", script, str(tmp_path / "other.onnx")]
@@ -223,25 +197,25 @@ def test_wrong_input_size_is_the_users_and_names_the_size(tmp_path):
             return self.head(x.flatten(1))
 
     with pytest.raises(BadInputError, match="does not run at input 9x8") as raised:
-        to_onnx.export(_made(Fixed), 9, 8, tmp_path / "model.onnx")
+        to_onnx.export(made(Fixed), 9, 8, tmp_path / "model.onnx")
     assert "--input-size" in raised.value.hint
     assert not list(tmp_path.iterdir())
 
 
 def test_what_the_exporter_refuses_is_a_defect_of_the_export(tmp_path):
     with pytest.raises(ExportDefectError, match=r"torch\.onnx\.export failed"):
-        to_onnx.export(_made(Decides), 8, 8, tmp_path / "model.onnx")
+        to_onnx.export(made(Decides), 8, 8, tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
 
 
 def test_what_the_exporter_refuses_is_told_in_plain_text(tmp_path):
     with pytest.raises(ExportDefectError) as raised:
-        to_onnx.export(_made(Decides), 8, 8, tmp_path / "model.onnx")
+        to_onnx.export(made(Decides), 8, 8, tmp_path / "model.onnx")
     assert "\x1b" not in str(raised.value)
 
 
 def test_exporting_prints_nothing(tmp_path, capfd):
-    to_onnx.export(_made(Means), 8, 8, tmp_path / "model.onnx")
+    to_onnx.export(made(Means), 8, 8, tmp_path / "model.onnx")
     assert capfd.readouterr() == ("", "")
 
 
@@ -250,7 +224,7 @@ def test_exporting_prints_nothing(tmp_path, capfd):
 
 def test_module_that_bakes_the_batch_is_refused_by_node(tmp_path):
     with pytest.raises(ExportDefectError, match=r"baked the batch size .* Reshape 'node_\w+'"):
-        to_onnx.export(_made(Bakes), 14, 14, tmp_path / "model.onnx")
+        to_onnx.export(made(Bakes), 14, 14, tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
 
 
@@ -264,7 +238,7 @@ def test_batch_baked_by_the_head_is_refused_by_node_and_module(tmp_path):
             return self.conv(x).reshape(7 if x.shape[0] == 7 else -1, 4 * 8 * 8)
 
     with pytest.raises(ExportDefectError, match=r"first at Conv 'node_\w+' \(module conv\)"):
-        to_onnx.export(_made(Bilinear), 8, 8, tmp_path / "model.onnx")
+        to_onnx.export(made(Bilinear), 8, 8, tmp_path / "model.onnx")
 
 
 def test_baked_input_is_refused(exported):
@@ -341,7 +315,7 @@ def test_nan_logits_of_the_eager_model_are_nothing_to_compare_with(exported):
 def test_graph_that_does_not_load_is_a_defect_of_the_export(tmp_path):
     (tmp_path / "model.onnx").write_bytes(b"no graph")
     with pytest.raises(ExportDefectError, match="does not load"):
-        against_eager.check_batches(tmp_path / "model.onnx", _made(Tiny), _batch())
+        against_eager.check_batches(tmp_path / "model.onnx", made(Tiny), _batch())
 
 
 # -- external data ---------------------------------------------------------------------------------------------
@@ -544,7 +518,7 @@ def test_rewriting_that_changes_the_logits_is_undone(exported, tmp_path, monkeyp
 
 
 def test_mean_becomes_average_pooling(tmp_path):
-    module = _made(Means)
+    module = made(Means)
     to_onnx.export(module, 8, 8, tmp_path / "model.onnx")
     with pytest.MonkeyPatch.context() as patch:
         _pretend(patch, lambda model: None)

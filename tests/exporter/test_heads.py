@@ -18,8 +18,9 @@ from export_zoo.engines.bundle.reader import read_manifest
 from export_zoo.engines.parity.limits import METRICS
 from export_zoo.engines.parity.tasks import TASKS
 from export_zoo.exporter.models import zoo
+from export_zoo.exporter.option_values import TOLERANCE_METRICS
 from export_zoo.exporter.options import TASKS as TASK_OPTIONS
-from export_zoo.exporter.options import TOLERANCE_METRICS, ExportOptions
+from export_zoo.exporter.options import ExportOptions
 
 NETWORKS = ROOT / "tests" / "own_networks.py"
 SMALL = ("--verify-images", "32", "--batch", "1:2:3", "--target", "onnxruntime", *UNTUNED)

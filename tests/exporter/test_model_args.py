@@ -16,7 +16,8 @@ from export_zoo.engines.bundle.reader import read_manifest
 from export_zoo.exporter.models import zoo
 from export_zoo.exporter.models.model_arguments import value_of
 from export_zoo.exporter.models.sources import torchvision_zoo
-from export_zoo.exporter.options import ExportOptions, parse_model_args
+from export_zoo.exporter.option_values import parse_model_args
+from export_zoo.exporter.options import ExportOptions
 
 SMALL = ["--weights", "none", "--input-size", "64", "--verify-images", "32", "--batch", "1:2:3"]
 

@@ -33,7 +33,7 @@ def test_fp32_fp16_and_int8_are_verified_against_eager(digits, cli, tmp_path):
     )
 
 
-def test_second_run_is_cached_and_makes_the_same_graphs(digits, cli, tmp_path):
+def test_second_run_is_cached_and_makes_the_same_graphs(digits, cli, tmp_path, monkeypatch):
     arguments = [*digits.arguments("squeezenet1_1"), "--precision", "int8", "--calib", digits.images]
     arguments += ["--calib-images", "64", *TUNED_LITTLE]
     first = cli(*arguments, "--out", tmp_path / "a")
@@ -45,6 +45,10 @@ def test_second_run_is_cached_and_makes_the_same_graphs(digits, cli, tmp_path):
     assert not any(s["cached"] for s in fresh.json["stages"])
     assert first.json["recipe"] == second.json["recipe"] == fresh.json["recipe"]
     assert first.json["engines"][0]["file"] == fresh.json["engines"][0]["file"]
+    monkeypatch.setattr(type(TARGETS["onnxruntime"]), "version", "another")
+    third = cli(*arguments, "--out", tmp_path / "d")
+    anew = {s["name"] for s in third.json["stages"] if not s["cached"]}
+    assert {"verify", "bench"} <= anew, "an engine of another version was never compared"
 
 
 def test_a_second_target_that_runs_the_same_file_is_verified_and_timed_itself(cli, tmp_path, monkeypatch):

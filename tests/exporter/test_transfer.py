@@ -14,7 +14,8 @@ from export_zoo.engines.bundle.reader import read_manifest
 from export_zoo.exporter.models import zoo
 from export_zoo.exporter.models.weights import state_dicts
 from export_zoo.exporter.models.weights.state_dicts import Reading, read_weights
-from export_zoo.exporter.options import ExportOptions, parse_renames
+from export_zoo.exporter.option_values import parse_renames
+from export_zoo.exporter.options import ExportOptions
 
 
 @pytest.fixture(scope="module")

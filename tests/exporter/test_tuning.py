@@ -65,7 +65,7 @@ def test_what_few_images_leave_open_more_decide(step):
 
 
 def test_a_gain_that_is_as_likely_luck_is_taken_by_steps_that_remove_errors_only():
-    """Of 0.9 standard errors, on all images: a bias is corrected, other scales and ranges are not tried for that."""
+    """A gain of 0.9 standard errors, on all images, corrects a bias. Other scales and ranges are not taken for it."""
     images = Images(gain=0.9 * 0.5 / ALL**0.5, noise=0.5)
     assert {step: chosen(step, images) for step in WANTED} == {
         "equalize": OFF,

@@ -869,7 +869,7 @@ class _Flipped(nn.Module):
     [("", ()), ("module.", ()), ("net.", (("net.", ""),)), ("old.", (("old.part.", "part."),))],
 )
 def test_modules_are_told_the_version_of_what_they_load(prefix, renames, tmp_path):
-    """Or they would take it for an old one, and change it."""
+    """Otherwise, they would take it for an old one, and change it."""
     outer = nn.Sequential(OrderedDict(part=_Flipped()))
     saved = outer
     for name in reversed(prefix.split(".")[:-1]):

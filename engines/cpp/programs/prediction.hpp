@@ -1,4 +1,4 @@
-// What an image's outputs mean, as JSON: shared by zoo-infer and zoo-serve.
+// The meaning of an image's outputs, as JSON: shared by zoo-infer and zoo-serve.
 
 #pragma once
 

@@ -1,4 +1,4 @@
-"""What the library does on other x86-64 CPUs, emulated by qemu-x86_64.
+"""Runs the library on other x86-64 CPUs, emulated by qemu-x86_64.
 
 check_cpus.py names PROGRAM: the instruction set that instruction_set.cpp prints.
 check_cpus.py logits ZOO_INFER BUNDLES: INT8 logits where sums saturate (Haswell), and where they do not (Nehalem).

@@ -363,7 +363,7 @@ class Int8 : public Engine {
     return {found.begin(), found.end()};
   }
 
-  // What the probe says, by what is told of an engine that needs the session entry where sums saturate.
+  // The answer of the probe, as shown for an engine that needs the session entry where sums saturate.
   static bool saturates() { return exact(load(bundles() / "saturating.bundle", "onnxruntime-int8")); }
 
   static bool exact(const ez::Engine& engine) {
@@ -514,7 +514,7 @@ class FakeTensorRT : public Engine {
  protected:
   FakeTensorRT() {
     compile(bundle_);
-    // Of the version that is faked, whatever the headers' is.
+    // Uses the faked version, not that of the headers.
     const auto of = reinterpret_cast<int (*)()>(dlsym(library_, "getInferLibVersion"));
     const int version = of();
     change(bundle_, "/artifacts/engines/1/plan/version",

@@ -28,7 +28,7 @@ import saturating_bundles  # noqa: E402
 
 import export_zoo  # noqa: E402
 from export_zoo.engines.verification.verify import verify  # noqa: E402
-from export_zoo.exporter.options import BatchRange, SizeRange, Tolerance  # noqa: E402
+from export_zoo.exporter.option_values import BatchRange, SizeRange, Tolerance  # noqa: E402
 
 OWN = str(ROOT / "tests" / "own_networks.py")
 MODELS = ("resnet18", "mobilenet_v2", "squeezenet1_1", f"{OWN}:Pixels")
@@ -103,7 +103,7 @@ def export(out: Path, model: str, bundle: Path, **more: Any) -> None:
             calib=out / "calibration",
             weights="none",
             batch=BatchRange.parse("1:4:8"),
-            # Of random weights nothing is expected but the same logits in C++ and Python.
+            # With random weights, only equal logits in C++ and Python are expected.
             tolerances=tuple(Tolerance.parse(f"int8:{m}") for m in ("sqnr=0", "top1=0", "cosine=0")),
             out=bundle,
             **more,

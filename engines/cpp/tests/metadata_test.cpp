@@ -25,7 +25,7 @@ class Metadata : public support::WithBundles {
  protected:
   static json manifest() { return json::parse(support::read(support::bundles() / "resnet18.bundle/manifest.json")); }
 
-  // What reading a bundle with this manifest throws.
+  // The error of reading a bundle with this manifest.
   std::pair<ez::ErrorCode, std::string> error_with(const std::string& text) const {
     support::write(directory_.path() / "manifest.json", text);
     return error_of([&] { static_cast<void>(ez::read_metadata(directory_.path())); });

@@ -121,7 +121,7 @@ def ask(port: int, text: bytes) -> bytes:
 
 
 def manners(port: int, admin: int, image: bytes) -> list[str]:
-    """What clients do wrong one at a time: each gets one answer, of this status, and the connection is closed."""
+    """Faults of clients, one at a time: each gets one answer, of this status, and the connection is closed."""
     chunked = b"Transfer-Encoding: chunked\r\n"
     begun = b"Host: x\r\n" + chunked + b"\r\n5\r\nhello\r\n"  # and never ended
     post = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\n"

@@ -32,7 +32,7 @@ inline void write(const fs::path& path, const std::string& text) {
   std::ofstream(path, std::ios::binary) << text;
 }
 
-// Of a file, in hexadecimal.
+// SHA-256 of a file, in hexadecimal.
 inline std::string sha256(const fs::path& path) {
   const auto data = read(path);
   std::array<unsigned char, EVP_MAX_MD_SIZE> digest{};

@@ -269,7 +269,7 @@ def scale(graph: ir.Graph, link: Link, scales: Float32Array) -> None:
 
 
 def _multiply(graph: ir.Graph, link: Link, scales: Float32Array) -> None:
-    """Multiply the vector of a link by `scales`. Other products of a gate keep what they read."""
+    """Multiply the vector of a link by `scales`. Other readers still get the unscaled values."""
     vector = link.vector
     assert vector is not None
     producer = vector.producer()

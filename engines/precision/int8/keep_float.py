@@ -44,16 +44,12 @@ def kept_float(graph: ir.Graph, patterns: Sequence[str]) -> frozenset[str]:
     A pattern is a glob over module paths or node names, or one of `KINDS`. A module's path matches all layers in it.
 
     Raises:
-        UsageError: a pattern is an unknown kind, or a glob that matches no such layer.
+        UsageError: a pattern is a glob that matches no such layer.
     """
     layers = {str(node.name): node for node in graph if weight_of(node) is not None}
     kept: set[str] = set()
     for pattern in patterns:
-        if pattern.startswith("@"):
-            if pattern not in KINDS:
-                raise UsageError(
-                    f"--keep-float {pattern}: unknown kind", hint=f"choose from {', '.join(KINDS)}"
-                )
+        if pattern in KINDS:
             kept.update(name for name, node in layers.items() if KINDS[pattern](node))
             continue
         found = {name for name, node in layers.items() if _named(node, pattern)}

@@ -1,7 +1,7 @@
-"""Ranges of tensors that only an activation reads which forgets what is far below zero: SiLU, Hardswish and GELU.
+"""Ranges of tensors that only SiLU, Hardswish or GELU read.
 
-8 bits are for what the reader makes of them: SiLU is -0.02 at -5.7 and nearer to 0 below, so that a range from -15
-would waste a third of its integers.
+Far below zero these functions are almost 0, so the range can end there: SiLU is -0.02 at -5.7 and nearer to 0 below. A
+range from -15 would waste a third of its integers.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from export_zoo.engines.precision.placement import input_of, readers, silu_input
 Float64Array = npt.NDArray[np.float64]
 
 _FARTHEST = 20.0
-"""Every one of the functions is 0 in 8 bits below the negative of it."""
+"""Below minus this value, each of the functions rounds to 0 in 8 bits."""
 
 
 def _silu(x: Float64Array) -> Float64Array:

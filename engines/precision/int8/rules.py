@@ -23,6 +23,10 @@ class Int8Rules:
     half: bool
     """Whether tensors that are not quantized run in FP16. The scales of their Q/DQ pairs must then be FP16 too."""
     sums_in_16_bits: bool
-    """Whether some CPUs add two products in 16 bits. These sums must not overflow: see `saturation.pairs`."""
+    """Whether some CPUs add two products in 16 bits. These sums must not overflow: see `saturation.pairs`.
+
+    This is true of ONNX Runtime's kernels only, which read a first convolution in blocks. So `finish` must then begin
+    with `block_first_convolution`.
+    """
     finish: Callable[[ir.Graph], object] | None = None
     """Last rewrite of the finished graph."""

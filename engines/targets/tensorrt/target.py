@@ -48,9 +48,9 @@ class _Plans(Target):
 
     def why_not_run(self, plan: Plan | None) -> str:
         assert plan is not None
+        if absent := super().why_not_run(plan):
+            return absent
         package, version = self.distribution, self.version
-        if version == "absent":
-            return f"the package {package} is not installed"
         if version != plan.version and not plan.version_compatible:
             return f"built by {package} {plan.version}, this is {version}"
         here = device_capability()

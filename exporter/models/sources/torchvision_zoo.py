@@ -17,7 +17,6 @@ from torchvision.transforms import InterpolationMode
 
 from export_zoo.base.errors import BadInputError, UsageError
 from export_zoo.calibration.preprocess import Preprocess
-from export_zoo.engines.bundle.manifest import WeightsKind
 from export_zoo.exporter.models import dynamic_size, memory
 from export_zoo.exporter.models.model_arguments import value_of
 from export_zoo.exporter.models.preprocessing import read_preprocess, resized
@@ -183,7 +182,7 @@ def resolve(options: ExportOptions) -> ModelSpec:
         else:
             file = weights_files.downloaded(weights_files.by_name(name, options.weights, option="--weights"))
         known = file.known
-        kind: WeightsKind = "torchvision" if known is not None else "file"
+        kind: str = "torchvision" if known is not None else "file"
         called = str(known) if known is not None else file.path.name
         weights = weights_files.ChosenWeights(kind, called, file.sha256, file.path)
     if options.preprocess is not None:

@@ -14,7 +14,6 @@ from torchvision.models import WeightsEnum, get_model_weights
 
 from export_zoo.base.errors import BadInputError, EnvironmentFailureError
 from export_zoo.base.graph_io import sha256_of
-from export_zoo.engines.bundle.manifest import WeightsKind
 from export_zoo.exporter.options import ExportOptions
 
 WEIGHT_SUFFIXES = (".pth", ".pt", ".safetensors")
@@ -134,13 +133,13 @@ def downloaded(weights: WeightsEnum) -> WeightsFile:
 class ChosenWeights:
     """The weights that a network gets: their kind, name and file."""
 
-    kind: WeightsKind
+    kind: str
     name: str
     sha256: str = ""
     path: Path | None = None
 
 
-def chosen(options: ExportOptions, default_kind: WeightsKind, default_name: str) -> ChosenWeights:
+def chosen(options: ExportOptions, default_kind: str, default_name: str) -> ChosenWeights:
     """The weights that --weights selects: none, a file, or DEFAULT, the weights of the network's source.
 
     Raises:

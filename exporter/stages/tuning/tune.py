@@ -17,6 +17,7 @@ from export_zoo.calibration.preprocess import Preprocess
 from export_zoo.calibration.ranges import Ranges
 from export_zoo.engines.bundle.manifest import StepName, Tuning, TuningStep
 from export_zoo.engines.precision.int8.equalize import STRENGTHS
+from export_zoo.engines.precision.int8.precision import INT8
 from export_zoo.engines.targets.base import Target
 from export_zoo.engines.targets.registry import TARGETS
 from export_zoo.exporter.run.context import IMAGE_BATCH, Context
@@ -243,7 +244,7 @@ def tune(
             tuning = Tuning(images=result.data.images, steps=steps)
             tuned[name] = Tuned(store.parts(candidate, TARGETS[name]), tuning)
         stage.detail = "; ".join(
-            f"{name}-int8 {_describe(found.tuning)}" for name, found in tuned.items() if found.tuning
+            f"{name}-{INT8.name} {_describe(found.tuning)}" for name, found in tuned.items() if found.tuning
         )
         asked = {step.images or 0 for found in tuned.values() if found.tuning for step in found.tuning.steps}
         few, most = result.data.images, max(asked, default=0)
