@@ -40,7 +40,7 @@ from export_zoo.exporter.graph import against_eager, simplify, to_onnx
 from export_zoo.exporter.models import dynamic_size, zoo
 from export_zoo.exporter.option_values import SizeRange
 from export_zoo.exporter.options import ExportOptions
-from export_zoo.exporter.stages.tuning import candidates
+from export_zoo.exporter.stages.tuning import input_statistics
 
 RTX = pytest.mark.skipif(bool(TARGETS["tensorrt-rtx"].unavailable), reason="tensorrt-rtx is not installed")
 SIZES = SizeRange((8, 8), (16, 16), (32, 40))
@@ -423,7 +423,7 @@ def bundle(digits, tmp_path_factory) -> Path:
     if not TARGETS["tensorrt-rtx"].unavailable:
         given += ["--target", "tensorrt-rtx"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(candidates, "LARGEST", 600)  # layers with more inputs take half a minute to round
+        patch.setattr(input_statistics, "LARGEST", 600)  # layers with more inputs take half a minute to round
         assert main([*map(str, given), "--out", str(out), "--quiet"]) == 0
     return out
 
