@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from export_zoo.engines.targets.base import Target
+from export_zoo.engines.targets.registry import TARGETS
 from export_zoo.exporter.stages.tuning.candidates import OFF, Candidate
-from export_zoo.exporter.stages.tuning.tune import ON, WANTED, _Choosing
+from export_zoo.exporter.stages.tuning.tune import EFFORT, ON, WANTED, _Choosing, _tune
 
 STEPS = {OFF: Candidate(), ON: Candidate(bias=True)}
 FEW, ALL = 32, 128
@@ -99,3 +101,33 @@ def test_the_gain_its_error_and_the_number_of_images_are_recorded():
     assert (step.chosen, step.best, step.images) == (ON, ON, FEW)
     assert step.gain == pytest.approx(2.0, abs=0.1)
     assert step.standard_error == pytest.approx(0.3 / FEW**0.5, rel=0.5)
+
+
+class Evaluation(Images):
+    """Images, and an equalization through ReLU6 whose float graph alone has `floor` of the noise before rounding."""
+
+    equalized = ("0.25",)
+
+    def __init__(self, floor: float) -> None:
+        super().__init__(10.0, noise=0.3)  # of a bias correction
+        self._floor = floor
+
+    def approximated(self, candidate: Candidate, target: Target) -> bool:
+        return self._floor < float(self.noise(candidate, target, FEW).mean())
+
+
+@pytest.mark.parametrize(
+    ("floor", "effort", "wanted"),
+    [
+        (0.01, "default", ["bias", "relu6", "equalize"]),
+        (0.5, "default", ["bias", "equalize"]),
+        (2.0, "default", ["equalize", "bias"]),
+        (0.01, "high", ["equalize", "bias", "relu6"]),
+        (2.0, "high", ["equalize", "bias"]),
+    ],
+)
+def test_equalization_through_relu6_is_tried_only_where_it_can_win_and_then_first(floor, effort, wanted):
+    choosing = _tune(
+        Evaluation(floor), TARGETS["onnxruntime"], ("equalize", "bias"), "minmax", EFFORT[effort]
+    )
+    assert [step.name for step in choosing.steps] == wanted

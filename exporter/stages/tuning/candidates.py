@@ -144,7 +144,7 @@ class Evaluator:
         self._context, self._store, self._preprocess = context, store, preprocess
         root = context.options.calib
         assert root is not None
-        self._calibrate = KeptStream(chosen.splits["calibrate"], preprocess, IMAGE_BATCH, root)
+        self._stream = KeptStream(chosen.splits["calibrate"], preprocess, IMAGE_BATCH, root)
         self._select = select
         self._strengths, self._images = strengths, statistics
         self.images, self.few = len(select), min(few, len(select))
@@ -161,7 +161,7 @@ class Evaluator:
     @cached_property
     def _pixels(self) -> Pixels:
         """The first calibration images."""
-        return self._calibrate.first(self._images)
+        return self._stream.first(self._images)
 
     def _outputs(self, engine: Runner, start: int, stop: int) -> npt.NDArray[np.float32]:
         """First outputs of the select images from `start` to `stop`."""
@@ -190,6 +190,7 @@ class Evaluator:
         """
         known = self._known.get((candidate, target), np.empty(0))
         if len(known) < count:
+            self._calibrate(candidate.strength)
             if candidate.rounded:
                 self._rounding(candidate.strength, target)
             if candidate.bias:
@@ -209,16 +210,29 @@ class Evaluator:
 
     @cached_property
     def equalized(self) -> list[str]:
-        """Strengths with which layers can be equalized. Makes and calibrates the graph of each."""
+        """Strengths with which layers can be equalized. Makes the graph of each."""
         if not observed(graph_io.load(self._store.graph).graph):
             return []
         return [strength for strength in self._strengths if self._equalize(strength)]
 
     @cached_property
-    def approximated(self) -> bool:
-        """Whether more layers can be equalized through ReLU6. Makes and calibrates that graph."""
+    def _approximation(self) -> Float64Array:
+        """Squared errors of the float graph that is equalized through ReLU6, on the first `few` images.
+
+        Infinite if no more layers can be equalized through ReLU6.
+        """
         graph = graph_io.load(self._store.graph).graph
-        return observed(graph, approximate=True) != observed(graph) and self._equalize(APPROXIMATE)
+        if observed(graph, approximate=True) == observed(graph) or not self._equalize(APPROXIMATE):
+            return np.full(self.few, np.inf)
+        approximate = self._store.equalized(APPROXIMATE)
+        return self._noise(OnnxRuntimeEngine(approximate, saturating_session={}), 0, self.few)
+
+    def approximated(self, candidate: Candidate, target: Target) -> bool:
+        """Whether equalization through ReLU6 may be better than a candidate.
+
+        It cannot be, if the float graph alone is further from the original than the candidate.
+        """
+        return float(self._approximation.sum()) < float(self.noise(candidate, target, self.few).sum())
 
     @cached_property
     def _magnitudes(self) -> dict[str, npt.NDArray[np.float32]]:
@@ -228,9 +242,9 @@ class Evaluator:
         return channel_magnitudes(self._store.graph, self._pixels[:FEW_IMAGES], self._preprocess, names)
 
     def _equalize(self, strength: str) -> bool:
+        """Write the graph that is equalized with a strength. Returns False if it is one that exists."""
         model = graph_io.load(self._store.graph)
         approximate = strength == APPROXIMATE
-        scaled = scaled_tensors(model.graph, approximate=approximate)
         power, *more = strength.split()
         factors = equalize(
             model.graph, self._magnitudes, float(power), approximate=approximate, gates="gates" in more
@@ -243,15 +257,23 @@ class Evaluator:
         if graph_io.sha256_of(path) in self._hashes:  # another strength gave the same powers of two
             return False
         self._hashes.add(graph_io.sha256_of(path))
-        wanted = quantized_tensors(model.graph, kept_float(model.graph, self._context.options.keep_float))
-        # Powers of two leave all other tensors as they were. Through a ReLU6, these change hardly.
-        before = self._store.ranges.tensors
-        known = {name: found for name, found in before.items() if name not in scaled}
-        images = self._calibrate
-        with self._context.reporter.bar("tune", len(images.files)) as progress:
-            ranges = collect(path, images, histograms=wanted, known=known, progress=progress)
-        ranges.write(path.with_suffix(".json"))
         return True
+
+    def _calibrate(self, strength: str) -> None:
+        """Write the ranges of an equalized graph, unless they exist."""
+        path = self._store.equalized(strength)
+        if strength == OFF or path.with_suffix(".json").exists():
+            return
+        graph = graph_io.load(self._store.graph).graph
+        scaled = scaled_tensors(graph, approximate=strength == APPROXIMATE)
+        wanted = quantized_tensors(
+            graph_io.load(path).graph, kept_float(graph, self._context.options.keep_float)
+        )
+        # Powers of two leave all other tensors as they were. Through a ReLU6, these change hardly.
+        known = {name: found for name, found in self._store.ranges.tensors.items() if name not in scaled}
+        with self._context.reporter.bar("tune", len(self._stream.files)) as progress:
+            ranges = collect(path, self._stream, histograms=wanted, known=known, progress=progress)
+        ranges.write(path.with_suffix(".json"))
 
     @cached_property
     def _statistics(self) -> InputStatistics:

@@ -158,7 +158,10 @@ def _tune(
             choosing.step("equalize", OFF, {s: now(strength=s) for s in (OFF, *strengths)})
 
     # Equalization through ReLU6 includes the other.
-    if "equalize" in steps and (effort.thorough or not evaluator.approximated):
+    first = "equalize" in steps and (
+        effort.thorough or not evaluator.approximated(choosing.candidate, target)
+    )
+    if first:
         equalize()
     if "round" in steps:
         choosing.step("round", OFF, {OFF: now(), ON: now(rounded=True)})
@@ -169,10 +172,11 @@ def _tune(
         counts = [2**i for i in range(len(clipped).bit_length()) if 2**i < len(clipped)]
         some = {f"mse on {count}": now(method="minmax", clipped=clipped[:count]) for count in counts}
         methods(choosing.candidate.method, some)
-    if "equalize" in steps and evaluator.approximated:
-        # Last: its gain shows only once weights are rounded and outliers clipped, which hide it otherwise.
-        choosing.step("relu6", OFF, {OFF: now(), ON: now(strength=APPROXIMATE)})
-        if choosing.candidate.strength == OFF and not effort.thorough:
+    if "equalize" in steps:
+        if evaluator.approximated(choosing.candidate, target):
+            # Last: its gain shows only once weights are rounded and outliers clipped, which hide it otherwise.
+            choosing.step("relu6", OFF, {OFF: now(), ON: now(strength=APPROXIMATE)})
+        if choosing.candidate.strength == OFF and not first:
             equalize()
     if "float" in steps and target.int8.half:  # on the CPU they would cost four times the memory traffic
         layers = {_count(kept): now(kept=kept) for kept in evaluator.classifiers()}
