@@ -22,7 +22,7 @@ from export_zoo.calibration.histogram import Accumulator, Float32Array, extremes
 from export_zoo.calibration.images import ImageFile, ImageStream, Progress
 from export_zoo.calibration.observe import Observer
 from export_zoo.calibration.preprocess import Pixels, Preprocess, normalize
-from export_zoo.calibration.ranges import Ranges, TensorRange
+from export_zoo.calibration.ranges import Ranges, TensorRange, encode_magnitudes
 
 _FUSED_ACTIVATIONS = frozenset({"Relu", "Clip"})
 _FUSING_PRODUCERS = frozenset({"Conv", "ConvTranspose", "Gemm", "Add", "BatchNormalization"})
@@ -81,6 +81,8 @@ class _Observed:
     widest: tuple[float, str] = (-1.0, "")
     """Largest magnitude, and the SHA-256 of its image."""
     others: float = 0.0
+    channels: Float32Array | None = None
+    """Largest magnitude of each channel."""
     lock: Lock = field(default_factory=Lock)
 
     def see(self, array: Float32Array, images: Sequence[ImageFile], worker: int) -> None:
@@ -90,14 +92,22 @@ class _Observed:
             BadInputError: a value is not finite.
         """
         rows = array.reshape(len(images), -1) if self.by_image else array.reshape(1, -1)
-        lows, highs = extremes(rows)
+        by_channel = self.by_image and array.ndim in (2, 4)
+        lows, highs = extremes(array.reshape(math.prod(array.shape[:2]), -1) if by_channel else rows)
         if np.isnan(lows).any():
             raise BadInputError(
                 f"calibration: tensor {self.name!r} (module {self.module or 'unknown'}) is not finite on the "
                 "calibration images",
                 hint="check the weights and the preprocessing: the FP32 model itself computes infinity or NaN there",
             )
+        largest = None
+        if by_channel:
+            lows, highs = lows.reshape(array.shape[:2]), highs.reshape(array.shape[:2])
+            largest = np.maximum(-lows, highs).max(axis=0)
+            lows, highs = lows.min(axis=1), highs.max(axis=1)
         with self.lock:
+            if largest is not None:
+                self.channels = largest if self.channels is None else np.maximum(self.channels, largest)
             self.low, self.high = min(self.low, float(lows.min())), max(self.high, float(highs.max()))
             if self.by_image:
                 for image, low, high in zip(images, lows.tolist(), highs.tolist(), strict=True):
@@ -115,6 +125,7 @@ class _Observed:
             widest=self.widest[1],
             others=max(self.others, 0.0),
             histogram=self.accumulator.histogram(self.low, self.high).encode() if self.accumulator else "",
+            channels=encode_magnitudes(self.channels) if self.channels is not None else "",
         )
 
 

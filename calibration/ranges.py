@@ -5,16 +5,24 @@ Any method can choose ranges from it, and shards can be merged.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from export_zoo.base.errors import BadInputError, first_of
 from export_zoo.calibration.histogram import Histogram
 from export_zoo.calibration.preprocess import Preprocess
+
+
+def encode_magnitudes(magnitudes: npt.NDArray[np.float32]) -> str:
+    """`TensorRange.channels` of largest magnitudes, float32 [C]."""
+    return base64.b64encode(magnitudes.astype("<f4").tobytes()).decode()
 
 
 class TensorRange(BaseModel):
@@ -30,6 +38,11 @@ class TensorRange(BaseModel):
     )
     others: float = Field(0.0, description="Largest magnitude on all other images.")
     histogram: str = Field("", description="See `calibration.histogram`; empty where none was collected.")
+    channels: str = Field(
+        "",
+        description="Largest magnitude of each channel of [N, C, H, W] or [N, C]: base64 of float32; empty for other "
+        "tensors.",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> TensorRange:
@@ -37,7 +50,13 @@ class TensorRange(BaseModel):
             raise ValueError(f"min {self.min} is above max {self.max}")
         if self.histogram:
             Histogram.decode(self.histogram)
+        if len(base64.b64decode(self.channels, validate=True)) % 4:
+            raise ValueError("channels: not float32")
         return self
+
+    def magnitudes(self) -> npt.NDArray[np.float32]:
+        """Largest magnitude of each channel, float32 [C]; empty where they are not known."""
+        return np.frombuffer(base64.b64decode(self.channels), "<f4").astype(np.float32)
 
     def merged(self, other: TensorRange) -> TensorRange:
         """The range over both sets of images."""
@@ -45,6 +64,7 @@ class TensorRange(BaseModel):
         histogram = ""
         if self.histogram and other.histogram:
             histogram = Histogram.decode(self.histogram).merged(Histogram.decode(other.histogram)).encode()
+        mine, others = self.magnitudes(), other.magnitudes()
         return TensorRange(
             min=min(self.min, other.min),
             max=max(self.max, other.max),
@@ -52,6 +72,7 @@ class TensorRange(BaseModel):
             widest=first.widest,
             others=max(first.others, -second.min, second.max),
             histogram=histogram,
+            channels=encode_magnitudes(np.maximum(mine, others)) if mine.shape == others.shape else "",
         )
 
 

@@ -345,7 +345,7 @@ OPTIONS = (
         "--effort",
         "effort",
         _INT8,
-        "How much is tried to improve INT8. high takes two to three times as long.",
+        "How much is tried to improve INT8. high takes a third more time.",
         metavar="|".join(o.EFFORTS),
         default=o.EFFORTS[0],
     ),

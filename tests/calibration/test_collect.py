@@ -532,7 +532,7 @@ def test_a_ranges_file_is_the_same_bytes_for_any_order_of_tensors(tmp_path):
     text = (tmp_path / "1.json").read_text()
     assert text == (tmp_path / "2.json").read_text()
     assert [line for line in text.splitlines() if '"max": 2' in line] == [
-        '  "b": {"min": -1.0, "max": 2.0, "module": "", "widest": "", "others": 0.0, "histogram": ""}'
+        '  "b": {"min": -1.0, "max": 2.0, "module": "", "widest": "", "others": 0.0, "histogram": "", "channels": ""}'
     ]
 
 

@@ -175,6 +175,17 @@ def test_statistics_times_the_factors_are_those_of_the_equalized_graph(kind, tmp
         assert np.array_equal(have.moments, after[name].moments)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_ranges_have_the_magnitudes_of_all_channels_that_equalization_asks_for(kind, tmp_path):
+    path = network(tmp_path / "graph.onnx", kind)
+    want = channel_magnitudes(path, PIXELS, PREPROCESS, observed(graph_io.load(path).graph))
+    found = collect(path, Pixels(PIXELS, PREPROCESS))
+    for name, magnitudes in want.items():
+        assert np.allclose(found.tensors[name].magnitudes(), magnitudes, rtol=1e-5), (
+            "one image at a time differs by rounding"
+        )
+
+
 def test_a_mean_of_a_gates_product_is_scaled_once(tmp_path):
     path = gated(tmp_path / "graph.onnx")
     model = onnx.load(path)
@@ -327,9 +338,9 @@ DIGITS = PREPROCESS.model_copy(
 class Pixels(ImageStream):
     """A stream of pixels that are there already."""
 
-    def __init__(self, array: np.ndarray) -> None:
+    def __init__(self, array: np.ndarray, preprocess: Preprocess = DIGITS) -> None:
         files = [ImageFile(Path(), str(i), f"{i:064}", None) for i in range(len(array))]
-        super().__init__(files, DIGITS, 8, Path())
+        super().__init__(files, preprocess, 8, Path())
         self.array = array
 
     def __iter__(self):

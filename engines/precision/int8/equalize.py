@@ -34,8 +34,9 @@ STRENGTHS = (0.25, 0.75)
 """Exponents of the need that are tried. With 0, each channel fills the range. With 1, the weights that read them
 are equally large."""
 
-HEADROOM = 0.8
-"""Fraction of a ReLU6's ceiling that calibrated magnitudes may reach. Other images have larger magnitudes."""
+HEADROOM = 0.5
+"""Fraction of a ReLU6's ceiling that calibrated magnitudes may reach. Other images have larger magnitudes. With 0.8 and
+64 images, float logits of EfficientNet-Lite2 were within 18 dB of the original; with this and 300 images, within 35."""
 
 LEAST_NEED = 2.0**-16
 """Lower bound on `need`; a channel that nothing reads gets this value."""

@@ -49,7 +49,7 @@ GATES = "0.75 gates"
 """Strength of equalization that scales products of gates, too."""
 
 FEW_IMAGES = 64
-"""Number of images for channels' magnitudes."""
+"""Number of images for channels' magnitudes that the ranges lack."""
 
 
 class Candidate(BaseModel):
@@ -239,7 +239,15 @@ class Evaluator:
         """Channels' magnitudes of all tensors that any equalization asks for."""
         graph = graph_io.load(self._store.graph).graph
         names = sorted({*observed(graph), *observed(graph, approximate=True)})
-        return channel_magnitudes(self._store.graph, self._pixels[:FEW_IMAGES], self._preprocess, names)
+        tensors = self._store.ranges.tensors
+        found = {
+            name: tensors[name].magnitudes() for name in names if name in tensors and tensors[name].channels
+        }
+        missing = [name for name in names if name not in found]  # as in ranges files of earlier versions
+        if missing:
+            images = self._pixels[:FEW_IMAGES]
+            found |= channel_magnitudes(self._store.graph, images, self._preprocess, missing)
+        return found
 
     def _equalize(self, strength: str) -> bool:
         """Write the graph that is equalized with a strength. Returns False if it is one that exists."""
