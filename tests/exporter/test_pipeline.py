@@ -335,8 +335,9 @@ def test_what_was_tried_stands_in_the_manifest_and_the_best_is_taken(digits, cli
     more = {"equalize"} if through["chosen"] == "off" else set()
     assert tried.keys() == {"method", "round", "bias", "relu6"} | more, "equalization is that through ReLU6"
     assert tried["method"] == set(first["sqnr"])
-    reached = [found["steps"][-1]["sqnr"] for found in (quick["tuning"], tuning)]
-    assert max(reached[0].values()) > max(reached[1].values()) - 1, "dB, on the same select images"
+    reached = [max(found["steps"][-1]["sqnr"].values()) for found in (quick["tuning"], tuning)]
+    chance = 3 * max(step["standard_error"] for step in tuning["steps"])
+    assert reached[0] > reached[1] - chance, "dB, on the same select images"
 
 
 @pytest.mark.parametrize(
