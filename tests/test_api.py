@@ -62,3 +62,10 @@ def test_a_package_that_is_not_installed_is_named():
     assert done.returncode == EnvironmentFailureError.exit_code
     assert "the package of the module torch is not installed" in done.stderr
     assert "export-zoo-runtime" in done.stderr
+
+
+@pytest.mark.slow
+def test_python_names_a_package_that_is_not_installed():
+    program = "import sys; sys.modules['torch'] = None; import export_zoo; export_zoo.export"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert "export_zoo.export needs torch: install export-zoo" in done.stderr

@@ -34,14 +34,13 @@ BUNDLES = "bundles"
 
 _DATE = "%Y-%m-%dT%H:%M:%SZ"
 
-_VERSIONS = ("torch", "onnx", "onnxsim", *dict.fromkeys(target.distribution for target in TARGETS.values()))
+_VERSIONS = ("torch", "torchvision", "onnx", "onnxsim", *(target.distribution for target in TARGETS.values()))
 
 
 def _versions(cell: Cell) -> dict[str, str]:
     if cell.cpu != HOST:
         return _emulation_versions(cell.cpu)
-    libraries = *_VERSIONS, "torchvision", *source_of(cell.model).libraries
-    return {**library_versions(*dict.fromkeys(libraries)), "export-zoo": __version__}
+    return {**library_versions(*_VERSIONS, *source_of(cell.model).libraries), "export-zoo": __version__}
 
 
 def _emulation_versions(name: str) -> dict[str, str]:

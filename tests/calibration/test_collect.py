@@ -555,6 +555,8 @@ def test_an_infinite_range_cannot_be_made():
         lambda text: text.replace('"min": -1.0', '"min": -1e999'),
         lambda text: text.replace('"min": -1.0', '"min": "low"'),
         lambda text: text.replace('"min": -1.0, ', ""),
+        lambda text: text.replace('"channels": ""', '"channels": "AAAA"', 1),
+        lambda text: text.replace('"channels": ""', '"channels": "?"', 1),
         lambda text: text.replace('"resize_size": 36', '"resize_size": 0'),
         lambda text: "\xff\xfe\x00" + text,
     ],

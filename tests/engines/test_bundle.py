@@ -278,6 +278,24 @@ def test_names_of_a_later_version_do_not_keep_a_bundle_from_being_loaded(bundle)
     assert "update export-zoo" in raised.value.hint
 
 
+def test_a_task_of_a_later_version_is_verified_by_the_limits_of_all_outputs(bundle):
+    limits = [set(engine.gate.tolerances) for engine in read_manifest(bundle).artifacts.engines]
+    assert all("top1" in found for found in limits)
+    _edit(bundle, lambda document: document["recipe"]["output"].update(task="pose"))
+    attestation, _ = verify(bundle, latencies=False)
+    assert attestation.status == "ok"
+    assert all(
+        "sqnr" in gate.tolerances and "top1" not in gate.tolerances for gate in attestation.engines.values()
+    )
+
+
+def test_a_place_that_cannot_be_written_to_is_refused_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(publish_module.os, "access", lambda *_: False)  # root may write anywhere
+    with pytest.raises(UsageError, match="cannot be written to") as raised:
+        check_destination(tmp_path / "new" / "out")
+    assert str(tmp_path) in raised.value.message
+
+
 def test_an_engine_whose_package_is_not_installed_is_left_out(bundle, monkeypatch):
     class Other(OnnxRuntime):
         name = "other"

@@ -182,7 +182,7 @@ def resolve(options: ExportOptions) -> ModelSpec:
         else:
             file = weights_files.downloaded(weights_files.by_name(name, options.weights, option="--weights"))
         known = file.known
-        kind: str = "torchvision" if known is not None else "file"
+        kind = "torchvision" if known is not None else "file"
         called = str(known) if known is not None else file.path.name
         weights = weights_files.ChosenWeights(kind, called, file.sha256, file.path)
     if options.preprocess is not None:
