@@ -84,7 +84,7 @@ def aimet(option: str, graph: str, images: np.ndarray, folder: Path) -> Run:
 
 
 def quark(option: str, graph: str, images: np.ndarray, folder: Path) -> Run:
-    """A name of its configurations, such as `XINT8` or `A8W8`."""
+    """A name of its configurations, such as `INT8_CNN_DEFAULT`."""
     from quark.onnx import ModelQuantizer
     from quark.onnx.quantization.config import Config, get_default_config
 

@@ -75,7 +75,9 @@ PEERS = {
     "nncf": Peer(("nncf", "openvino", "onnx", "onnxruntime"), ("openvino", "openvino+bias", "onnx")),
     "modelopt": Peer(("nvidia-modelopt[onnx]", "onnxruntime"), ("max", "entropy")),
     "aimet": Peer(("aimet-onnx",), ("min_max", "tf_enhanced", "tf_enhanced+cle")),
-    "quark": Peer(("amd-quark", "torch", "onnxruntime"), ("XINT8", "A8W8")),
+    "quark": Peer(
+        ("amd-quark", "torch", "onnxruntime"), ("INT8_CNN_DEFAULT", "INT8_CNN_ACCURATE", "U8S8_AAWS")
+    ),
 }
 
 

@@ -149,6 +149,11 @@ def describe_engine(
         instruction_set=instruction_set(),
         gate=gate,
         latency=latency,
+        float_for_speed=manifest.FloatForSpeed(
+            layers=[*built.float_for_speed.layers], costs_sha256=built.float_for_speed.costs_sha256
+        )
+        if built.float_for_speed is not None
+        else None,
         saturating_cpu_session=built.saturating_cpu_session,
     )
 

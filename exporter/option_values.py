@@ -274,7 +274,7 @@ def _wrong(name: str, given: Any, wanted: str) -> UsageError:
 
 
 READERS: Mapping[str, Callable[[str, Any], Any]] = {
-    **dict.fromkeys(("calib", "ranges", "verify", "preprocess", "out"), _path),
+    **dict.fromkeys(("calib", "ranges", "verify", "preprocess", "costs", "out"), _path),
     **dict.fromkeys(("model", "weights", "method", "effort"), _text),
     **dict.fromkeys(("calib_images", "verify_images", "num_classes", "resize_size", "seed"), _number),
     **dict.fromkeys(("precisions", "targets", "init_missing", "skip_weights", "keep_float"), _texts),

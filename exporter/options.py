@@ -74,6 +74,7 @@ class ExportOptions:
     steps: tuple[str, ...] = STEPS
     effort: str = EFFORTS[0]
     keep_float: tuple[str, ...] = ()
+    costs: Path | None = None
     build: BuildOptions = field(default_factory=BuildOptions)
     out: Path | None = None
     cache: bool = True
@@ -137,6 +138,10 @@ class ExportOptions:
         if self.ranges is not None and not self.uses_ranges:
             raise UsageError(
                 f"--ranges has no effect on {', '.join(self.precisions)}", hint=f"add --precision {QUANTIZED}"
+            )
+        if self.costs is not None and not self.quantizes:
+            raise UsageError(
+                f"--costs has no effect on {', '.join(self.precisions)}", hint=f"add --precision {QUANTIZED}"
             )
         if self.quantizes and self.calib is None and self.ranges is None:
             raise UsageError(

@@ -155,6 +155,8 @@ def _prepare(context: Context) -> _Prepared:
     chosen_targets = registry.choose_for(options.targets, options.build, options.precisions)
     if options.ranges is not None:
         Ranges.read(options.ranges)  # a wrong file is refused before any work
+    if options.costs is not None:
+        registry.check_costs(options.costs, chosen_targets)
     for option, folder in (("--calib", options.calib), ("--verify", options.verify)):
         if folder is not None:
             check_folder(folder, option)  # before weights are downloaded

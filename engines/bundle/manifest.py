@@ -312,6 +312,13 @@ class Tuning(_Model):
     steps: list[TuningStep]
 
 
+class FloatForSpeed(_Model):
+    """Layers that INT8 leaves float because that is faster."""
+
+    layers: list[str] = Field(description="Names of nodes.")
+    costs_sha256: str = Field(description="SHA-256 of the cost file that says so, for `--costs`.")
+
+
 class Engine(_Model):
     name: str = Field(description="`<target>-<precision>`.")
     target: str = Field(json_schema_extra={"enum": list(TARGETS)})
@@ -334,6 +341,10 @@ class Engine(_Model):
     instruction_set: str = Field(description="Instruction set of the machine that verified the engine.")
     gate: Gate
     latency: Latency | None
+    float_for_speed: FloatForSpeed | None = Field(
+        default=None,
+        description="For INT8 of ONNX Runtime only; otherwise, and in bundles of earlier versions, null.",
+    )
     saturating_cpu_session: dict[str, str] | None = Field(
         default=None,
         description="Session configuration of ONNX Runtime that the engine needs on CPUs where sums of uint8 x int8 "

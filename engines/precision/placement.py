@@ -108,6 +108,13 @@ def is_pointwise(node: ir.Node) -> bool:
     )
 
 
+def is_depthwise(node: ir.Node) -> bool:
+    """Whether a Conv has one input channel in each of several groups."""
+    value = node.inputs[1] if len(node.inputs) > 1 else None
+    shape = list(value.shape) if value is not None and value.shape is not None else []
+    return node.op_type == "Conv" and shape[1:2] == [1] and node.attributes.get_int("group", 1) > 1
+
+
 def silu_input(node: ir.Node) -> ir.Value | None:
     """x, if a node is the Mul of x * Sigmoid(x). Otherwise, None."""
     if node.op_type != "Mul":
@@ -194,6 +201,29 @@ def classifier_layers(graph: ir.Graph) -> tuple[str, ...]:
     convolutions = [i for i, node in enumerate(layers) if node.op_type == "Conv"]
     last = convolutions[-1] if convolutions else -1
     return tuple(name_of(node) for node in layers[min(last + 1, len(layers) - 1) :])
+
+
+def first_layers(graph: ir.Graph) -> tuple[str, ...]:
+    """Names of the first weighted layer and of the depthwise convolutions behind it; () if there are none.
+
+    Only activations lie between them. Such a convolution sees each channel alone, so it cannot average the rounding
+    errors of its input; and as an edge filter it takes differences of neighbours, which are smaller than the values.
+    """
+    first = next((node for node in graph if weight_of(node) is not None), None)
+    if first is None:
+        return ()
+    behind: list[str] = []
+    waiting, seen = readers(first.outputs[0]), set[ir.Node]()
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if weight_of(node) is not None:
+            behind += [name_of(node)] if is_depthwise(node) else []
+        elif node.op_type in ACTIVATIONS | FLOAT_ACTIVATIONS:
+            waiting += readers(node.outputs[0])
+    return (name_of(first), *sorted(behind)) if behind else ()
 
 
 def name_of(node: ir.Node) -> str:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from export_zoo.base.machine import library_versions
 from export_zoo.engines.precision.base import Precision
@@ -15,6 +15,7 @@ from export_zoo.engines.targets.options import BuildOptions
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+    import onnx_ir as ir
 
     from export_zoo.engines.parity.checked_sizes import Size
     from export_zoo.engines.precision.int8.rules import Int8Rules
@@ -73,6 +74,14 @@ class TritonBackend:
     kind: Literal["KIND_CPU", "KIND_GPU"]
 
 
+class FloatForSpeed(NamedTuple):
+    """Layers that INT8 leaves float because that is faster."""
+
+    layers: tuple[str, ...]
+    costs_sha256: str
+    """SHA-256 of the cost file that says so."""
+
+
 class Target(ABC):
     """A backend that builds and runs engines. Each target has one instance, in `targets.registry`.
 
@@ -113,6 +122,24 @@ class Target(ABC):
     @property
     @abstractmethod
     def int8(self) -> Int8Rules: ...
+
+    def takes_costs(self, path: Path) -> bool:
+        """Whether the target uses a cost file. Raises BadInputError if it does, and this is not one."""
+        del path
+        return False
+
+    def float_for_speed(self, graph: ir.Graph, kept: Set[str], costs: Path | None) -> FloatForSpeed | None:
+        """Layers of an FP32 graph that INT8 leaves float because that is faster; None if the target has no cost file.
+
+        Args:
+            kept: names of layers that stay float anyway.
+            costs: the cost file; None for the target's own.
+
+        Raises:
+            BadInputError: not a cost file.
+        """
+        del graph, kept, costs
+        return None
 
     def check(self, options: BuildOptions) -> None:
         """Check that this machine supports the build options. Raises UsageError or TargetUnavailableError."""

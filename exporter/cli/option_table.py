@@ -360,6 +360,15 @@ OPTIONS = (
         calibrate=True,
     ),
     Option(
+        "--costs",
+        "costs",
+        _INT8,
+        "INT8: cost file of `export-zoo costs`: regions that are faster in float stay float. Default: the one that "
+        "comes with export-zoo.",
+        metavar="FILE",
+        type=_FILE,
+    ),
+    Option(
         "--ranges",
         "ranges",
         _INT8,

@@ -12,7 +12,7 @@ from typing import Any
 from export_zoo.base.graph_io import sha256_of
 from export_zoo.exporter.matrix.plan import Cell
 
-_FILES = ("--weights", "--preprocess", "--ranges", "--timing-cache")
+_FILES = ("--weights", "--preprocess", "--ranges", "--costs", "--timing-cache")
 _FOLDERS = ("--calib", "--verify")
 
 

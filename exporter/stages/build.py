@@ -12,7 +12,7 @@ from export_zoo.calibration.ranges import Ranges
 from export_zoo.engines.bundle.manifest import Tuning
 from export_zoo.engines.precision.base import Precision
 from export_zoo.engines.precision.registry import BASELINE, PRECISIONS
-from export_zoo.engines.targets.base import BuildRequest, Target
+from export_zoo.engines.targets.base import BuildRequest, FloatForSpeed, Target
 from export_zoo.engines.targets.plan import Compiled, Plan
 from export_zoo.engines.targets.registry import BASELINE_TARGET, TARGETS
 from export_zoo.exporter.run.cache import StageResult
@@ -38,6 +38,7 @@ class EngineFiles:
     timing_cache: Path | None = None
     """Kernel timings that TensorRT used for the build."""
 
+    float_for_speed: FloatForSpeed | None = None
     saturating_cpu_session: dict[str, str] | None = None
     """See `bundle.manifest.Engine`."""
 
@@ -104,7 +105,8 @@ def build(
     """
     precision = PRECISIONS[precision_name]
     name = f"{target.name}-{precision.name}"
-    tuning = tuned.tuning if tuned is not None and precision.quantized else None
+    found = tuned if precision.quantized else None
+    tuning, fast = (found.tuning, found.float_for_speed) if found is not None else (None, None)
     built_by = library_versions(target.distribution, "onnx_ir", "numpy")
     with context.reporter.stage("build") as stage:
         precise, cached = _precision_graph(context, graph, target, precision, ranges, tuned)
@@ -121,6 +123,7 @@ def build(
                 precise,
                 built_by,
                 tuning,
+                float_for_speed=fast,
                 saturating_cpu_session=session,
             )
         compiled = _compile(context, precise, target)
@@ -137,6 +140,7 @@ def build(
         tuning,
         compiled.data.plan,
         compiled.file(timings) if timings is not None else None,
+        fast,
     )
 
 

@@ -250,5 +250,10 @@ def time_engines(
         if timed[name].precision != BASELINE.name and latency.speedup < 1.0:
             context.reporter.warn(
                 f"{name} is slower than FP32 here ({latency.speedup:.2f}x at batch {latency.batch})"
+                + (
+                    ": use the FP32 engine on this machine, or try `export-zoo costs BUNDLE` and --costs"
+                    if timed[name].float_for_speed is not None
+                    else ""
+                )
             )
     return result.data

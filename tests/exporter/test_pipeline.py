@@ -305,39 +305,70 @@ def test_what_was_tried_stands_in_the_manifest_and_the_best_is_taken(digits, cli
     done = cli(*arguments, "--out", tmp_path / "out")
     assert done.code == 0, done.err
     tuning = done.json["engines"][0]["tuning"]
-    names = ["method", "equalize", "round", "bias", "method", "relu6"]
-    assert [step["name"] for step in tuning["steps"]] == names
-    first, equalize, rounded, bias, method, relu6 = tuning["steps"]
+    names = ["method", "equalize", "round", "bias", "method", "relu6", "float"]
+    assert [step["name"] for step in tuning["steps"]][:7] == names
+    first, equalize, rounded, bias, method, relu6, in_float = tuning["steps"][:7]
+    assert len(tuning["steps"]) == (7 if in_float["chosen"] == "off" else 8), "the method once more"
     assert tuning["images"] >= 64
     assert all(set(step["sqnr"]) == {"off", "on"} for step in (relu6, rounded, bias))
     assert set(first["sqnr"]) == {"minmax", "percentile", "entropy", "mse"}
     assert {*first["sqnr"], "mse on 1", "mse on 16"} <= set(method["sqnr"])
-    wanted = {"equalize": 2, "relu6": 2, "round": -1, "bias": 0, "method": 3}  # standard errors
-    for step in tuning["steps"]:
+    assert set(in_float["sqnr"]) == {"off", "first 2 layers"}
+    wanted = {"equalize": 2, "relu6": 2, "round": -1, "bias": 0, "method": 3, "float": 1}  # standard errors
+    for step in tuning["steps"][:7]:
         default = "minmax" if step is first else first["chosen"] if step is method else "off"
         others = {name: sqnr for name, sqnr in step["sqnr"].items() if name != default}
         assert step["best"] == max(others, key=others.get)
         assert step["images"] == tuning["images"], "of all select images"
         assert step["gain"] == pytest.approx(others[step["best"]] - step["sqnr"][default], abs=1e-6)
         assert 0 < step["standard_error"] < 5
-        enough = step["gain"] >= wanted[step["name"]] * step["standard_error"]
+        least = 0.5 if step is in_float else 0.0  # dB
+        enough = step["gain"] - least >= wanted[step["name"]] * step["standard_error"]
         assert step["chosen"] == (step["best"] if enough else default)
     assert first["sqnr"][first["chosen"]] == equalize["sqnr"]["off"], "each step starts where the last ended"
     assert equalize["sqnr"][equalize["chosen"]] == rounded["sqnr"]["off"]
     assert rounded["sqnr"][rounded["chosen"]] == bias["sqnr"]["off"]
     assert bias["sqnr"][bias["chosen"]] == method["sqnr"][first["chosen"]]
     assert method["sqnr"][method["chosen"]] == relu6["sqnr"]["off"]
+    assert relu6["sqnr"][relu6["chosen"]] == in_float["sqnr"]["off"]
     again = cli(*arguments, "--out", tmp_path / "out")
     assert next(s for s in again.json["stages"] if s["name"] == "tune")["cached"]
     quick = cli(*arguments, "--effort", "default", "--out", tmp_path / "quick").json["engines"][0]
     tried = {step["name"]: set(step["sqnr"]) for step in quick["tuning"]["steps"]}
     through = next(step for step in quick["tuning"]["steps"] if step["name"] == "relu6")
     more = {"equalize"} if through["chosen"] == "off" else set()
-    assert tried.keys() == {"method", "round", "bias", "relu6"} | more, "equalization is that through ReLU6"
+    assert tried.keys() == {"method", "round", "bias", "relu6", "float"} | more, (
+        "equalization is that through ReLU6"
+    )
     assert tried["method"] == set(first["sqnr"])
     reached = [max(found["steps"][-1]["sqnr"].values()) for found in (quick["tuning"], tuning)]
     chance = 3 * max(step["standard_error"] for step in tuning["steps"])
     assert reached[0] > reached[1] - chance, "dB, on the same select images"
+
+
+def test_the_first_layers_stay_float_if_that_gains(digits, cli, own_cache, tmp_path, monkeypatch):
+    import onnx
+
+    from export_zoo.engines.bundle import reader
+    from export_zoo.exporter.stages.tuning import tune as tuning
+
+    monkeypatch.setitem(tuning.WANTED, "float", (0, -100))  # take it, whatever it brings
+    arguments = [*digits.arguments("mobilenet_v2"), "--precision", "int8", "--calib", digits.images]
+    done = cli(*arguments, "--steps", "float", "--target", "onnxruntime", "--out", tmp_path / "out")
+    assert done.code == 0, done.err
+    steps = done.json["engines"][0]["tuning"]["steps"]
+    assert [step["name"] for step in steps] == ["method", "method", "float", "method"]
+    assert steps[2]["chosen"] == "first 2 layers"
+    assert "first 2 layers float" in done.err
+    assert len(steps[2]["names"]) == 2
+    engine = reader.read_manifest(tmp_path / "out").artifacts.engines[0]
+    graph = onnx.load(tmp_path / "out" / engine.file.path).graph
+    float_layers = {
+        n.name
+        for n in graph.node
+        if n.op_type == "Conv" and n.input[1] in {t.name for t in graph.initializer}
+    }
+    assert float_layers == set(steps[2]["names"])
 
 
 @pytest.mark.parametrize(
@@ -374,7 +405,7 @@ def test_what_a_step_chooses_is_in_the_engine(
     if concerned is None:
         assert found == [], "float layers on the CPU would cost speed"
         return
-    assert found[0]["chosen"] in ("on", "1 layer", "mse on 1")
+    assert found[0]["chosen"] in ("on", "last layer", "mse on 1")
     assert set(found[0]["names"]) == concerned
 
     def constants(out: Path) -> dict:

@@ -9,31 +9,21 @@ import onnx_ir as ir
 
 from export_zoo.base import graph_io
 from export_zoo.base.errors import UsageError
-from export_zoo.engines.precision.placement import weight_of
+from export_zoo.engines.precision.placement import is_depthwise, weight_of
 
 FEW = 16
 """Minimum number of channels for an int8 convolution. With fewer, most of a tensor core's tile stays empty (NVIDIA
 ModelOpt uses the same limit)."""
 
 
-def _channels(node: ir.Node) -> tuple[int, int, int]:
-    """Output channels, input channels of one group, and groups of a Conv."""
+def _has_few_channels(node: ir.Node) -> bool:
     weight = node.inputs[1]
     assert weight is not None
     assert weight.shape is not None
-    shape = weight.shape.numpy()
-    return shape[0], shape[1], node.attributes.get_int("group", 1)
+    return node.op_type == "Conv" and not is_depthwise(node) and min(weight.shape.numpy()[:2]) < FEW
 
 
-def _is_depthwise(node: ir.Node) -> bool:
-    return node.op_type == "Conv" and _channels(node)[1] == 1 and _channels(node)[2] > 1
-
-
-def _has_few_channels(node: ir.Node) -> bool:
-    return node.op_type == "Conv" and not _is_depthwise(node) and min(_channels(node)[:2]) < FEW
-
-
-KINDS = {"@depthwise": _is_depthwise, "@few-channels": _has_few_channels}
+KINDS = {"@depthwise": is_depthwise, "@few-channels": _has_few_channels}
 """Layer kinds. `@few-channels`: convolutions with fewer than 16 output channels or fewer than 16 input channels per
 group, except depthwise."""
 

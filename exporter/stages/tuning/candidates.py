@@ -28,7 +28,7 @@ from export_zoo.engines.precision.int8.keep_float import kept_float
 from export_zoo.engines.precision.int8.precision import INT8
 from export_zoo.engines.precision.int8.rounding import rounding
 from export_zoo.engines.precision.int8.saturation.channel_order import ChannelOrder, choose_order
-from export_zoo.engines.precision.placement import classifier_layers
+from export_zoo.engines.precision.placement import classifier_layers, first_layers
 from export_zoo.engines.precision.twin import write_twin
 from export_zoo.engines.targets.base import Opening, Runner, Target
 from export_zoo.engines.targets.onnxruntime.engine import OnnxRuntimeEngine
@@ -317,6 +317,11 @@ class Evaluator:
         return worth_clipping(
             graph_io.load(graph).graph, ranges, target.int8, self._context.options.keep_float
         )
+
+    @cached_property
+    def first(self) -> tuple[str, ...]:
+        """Patterns of the first layer and the depthwise convolutions behind it; see `placement.first_layers`."""
+        return tuple(map(escape, first_layers(graph_io.load(self._store.graph).graph)))
 
     def classifiers(self) -> list[tuple[str, ...]]:
         """Patterns of the layer that makes the logits, and of all layers behind the last convolution."""

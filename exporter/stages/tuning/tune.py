@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from export_zoo.calibration.preprocess import Preprocess
 from export_zoo.calibration.ranges import Ranges
 from export_zoo.engines.bundle.manifest import StepName, Tuning, TuningStep
 from export_zoo.engines.precision.int8.equalize import STRENGTHS
+from export_zoo.engines.precision.int8.keep_float import kept_float
 from export_zoo.engines.precision.int8.precision import INT8
-from export_zoo.engines.targets.base import Target
+from export_zoo.engines.targets.base import FloatForSpeed, Target
 from export_zoo.engines.targets.registry import TARGETS
 from export_zoo.exporter.run.context import IMAGE_BATCH, Context
 from export_zoo.exporter.stages.images import ChosenImages
@@ -44,7 +46,7 @@ WANTED: dict[StepName, tuple[float, float]] = {
 """Least gain of each step: a number of standard errors plus a number of decibels. Other scales round other values, with
 better or worse results by chance, and the best of ten methods is better by luck. A bias correction removes a known
 error. Rounding's gain is large and known in advance; the few select images only must not contradict it. Layers in float
-cost time."""
+cost time: the first two up to 1 % of batch 1 and 13 % of batch 8 (`int8.md`)."""
 
 MOST_LOST = 1.5
 """Largest loss of a step in decibels, whatever its standard error."""
@@ -84,6 +86,7 @@ class Tuned:
 
     parts: Int8Parts
     tuning: Tuning | None
+    float_for_speed: FloatForSpeed | None = None
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,8 @@ class _Choosing:
     def __init__(self, evaluator: Evaluator, target: Target, candidate: Candidate) -> None:
         self._evaluator, self._target = evaluator, target
         self.candidate = candidate
+        self._kept = candidate.kept
+        """Layers that stay float whatever is chosen."""
         self.steps: list[TuningStep] = []
 
     def step(self, name: StepName, default: str, candidates: Mapping[str, Candidate]) -> None:
@@ -122,7 +127,8 @@ class _Choosing:
         worthy = bool(np.isfinite(after).all()) and found.decibels > (0 if errors > 0 else -MOST_LOST)
         chosen = best if above >= 0 and worthy else default
         self.candidate = candidates[chosen]
-        concerned = {"method": self.candidate.clipped, "float": self.candidate.kept}.get(name, ())
+        kept = [layer for layer in self.candidate.kept if layer not in self._kept]
+        concerned = {"method": self.candidate.clipped, "float": kept}.get(name, ())
         self.steps.append(
             TuningStep(
                 name=name,
@@ -138,10 +144,20 @@ class _Choosing:
 
 
 def _tune(
-    evaluator: Evaluator, target: Target, steps: Sequence[str], method: str, effort: Effort
+    evaluator: Evaluator,
+    target: Target,
+    steps: Sequence[str],
+    method: str,
+    effort: Effort,
+    kept: tuple[str, ...] = (),
 ) -> _Choosing:
-    """Run the steps for one target; returns the choices with the figures of all candidates."""
-    choosing = _Choosing(evaluator, target, Candidate(method="minmax" if method == "auto" else method))
+    """Run the steps for one target; returns the choices with the figures of all candidates.
+
+    Args:
+        kept: patterns of layers that stay float whatever is chosen.
+    """
+    start = Candidate(method="minmax" if method == "auto" else method, kept=kept)
+    choosing = _Choosing(evaluator, target, start)
 
     def now(**change: Any) -> Candidate:
         return choosing.candidate.model_copy(update=change)
@@ -167,19 +183,29 @@ def _tune(
         choosing.step("round", OFF, {OFF: now(), ON: now(rounded=True)})
     if "bias" in steps:  # corrects the error that rounding leaves
         choosing.step("bias", OFF, {OFF: now(), ON: now(bias=True)})
-    if method == "auto":
+
+    def methods_again() -> None:
         clipped = tuple(evaluator.clipped(choosing.candidate.strength, target)) if effort.thorough else ()
         counts = [2**i for i in range(len(clipped).bit_length()) if 2**i < len(clipped)]
         some = {f"mse on {count}": now(method="minmax", clipped=clipped[:count]) for count in counts}
         methods(choosing.candidate.method, some)
+
+    if method == "auto":
+        methods_again()
     if "equalize" in steps:
         if evaluator.approximated(choosing.candidate, target):
             # Last: its gain shows only once weights are rounded and outliers clipped, which hide it otherwise.
             choosing.step("relu6", OFF, {OFF: now(), ON: now(strength=APPROXIMATE)})
         if choosing.candidate.strength == OFF and not first:
             equalize()
+    if "float" in steps and not set(evaluator.first) <= set(kept):
+        more = tuple(layer for layer in evaluator.first if layer not in kept)
+        choosing.step("float", OFF, {OFF: now(), _at("first", evaluator.first): now(kept=(*kept, *more))})
+        if choosing.candidate.kept != kept and method == "auto":
+            methods_again()
     if "float" in steps and target.int8.half:  # on the CPU they would cost four times the memory traffic
-        layers = {_count(kept): now(kept=kept) for kept in evaluator.classifiers()}
+        others = choosing.candidate.kept
+        layers = {_at("last", more): now(kept=(*others, *more)) for more in evaluator.classifiers()}
         choosing.step("float", OFF, {OFF: now(), **layers})
     return choosing
 
@@ -199,14 +225,21 @@ def tune(
     With random weights, nothing is tried: the figures would only show rounding errors in chaotic networks.
     """
     options = context.options
+    model = graph_io.load(graph).graph
+    given = kept_float(model, options.keep_float)
+    fast = {target.name: target.float_for_speed(model, given, options.costs) for target in targets}
+    kept = {name: tuple(map(escape, found.layers if found else ())) for name, found in fast.items()}
     wanted = options.steps or options.method == "auto"
     if random or not wanted or options.calib is None:
         if wanted and not random:
             context.reporter.warn(
                 "without --calib there are no images to select on: INT8 is not tuned (--steps, --method auto)"
             )
-        parts = Int8Parts(graph, ranges, "minmax" if options.method == "auto" else options.method)
-        return {target.name: Tuned(parts, None) for target in targets}
+        method = "minmax" if options.method == "auto" else options.method
+        return {
+            name: Tuned(Int8Parts(graph, ranges, method, kept=kept[name]), None, found)
+            for name, found in fast.items()
+        }
     affordable = MAX_PIXELS // (preprocess.crop_height * preprocess.crop_width)
     files = chosen.splits["select"][:MAX_SELECT]
     few = min(MAX_SELECT, max(MIN_SELECT, affordable))
@@ -219,7 +252,7 @@ def tune(
         evaluator = Evaluator(
             context, store, chosen, preprocess, pixels, few, effort.strengths, effort.statistics
         )
-        found = {t: _tune(evaluator, t, options.steps, options.method, effort) for t in targets}
+        found = {t: _tune(evaluator, t, options.steps, options.method, effort, kept[t.name]) for t in targets}
         store.keep([(choosing.candidate, target) for target, choosing in found.items()])
         return Choices(
             evaluator.few,
@@ -238,6 +271,7 @@ def tune(
             select=[file.sha256 for file in files],
             targets=[target.name for target in targets],
             options=[options.steps, options.method, options.effort, options.keep_float],
+            kept=kept,
             isa=instruction_set(),
         )
         result = context.cache.run("tune", key, make, Choices)
@@ -246,7 +280,7 @@ def tune(
         tuned = {}
         for name, (candidate, steps) in result.data.targets.items():
             tuning = Tuning(images=result.data.images, steps=steps)
-            tuned[name] = Tuned(store.parts(candidate, TARGETS[name]), tuning)
+            tuned[name] = Tuned(store.parts(candidate, TARGETS[name]), tuning, fast[name])
         stage.detail = "; ".join(
             f"{name}-{INT8.name} {_describe(found.tuning)}" for name, found in tuned.items() if found.tuning
         )
@@ -256,8 +290,9 @@ def tune(
     return tuned
 
 
-def _count(layers: Sequence[str]) -> str:
-    return f"{len(layers)} layer{'s' if len(layers) > 1 else ''}"
+def _at(end: str, layers: Sequence[str]) -> str:
+    """Name of layers at an end of the network: `last layer`, `first 2 layers`."""
+    return f"{end} layer" if len(layers) == 1 else f"{end} {len(layers)} layers"
 
 
 def _describe(tuning: Tuning) -> str:

@@ -1,0 +1,147 @@
+"""`export-zoo costs`, and exports with the file that it writes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import onnx
+import pytest
+from support.options import UNTUNED
+
+from export_zoo.base import graph_io
+from export_zoo.engines.bundle.bench import Effort
+from export_zoo.engines.bundle.reader import read_manifest
+from export_zoo.engines.targets.onnxruntime.costs import Costs, RegionTime, regions_of
+from export_zoo.engines.targets.registry import TARGETS
+
+
+def first_region_in_float(bundle: Path, out: Path) -> Costs:
+    """A cost file by which the first region of a bundle's network, its first layer, is faster in float."""
+    graph = graph_io.load(bundle / read_manifest(bundle).recipe.graph.path).graph
+    region = next(region for region in regions_of(graph, frozenset()) if len(region.layers) == 1)
+    times = {region.signature: {1: RegionTime(int8=2.0, float32=1.0)}}
+    costs = Costs(onnxruntime="1", instruction_set="any", cpu="any", regions=times)
+    costs.write(out)
+    return costs
+
+
+def test_a_region_that_the_cost_file_calls_slower_stays_float_and_the_manifest_says_so(
+    cli, digits, digits_bundle, tmp_path
+):
+    first_region_in_float(digits_bundle, tmp_path / "mine.json")
+    export = [*digits.arguments(), "--precision", "int8", "--calib", digits.images, *UNTUNED]
+    done = cli(*export, "--costs", tmp_path / "mine.json", "--out", tmp_path / "out")
+    assert done.code == 0, done.err
+    (engine,) = read_manifest(tmp_path / "out").artifacts.engines
+    found = engine.float_for_speed
+    assert found is not None
+    assert found.costs_sha256 == hashlib.sha256((tmp_path / "mine.json").read_bytes()).hexdigest()
+    assert len(found.layers) == 1
+    types = {node.name: node.op_type for node in onnx.load(tmp_path / "out" / engine.file.path).graph.node}
+    assert f"{found.layers[0]}_weight_DequantizeLinear" not in types
+    assert types[found.layers[0]] == "Conv"
+    assert sum(kind == "DequantizeLinear" for kind in types.values()) > 20, "the others have 8 bits"
+
+
+def test_costs_are_measured_and_written_for_several_bundles(cli, digits_bundle, tmp_path, monkeypatch):
+    from export_zoo.engines.verification import region_costs
+
+    monkeypatch.setattr(region_costs, "_REGION", Effort(0.0, 1, 1))
+    monkeypatch.setattr(region_costs, "_NETWORK", Effort(0.0, 1, 1))
+    monkeypatch.setattr(region_costs, "FASTER", 1e9)  # all are candidates
+    asked = []
+
+    def faster(before: Path, after: Path) -> float:
+        asked.append((before, after))
+        return 0.9 if len(asked) % 2 else 1.1
+
+    monkeypatch.setattr(region_costs, "_ratio", faster)
+    done = cli("costs", digits_bundle, digits_bundle, "--out", tmp_path / "costs.json")
+    assert done.code == 0, done.err
+    found = Costs.read(tmp_path / "costs.json")
+    assert set(found.regions) <= {
+        region.signature
+        for region in regions_of(
+            graph_io.load(digits_bundle / read_manifest(digits_bundle).recipe.graph.path).graph, frozenset()
+        )
+    }
+    assert found.regions
+    assert all(times.keys() == {1, 8} for times in found.regions.values())
+    confirmed = [after for _, after in asked[0::2]]
+    assert asked[2][0] in confirmed, "the next region is tried beside those that were confirmed"
+    assert asked[2][0] == asked[1][0], "and not beside the refused"
+    assert done.json["regions"] == len(found.regions)
+    assert str(tmp_path / "costs.json") in done.out
+
+
+def test_a_region_must_make_the_whole_network_faster(digits_bundle, monkeypatch):
+    from export_zoo.engines.verification import region_costs
+
+    monkeypatch.setattr(region_costs, "_REGION", Effort(0.0, 1, 1))
+    monkeypatch.setattr(region_costs, "FASTER", 1e9)
+    monkeypatch.setattr(region_costs, "_ratio", lambda before, after: 1.0)
+    assert region_costs.measure(digits_bundle, lambda done, total: None).regions == {}
+
+
+def without_ranges(bundle: Path) -> None:
+    document = json.loads((bundle / "manifest.json").read_text())
+    document["recipe"]["calibration"] = None
+    document["artifacts"]["engines"] = document["artifacts"]["engines"][:1]
+    (bundle / "manifest.json").write_text(json.dumps(document))
+
+
+def damaged(bundle: Path) -> None:
+    (path,) = bundle.glob("files/ranges.*")
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (without_ranges, "has no ranges"),
+        (damaged, "ranges"),
+        (shutil.rmtree, "not a bundle"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_with_its_name(change, said, cli, digits_bundle, tmp_path):
+    shutil.copytree(digits_bundle, tmp_path / "mine.bundle")
+    change(tmp_path / "mine.bundle")
+    done = cli("costs", tmp_path / "mine.bundle", "--out", tmp_path / "costs.json")
+    assert done.code == 5
+    assert "mine.bundle" in done.err
+    assert said in done.err
+    assert not (tmp_path / "costs.json").exists()
+
+
+def test_a_missing_folder_is_told_before_anything_is_measured(cli, digits_bundle, tmp_path):
+    done = cli("costs", digits_bundle, "--out", tmp_path / "none" / "costs.json")
+    assert done.code == 2
+    assert "--out" in done.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["--precision", "fp32", "--costs", "FILE"], 2, "--costs has no effect on fp32"),
+        (["--precision", "int8", "--costs", "none.json"], 5, "none.json"),
+        (
+            ["--precision", "int8", "--costs", "FILE", "--target", "tensorrt-rtx"],
+            2,
+            "--costs has no effect on tensorrt-rtx",
+        ),
+    ],
+)
+def test_a_cost_file_that_cannot_be_used_is_refused_before_any_work(
+    arguments, code, said, cli, digits, digits_bundle, tmp_path
+):
+    if "tensorrt-rtx" in arguments and (why := TARGETS["tensorrt-rtx"].unavailable):
+        pytest.skip(why)
+    first_region_in_float(digits_bundle, tmp_path / "mine.json")
+    given = [tmp_path / "mine.json" if text == "FILE" else text for text in arguments]
+    done = cli(*digits.arguments(), "--calib", digits.images, *given, "--out", tmp_path / "out")
+    assert done.code == code
+    assert said in done.err
+    assert not done.json.get("stages")
