@@ -30,7 +30,7 @@ from export_zoo.engines.targets.onnxruntime.costs import (
     regions_of,
     saved,
 )
-from export_zoo.engines.targets.onnxruntime.placement import INT8_RULES
+from export_zoo.engines.targets.onnxruntime.placement import INT8_RULES, place_onnxruntime
 from export_zoo.engines.targets.onnxruntime.regions import Region, alone
 
 BATCHES = (1, 8)
@@ -132,11 +132,11 @@ def measure(bundle: Path, progress: Callable[[int, int], None]) -> Costs:
             if ratio(timed[region.signature]) <= FASTER
         ]
         confirmed: list[Region] = []
-        layers = {layer for region in every for layer in region.layers}
+        layers = place_onnxruntime(fp32.graph, kept).weights.keys()
         before = whole
         for region in sorted(best_apart(candidates), key=dict(candidates).__getitem__, reverse=True):
             chosen = [*confirmed, region]
-            if {layer for part in chosen for layer in part.layers} == layers:
+            if {layer for part in chosen for layer in part.layers} == layers:  # nothing would be left of INT8
                 continue
             after = write(f"float-{region.begin}", chosen)
             if _ratio(before, after) <= CONFIRMED:
