@@ -37,7 +37,7 @@ BATCHES = (1, 8)
 """Batch sizes that regions are timed at."""
 
 _REGION = Effort(seconds=0.1, rounds_min=5, rounds_max=30)
-_NETWORK = Effort(seconds=1.0, rounds_min=7, rounds_max=60)
+_NETWORK = Effort(seconds=2.0, rounds_min=9, rounds_max=100)
 
 CONFIRMED = 0.995
 """Largest time of the whole network, as a part of that without the region in float, that confirms a region. Alone, its
