@@ -149,11 +149,7 @@ def describe_engine(
         instruction_set=instruction_set(),
         gate=gate,
         latency=latency,
-        float_for_speed=manifest.FloatForSpeed(
-            layers=[*built.float_for_speed.layers], costs_sha256=built.float_for_speed.costs_sha256
-        )
-        if built.float_for_speed is not None
-        else None,
+        float_for_speed=built.float_for_speed,
         saturating_cpu_session=built.saturating_cpu_session,
     )
 

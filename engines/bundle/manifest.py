@@ -15,6 +15,7 @@ from export_zoo.calibration.preprocess import Preprocess
 from export_zoo.engines.parity.tasks import TASKS, Head, classes_of
 from export_zoo.engines.precision.registry import PRECISIONS
 from export_zoo.engines.targets.base import MAX_BATCH
+from export_zoo.engines.targets.float_for_speed import FloatForSpeed
 from export_zoo.engines.targets.plan import Plan
 from export_zoo.engines.targets.registry import TARGETS
 
@@ -310,13 +311,6 @@ class Tuning(_Model):
 
     images: int
     steps: list[TuningStep]
-
-
-class FloatForSpeed(_Model):
-    """Layers that INT8 leaves float because that is faster."""
-
-    layers: list[str] = Field(description="Names of nodes.")
-    costs_sha256: str = Field(description="SHA-256 of the cost file that says so, for `--costs`.")
 
 
 class Engine(_Model):

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from export_zoo.base.machine import library_versions
 from export_zoo.engines.precision.base import Precision
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from export_zoo.engines.parity.checked_sizes import Size
     from export_zoo.engines.precision.int8.rules import Int8Rules
+    from export_zoo.engines.targets.float_for_speed import FloatForSpeed
     from export_zoo.engines.targets.plan import Compiled, Plan
 
 MAX_BATCH = 4096
@@ -72,14 +73,6 @@ class TritonBackend:
     file: str
     """Name of the engine's file in a model's folder."""
     kind: Literal["KIND_CPU", "KIND_GPU"]
-
-
-class FloatForSpeed(NamedTuple):
-    """Layers that INT8 leaves float because that is faster."""
-
-    layers: tuple[str, ...]
-    costs_sha256: str
-    """SHA-256 of the cost file that says so."""
 
 
 class Target(ABC):

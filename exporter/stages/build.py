@@ -12,7 +12,8 @@ from export_zoo.calibration.ranges import Ranges
 from export_zoo.engines.bundle.manifest import Tuning
 from export_zoo.engines.precision.base import Precision
 from export_zoo.engines.precision.registry import BASELINE, PRECISIONS
-from export_zoo.engines.targets.base import BuildRequest, FloatForSpeed, Target
+from export_zoo.engines.targets.base import BuildRequest, Target
+from export_zoo.engines.targets.float_for_speed import FloatForSpeed
 from export_zoo.engines.targets.plan import Compiled, Plan
 from export_zoo.engines.targets.registry import BASELINE_TARGET, TARGETS
 from export_zoo.exporter.run.cache import StageResult

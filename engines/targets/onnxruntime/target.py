@@ -6,12 +6,13 @@ from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from export_zoo.engines.targets.base import FloatForSpeed, OpenEngine, Opening, Target, TritonBackend
+from export_zoo.engines.targets.base import OpenEngine, Opening, Target, TritonBackend
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
     from export_zoo.engines.precision.int8.rules import Int8Rules
+    from export_zoo.engines.targets.float_for_speed import FloatForSpeed
 
 
 class OnnxRuntime(Target):
@@ -39,10 +40,12 @@ class OnnxRuntime(Target):
 
     def float_for_speed(self, graph: ir.Graph, kept: Set[str], costs: Path | None) -> FloatForSpeed:
         from export_zoo.base.graph_io import sha256_of
+        from export_zoo.engines.targets.float_for_speed import FloatForSpeed
         from export_zoo.engines.targets.onnxruntime.costs import DEFAULT, Costs, float_layers
 
         path = costs or DEFAULT
-        return FloatForSpeed(float_layers(graph, kept, Costs.read(path)), sha256_of(path))
+        layers = float_layers(graph, kept, Costs.read(path))
+        return FloatForSpeed(layers=layers, costs_sha256=sha256_of(path))
 
     def open(self, opening: Opening) -> OpenEngine:
         from export_zoo.engines.targets.onnxruntime.engine import OnnxRuntimeEngine
