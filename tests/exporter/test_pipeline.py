@@ -312,7 +312,9 @@ def test_what_was_tried_stands_in_the_manifest_and_the_best_is_taken(digits, cli
     assert tuning["images"] >= 64
     assert all(set(step["sqnr"]) == {"off", "on"} for step in (relu6, rounded, bias))
     assert set(first["sqnr"]) == {"minmax", "percentile", "entropy", "mse"}
-    assert {*first["sqnr"], "mse on 1", "mse on 16"} <= set(method["sqnr"])
+    near = {name for name, sqnr in first["sqnr"].items() if sqnr >= max(first["sqnr"].values()) - 3}
+    assert {name for name in method["sqnr"] if " on " not in name} == near | {first["chosen"]}
+    assert {"mse on 1", "mse on 16"} <= set(method["sqnr"])
     assert set(in_float["sqnr"]) == {"off", "first 2 layers"}
     wanted = {"equalize": 2, "relu6": 2, "round": -1, "bias": 0, "method": 3, "float": 1}  # standard errors
     for step in tuning["steps"][:7]:
@@ -340,7 +342,7 @@ def test_what_was_tried_stands_in_the_manifest_and_the_best_is_taken(digits, cli
     assert tried.keys() == {"method", "round", "bias", "relu6", "float"} | more, (
         "equalization is that through ReLU6"
     )
-    assert tried["method"] == set(first["sqnr"])
+    assert tried["method"] <= set(first["sqnr"])
     reached = [max(found["steps"][-1]["sqnr"].values()) for found in (quick["tuning"], tuning)]
     chance = 3 * max(step["standard_error"] for step in tuning["steps"])
     assert reached[0] > reached[1] - chance, "dB, on the same select images"

@@ -131,3 +131,49 @@ def test_equalization_through_relu6_is_tried_only_where_it_can_win_and_then_firs
         Evaluation(floor), TARGETS["onnxruntime"], ("equalize", "bias"), "minmax", EFFORT[effort]
     )
     assert [step.name for step in choosing.steps] == wanted
+
+
+class Methods(Images):
+    """Methods whose SQNR is known, on all images alike."""
+
+    equalized: tuple[str, ...] = ()
+    first = ("stem", "depthwise")
+
+    def __init__(self, sqnr: dict[str, float]) -> None:
+        self._sqnr = sqnr
+        self.asked_for: list[Candidate] = []
+
+    def noise(self, candidate: Candidate, target: str, count: int) -> np.ndarray:
+        self.asked_for.append(candidate)
+        scattered = np.random.default_rng(0).normal(scale=0.01, size=ALL)
+        level = self._sqnr[candidate.method] + 5 * ("depthwise" in candidate.kept)
+        return 10 ** (-(level + scattered[:count]) / 10)
+
+    def sqnr(self, candidate: Candidate, target: str) -> float:
+        return -10 * float(np.log10(self.noise(candidate, target, FEW).mean()))
+
+    def approximated(self, candidate: Candidate, target: Target) -> bool:
+        return False
+
+
+def test_a_method_far_behind_is_not_tried_again_after_other_steps():
+    evaluation = Methods({"minmax": 20.0, "percentile": 19.5, "entropy": 16.9, "mse": 17.1})
+    choosing = _tune(evaluation, TARGETS["onnxruntime"], ("float",), "auto", EFFORT["default"])
+    assert [step.name for step in choosing.steps] == ["method", "method", "float", "method"]
+    assert set(choosing.steps[0].sqnr) == {"minmax", "percentile", "entropy", "mse"}
+    for again in (choosing.steps[1], choosing.steps[3]):
+        assert set(again.sqnr) == {"minmax", "percentile", "mse"}
+    assert choosing.candidate.kept == evaluation.first
+
+
+def test_layers_that_stay_float_anyway_are_no_choice_of_tuning():
+    evaluation = Methods({"minmax": 20.0})
+    always = ("stem", "depthwise", "more")
+    choosing = _tune(evaluation, TARGETS["onnxruntime"], ("float",), "minmax", EFFORT["default"], always)
+    assert choosing.steps == [], "the first layers are among them"
+    assert choosing.candidate.kept == always
+    some = ("stem", "more")
+    choosing = _tune(evaluation, TARGETS["onnxruntime"], ("float",), "minmax", EFFORT["default"], some)
+    (step,) = choosing.steps
+    assert step.names == ["depthwise"]
+    assert choosing.candidate.kept == (*some, "depthwise")

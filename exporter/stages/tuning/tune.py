@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from glob import escape
@@ -51,6 +52,9 @@ cost time: the first two up to 1 % of batch 1 and 13 % of batch 8 (`int8.md`).""
 
 MOST_LOST = 1.5
 """Largest loss of a step in decibels, whatever its standard error."""
+
+FAR_BEHIND = 3.0
+"""Distance from the best candidate of a step, in decibels, at which a candidate is not tried again in a later one."""
 
 CLEAR = 2.0
 """Distance from the least gain, in standard errors, at which no more images are tried."""
@@ -109,6 +113,14 @@ class _Choosing:
         """Layers that stay float whatever is chosen."""
         self.steps: list[TuningStep] = []
 
+    def far_behind(self, name: StepName, candidate: str) -> bool:
+        """Whether a candidate was too far behind the best one of an earlier step of this name to be tried again."""
+        return any(
+            step.sqnr.get(candidate, math.inf) < max(step.sqnr.values()) - FAR_BEHIND
+            for step in self.steps
+            if step.name == name
+        )
+
     def step(self, name: StepName, default: str, candidates: Mapping[str, Candidate]) -> None:
         """Choose the best candidate if it is better than the default by more than chance, otherwise the default."""
         figures = {what: self._evaluator.sqnr(c, self._target) for what, c in candidates.items()}
@@ -164,7 +176,8 @@ def _tune(
         return choosing.candidate.model_copy(update=change)
 
     def methods(default: str, more: Mapping[str, Candidate]) -> None:
-        candidates = {name: now(method=name, clipped=()) for name in METHODS}
+        names = [name for name in METHODS if name == default or not choosing.far_behind("method", name)]
+        candidates = {name: now(method=name, clipped=()) for name in names}
         choosing.step("method", default, {**candidates, **more})
 
     if method == "auto" and steps:  # while ranges are far too wide, their errors hide what other steps gain
