@@ -22,6 +22,7 @@ from export_zoo.exporter.cli.option_table import OPTIONS, SectionedCommand, add,
 from export_zoo.exporter.run.report import ConsoleReporter, show_log
 
 if TYPE_CHECKING:
+    from export_zoo.exporter.options import ExportOptions
     from export_zoo.exporter.pipeline import ExportResult
 
 
@@ -83,12 +84,12 @@ def _described(bundle: Path, manifest: Any) -> dict[str, Any]:
     }
 
 
-def check_arguments(arguments: Sequence[str]) -> None:
-    """Read a command line of `export-zoo export`, without running it. Raises UsageError if it is wrong."""
+def read_arguments(arguments: Sequence[str]) -> ExportOptions:
+    """The options of a command line of `export-zoo export`, which is not run. Raises UsageError if it is wrong."""
     try:
         context = export.make_context("export", list(arguments))
     except click.UsageError as error:
         raise UsageError(
             error.format_message(), hint="`export-zoo export --help` shows the options"
         ) from error
-    export_options(context.params["model"], context.params)
+    return export_options(context.params["model"], context.params)

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from export_zoo.base.errors import ExportZooError, ParityError, UsageError
 from export_zoo.exporter.cli import outcome
 from export_zoo.exporter.cli.common_options import EXIT_CODES, json_option, quiet_option, verbose_option
-from export_zoo.exporter.cli.export import check_arguments
+from export_zoo.exporter.cli.export import read_arguments
+
+if TYPE_CHECKING:
+    from export_zoo.exporter.matrix.plan import Cell
 
 
 class CellsFailedError(ExportZooError):
@@ -20,6 +25,23 @@ class CellsFailedError(ExportZooError):
 
     exit_code = 5
     kind = "matrix"
+
+
+def _jobs(text: str) -> int:
+    from export_zoo.exporter.matrix.machine import automatic_jobs
+
+    if text == "auto":
+        return automatic_jobs()
+    if not re.fullmatch("[1-9][0-9]{0,3}", text):
+        raise UsageError(f"--jobs {text}: not a number of cells, or auto", hint="for example --jobs 2")
+    return int(text)
+
+
+def _expected(cell: Cell) -> int:
+    from export_zoo.exporter.matrix.expected_memory import UNKNOWN, expected_memory
+    from export_zoo.exporter.matrix.plan import HOST
+
+    return expected_memory(read_arguments(cell.command()[1:])) if cell.cpu == HOST else UNKNOWN
 
 
 @click.command(epilog=EXIT_CODES)
@@ -36,6 +58,13 @@ class CellsFailedError(ExportZooError):
     "--job",
     metavar="GLOB",
     help="Run only the cells of this job of the file, or of the jobs that a glob matches.",
+)
+@click.option(
+    "--jobs",
+    default="1",
+    metavar="N|auto",
+    help="Number of cells that run at once, if their memory allows; each gets its part of the cores. auto: one for "
+    "each two cores. Latencies are disturbed then. Default: 1.",
 )
 @click.option("--again", is_flag=True, help="Re-run finished cells.")
 @click.option(
@@ -65,6 +94,7 @@ def matrix(
     file: Path,
     out: Path,
     job: str | None,
+    jobs: str,
     again: bool,
     stored: bool,
     no_bundles: bool,
@@ -77,7 +107,7 @@ def matrix(
     quiet: bool,
     verbose: bool,
 ) -> None:
-    """Export each cell of the matrix in FILE (models x precisions x targets x CPUs), one after the other.
+    """Export each cell of the matrix in FILE (models x precisions x targets x CPUs).
 
     A failing cell does not stop the others. Exit code 3 if any parity gate failed, else 5 if any cell failed.
     """
@@ -87,9 +117,10 @@ def matrix(
     from export_zoo.exporter.matrix.results import stored as stored_results
     from export_zoo.exporter.models.sources import torchvision_zoo
 
+    at_once = _jobs(jobs)
     given = plan.read(file)
     names = plan.Names(torchvision_zoo.model_names(), torchvision_zoo.segmentation_names())
-    cells = plan.cells(file, given, names, check_arguments, job)
+    cells = plan.cells(file, given, names, read_arguments, job)
     if github:
         click.echo(json.dumps(plan.github(given, file, job)))
         return
@@ -126,6 +157,8 @@ def matrix(
             out,
             seconds=given.timeout,
             memory=given.memory,
+            jobs=at_once,
+            expected=_expected,
             again=again,
             keep_bundles=not no_bundles,
             done=done,

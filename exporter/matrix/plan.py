@@ -249,7 +249,7 @@ def cells(
     path: Path,
     given: MatrixFile,
     names: Names,
-    check: Callable[[Sequence[str]], None],
+    check: Callable[[Sequence[str]], object],
     job: str | None = None,
 ) -> list[Cell]:
     """All cells of a matrix, or of some of its jobs, model by model. Emulated CPUs follow the cell that exports.
@@ -321,7 +321,7 @@ def _cells_of(given: MatrixFile, models: Iterable[str], job: Job | None) -> Iter
 _TAKEN = ("--out", "--json", "--precision", "--target", "--quiet", "--verbose", "--help")
 
 
-def _check(path: Path, found: Iterable[Cell], check: Callable[[Sequence[str]], None]) -> None:
+def _check(path: Path, found: Iterable[Cell], check: Callable[[Sequence[str]], object]) -> None:
     """Check each command line of `export` before the first cell runs."""
     for cell in found:
         if cell.cpu != HOST:

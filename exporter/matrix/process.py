@@ -8,8 +8,9 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,8 +45,18 @@ def _kill(process: psutil.Process) -> None:
                 one.kill()
 
 
-def _watch(process: subprocess.Popen[bytes], seconds: float, budget: int) -> tuple[str, int]:
-    """Wait for a cell's process. Returns why it was killed, empty if it was not, and its peak memory in bytes."""
+class StoppedError(Exception):
+    """The run ended while a cell was running; its process was killed."""
+
+
+def _watch(
+    process: subprocess.Popen[bytes], seconds: float, budget: int, stopped: threading.Event | None
+) -> tuple[str, int]:
+    """Wait for a cell's process. Returns why it was killed, empty if it was not, and its peak memory in bytes.
+
+    Raises:
+        StoppedError: `stopped` was set.
+    """
     begin, peak = time.monotonic(), 0
     watched = psutil.Process(process.pid)
     try:
@@ -56,6 +67,8 @@ def _watch(process: subprocess.Popen[bytes], seconds: float, budget: int) -> tup
                 return f"took more than {budget >> 20} MiB of memory", peak
             if time.monotonic() - begin > seconds:
                 return f"took longer than {seconds:g} s", peak
+            if stopped is not None and stopped.is_set():
+                raise StoppedError
             time.sleep(_POLL_SECONDS)
         return "", peak
     finally:
@@ -121,8 +134,23 @@ run()
 """Runs `export-zoo` without the current directory on sys.path; `python -m` would put it first."""
 
 
-def run_limited(arguments: Sequence[str], *, seconds: float, memory: float | None) -> Ended:
-    """Run `export-zoo` with these arguments, --json and --quiet, within the limits."""
+def run_limited(
+    arguments: Sequence[str],
+    *,
+    seconds: float,
+    memory: float | None,
+    cores: Collection[int] | None = None,
+    stopped: threading.Event | None = None,
+) -> Ended:
+    """Run `export-zoo` with these arguments, --json and --quiet, within the limits.
+
+    Args:
+        cores: cores that it may use; None for all.
+        stopped: ends it when set.
+
+    Raises:
+        StoppedError: `stopped` was set.
+    """
     with tempfile.TemporaryDirectory(prefix="export-zoo-") as directory:
         json_path, log_path = Path(directory) / "result.json", Path(directory) / "log"
         with log_path.open("wb") as log:
@@ -134,7 +162,10 @@ def run_limited(arguments: Sequence[str], *, seconds: float, memory: float | Non
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C reaches only this process, which kills the cell's
             )
-            killed, peak = _watch(process, seconds, _budget(memory))
+            if cores is not None:
+                with contextlib.suppress(psutil.Error):  # before it starts threads, which inherit this
+                    psutil.Process(process.pid).cpu_affinity([*cores])
+            killed, peak = _watch(process, seconds, _budget(memory), stopped)
         document: dict[str, Any] = {}
         with contextlib.suppress(OSError, ValueError):
             document = json.loads(json_path.read_text(encoding="utf-8"))

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from itertools import groupby
 from pathlib import Path
@@ -23,6 +25,7 @@ from export_zoo.engines.emulation.cpus import CPUS
 from export_zoo.engines.emulation.engine import qemu_version
 from export_zoo.engines.targets.registry import TARGETS
 from export_zoo.exporter.matrix.inputs import fingerprints, of_emulation
+from export_zoo.exporter.matrix.machine import Machine
 from export_zoo.exporter.matrix.plan import HOST, Cell
 from export_zoo.exporter.matrix.process import Ended, run_limited
 from export_zoo.exporter.matrix.results import CellResult, store, stored
@@ -104,17 +107,39 @@ def arguments(cell: Cell, bundle: Path) -> list[str]:
     return [command, str(bundle), *options]
 
 
-def run_cell(cell: Cell, bundle: Path, *, seconds: float, memory: float | None) -> CellResult:
+@dataclass(frozen=True)
+class Limits:
+    """Limits of a cell."""
+
+    seconds: float
+    """Time limit; the process is then killed."""
+    memory: float | None = None
+    """Memory limit in GiB; the process is then killed. None for the memory that is free when the cell starts, less
+    1 GiB, but at least 2 GiB."""
+    cores: frozenset[int] | None = None
+    """Cores that it may use; None for all."""
+    stopped: threading.Event | None = None
+    """Ends the process when set."""
+
+
+def _end(cell: Cell, bundle: Path, limits: Limits) -> Ended:
+    return run_limited(
+        arguments(cell, bundle),
+        seconds=limits.seconds,
+        memory=limits.memory,
+        cores=limits.cores,
+        stopped=limits.stopped,
+    )
+
+
+def run_cell(cell: Cell, bundle: Path, limits: Limits) -> CellResult:
     """Export one cell in its own process.
 
     Args:
         bundle: path that the bundle is written to.
-        seconds: time limit; the process is then killed.
-        memory: memory limit in GiB; the process is then killed. None for the memory that is free now,
-            less 1 GiB, but at least 2 GiB.
     """
     started, inputs = _Started(), fingerprints(cell)
-    ended = run_limited(arguments(cell, bundle), seconds=seconds, memory=memory)
+    ended = _end(cell, bundle, limits)
     document = ended.document
     engines = [e for e in document.get("engines", []) if e.get("name") == cell.engine]
     recipe = document.get("recipe") or {}
@@ -132,18 +157,15 @@ def run_cell(cell: Cell, bundle: Path, *, seconds: float, memory: float | None) 
     )
 
 
-def run_on_cpu(
-    cell: Cell, exported: CellResult, bundle: Path, *, seconds: float, memory: float | None
-) -> CellResult:
+def run_on_cpu(cell: Cell, exported: CellResult, bundle: Path, limits: Limits) -> CellResult:
     """Verify a cell's bundle on its emulated CPU, in its own process.
 
     Args:
         exported: the result of the export, which succeeded.
         bundle: path of the exported bundle.
-        seconds, memory: as in `run_cell`.
     """
     started = _Started()
-    ended = run_limited(arguments(cell, bundle), seconds=seconds, memory=memory)
+    ended = _end(cell, bundle, limits)
     attestation: dict[str, Any] = next(iter(ended.document.get("emulated", [])), {})
     engine: dict[str, Any] = {}
     if gate := attestation.get("engines", {}).get(cell.engine):
@@ -205,17 +227,21 @@ def run(
     *,
     seconds: float,
     memory: float | None = None,
+    jobs: int = 1,
+    expected: Callable[[Cell], int] = lambda cell: 0,
     again: bool = False,
     keep_bundles: bool = True,
     done: Callable[[CellResult, bool], None] = lambda result, cached: None,
 ) -> list[CellResult]:
-    """Run the cells one after the other. A failing cell does not stop the others.
+    """Run the cells, and return their results in the same order. A failing cell does not stop the others.
 
     Results lie in `out`/results, bundles in `out`/bundles. A cell is not run again if it has a result that is ok and
     has the same command line, versions and files. A cell of an emulated CPU follows the cell that exports its bundle.
 
     Args:
-        seconds, memory: limits of a cell, as in `run_cell`.
+        seconds, memory: limits of a cell, see `Limits`.
+        jobs: number of cells that run at once, if their memory allows. Each gets its part of the cores.
+        expected: bytes of memory that a cell is expected to take; only asked if no earlier run measured it.
         again: run all cells again.
         keep_bundles: False to delete each bundle when its results are recorded.
         done: called after each cell; the flag is True if the result of an earlier run was used.
@@ -231,11 +257,24 @@ def run(
         raise EnvironmentFailureError(
             f"{out}: cannot be created: {error.strerror}", hint="give another --out"
         ) from error
-    known = {} if again else stored(results)
-    found = []
-    for _, group in groupby(cells, key=lambda cell: cell.bundle):
-        own = list(group)
+    measured = stored(results)
+    known = {} if again else measured
+    machine, telling = Machine(jobs), threading.Lock()
+
+    def run_one(cell: Cell, exported: CellResult | None, bundle: Path) -> CellResult:
+        earlier = measured.get(cell.name)
+        bytes_expected = earlier.peak_mib << 20 if earlier is not None else 0
+        if jobs > 1 and not bytes_expected:
+            bytes_expected = expected(cell)
+        with machine.room(bytes_expected) as cores:
+            limits = Limits(seconds, memory, cores, machine.stopped)
+            if exported is None:
+                return run_cell(cell, bundle, limits)
+            return run_on_cpu(cell, exported, bundle, limits)
+
+    def run_group(own: list[Cell]) -> list[CellResult]:
         bundle, exported, ran = bundles / own[0].bundle, None, False
+        found = []
         for cell in own:
             earlier, cached, path = known.get(cell.name), False, results / f"{cell.name}.json"
             if exported is None:
@@ -258,19 +297,20 @@ def run(
             else:
                 # Deleted first: a run that is stopped would leave an old result beside a new bundle.
                 path.unlink(missing_ok=True)
-                if exported is None:
-                    result = run_cell(cell, bundle, seconds=seconds, memory=memory)
-                else:
-                    result = run_on_cpu(cell, exported, bundle, seconds=seconds, memory=memory)
+                result = run_one(cell, exported, bundle)
                 store(results, result)
                 ran = True
             exported = exported or result
             found.append(result)
-            done(result, cached)
+            with telling:
+                done(result, cached)
         if ran and not keep_bundles:
             for path in (bundle, failed_place(bundle)):
                 shutil.rmtree(path, ignore_errors=True)
-    return found
+        return found
+
+    groups = [list(group) for _, group in groupby(cells, key=lambda cell: cell.bundle)]
+    return machine.run_all(groups, run_group)
 
 
 def _lacks_emulation(own: Sequence[Cell], exported: CellResult, known: Mapping[str, CellResult]) -> bool:

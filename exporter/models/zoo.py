@@ -149,6 +149,18 @@ def footprint(spec: ModelSpec) -> memory.Footprint | None:
             ) from error
 
 
+def expected_memory(spec: ModelSpec, options: ExportOptions) -> int | None:
+    """Expected peak memory of a whole export, in bytes. None for user code, which may do anything.
+
+    Raises:
+        BadInputError: as `footprint`.
+    """
+    found = footprint(spec)
+    if found is None:
+        return None
+    return memory.expected_bytes(found, calibrated=options.uses_ranges, batch=options.batch.max)
+
+
 def build(spec: ModelSpec) -> tuple[nn.Module, state_dicts.LoadReport]:
     """Build the eval-mode model; returns it with a report of what was loaded.
 

@@ -144,10 +144,8 @@ def resolve_model(context: Context) -> ModelSpec:
 def _check_memory(context: Context, spec: ModelSpec) -> None:
     from export_zoo.exporter.models import memory, zoo
 
-    found = zoo.footprint(spec)
-    if found is not None:
-        calibrated = context.options.uses_ranges
-        expected = memory.expected_bytes(found, calibrated=calibrated, batch=context.options.batch.max)
+    expected = zoo.expected_memory(spec, context.options)
+    if expected is not None:
         memory.check(spec.name, expected)
 
 

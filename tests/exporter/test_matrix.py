@@ -8,6 +8,8 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -15,10 +17,12 @@ import pytest
 from support.paths import ROOT
 
 from export_zoo.base.errors import EnvironmentFailureError, UsageError
+from export_zoo.exporter.cli import matrix as matrix_command
 from export_zoo.exporter.cli.app import main
-from export_zoo.exporter.cli.export import check_arguments
-from export_zoo.exporter.matrix import plan, process, report
+from export_zoo.exporter.cli.export import read_arguments
+from export_zoo.exporter.matrix import machine, plan, process, report
 from export_zoo.exporter.matrix import run as matrix_run
+from export_zoo.exporter.matrix.expected_memory import UNKNOWN, expected_memory
 from export_zoo.exporter.matrix.inputs import _of_folder as fingerprinted
 from export_zoo.exporter.matrix.inputs import fingerprints
 from export_zoo.exporter.matrix.results import CellResult, store, stored
@@ -43,7 +47,7 @@ def write(path: Path, text: str) -> Path:
 
 def planned(tmp_path: Path, text: str, job: str | None = None) -> list[plan.Cell]:
     path = write(tmp_path / "m.yaml", text)
-    return plan.cells(path, plan.read(path), NAMES, check_arguments, job)
+    return plan.cells(path, plan.read(path), NAMES, read_arguments, job)
 
 
 # -- what a file means -----------------------------------------------------------------------------------------
@@ -206,13 +210,13 @@ def test_the_matrix_of_ci_is_whole():
 
     every = {
         cell.name
-        for cell in plan.cells(ROOT / "ci" / "matrix.yaml", given, plan.Names(model_names()), check_arguments)
+        for cell in plan.cells(ROOT / "ci" / "matrix.yaml", given, plan.Names(model_names()), read_arguments)
     }
     in_jobs = [
         cell.name
         for job in given.jobs
         for cell in plan.cells(
-            ROOT / "ci" / "matrix.yaml", given, plan.Names(model_names()), check_arguments, job.name
+            ROOT / "ci" / "matrix.yaml", given, plan.Names(model_names()), read_arguments, job.name
         )
     ]
     assert set(in_jobs) - every == {
@@ -256,7 +260,7 @@ def ran(tmp_path_factory):
     """A real cell: its plan, its output directory, and its result."""
     directory = tmp_path_factory.mktemp("matrix")
     path = write(directory / "m.yaml", SMALL)
-    (cell,) = plan.cells(path, plan.read(path), NAMES, check_arguments)
+    (cell,) = plan.cells(path, plan.read(path), NAMES, read_arguments)
     (result,) = matrix_run.run([cell], directory / "out", seconds=300)
     return cell, directory / "out", result
 
@@ -282,7 +286,7 @@ def test_a_second_run_takes_what_is_done_and_runs_what_is_not(ran, monkeypatch):
     cell, out, result = ran
     made, seen = [], []
 
-    def run_cell(cell, bundle, **_):
+    def run_cell(cell, bundle, _limits):
         made.append(cell.name)
         return dataclasses.replace(result, command=tuple(cell.command()), status="failed", reason="made anew")
 
@@ -322,7 +326,7 @@ def test_a_cell_is_run_again_when_its_files_changed(ran, tmp_path, monkeypatch):
     given = dataclasses.replace(cell, arguments=arguments)
     made = []
 
-    def run_cell(cell, bundle, **_):
+    def run_cell(cell, bundle, _limits):
         made.append(cell.name)
         bundle.mkdir(exist_ok=True)
         return dataclasses.replace(
@@ -390,13 +394,13 @@ def test_an_emulated_cpu_runs_again_when_the_export_changed_and_only_then(ran, m
     out, made = tmp_path / "out", []
     changed = {"sha256": result.engine["file"]["sha256"], "status": "ok"}
 
-    def run_cell(cell, bundle, **_):
+    def run_cell(cell, bundle, _limits):
         made.append("host")
         bundle.mkdir(parents=True, exist_ok=True)
         engine = {**result.engine, "file": {"sha256": changed["sha256"]}}
         return dataclasses.replace(result, engine=engine, status=changed["status"])
 
-    def run_on_cpu(cell, exported, bundle, **_):
+    def run_on_cpu(cell, exported, bundle, _limits):
         assert bundle.is_dir()
         made.append(cell.cpu)
         inputs = matrix_run._inputs_on_cpu(cell, exported) or {}
@@ -461,6 +465,128 @@ def test_a_run_that_is_stopped_leaves_no_old_result(ran, monkeypatch):
     store(out / "results", result)
 
 
+# -- several at once ---------------------------------------------------------------------------------------------
+
+
+def four(cell: plan.Cell) -> list[plan.Cell]:
+    return [dataclasses.replace(cell, model=f"resnet{i}") for i in (1, 2, 3, 4)]
+
+
+def test_cells_run_at_once_each_with_its_cores_and_are_told_in_the_order_of_the_file(
+    ran, tmp_path, monkeypatch
+):
+    cell, _, result = ran
+    both, seen = threading.Barrier(2), []
+
+    def run_cell(cell, bundle, limits):
+        both.wait(timeout=60)  # ends only if two are here
+        seen.append(limits.cores)
+        return dataclasses.replace(result, model=cell.model, command=tuple(cell.command()))
+
+    monkeypatch.setattr(matrix_run, "run_cell", run_cell)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 5})
+    cells, told = four(cell), []
+    found = matrix_run.run(
+        cells, tmp_path, seconds=1, jobs=2, done=lambda result, _: told.append(result.model)
+    )
+    assert [one.model for one in found] == [one.model for one in cells]
+    assert sorted(told) == [one.model for one in cells]
+    assert set(seen) == {frozenset({0, 2}), frozenset({1, 5})}
+    assert len(stored(tmp_path / "results")) == 4
+
+
+def test_cells_that_do_not_fit_into_memory_together_run_one_after_the_other(ran, tmp_path, monkeypatch):
+    cell, _, result = ran
+    running, most, asked = [], [], []
+
+    def run_cell(cell, bundle, limits):
+        running.append(cell)
+        most.append(len(running))
+        time.sleep(0.05)
+        running.remove(cell)
+        return dataclasses.replace(result, model=cell.model, command=tuple(cell.command()), peak_mib=100)
+
+    def expected(cell):
+        asked.append(cell.model)
+        return 7 << 30
+
+    monkeypatch.setattr(matrix_run, "run_cell", run_cell)
+    monkeypatch.setattr(machine, "available_memory", lambda: 8 << 30)
+    matrix_run.run(four(cell), tmp_path, seconds=1, jobs=4, expected=expected)
+    assert max(most) == 1
+    assert len(asked) == 4
+    most.clear()
+    matrix_run.run(four(cell), tmp_path, seconds=1, jobs=4, expected=expected, again=True)
+    assert max(most) > 1, "they took 100 MiB"
+    assert len(asked) == 4
+
+
+def test_one_that_never_fits_runs_alone(monkeypatch):
+    monkeypatch.setattr(machine, "available_memory", lambda: 1 << 30)
+    with machine.Machine(2).room(9 << 30):
+        pass
+
+
+def test_what_ends_the_run_ends_the_cells_that_run(ran, tmp_path, monkeypatch):
+    cell, _, _ = ran
+    began, ended = threading.Barrier(2), []
+
+    def run_cell(cell, bundle, limits):
+        began.wait(timeout=60)
+        if cell.model == "resnet1":
+            raise KeyboardInterrupt
+        ended.append(limits.stopped.wait(timeout=60))
+        raise process.StoppedError
+
+    monkeypatch.setattr(matrix_run, "run_cell", run_cell)
+    with pytest.raises(KeyboardInterrupt):
+        matrix_run.run(four(cell), tmp_path, seconds=1, jobs=2)
+    for _ in range(600):
+        if ended:
+            break
+        time.sleep(0.1)
+    assert ended == [True], "the other one was ended, and no third began"
+
+
+def test_a_process_is_killed_when_the_run_is_stopped():
+    stopped = threading.Event()
+    stopped.set()
+    began = time.monotonic()
+    with pytest.raises(process.StoppedError):
+        process.run_limited(["list"], seconds=300, memory=None, stopped=stopped)
+    assert time.monotonic() - began < 5
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
+def test_a_cell_uses_the_cores_that_it_is_given(ran, tmp_path):
+    cell, _, _ = ran
+    (core, *_) = sorted(os.sched_getaffinity(0))
+    result = matrix_run.run_cell(cell, tmp_path / "x.bundle", matrix_run.Limits(300, cores=frozenset({core})))
+    assert result.status == "ok", result.reason
+    assert result.engine["latency"]["machine"].endswith(", 1 core")
+
+
+@pytest.mark.parametrize(("text", "jobs"), [("1", 1), ("12", 12), ("auto", machine.automatic_jobs())])
+def test_jobs_are_a_number_or_chosen_by_the_cores(text, jobs):
+    assert matrix_command._jobs(text) == jobs
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "many", "1.5", "", "99999"])
+def test_jobs_that_are_no_number_are_refused_before_anything_runs(text, tmp_path, capsys):
+    path = write(tmp_path / "m.yaml", SMALL)
+    assert main(["matrix", str(path), f"--jobs={text}", "--out", str(tmp_path / "out")]) == 2
+    assert f"--jobs {text}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_memory_of_a_network_that_no_run_has_measured_is_expected_from_its_shapes():
+    def bytes_of(*arguments: str) -> int:
+        return expected_memory(read_arguments([*arguments, "--weights=none"]))
+
+    assert 1 << 30 < bytes_of("squeezenet1_1") < bytes_of("vgg11") < 12 << 30
+    assert expected_memory(read_arguments(["vgg11", "--weights=none.pth"])) == UNKNOWN
+
+
 def test_a_cell_gets_what_its_container_has_left(monkeypatch):
     monkeypatch.setattr(process, "available_memory", lambda: 8 << 30)
     assert process._budget(None) == 7 << 30
@@ -489,10 +615,10 @@ def test_a_failed_gate_is_told_by_the_exit_code_though_nobody_reads_on(ran, tmp_
 
 def test_a_cell_that_takes_too_long_or_too_much_memory_is_ended(ran, tmp_path):
     cell, _, _ = ran
-    late = matrix_run.run_cell(cell, tmp_path / "a.bundle", seconds=0.5, memory=None)
+    late = matrix_run.run_cell(cell, tmp_path / "a.bundle", matrix_run.Limits(0.5))
     assert (late.status, late.gate, late.exit_code) == ("failed", False, None)
     assert late.reason == "took longer than 0.5 s"
-    large = matrix_run.run_cell(cell, tmp_path / "b.bundle", seconds=300, memory=0.05)
+    large = matrix_run.run_cell(cell, tmp_path / "b.bundle", matrix_run.Limits(300, 0.05))
     assert large.status == "failed"
     assert large.reason == "took more than 51 MiB of memory"
     assert not list(tmp_path.glob("*.bundle"))
