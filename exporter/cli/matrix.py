@@ -17,6 +17,9 @@ from export_zoo.exporter.cli.common_options import EXIT_CODES, json_option, quie
 from export_zoo.exporter.cli.export import read_arguments
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from export_zoo.exporter.matrix.place import Place
     from export_zoo.exporter.matrix.plan import Cell
 
 
@@ -25,6 +28,33 @@ class CellsFailedError(ExportZooError):
 
     exit_code = 5
     kind = "matrix"
+
+
+def _place(text: str, jobs: str | None) -> Callable[[], Place]:
+    """Makes the place of --on and --jobs, which are checked before any work."""
+    if text != "local" and text != "ray" and not text.startswith("ray://"):
+        raise UsageError(f"--on {text}: unknown", hint="choose from local, ray, ray://HOST:PORT")
+    if text == "local":
+        at_once = _jobs(jobs or "1")
+
+        def machine() -> Place:
+            from export_zoo.exporter.matrix.machine import Machine
+
+            return Machine(at_once)
+
+        return machine
+    if jobs is not None:
+        raise UsageError(
+            f"--jobs has no effect with --on {text}", hint="leave it out: the cluster's size decides"
+        )
+
+    def cluster() -> Place:
+        from export_zoo.exporter.matrix.machine import CORES_EACH
+        from export_zoo.exporter.matrix.ray_cluster import RayCluster
+
+        return RayCluster(None if text == "ray" else text, cores=CORES_EACH)
+
+    return cluster
 
 
 def _jobs(text: str) -> int:
@@ -60,11 +90,18 @@ def _expected(cell: Cell) -> int:
     help="Run only the cells of this job of the file, or of the jobs that a glob matches.",
 )
 @click.option(
+    "--on",
+    "place",
+    default="local",
+    metavar="local|ray|ray://HOST:PORT",
+    help="Where cells run: on this machine (default), or as tasks of a Ray cluster: the one that runs here or that "
+    "RAY_ADDRESS names, or the one at an address of Ray's client.",
+)
+@click.option(
     "--jobs",
-    default="1",
     metavar="N|auto",
-    help="Number of cells that run at once, if their memory allows; each gets its part of the cores. auto: one for "
-    "each two cores. Latencies are disturbed then. Default: 1.",
+    help="With --on local: number of cells that run at once, if their memory allows; each gets its part of the cores. "
+    "auto: one for each two cores. Latencies are disturbed then. Default: 1.",
 )
 @click.option("--again", is_flag=True, help="Re-run finished cells.")
 @click.option(
@@ -94,7 +131,8 @@ def matrix(
     file: Path,
     out: Path,
     job: str | None,
-    jobs: str,
+    place: str,
+    jobs: str | None,
     again: bool,
     stored: bool,
     no_bundles: bool,
@@ -113,11 +151,12 @@ def matrix(
     """
     del json_path, verbose
     from export_zoo.exporter.matrix import plan, report, run
+    from export_zoo.exporter.matrix.cell import arguments
     from export_zoo.exporter.matrix.results import CellResult
     from export_zoo.exporter.matrix.results import stored as stored_results
     from export_zoo.exporter.models.sources import torchvision_zoo
 
-    at_once = _jobs(jobs)
+    chosen = _place(place, jobs)
     given = plan.read(file)
     names = plan.Names(torchvision_zoo.model_names(), torchvision_zoo.segmentation_names())
     cells = plan.cells(file, given, names, read_arguments, job)
@@ -131,7 +170,7 @@ def matrix(
                 click.echo(f"{left_out.status}: {cell.name}: {left_out.reason}")
             else:
                 bundle = out / run.BUNDLES / cell.bundle
-                click.echo(shlex.join(["export-zoo", *run.arguments(cell, bundle)]))
+                click.echo(shlex.join(["export-zoo", *arguments(cell, bundle)]))
         return
     shown = 0
 
@@ -157,7 +196,7 @@ def matrix(
             out,
             seconds=given.timeout,
             memory=given.memory,
-            jobs=at_once,
+            place=chosen(),
             expected=_expected,
             again=again,
             keep_bundles=not no_bundles,

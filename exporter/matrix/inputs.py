@@ -11,6 +11,7 @@ from typing import Any
 
 from export_zoo.base.graph_io import sha256_of
 from export_zoo.exporter.matrix.plan import Cell
+from export_zoo.exporter.model_sources import source_of
 
 _FILES = ("--weights", "--preprocess", "--ranges", "--costs", "--timing-cache")
 _FOLDERS = ("--calib", "--verify")
@@ -28,11 +29,27 @@ def fingerprints(cell: Cell) -> dict[str, str] | None:
     for argument in cell.arguments:
         option, _, value = argument.partition("=")
         path = Path(value)
-        if option in _FILES and path.is_file():
-            found[value] = _of_file(path.resolve(), path.stat().st_mtime_ns)
-        elif option in _FOLDERS and path.is_dir():
-            found[value] = _of_folder(path.resolve())
+        if (option in _FILES and path.is_file()) or (option in _FOLDERS and path.is_dir()):
+            found[value] = content_of(path)
     return found
+
+
+def named_paths(cell: Cell) -> list[Path]:
+    """Files and folders that a cell's command line names and that exist, and the file of the user's own network."""
+    values = [
+        value
+        for option, _, value in (a.partition("=") for a in cell.arguments)
+        if option in _FILES + _FOLDERS
+    ]
+    if source_of(cell.model).own_code:
+        values.append(cell.model.rpartition(":")[0])
+    return [path for path in map(Path, dict.fromkeys(values)) if path.exists()]
+
+
+def content_of(path: Path) -> str:
+    """SHA-256 of a file; of a folder's file names and sizes."""
+    resolved = path.resolve()
+    return _of_file(resolved, resolved.stat().st_mtime_ns) if path.is_file() else _of_folder(resolved)
 
 
 def of_emulation(

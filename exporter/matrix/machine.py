@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from dataclasses import replace
+from pathlib import Path
 
 from export_zoo.base.machine import available_memory, usable_cores
+from export_zoo.exporter.matrix import cell as cells
+from export_zoo.exporter.matrix.cell import Limits
+from export_zoo.exporter.matrix.plan import Cell
+from export_zoo.exporter.matrix.results import CellResult
 
 CORES_EACH = 2
 """Cores for each cell with `--jobs auto`: much of an export runs on one core, its calibration on all."""
-
-Group = TypeVar("Group")
-Result = TypeVar("Result")
 
 
 def automatic_jobs() -> int:
@@ -31,9 +32,8 @@ class Machine:
     """
 
     def __init__(self, jobs: int) -> None:
-        self.jobs = jobs
-        self.stopped = threading.Event()
-        """Set when cells must end."""
+        self.at_once = jobs
+        self._stopped = threading.Event()
         self._changed = threading.Condition()
         self._running = 0
         self._promised = 0
@@ -41,6 +41,28 @@ class Machine:
         self._memory = available_memory()
         cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
         self._shares = [frozenset(cores[i::jobs]) or None for i in range(jobs)]
+
+    def run(
+        self,
+        cell: Cell,
+        exported: CellResult | None,
+        bundle: Path,
+        limits: Limits,
+        expected: Callable[[], int],
+    ) -> CellResult:
+        with self.room(expected() if self.at_once > 1 else 0) as cores:
+            within = replace(limits, cores=cores, stopped=self._stopped)
+            if exported is None:
+                return cells.run_cell(cell, bundle, within)
+            return cells.run_on_cpu(cell, exported, bundle, within)
+
+    def versions(self, cell: Cell) -> list[dict[str, str]]:
+        return [cells.versions(cell)]
+
+    def stop(self) -> None:
+        self._stopped.set()
+        with self._changed:
+            self._changed.notify_all()
 
     @contextmanager
     def room(self, expected: int) -> Iterator[frozenset[int] | None]:
@@ -52,14 +74,14 @@ class Machine:
             self._changed.wait_for(
                 lambda: (
                     self._running == 0
-                    or (self._running < self.jobs and self._promised + expected <= self._memory)
+                    or (self._running < self.at_once and self._promised + expected <= self._memory)
                 )
             )
             self._running += 1
             self._promised += expected
             cores = self._shares.pop()
         try:
-            yield cores if self.jobs > 1 else None
+            yield cores if self.at_once > 1 else None
         finally:
             with self._changed:
                 self._running -= 1
@@ -67,22 +89,6 @@ class Machine:
                 self._shares.append(cores)
                 self._changed.notify_all()
 
-    def run_all(self, groups: Sequence[Group], run: Callable[[Group], list[Result]]) -> list[Result]:
-        """Run the groups, `jobs` at once, and return their results in the order of the groups.
-
-        An exception, or Ctrl-C, ends those that run.
-        """
-        if self.jobs == 1:
-            return [result for group in groups for result in run(group)]
-        with ThreadPoolExecutor(self.jobs, thread_name_prefix="cell") as pool:
-            started: list[Any] = [pool.submit(run, group) for group in groups]
-            try:
-                wait(started, return_when=FIRST_EXCEPTION)
-                for future in started:
-                    if future.done() and (error := future.exception()) is not None:
-                        raise error
-                return [result for future in started for result in future.result()]
-            except BaseException:
-                self.stopped.set()
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+    def _fits(self, expected: int) -> bool:
+        beside = self._running < self.at_once and self._promised + expected <= self._memory
+        return beside or self._running == 0

@@ -124,14 +124,19 @@ class Ended:
 
 
 _COMMAND = f"""
-import importlib.util, sys
+import contextlib, ctypes, importlib.util, signal, sys
+with contextlib.suppress(AttributeError, OSError, TypeError):
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 sys.path = [*filter(None, sys.path)]
 if importlib.util.find_spec("export_zoo") is None:
     sys.path.append({str(IMPORT_ROOT)!r})
 from export_zoo.exporter.cli.app import run
 run()
 """
-"""Runs `export-zoo` without the current directory on sys.path; `python -m` would put it first."""
+"""Runs `export-zoo` without the current directory on sys.path; `python -m` would put it first.
+
+On Linux the process ends with the one that started it, however that ends (prctl's PR_SET_PDEATHSIG).
+"""
 
 
 def run_limited(

@@ -20,6 +20,7 @@ from export_zoo.base.errors import EnvironmentFailureError, UsageError
 from export_zoo.exporter.cli import matrix as matrix_command
 from export_zoo.exporter.cli.app import main
 from export_zoo.exporter.cli.export import read_arguments
+from export_zoo.exporter.matrix import cell as matrix_cell
 from export_zoo.exporter.matrix import machine, plan, process, report
 from export_zoo.exporter.matrix import run as matrix_run
 from export_zoo.exporter.matrix.expected_memory import UNKNOWN, expected_memory
@@ -290,7 +291,7 @@ def test_a_second_run_takes_what_is_done_and_runs_what_is_not(ran, monkeypatch):
         made.append(cell.name)
         return dataclasses.replace(result, command=tuple(cell.command()), status="failed", reason="made anew")
 
-    monkeypatch.setattr(matrix_run, "run_cell", run_cell)
+    monkeypatch.setattr(matrix_cell, "run_cell", run_cell)
     done = lambda result, cached: seen.append((result.status, cached))  # noqa: E731
     assert matrix_run.run([cell], out, seconds=1, done=done) == [result]
     assert (made, seen) == ([], [("ok", True)])
@@ -333,7 +334,7 @@ def test_a_cell_is_run_again_when_its_files_changed(ran, tmp_path, monkeypatch):
             result, model=cell.model, command=tuple(cell.command()), inputs=fingerprints(cell) or {}
         )
 
-    monkeypatch.setattr(matrix_run, "run_cell", run_cell)
+    monkeypatch.setattr(matrix_cell, "run_cell", run_cell)
     changes = [
         lambda: None,
         lambda: (images / "b.png").write_bytes(b"2"),
@@ -367,7 +368,7 @@ def on_haswell(cell: plan.Cell, **changes) -> plan.Cell:
 @needs_qemu
 def test_the_bundle_of_a_cell_is_run_on_an_emulated_cpu_and_not_exported_again(ran, monkeypatch):
     cell, out, result = ran
-    monkeypatch.setattr(matrix_run, "run_cell", lambda *_, **__: pytest.fail("it is exported already"))
+    monkeypatch.setattr(matrix_cell, "run_cell", lambda *_, **__: pytest.fail("it is exported already"))
     store(out / "results", result)
     cells = [cell, on_haswell(cell)]
     seen: list[tuple[str, bool]] = []
@@ -384,7 +385,7 @@ def test_the_bundle_of_a_cell_is_run_on_an_emulated_cpu_and_not_exported_again(r
     assert "emulated" in haswell.machine
     assert haswell.versions["qemu"] != "absent"
     assert haswell.random
-    monkeypatch.setattr(matrix_run, "run_on_cpu", lambda *_, **__: pytest.fail("it is verified already"))
+    monkeypatch.setattr(matrix_cell, "run_on_cpu", lambda *_, **__: pytest.fail("it is verified already"))
     assert matrix_run.run(cells, out, seconds=300, done=done) == [host, haswell]
     assert seen == [("host", True), ("haswell", False), ("host", True), ("haswell", True)]
 
@@ -403,17 +404,17 @@ def test_an_emulated_cpu_runs_again_when_the_export_changed_and_only_then(ran, m
     def run_on_cpu(cell, exported, bundle, _limits):
         assert bundle.is_dir()
         made.append(cell.cpu)
-        inputs = matrix_run._inputs_on_cpu(cell, exported) or {}
+        inputs = matrix_cell.inputs_on_cpu(cell, exported) or {}
         return dataclasses.replace(
             result,
             cpu=cell.cpu,
             command=tuple(cell.command()),
             inputs=inputs,
-            versions=matrix_run._versions(cell),
+            versions=matrix_cell.versions(cell),
         )
 
-    monkeypatch.setattr(matrix_run, "run_cell", run_cell)
-    monkeypatch.setattr(matrix_run, "run_on_cpu", run_on_cpu)
+    monkeypatch.setattr(matrix_cell, "run_cell", run_cell)
+    monkeypatch.setattr(matrix_cell, "run_on_cpu", run_on_cpu)
     cells = [cell, on_haswell(cell)]
 
     def run(cells, **options):
@@ -458,7 +459,7 @@ def test_a_run_that_is_stopped_leaves_no_old_result(ran, monkeypatch):
     def run_cell(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(matrix_run, "run_cell", run_cell)
+    monkeypatch.setattr(matrix_cell, "run_cell", run_cell)
     with pytest.raises(KeyboardInterrupt):
         matrix_run.run([cell], out, seconds=1, again=True)
     assert cell.name not in stored(out / "results")
@@ -483,11 +484,11 @@ def test_cells_run_at_once_each_with_its_cores_and_are_told_in_the_order_of_the_
         seen.append(limits.cores)
         return dataclasses.replace(result, model=cell.model, command=tuple(cell.command()))
 
-    monkeypatch.setattr(matrix_run, "run_cell", run_cell)
+    monkeypatch.setattr(matrix_cell, "run_cell", run_cell)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 5})
     cells, told = four(cell), []
     found = matrix_run.run(
-        cells, tmp_path, seconds=1, jobs=2, done=lambda result, _: told.append(result.model)
+        cells, tmp_path, seconds=1, place=machine.Machine(2), done=lambda result, _: told.append(result.model)
     )
     assert [one.model for one in found] == [one.model for one in cells]
     assert sorted(told) == [one.model for one in cells]
@@ -510,13 +511,13 @@ def test_cells_that_do_not_fit_into_memory_together_run_one_after_the_other(ran,
         asked.append(cell.model)
         return 7 << 30
 
-    monkeypatch.setattr(matrix_run, "run_cell", run_cell)
+    monkeypatch.setattr(matrix_cell, "run_cell", run_cell)
     monkeypatch.setattr(machine, "available_memory", lambda: 8 << 30)
-    matrix_run.run(four(cell), tmp_path, seconds=1, jobs=4, expected=expected)
+    matrix_run.run(four(cell), tmp_path, seconds=1, place=machine.Machine(4), expected=expected)
     assert max(most) == 1
     assert len(asked) == 4
     most.clear()
-    matrix_run.run(four(cell), tmp_path, seconds=1, jobs=4, expected=expected, again=True)
+    matrix_run.run(four(cell), tmp_path, seconds=1, place=machine.Machine(4), expected=expected, again=True)
     assert max(most) > 1, "they took 100 MiB"
     assert len(asked) == 4
 
@@ -538,9 +539,9 @@ def test_what_ends_the_run_ends_the_cells_that_run(ran, tmp_path, monkeypatch):
         ended.append(limits.stopped.wait(timeout=60))
         raise process.StoppedError
 
-    monkeypatch.setattr(matrix_run, "run_cell", run_cell)
+    monkeypatch.setattr(matrix_cell, "run_cell", run_cell)
     with pytest.raises(KeyboardInterrupt):
-        matrix_run.run(four(cell), tmp_path, seconds=1, jobs=2)
+        matrix_run.run(four(cell), tmp_path, seconds=1, place=machine.Machine(2))
     for _ in range(600):
         if ended:
             break
@@ -561,7 +562,9 @@ def test_a_process_is_killed_when_the_run_is_stopped():
 def test_a_cell_uses_the_cores_that_it_is_given(ran, tmp_path):
     cell, _, _ = ran
     (core, *_) = sorted(os.sched_getaffinity(0))
-    result = matrix_run.run_cell(cell, tmp_path / "x.bundle", matrix_run.Limits(300, cores=frozenset({core})))
+    result = matrix_cell.run_cell(
+        cell, tmp_path / "x.bundle", matrix_cell.Limits(300, cores=frozenset({core}))
+    )
     assert result.status == "ok", result.reason
     assert result.engine["latency"]["machine"].endswith(", 1 core")
 
@@ -615,10 +618,10 @@ def test_a_failed_gate_is_told_by_the_exit_code_though_nobody_reads_on(ran, tmp_
 
 def test_a_cell_that_takes_too_long_or_too_much_memory_is_ended(ran, tmp_path):
     cell, _, _ = ran
-    late = matrix_run.run_cell(cell, tmp_path / "a.bundle", matrix_run.Limits(0.5))
+    late = matrix_cell.run_cell(cell, tmp_path / "a.bundle", matrix_cell.Limits(0.5))
     assert (late.status, late.gate, late.exit_code) == ("failed", False, None)
     assert late.reason == "took longer than 0.5 s"
-    large = matrix_run.run_cell(cell, tmp_path / "b.bundle", matrix_run.Limits(300, 0.05))
+    large = matrix_cell.run_cell(cell, tmp_path / "b.bundle", matrix_cell.Limits(300, 0.05))
     assert large.status == "failed"
     assert large.reason == "took more than 51 MiB of memory"
     assert not list(tmp_path.glob("*.bundle"))
@@ -672,7 +675,7 @@ def test_a_crashed_process_is_told_by_its_signal_and_last_words():
 
 def test_stored_results_are_told_without_running_anything(ran, tmp_path, monkeypatch, capsys):
     cell, out, result = ran
-    monkeypatch.setattr(matrix_run, "run_cell", lambda *_, **__: pytest.fail("nothing is to be run"))
+    monkeypatch.setattr(matrix_cell, "run_cell", lambda *_, **__: pytest.fail("nothing is to be run"))
     path = write(tmp_path / "m.yaml", SMALL.replace("fp32", "[fp32, fp16]"))
     store(out / "results", dataclasses.replace(result, versions={"torch": "0.1"}))
     page = tmp_path / "page.md"
