@@ -345,7 +345,7 @@ OPTIONS = (
         "--effort",
         "effort",
         _INT8,
-        "How much is tried to improve INT8. high takes 1.3 to 1.5 times as long.",
+        "How much is tried to improve INT8. high takes 1.3 to 1.7 times as long.",
         metavar="|".join(o.EFFORTS),
         default=o.EFFORTS[0],
     ),
