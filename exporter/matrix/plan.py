@@ -70,6 +70,11 @@ class Job(Where):
     runs_on: list[str] = Field(alias="runs-on", description="Labels of the runner.")
     cpus: list[str] | None = Field(default=None, description="CPUs of the job, in place of the file's.")
     options: dict[str, Value] = {}
+    accelerators: list[str] = Field(
+        default=[],
+        description="Types of GPU that the job's engines are for, as Ray names them (`H100`). A cluster takes the "
+        "first one that it has.",
+    )
 
 
 class MatrixFile(_Model):
@@ -110,6 +115,8 @@ class Cell:
     cpu: str = HOST
     images: int = IMAGES
     """Held-out images that an emulated CPU runs."""
+    accelerators: tuple[str, ...] = ()
+    """Types of GPU that the engine is for, the best first; on a cluster, the first one that it has."""
 
     def command(self) -> list[str]:
         """Arguments of `export-zoo`, without --out and --json. A bundle is named without its folder."""
@@ -315,6 +322,7 @@ def _cells_of(given: MatrixFile, models: Iterable[str], job: Job | None) -> Iter
                         reasons[0] if reasons else "",
                         cpu,
                         given.cpu_images,
+                        tuple(job.accelerators) if job is not None and cpu == HOST else (),
                     )
 
 

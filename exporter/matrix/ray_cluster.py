@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import logging
+import socket
 import tarfile
 import tempfile
 import threading
@@ -17,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from export_zoo.base.cuda import device_name
 from export_zoo.base.errors import EnvironmentFailureError, TargetUnavailableError
 from export_zoo.base.files import cache_directory
 from export_zoo.base.package import __version__
@@ -49,6 +51,8 @@ class _Order:
     limits: Limits
     contents: Mapping[str, str]
     """SHA-256 of the files and folders that the cell names, by absolute path."""
+    accelerator: str
+    """Type of the node's GPU; empty if the cell needs none."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,9 @@ def _run_on_node(order: _Order, inputs: Mapping[str, list[Any]]) -> _Delivery:
     """The task of a cell, on its node."""
     import ray
 
+    if order.accelerator and order.accelerator not in (device_name() or ""):
+        why = f"node {socket.gethostname()} calls itself {order.accelerator}; its GPU is {device_name() or 'absent'}"
+        return _Delivery(_failed(order.cell, why), _packed(Path()))
     with tempfile.TemporaryDirectory(prefix="export-zoo-ray-") as directory:
         folder = Path(directory)
         places = {}
@@ -139,20 +146,27 @@ class RayCluster:
         address: of the cluster, `ray://HOST:PORT` for Ray's client; None for the one that runs on this machine, or a
             new one.
         cores: number of cores of each cell.
+        task: what runs a cell on its node.
 
     Raises:
         TargetUnavailableError: Ray is not installed.
         EnvironmentFailureError: there is no cluster at the address, or a node has another export-zoo.
     """
 
-    def __init__(self, address: str | None, *, cores: int) -> None:
+    def __init__(
+        self,
+        address: str | None,
+        *,
+        cores: int,
+        task: Callable[[_Order, Mapping[str, list[Any]]], _Delivery] = _run_on_node,
+    ) -> None:
         try:
             import ray
         except ImportError as error:
             raise TargetUnavailableError(
                 "--on ray: Ray is not installed", hint="pip install 'export-zoo[ray]', here and on all nodes"
             ) from error
-        self._ray, self._cores, self._stopped = ray, cores, threading.Event()
+        self._ray, self._cores, self._task, self._stopped = ray, cores, task, threading.Event()
         try:
             if not ray.is_initialized():
                 ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
@@ -204,15 +218,30 @@ class RayCluster:
             self._known_versions[key] = [*found.values()]
         return self._known_versions[key]
 
-    def _why_never(self, expected: int) -> str:
-        """Why no node can ever take a cell; empty if one can."""
-        most = max((float(node["Resources"].get("memory", 0)) for node in self._nodes), default=0.0)
-        if expected <= most:
-            return ""
-        return (
-            f"no node of the cluster can take it: it is expected to take {expected / 2**30:.1f} GiB of memory, the "
-            f"largest node has {most / 2**30:.1f}"
-        )
+    def _needs(self, cell: Cell, expected: int) -> tuple[dict[str, Any], str]:
+        """What a task of a cell asks for, and why no node can ever take it, empty if one can."""
+        nodes = [node["Resources"] for node in self._nodes]
+        needs: dict[str, Any] = {"memory": expected, "max_retries": 0}
+        if cell.accelerators:
+            found = [
+                name
+                for name in cell.accelerators
+                if any(f"accelerator_type:{name}" in node for node in nodes)
+            ]
+            if not found:
+                return needs, f"no node of the cluster has a {' or '.join(cell.accelerators)}"
+            needs |= {"num_gpus": 1, "accelerator_type": found[0]}
+            nodes = [
+                node for node in nodes if f"accelerator_type:{found[0]}" in node and node.get("GPU", 0) >= 1
+            ]
+        most = max((float(node.get("memory", 0)) for node in nodes), default=0.0)
+        if expected > most:
+            return needs, (
+                f"no node of the cluster can take it: it is expected to take {expected / 2**30:.1f} GiB of memory, the "
+                f"largest node has {most / 2**30:.1f} GiB"
+            )
+        fitting = [node for node in nodes if float(node.get("memory", 0)) >= expected]
+        return needs | {"num_cpus": min(self._cores, max(int(node.get("CPU", 0)) for node in fitting))}, ""
 
     def run(
         self,
@@ -222,20 +251,19 @@ class RayCluster:
         limits: Limits,
         expected: Callable[[], int],
     ) -> CellResult:
-        wanted = expected()
-        if why := self._why_never(wanted):
-            return _failed(cell, why)
-        most = max(int(node["Resources"].get("CPU", 0)) for node in self._nodes)
-        needs = {"num_cpus": min(self._cores, most), "memory": wanted, "max_retries": 0}
+        needs, why_never = self._needs(cell, expected())
+        if why_never:
+            return _failed(cell, why_never)
         given = _absolute(cell)
         inputs = {str(path): self._pack(path) for path in named_paths(given)}
         if exported is not None:
             inputs[""] = [self._ray.put(_packed(bundle.parent, bundle.name))]
         contents = {path: content_of(Path(path)) for path in inputs if path}
-        order = _Order(given, exported, bundle.name, limits, contents)
+        accelerator = needs.get("accelerator_type", "")
+        order = _Order(given, exported, bundle.name, limits, contents, accelerator)
         reason = ""
         for _ in range(ATTEMPTS):
-            task = self._ray.remote(_run_on_node).options(**needs)
+            task = self._ray.remote(self._task).options(**needs)
             try:
                 delivery = self._wait(task.remote(order, inputs))
             except self._ray.exceptions.RayTaskError as error:
