@@ -139,10 +139,6 @@ class ExportOptions:
             raise UsageError(
                 f"--ranges has no effect on {', '.join(self.precisions)}", hint=f"add --precision {QUANTIZED}"
             )
-        if self.costs is not None and not self.quantizes:
-            raise UsageError(
-                f"--costs has no effect on {', '.join(self.precisions)}", hint=f"add --precision {QUANTIZED}"
-            )
         if self.quantizes and self.calib is None and self.ranges is None:
             raise UsageError(
                 f"--precision {self.quantizes[0]} needs --calib DIR, or --ranges FILE",

@@ -156,7 +156,10 @@ def _prepare(context: Context) -> _Prepared:
     if options.ranges is not None:
         Ranges.read(options.ranges)  # a wrong file is refused before any work
     if options.costs is not None:
-        registry.check_costs(options.costs, chosen_targets)
+        used = [target for target in chosen_targets if target.takes_costs(options.costs)]
+        if not used or not options.quantizes:  # a matrix may give all cells the same options
+            what = ", ".join(options.precisions if used else (target.name for target in chosen_targets))
+            context.reporter.warn(f"--costs has no effect on {what}")
     for option, folder in (("--calib", options.calib), ("--verify", options.verify)):
         if folder is not None:
             check_folder(folder, option)  # before weights are downloaded

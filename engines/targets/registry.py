@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from export_zoo.base.errors import TargetUnavailableError, UsageError
@@ -106,14 +105,6 @@ def check_precisions(precisions: Sequence[str], chosen: Sequence[Target]) -> Non
                     f"--precision {precision}: {target.name} cannot build it: {reason}",
                     hint="leave out this precision or this target",
                 )
-
-
-def check_costs(path: Path, chosen: Sequence[Target]) -> None:
-    """Refuse a cost file that no chosen target uses, or a file that is none. Raises UsageError or BadInputError."""
-    if not [target for target in chosen if target.takes_costs(path)]:
-        raise UsageError(
-            f"--costs has no effect on {', '.join(target.name for target in chosen)}", hint="leave it out"
-        )
 
 
 def choose_for(names: Sequence[str], options: BuildOptions, precisions: Sequence[str]) -> list[Target]:

@@ -19,14 +19,14 @@ from export_zoo.base.machine import cpu_model, instruction_set
 from export_zoo.calibration.ranges import Ranges
 from export_zoo.engines.bundle import reader
 from export_zoo.engines.bundle.bench import Effort, run_in_turn
+from export_zoo.engines.bundle.manifest import Recipe
 from export_zoo.engines.precision.int8.keep_float import kept_float
 from export_zoo.engines.precision.int8.qdq import quantize
 from export_zoo.engines.targets.onnxruntime.costs import (
-    FASTER,
     Costs,
     RegionTime,
     best_apart,
-    ratio,
+    faster,
     regions_of,
     saved,
 )
@@ -83,13 +83,8 @@ def _ratio(before: Path, after: Path) -> float:
     return float(np.exp(np.mean(np.log(found))))
 
 
-def measure(bundle: Path, progress: Callable[[int, int], None]) -> Costs:
-    """Time the regions of a bundle's network in 8 bits and in float, on one thread at batches 1 and 8.
-
-    A region is kept if float takes at most FASTER of the time, and the whole network is faster with it, too.
-
-    Args:
-        progress: called with 1 and the number of regions, after each region.
+def check(bundle: Path) -> Recipe:
+    """The recipe of a bundle whose regions can be timed.
 
     Raises:
         BadInputError: not a bundle, damaged, or without ranges; or the network's size is not fixed.
@@ -97,17 +92,34 @@ def measure(bundle: Path, progress: Callable[[int, int], None]) -> Costs:
     recipe = reader.read_manifest(bundle).recipe
     if recipe.calibration is None:
         raise BadInputError(
-            f"{bundle}: has no ranges, which INT8 graphs are written from",
+            f"{bundle}: has no ranges, and an INT8 graph needs them",
             hint="export the network with --precision int8",
         )
     if recipe.input_size is not None:
         raise BadInputError(
             f"{bundle}: its input size is dynamic, and times depend on it", hint="export it with --input-size"
         )
-    path = reader.checked(bundle, recipe.graph)
+    reader.checked(bundle, recipe.graph)
     for file in recipe.external_data:
         reader.checked(bundle, file)
-    ranges = Ranges.read(reader.checked(bundle, recipe.calibration.ranges))
+    Ranges.read(reader.checked(bundle, recipe.calibration.ranges))
+    return recipe
+
+
+def measure(bundle: Path, progress: Callable[[int, int], None]) -> Costs:
+    """Time the regions of a bundle's network in 8 bits and in float, on one thread at batches 1 and 8.
+
+    A region is kept if it is faster in float (`costs.faster`), and the whole network is faster with it, too.
+
+    Args:
+        progress: called with 1 and the number of regions, after each region.
+
+    Raises:
+        BadInputError: as `check`.
+    """
+    recipe = check(bundle)
+    assert recipe.calibration is not None
+    path, ranges = bundle / recipe.graph.path, Ranges.read(bundle / recipe.calibration.ranges.path)
     fp32 = graph_io.load(path)
     kept = kept_float(fp32.graph, recipe.keep_float)
     with tempfile.TemporaryDirectory(prefix="export-zoo-") as directory:
@@ -127,9 +139,7 @@ def measure(bundle: Path, progress: Callable[[int, int], None]) -> Costs:
                 timed[region.signature] = _time(region, fp32, int8)
             progress(1, len(every))
         candidates = [
-            (region, saved(timed[region.signature]))
-            for region in every
-            if ratio(timed[region.signature]) <= FASTER
+            (region, saved(timed[region.signature])) for region in every if faster(timed[region.signature])
         ]
         confirmed: list[Region] = []
         layers = place_onnxruntime(fp32.graph, kept).weights.keys()

@@ -269,6 +269,11 @@ def inspect(bundle: Path, json_path: Path | None, quiet: bool, verbose: bool) ->
         low, opt, high = (f"{height}x{width}" for height, width in (sizes.min, sizes.opt, sizes.max))
         lines["input"] += f", {low} to {high}, best at {opt}"
         lines["held out"] += "".join(f", {part.count} at {part.height}x{part.width}" for part in held.sizes)
+    for engine in manifest.artifacts.engines:
+        if engine.float_for_speed is not None and engine.float_for_speed.layers:
+            lines["float"] = (
+                f"{len(engine.float_for_speed.layers)} layers of {engine.name}, because that is faster"
+            )
     for name, text in lines.items():
         click.echo(f"{name:<12} {text}")
     for name, attestation in attested.by_file.items():

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import click
 
-from export_zoo.base.errors import EnvironmentFailureError, UsageError
+from export_zoo.base.errors import BadInputError, EnvironmentFailureError, UsageError
 from export_zoo.exporter.cli import outcome
 from export_zoo.exporter.cli.common_options import EXIT_CODES, json_option, quiet_option, verbose_option
 from export_zoo.exporter.run.report import ConsoleReporter
@@ -30,14 +31,15 @@ def costs(bundles: tuple[Path, ...], out: Path, json_path: Path | None, quiet: b
     `export --costs FILE` leaves them float. Takes about a minute a network, on one thread; let nothing else run.
     The bundles need INT8 engines, or at least ranges. Needs no PyTorch.
     """
-    del json_path, verbose
+    del verbose
     now = outcome.current()
     now.reporter = reporter = ConsoleReporter(quiet=quiet)
-    if not out.parent.is_dir():
-        raise UsageError(f"--out {out}: its directory does not exist", hint="create it, or give another file")
     from export_zoo.engines.targets.onnxruntime.costs import Costs
-    from export_zoo.engines.verification.region_costs import measure
+    from export_zoo.engines.verification.region_costs import check, measure
 
+    _check_out(out, json_path)
+    for bundle in bundles:  # before a minute is spent on the first
+        check(bundle)
     found: list[Costs] = []
     for bundle in bundles:
         with reporter.stage("costs") as stage, reporter.bar(f"costs of {bundle.name}", None) as advance:
@@ -55,4 +57,29 @@ def costs(bundles: tuple[Path, ...], out: Path, json_path: Path | None, quiet: b
         ) from error
     now.document |= {"costs": str(out), "regions": len(merged.regions)}
     if not quiet:
-        click.echo(f"{out}: {len(merged.regions)} regions that stay float")
+        for signature, times in merged.regions.items():
+            shown = ", ".join(f"batch {n}: {t.int8:.2f} -> {t.float32:.2f} ms" for n, t in times.items())
+            click.echo(f"{shown}: {signature}")
+        count = len(merged.regions)
+        click.echo(
+            f"{out}: {count} region{'s' if count != 1 else ''} that stay{'s' if count == 1 else ''} float"
+        )
+
+
+def _check_out(out: Path, json_path: Path | None) -> None:
+    """Refuse a file that cannot be written, or that is no cost file, before anything is measured."""
+    from export_zoo.engines.targets.onnxruntime.costs import Costs
+
+    if not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
+        raise UsageError(
+            f"--out {out}: its directory does not exist or cannot be written to", hint="give another file"
+        )
+    if json_path is not None and json_path.resolve() == out.resolve():
+        raise UsageError(f"--json {json_path}: is the file of --out", hint="give another file")
+    if out.exists():
+        try:
+            Costs.read(out)
+        except BadInputError as error:
+            raise UsageError(
+                f"--out {out}: exists, and is not a cost file", hint="give another file"
+            ) from error

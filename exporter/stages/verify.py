@@ -252,7 +252,7 @@ def time_engines(
                 f"{name} is slower than FP32 here ({latency.speedup:.2f}x at batch {latency.batch})"
                 + (
                     ": use the FP32 engine on this machine, or try `export-zoo costs BUNDLE` and --costs"
-                    if timed[name].float_for_speed is not None
+                    if timed[name].float_for_speed is not None and recipe.input_size is None
                     else ""
                 )
             )

@@ -23,6 +23,7 @@ from export_zoo.engines.targets.onnxruntime.costs import (
     FASTER,
     Costs,
     RegionTime,
+    faster,
     float_layers,
     ratio,
     regions_of,
@@ -149,10 +150,36 @@ def test_a_region_stays_float_only_if_it_is_a_tenth_faster(part, expected, tmp_p
     assert float_layers(graph, frozenset(), costs({signature: (1.0, part)})) == expected
 
 
-def test_if_all_layers_were_faster_in_float_none_stays_float(tmp_path):
+def test_if_all_layers_are_faster_in_float_the_region_that_saves_least_is_quantized(tmp_path):
     graph = graph_io.load(network(tmp_path / "n.onnx")).graph
-    every = {region.signature: (2.0, 1.0) for region in regions_of(graph, frozenset())}
-    assert float_layers(graph, frozenset(), costs(every)) == ()
+    single = [region for region in regions_of(graph, frozenset()) if len(region.layers) == 1]
+    every = {region.signature: (9.0, 1.0 + (region.layers == ("branch",))) for region in single}
+    assert float_layers(graph, frozenset(), costs(every)) == ("stem", "depthwise", "pointwise", "dense")
+    assert float_layers(graph, frozenset(set(LAYERS) - {"stem"}), costs(every)) == (), "the only one"
+
+
+def test_a_region_that_is_slower_in_float_at_one_batch_size_is_quantized():
+    faster_alone = {1: RegionTime(int8=2.0, float32=1.0), 8: RegionTime(int8=8.0, float32=8.1)}
+    assert ratio(faster_alone) < FASTER
+    assert not faster(faster_alone)
+    assert faster({**faster_alone, 8: RegionTime(int8=8.0, float32=8.0)})
+
+
+def test_integers_that_decide_what_an_operator_does_are_in_the_signature(tmp_path):
+    def signatures(axes: list[int]) -> list[str]:
+        model = graph_io.load(network(tmp_path / "n.onnx"))
+        mean = next(node for node in model.graph if node.name == "mean")
+        value = ir.Value(name="axes", const_value=ir.tensor(np.array(axes), name="axes"))
+        model.graph.initializers["axes"] = value
+        new = ir.node("ReduceMean", [mean.inputs[0], value], {"keepdims": 1}, name="mean")
+        new.outputs[0].shape, new.outputs[0].type = mean.outputs[0].shape, mean.outputs[0].type
+        model.graph.insert_before(mean, [new])
+        ir.convenience.replace_all_uses_with(mean.outputs[0], new.outputs[0])
+        model.graph.remove(mean, safe=True)
+        return [r.signature for r in regions_of(model.graph, frozenset()) if "ReduceMean" in r.signature]
+
+    assert any("[2,3]" in text for text in signatures([2, 3]))
+    assert not set(signatures([2, 3])) & set(signatures([3, 2]))
 
 
 def test_figures_over_batch_sizes_are_the_ratios_mean_and_the_milliseconds_of_an_image():
@@ -199,6 +226,15 @@ def test_a_region_alone_computes_what_it_computes_within_the_network(activation,
         (None, "No such file"),
         ("{", "not a cost file"),
         ('{"format": 2}', "format"),
+        ('{"onnxruntime": "1", "instruction_set": "", "cpu": "", "threads": -5, "regions": {}}', "threads"),
+        (
+            '{"onnxruntime": "", "instruction_set": "", "cpu": "", "regions": {"x": {"0": {"int8": 2, "float32": 1}}}}',
+            "regions",
+        ),
+        (
+            '{"onnxruntime": "", "instruction_set": "", "cpu": "", "regions": {"x": {"1": {"int8": 1e308}}}}',
+            "int8",
+        ),
         (
             '{"format": 1, "onnxruntime": "1", "instruction_set": "", "cpu": "", "regions": {}, "more": 1}',
             "more",
@@ -220,6 +256,7 @@ def test_a_file_that_is_no_cost_file_is_refused_with_its_name(text, said, tmp_pa
 def test_the_default_cost_file_holds_only_regions_that_are_faster_in_float():
     found = Costs.read(DEFAULT).regions
     assert found
+    assert all(time.float32 <= time.int8 for times in found.values() for time in times.values())
     assert all(ratio(times) <= FASTER for times in found.values())
 
 

@@ -17,6 +17,7 @@ from export_zoo.engines.bundle.reader import read_manifest
 from export_zoo.engines.targets.onnxruntime.costs import Costs, RegionTime, regions_of
 from export_zoo.engines.targets.onnxruntime.regions import Region
 from export_zoo.engines.targets.registry import TARGETS
+from export_zoo.exporter.cli.app import main
 
 
 def first_region_in_float(bundle: Path, out: Path) -> Costs:
@@ -58,7 +59,7 @@ def test_costs_are_measured_and_written_for_several_bundles(cli, digits_bundle, 
     monkeypatch.setattr(region_costs, "regions_of", lambda graph, kept: regions_of(graph, kept)[:3])
     monkeypatch.setattr(region_costs, "_REGION", Effort(0.0, 1, 1))
     monkeypatch.setattr(region_costs, "_NETWORK", Effort(0.0, 1, 1))
-    monkeypatch.setattr(region_costs, "FASTER", 1e9)  # whatever they take
+    monkeypatch.setattr(region_costs, "faster", lambda times: True)
     monkeypatch.setattr(region_costs, "saved", lambda times: 1.0)
     monkeypatch.setattr(region_costs, "CONFIRMED", 1e9)
     done = cli("costs", digits_bundle, digits_bundle, "--out", tmp_path / "costs.json")
@@ -128,32 +129,58 @@ def test_what_cannot_be_measured_is_refused_with_its_name(change, said, cli, dig
     assert not (tmp_path / "costs.json").exists()
 
 
-def test_a_missing_folder_is_told_before_anything_is_measured(cli, digits_bundle, tmp_path):
-    done = cli("costs", digits_bundle, "--out", tmp_path / "none" / "costs.json")
-    assert done.code == 2
-    assert "--out" in done.err
-
-
 @pytest.mark.parametrize(
-    ("arguments", "code", "said"),
+    ("arguments", "said"),
     [
-        (["--precision", "fp32", "--costs", "FILE"], 2, "--costs has no effect on fp32"),
-        (["--precision", "int8", "--costs", "none.json"], 5, "none.json"),
+        (["--precision", "fp32"], "--costs has no effect on fp32"),
         (
-            ["--precision", "int8", "--costs", "FILE", "--target", "tensorrt-rtx"],
-            2,
+            ["--precision", "int8", "--target", "tensorrt-rtx", *UNTUNED],
             "--costs has no effect on tensorrt-rtx",
+        ),
+        (
+            ["--precision", "int8", "--input-size", "48", *UNTUNED],
+            "has no region of this network at this input size",
         ),
     ],
 )
-def test_a_cost_file_that_cannot_be_used_is_refused_before_any_work(
-    arguments, code, said, cli, digits, digits_bundle, tmp_path
-):
+def test_a_cost_file_without_effect_is_told(arguments, said, cli, digits, digits_bundle, tmp_path):
+    """By a warning: a matrix may give all its cells the same file."""
     if "tensorrt-rtx" in arguments and (why := TARGETS["tensorrt-rtx"].unavailable):
         pytest.skip(why)
     first_region_in_float(digits_bundle, tmp_path / "mine.json")
-    given = [tmp_path / "mine.json" if text == "FILE" else text for text in arguments]
-    done = cli(*digits.arguments(), "--calib", digits.images, *given, "--out", tmp_path / "out")
-    assert done.code == code
+    given = [*digits.arguments(), "--calib", digits.images, "--costs", tmp_path / "mine.json", *arguments]
+    done = cli(*given, "--tolerance", "top1=0", "--tolerance", "sqnr=0", "--out", tmp_path / "out")
     assert said in done.err
+    assert done.code == 0, done.err
+
+
+def test_a_file_that_is_no_cost_file_ends_the_export_before_any_work(cli, digits, tmp_path):
+    (tmp_path / "mine.json").write_text("{}")
+    given = [*digits.arguments(), "--calib", digits.images, "--precision", "int8"]
+    done = cli(*given, "--costs", tmp_path / "mine.json", "--out", tmp_path / "out")
+    assert done.code == 5
+    assert "mine.json: not a cost file" in done.err
     assert not done.json.get("stages")
+
+
+@pytest.mark.parametrize("kind", ["weights", "json", "folder"])
+def test_what_would_be_overwritten_is_refused_before_anything_is_measured(
+    kind, digits_bundle, tmp_path, capsys
+):
+    out = tmp_path / "none" / "costs.json" if kind == "folder" else tmp_path / "precious"
+    if kind == "weights":
+        out.write_bytes(b"precious")
+    more = ["--json", str(out)] if kind == "json" else []
+    assert main(["costs", str(digits_bundle), "--out", str(out), *more]) == 2
+    assert str(out) in capsys.readouterr().err
+    if kind == "weights":
+        assert out.read_bytes() == b"precious"
+
+
+def test_all_bundles_are_looked_at_before_the_first_is_measured(cli, digits_bundle, tmp_path, monkeypatch):
+    from export_zoo.engines.verification import region_costs
+
+    monkeypatch.setattr(region_costs, "measure", lambda *_: pytest.fail("measured"))
+    done = cli("costs", digits_bundle, tmp_path / "none.bundle", "--out", tmp_path / "costs.json")
+    assert done.code == 5
+    assert "none.bundle" in done.err

@@ -155,14 +155,16 @@ class Methods(Images):
     def approximated(self, candidate: Candidate, target: Target) -> bool:
         return False
 
+    def leaves_some(self, kept: tuple[str, ...], target: Target) -> bool:
+        return "everything" not in kept
+
 
 def test_a_method_far_behind_is_not_tried_again_after_other_steps():
     evaluation = Methods({"minmax": 20.0, "percentile": 19.5, "entropy": 16.9, "mse": 17.1})
     choosing = _tune(evaluation, TARGETS["onnxruntime"], ("float",), "auto", EFFORT["default"])
-    assert [step.name for step in choosing.steps] == ["method", "method", "float", "method"]
+    assert [step.name for step in choosing.steps] == ["method", "float", "method"], "once between other steps"
     assert set(choosing.steps[0].sqnr) == {"minmax", "percentile", "entropy", "mse"}
-    for again in (choosing.steps[1], choosing.steps[3]):
-        assert set(again.sqnr) == {"minmax", "percentile", "mse"}
+    assert set(choosing.steps[2].sqnr) == {"minmax", "percentile", "mse"}
     assert choosing.candidate.kept == evaluation.first
 
 
@@ -177,3 +179,20 @@ def test_layers_that_stay_float_anyway_are_no_choice_of_tuning():
     (step,) = choosing.steps
     assert step.names == ["depthwise"]
     assert choosing.candidate.kept == (*some, "depthwise")
+
+
+def test_layers_are_not_tried_in_float_if_none_were_left_to_quantize():
+    evaluation = Methods({"minmax": 20.0})
+    evaluation.first = ("stem", "everything")
+    choosing = _tune(evaluation, TARGETS["onnxruntime"], ("float",), "minmax", EFFORT["default"])
+    assert choosing.steps == []
+
+
+def test_each_float_step_names_what_it_adds(monkeypatch):
+    evaluation = Methods({"minmax": 20.0})
+    monkeypatch.setattr(evaluation, "classifiers", lambda: [("dense",)], raising=False)
+    choosing = _tune(evaluation, TARGETS["tensorrt"], ("float",), "minmax", EFFORT["default"])
+    first, last = choosing.steps
+    assert (first.names, last.names) == (["stem", "depthwise"], [])
+    assert last.chosen == OFF
+    assert choosing.candidate.kept == ("stem", "depthwise")

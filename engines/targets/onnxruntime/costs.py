@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Literal
 
 import onnx_ir as ir
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from export_zoo.base.errors import BadInputError, first_of
+from export_zoo.base.files import replacing
 from export_zoo.engines.targets.onnxruntime.placement import place_onnxruntime
 from export_zoo.engines.targets.onnxruntime.regions import Region, regions
 
@@ -22,7 +23,7 @@ DEFAULT = Path(__file__).with_name("costs.json")
 """Times of regions of common networks at their own sizes. docs/int8.md says on which machine and how to repeat it."""
 
 FASTER = 0.9
-"""A region stays float if that takes at most this part of the time of 8 bits: times vary by some percent."""
+"""Largest part of the time of 8 bits that float may take, as a mean over batch sizes: times vary by some percent."""
 
 
 class RegionTime(BaseModel):
@@ -30,8 +31,8 @@ class RegionTime(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    int8: float = Field(gt=0)
-    float32: float = Field(gt=0)
+    int8: float = Field(ge=1e-6, le=1e9)
+    float32: float = Field(ge=1e-6, le=1e9)
 
 
 class Costs(BaseModel):
@@ -43,8 +44,8 @@ class Costs(BaseModel):
     onnxruntime: str
     instruction_set: str
     cpu: str
-    threads: int = 1
-    regions: dict[str, dict[int, RegionTime]] = Field(
+    threads: PositiveInt = 1
+    regions: dict[str, dict[PositiveInt, RegionTime]] = Field(
         description="Times by batch size, by the signature of a region; see `regions.Region.signature`."
     )
 
@@ -63,13 +64,20 @@ class Costs(BaseModel):
             ) from error
 
     def write(self, path: Path) -> None:
-        path.write_text(self.model_dump_json(indent=1) + "\n")
+        """Write the file, whole or not at all. Raises OSError."""
+        with replacing(path) as temporary:
+            temporary.write_text(self.model_dump_json(indent=1) + "\n")
 
 
 def ratio(times: Mapping[int, RegionTime]) -> float:
     """Time in float over time in 8 bits: the geometric mean over batch sizes; infinite if there are none."""
     logarithms = [math.log(time.float32 / time.int8) for time in times.values()]
     return math.exp(sum(logarithms) / len(logarithms)) if logarithms else math.inf
+
+
+def faster(times: Mapping[int, RegionTime]) -> bool:
+    """Whether a region is faster in float: by a tenth as a mean over batch sizes, and slower at none."""
+    return ratio(times) <= FASTER and all(time.float32 <= time.int8 for time in times.values())
 
 
 def saved(times: Mapping[int, RegionTime]) -> float:
@@ -86,7 +94,7 @@ def regions_of(graph: ir.Graph, kept: Set[str]) -> list[Region]:
 def float_layers(graph: ir.Graph, kept: Set[str], costs: Costs) -> tuple[str, ...]:
     """Names of the layers that stay float for speed: those of the regions that together save the most time.
 
-    None, if all layers were float then: INT8 would be FP32 by another name.
+    If no layer were left to quantize, the regions that save least are quantized nevertheless.
 
     Args:
         kept: names of layers that stay float anyway.
@@ -94,12 +102,13 @@ def float_layers(graph: ir.Graph, kept: Set[str], costs: Costs) -> tuple[str, ..
     found = [
         (region, saved(times))
         for region in regions_of(graph, kept)
-        if (times := costs.regions.get(region.signature)) and ratio(times) <= FASTER
+        if (times := costs.regions.get(region.signature)) and faster(times)
     ]
     chosen = best_apart(found)
-    layers = tuple(layer for region in chosen for layer in region.layers)
-    everything = set(place_onnxruntime(graph, kept).weights)
-    return () if set(layers) == everything else layers
+    everything, values = set(place_onnxruntime(graph, kept).weights), dict(found)
+    while chosen and {layer for region in chosen for layer in region.layers} == everything:
+        chosen.remove(min(chosen, key=values.__getitem__))
+    return tuple(layer for region in chosen for layer in region.layers)
 
 
 def best_apart(found: list[tuple[Region, float]]) -> list[Region]:

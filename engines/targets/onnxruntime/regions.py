@@ -51,12 +51,21 @@ class Region:
         return f"{where}{size}: {'; '.join(parts)}{'; output' if self.last.is_graph_output() else ''}"
 
 
+_FEW = 16
+"""Largest number of integers that a signature gives by their values."""
+
+
 def _operand(value: ir.Value | None, numbers: dict[ir.Value, str]) -> str:
     if value is None:
         return "-"
     if value.const_value is None:
         return numbers[value]
-    return "x".join(map(str, value.const_value.shape.numpy())) or "scalar"
+    array = value.const_value.numpy()
+    if (
+        array.dtype.kind in "iu" and array.size <= _FEW
+    ):  # a target shape, axes, pads: what is done depends on them
+        return str(array.tolist()).replace(" ", "")
+    return "x".join(map(str, array.shape)) or "scalar"
 
 
 def _attribute(node: ir.Node, name: str) -> str:

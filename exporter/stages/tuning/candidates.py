@@ -320,8 +320,19 @@ class Evaluator:
 
     @cached_property
     def first(self) -> tuple[str, ...]:
-        """Patterns of the first layer and the depthwise convolutions behind it; see `placement.first_layers`."""
-        return tuple(map(escape, first_layers(graph_io.load(self._store.graph).graph)))
+        """Patterns of the first layer and the depthwise convolutions behind it; see `placement.first_layers`.
+
+        Without those of --keep-float.
+        """
+        graph = graph_io.load(self._store.graph).graph
+        given = kept_float(graph, self._context.options.keep_float)
+        return tuple(escape(layer) for layer in first_layers(graph) if layer not in given)
+
+    def leaves_some(self, kept: Sequence[str], target: Target) -> bool:
+        """Whether any layer is quantized if those of patterns, and those of --keep-float, stay float."""
+        graph = graph_io.load(self._store.graph).graph
+        layers = kept_float(graph, (*self._context.options.keep_float, *kept))
+        return bool(target.int8.place(graph, layers).weights)
 
     def classifiers(self) -> list[tuple[str, ...]]:
         """Patterns of the layer that makes the logits, and of all layers behind the last convolution."""

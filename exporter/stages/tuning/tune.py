@@ -48,7 +48,7 @@ WANTED: dict[StepName, tuple[float, float]] = {
 """Least gain of each step: a number of standard errors plus a number of decibels. Other scales round other values, with
 better or worse results by chance, and the best of ten methods is better by luck. A bias correction removes a known
 error. Rounding's gain is large and known in advance; the few select images only must not contradict it. Layers in float
-cost time: the first two up to 1 % of batch 1 and 13 % of batch 8 (`int8.md`)."""
+cost time (`int8.md`)."""
 
 MOST_LOST = 1.5
 """Largest loss of a step in decibels, whatever its standard error."""
@@ -109,8 +109,6 @@ class _Choosing:
     def __init__(self, evaluator: Evaluator, target: Target, candidate: Candidate) -> None:
         self._evaluator, self._target = evaluator, target
         self.candidate = candidate
-        self._kept = candidate.kept
-        """Layers that stay float whatever is chosen."""
         self.steps: list[TuningStep] = []
 
     def far_behind(self, name: StepName, candidate: str) -> bool:
@@ -140,7 +138,7 @@ class _Choosing:
         worthy = bool(np.isfinite(after).all()) and found.decibels > (0 if errors > 0 else -MOST_LOST)
         chosen = best if above >= 0 and worthy else default
         self.candidate = candidates[chosen]
-        kept = [layer for layer in self.candidate.kept if layer not in self._kept]
+        kept = [layer for layer in self.candidate.kept if layer not in candidates[default].kept]
         concerned = {"method": self.candidate.clipped, "float": kept}.get(name, ())
         self.steps.append(
             TuningStep(
@@ -199,6 +197,8 @@ def _tune(
         choosing.step("bias", OFF, {OFF: now(), ON: now(bias=True)})
 
     def methods_again() -> None:
+        if choosing.steps and choosing.steps[-1].name == "method":  # nothing has changed since
+            return
         clipped = tuple(evaluator.clipped(choosing.candidate.strength, target)) if effort.thorough else ()
         counts = [2**i for i in range(len(clipped).bit_length()) if 2**i < len(clipped)]
         some = {f"mse on {count}": now(method="minmax", clipped=clipped[:count]) for count in counts}
@@ -212,15 +212,24 @@ def _tune(
             choosing.step("relu6", OFF, {OFF: now(), ON: now(strength=APPROXIMATE)})
         if choosing.candidate.strength == OFF and not first:
             equalize()
-    if "float" in steps and not set(evaluator.first) <= set(kept):
-        more = tuple(layer for layer in evaluator.first if layer not in kept)
-        choosing.step("float", OFF, {OFF: now(), _at("first", evaluator.first): now(kept=(*kept, *more))})
-        if choosing.candidate.kept != kept and method == "auto":
+
+    def in_float(end: str, choices: Sequence[Sequence[str]]) -> bool:
+        """Whether one of the choices of layers at an end of the network stays float."""
+        before = choosing.candidate.kept
+        some = {_at(end, layers): (*before, *(la for la in layers if la not in before)) for layers in choices}
+        possible = {
+            what: now(kept=layers) for what, layers in some.items() if evaluator.leaves_some(layers, target)
+        }
+        if possible:
+            choosing.step("float", OFF, {OFF: now(), **possible})
+        return choosing.candidate.kept != before
+
+    if "float" in steps:
+        begin = [evaluator.first] if any(layer not in kept for layer in evaluator.first) else []
+        if in_float("first", begin) and method == "auto":
             methods_again()
-    if "float" in steps and target.int8.half:  # on the CPU they would cost four times the memory traffic
-        others = choosing.candidate.kept
-        layers = {_at("last", more): now(kept=(*others, *more)) for more in evaluator.classifiers()}
-        choosing.step("float", OFF, {OFF: now(), **layers})
+        if target.int8.half:  # on the CPU they would cost four times the memory traffic
+            in_float("last", evaluator.classifiers())
     return choosing
 
 
@@ -243,6 +252,8 @@ def tune(
     given = kept_float(model, options.keep_float)
     fast = {target.name: target.float_for_speed(model, given, options.costs) for target in targets}
     kept = {name: tuple(map(escape, found.layers if found else ())) for name, found in fast.items()}
+    if options.costs is not None and not any(found.layers for found in fast.values() if found is not None):
+        context.reporter.warn(f"--costs {options.costs}: has no region of this network at this input size")
     wanted = options.steps or options.method == "auto"
     if random or not wanted or options.calib is None:
         if wanted and not random:
@@ -300,6 +311,11 @@ def tune(
         )
         asked = {step.images or 0 for found in tuned.values() if found.tuning for step in found.tuning.steps}
         few, most = result.data.images, max(asked, default=0)
+        stage.detail += "".join(
+            f"; {name}-{INT8.name}: {len(found.layers)} layers float for speed"
+            for name, found in fast.items()
+            if found is not None and found.layers
+        )
         stage.detail += f", on {few} images" if most <= few else f", on {few} to {most} images"
     return tuned
 
