@@ -66,6 +66,7 @@ SLOW = {
     "test_models.py",
     "test_own_models.py",
     "test_pipeline.py",
+    "test_ray.py",
     "test_saturation.py",
     "test_segmentation.py",
     "test_tensorrt.py",
