@@ -271,9 +271,7 @@ def inspect(bundle: Path, json_path: Path | None, quiet: bool, verbose: bool) ->
         lines["held out"] += "".join(f", {part.count} at {part.height}x{part.width}" for part in held.sizes)
     for engine in manifest.artifacts.engines:
         if engine.float_for_speed is not None and engine.float_for_speed.layers:
-            lines["float"] = (
-                f"{len(engine.float_for_speed.layers)} layers of {engine.name}, because that is faster"
-            )
+            lines["float"] = f"{', '.join(engine.float_for_speed.layers)} ({engine.name}: faster in float)"
     for name, text in lines.items():
         click.echo(f"{name:<12} {text}")
     for name, attestation in attested.by_file.items():

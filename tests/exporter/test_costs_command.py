@@ -9,7 +9,7 @@ from pathlib import Path
 
 import onnx
 import pytest
-from support.options import UNTUNED
+from support.options import TUNED_LITTLE, UNTUNED
 
 from export_zoo.base import graph_io
 from export_zoo.engines.bundle.bench import Effort
@@ -46,6 +46,31 @@ def test_a_region_that_the_cost_file_calls_slower_stays_float_and_the_manifest_s
     assert f"{found.layers[0]}_weight_DequantizeLinear" not in types
     assert types[found.layers[0]] == "Conv"
     assert sum(kind == "DequantizeLinear" for kind in types.values()) > 20, "the others have 8 bits"
+
+
+def test_another_cost_file_is_tuned_again_and_the_same_one_is_not(cli, digits, digits_bundle, tmp_path):
+    path = tmp_path / "mine.json"
+    export = [*digits.arguments(), "--precision", "int8", "--calib", digits.images, *TUNED_LITTLE]
+
+    def tuned() -> bool:
+        done = cli(*export, "--costs", path, "--out", tmp_path / "out")
+        assert done.code == 0, done.err
+        (layers,) = [engine["float_for_speed"]["layers"] for engine in done.json["engines"]]
+        assert ("1 layer float for speed" in done.err) == bool(layers)
+        return not next(stage for stage in done.json["stages"] if stage["name"] == "tune")["cached"]
+
+    costs = first_region_in_float(digits_bundle, path)
+    assert tuned()
+    assert not tuned()
+    costs.model_copy(update={"regions": {}}).write(path)
+    tuned()
+    assert cli(*export, "--out", tmp_path / "out").code == 0
+    assert (
+        json.loads((tmp_path / "out" / "manifest.json").read_text())["artifacts"]["engines"][0][
+            "float_for_speed"
+        ]["layers"]
+        == []
+    )
 
 
 def regions_in(bundle: Path) -> list[Region]:

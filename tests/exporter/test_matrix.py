@@ -323,7 +323,9 @@ def test_a_cell_is_run_again_when_its_files_changed(ran, tmp_path, monkeypatch):
     images.mkdir()
     (images / "a.png").write_bytes(b"1")
     (tmp_path / "best.pth").write_bytes(b"1")
-    arguments = (*cell.arguments, f"--calib={images}", f"--weights={tmp_path / 'best.pth'}")
+    (tmp_path / "costs.json").write_bytes(b"1")
+    files = (f"--weights={tmp_path / 'best.pth'}", f"--costs={tmp_path / 'costs.json'}")
+    arguments = (*cell.arguments, f"--calib={images}", *files)
     given = dataclasses.replace(cell, arguments=arguments)
     made = []
 
@@ -339,6 +341,7 @@ def test_a_cell_is_run_again_when_its_files_changed(ran, tmp_path, monkeypatch):
         lambda: None,
         lambda: (images / "b.png").write_bytes(b"2"),
         lambda: (tmp_path / "best.pth").write_bytes(b"2"),
+        lambda: (tmp_path / "costs.json").write_bytes(b"2"),
     ]
     for runs, change in enumerate(changes, 1):
         change()

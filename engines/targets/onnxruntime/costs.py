@@ -1,7 +1,7 @@
 """The cost file: regions whose 8 bits take longer than float, by measured times. They stay float.
 
-The file is an input, and nothing is timed during an export: so builds are the same to the byte on machines of any
-speed. `engines.verification.region_costs` measures.
+The file is an input of an export, which times nothing. So the same file gives the same engine on machines of any speed.
+`engines.verification.region_costs` measures.
 """
 
 from __future__ import annotations

@@ -139,7 +139,7 @@ def alone(region: Region, fp32: ir.Model, int8: ir.Model, *, quantized: bool) ->
         quantized: whether the region is that of the INT8 graph. Otherwise, it is float between its conversions.
 
     Raises:
-        ValueError: the INT8 graph has no such region: rewrites joined it with its surroundings.
+        ValueError: the INT8 graph has no such region, because `finish` rewrote nodes across its borders.
     """
     quantizers = {str(node.name): node for node in int8.graph if node.op_type == "QuantizeLinear"}
 

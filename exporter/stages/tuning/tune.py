@@ -312,7 +312,7 @@ def tune(
         asked = {step.images or 0 for found in tuned.values() if found.tuning for step in found.tuning.steps}
         few, most = result.data.images, max(asked, default=0)
         stage.detail += "".join(
-            f"; {name}-{INT8.name}: {len(found.layers)} layers float for speed"
+            f"; {name}-{INT8.name}: {_count(found.layers)} float for speed"
             for name, found in fast.items()
             if found is not None and found.layers
         )
@@ -322,7 +322,11 @@ def tune(
 
 def _at(end: str, layers: Sequence[str]) -> str:
     """Name of layers at an end of the network: `last layer`, `first 2 layers`."""
-    return f"{end} layer" if len(layers) == 1 else f"{end} {len(layers)} layers"
+    return f"{end} layer" if len(layers) == 1 else f"{end} {_count(layers)}"
+
+
+def _count(layers: Sequence[str]) -> str:
+    return f"{len(layers)} layer{'s' if len(layers) != 1 else ''}"
 
 
 def _describe(tuning: Tuning) -> str:
