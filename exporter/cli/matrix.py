@@ -123,6 +123,18 @@ def _expected(cell: Cell) -> int:
     help="Write a Markdown page here.",
 )
 @click.option("--github", is_flag=True, help="Run nothing: print the jobs as JSON for `strategy.matrix`.")
+@click.option(
+    "--slurm",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Run nothing: write an array script for Slurm's sbatch here, with a task for each bundle.",
+)
+@click.option(
+    "--part",
+    type=click.IntRange(0),
+    metavar="N",
+    help="Run only the cells of the N-th bundle, counted from 0, as a task of that script does.",
+)
 @click.option("--dry-run", is_flag=True, help="Run nothing: print the cells' command lines.")
 @json_option
 @quiet_option
@@ -140,6 +152,8 @@ def matrix(
     html: Path | None,
     markdown: Path | None,
     github: bool,
+    slurm: Path | None,
+    part: int | None,
     dry_run: bool,
     json_path: Path | None,
     quiet: bool,
@@ -151,7 +165,9 @@ def matrix(
     """
     del json_path, verbose
     from export_zoo.exporter.matrix import plan, report, run
+    from export_zoo.exporter.matrix import slurm as slurm_script
     from export_zoo.exporter.matrix.cell import arguments
+    from export_zoo.exporter.matrix.machine import CORES_EACH
     from export_zoo.exporter.matrix.results import CellResult
     from export_zoo.exporter.matrix.results import stored as stored_results
     from export_zoo.exporter.models.sources import torchvision_zoo
@@ -160,6 +176,24 @@ def matrix(
     given = plan.read(file)
     names = plan.Names(torchvision_zoo.model_names(), torchvision_zoo.segmentation_names())
     cells = plan.cells(file, given, names, read_arguments, job)
+    if part is not None:
+        cells = slurm_script.part_of(cells, part)
+    if slurm is not None:
+        options = [f"--job={job}"] * (job is not None) + ["--again"] * again + ["--no-bundles"] * no_bundles
+        array = slurm_script.script(
+            cells,
+            file,
+            out,
+            options=options,
+            seconds=given.timeout,
+            memory=given.memory,
+            cores=CORES_EACH,
+            expected=_expected,
+        )
+        report.write(slurm, array, "--slurm")
+        if not quiet:
+            click.echo(f"{slurm}: {len(slurm_script.parts(cells))} tasks; next: sbatch {slurm}")
+        return
     if github:
         click.echo(json.dumps(plan.github(given, file, job)))
         return

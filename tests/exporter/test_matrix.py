@@ -846,6 +846,70 @@ def test_github_gets_the_jobs_as_one_line_of_json(tmp_path, capsys):
     assert main(["matrix", str(write(path, MINIMAL)), "--github"]) == 2
 
 
+def scripted(tmp_path: Path, text: str, *more: str) -> tuple[Path, int]:
+    path, script = write(tmp_path / "m.yaml", text), tmp_path / "array.sh"
+    code = main(["matrix", str(path), "--out", str(tmp_path / "out"), "--slurm", str(script), *more])
+    return script, code
+
+
+def test_slurm_gets_an_array_of_bundles_whose_tasks_run_one_by_one(tmp_path, capsys):
+    """As Slurm would run it: the same script, with the index in the environment."""
+    text = SMALL.replace("precisions: fp32", "precisions: [fp32, fp16]")
+    script, code = scripted(tmp_path, text)
+    assert code == 0
+    assert f"{script}: 2 tasks; next: sbatch {script}" in capsys.readouterr().out
+    (tmp_path / "out").mkdir()
+    lines = script.read_text().splitlines()
+    asked = dict(
+        line.removeprefix("#SBATCH --").partition("=")[::2] for line in lines if line.startswith("#SBATCH")
+    )
+    assert asked["array"] == "0-1"
+    assert 1000 < int(asked["mem"].removesuffix("M")) < 4000
+    assert asked["time"] == "62"
+    assert "gpus" not in asked
+    for index in (0, 1):
+        done = subprocess.run(
+            ["bash", script],
+            env={**os.environ, "SLURM_ARRAY_TASK_ID": str(index)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert len(stored(tmp_path / "out" / "results")) == index + 1
+    assert sorted(stored(tmp_path / "out" / "results")) == [
+        "squeezenet1_1-onnxruntime-fp16",
+        "squeezenet1_1-onnxruntime-fp32",
+    ]
+
+
+def test_an_array_is_for_one_type_of_gpu(tmp_path, capsys):
+    text = (
+        SMALL
+        + """\
+jobs:
+  - {name: cpu, runs-on: [x]}
+  - {name: hopper, runs-on: [x], accelerators: [H200, H100], options: {seed: 1}}
+"""
+    )
+    script, code = scripted(tmp_path, text, "--job", "hopper")
+    assert code == 0
+    assert "#SBATCH --gpus=1\n#SBATCH --constraint=h200|h100\n" in script.read_text()
+    assert "--job=hopper" in script.read_text()
+    text = text.replace("runs-on: [x]}", "runs-on: [x], precisions: fp16}", 1)
+    text = text.replace("precisions: fp32", "precisions: [fp32, fp16]", 1)
+    text = text.replace("options: {seed: 1}", "precisions: fp32", 1)
+    script, code = scripted(tmp_path, text, "--job", "*")
+    assert code == 2
+    assert "--slurm: the cells are for different types of GPU" in capsys.readouterr().err
+
+
+def test_a_part_that_is_not_there_is_refused(tmp_path, capsys):
+    path = write(tmp_path / "m.yaml", SMALL)
+    assert main(["matrix", str(path), "--part", "1", "--out", str(tmp_path / "out")]) == 2
+    assert "--part 1: the matrix has parts 0 to 0" in capsys.readouterr().err
+
+
 def test_a_dry_run_prints_command_lines_and_runs_nothing(tmp_path, capsys):
     path = write(tmp_path / "m.yaml", MINIMAL + "cpus: [host, haswell]\n")
     assert main(["matrix", str(path), "--dry-run", "--out", str(tmp_path / "out")]) == 0
