@@ -35,7 +35,7 @@ def _place(text: str, jobs: str | None) -> Callable[[], Place]:
     if text != "local" and text != "ray" and not text.startswith("ray://"):
         raise UsageError(f"--on {text}: unknown", hint="choose from local, ray, ray://HOST:PORT")
     if text == "local":
-        at_once = _jobs(jobs or "1")
+        at_once = _jobs("1" if jobs is None else jobs)
 
         def machine() -> Place:
             from export_zoo.exporter.matrix.machine import Machine

@@ -561,15 +561,17 @@ def test_a_process_is_killed_when_the_run_is_stopped():
     assert time.monotonic() - began < 5
 
 
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores")
 def test_a_cell_uses_the_cores_that_it_is_given(ran, tmp_path):
+    """One core where this process may use more, two where it may use one."""
     cell, _, _ = ran
-    (core, *_) = sorted(os.sched_getaffinity(0))
+    own = sorted(os.sched_getaffinity(0))
+    cores, said = (own[:1], ", 1 core") if len(own) > 1 else ([0, 1], ", 2 cores")
     result = matrix_cell.run_cell(
-        cell, tmp_path / "x.bundle", matrix_cell.Limits(300, cores=frozenset({core}))
+        cell, tmp_path / "x.bundle", matrix_cell.Limits(300, cores=frozenset(cores))
     )
     assert result.status == "ok", result.reason
-    assert result.engine["latency"]["machine"].endswith(", 1 core")
+    assert result.engine["latency"]["machine"].endswith(said)
 
 
 @pytest.mark.parametrize(("text", "jobs"), [("1", 1), ("12", 12), ("auto", machine.automatic_jobs())])

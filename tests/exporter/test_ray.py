@@ -234,7 +234,7 @@ def test_ctrl_c_ends_the_tasks(cluster, tmp_path):
     place._wait = wait
     with pytest.raises(ray_cluster.StoppedError):
         matrix_run.run([one], tmp_path / "out", seconds=300, place=place, expected=lambda _: GIB // 2)
-    for _ in range(100):
+    for _ in range(300):
         free = ray.available_resources().get("CPU", 0)
         if free == ray.cluster_resources()["CPU"]:
             return
