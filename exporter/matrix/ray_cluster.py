@@ -42,7 +42,7 @@ _POLL_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class _Order:
-    """What a node is told to do."""
+    """An order tells a node what to do."""
 
     cell: Cell
     exported: CellResult | None
@@ -57,7 +57,7 @@ class _Order:
 
 @dataclass(frozen=True)
 class _Delivery:
-    """What a node gives back."""
+    """A delivery is what a node gives back."""
 
     result: CellResult
     bundles: bytes
@@ -135,7 +135,7 @@ def _run_on_node(order: _Order, inputs: Mapping[str, list[Any]]) -> _Delivery:
 
 
 def _facts() -> dict[str, Any]:
-    """What a node has, asked by a task on it."""
+    """This node's version and code of export-zoo. A task asks for them on each node."""
     return {"version": __version__, "code": code_digest()}
 
 
@@ -204,10 +204,10 @@ class RayCluster:
             ) from error
         for name, facts in found.items():
             if facts != own:
-                differs = facts["version"] if facts["version"] != own["version"] else "other code"
+                same = facts["version"] == own["version"]
                 raise EnvironmentFailureError(
-                    f"--on ray: node {name} has export-zoo {facts['version']}"
-                    + (f", this machine {own['version']}" if differs != "other code" else ", but other code"),
+                    f"--on ray: node {name} has export-zoo {facts['version']}, "
+                    + ("but other code" if same else f"this machine {own['version']}"),
                     hint="install the same version on all nodes",
                 )
 
@@ -219,7 +219,7 @@ class RayCluster:
         return self._known_versions[key]
 
     def _needs(self, cell: Cell, expected: int) -> tuple[dict[str, Any], str]:
-        """What a task of a cell asks for, and why no node can ever take it, empty if one can."""
+        """The resources that a task of a cell asks for, and why no node can ever take it: empty if one can."""
         nodes = [node["Resources"] for node in self._nodes]
         needs: dict[str, Any] = {"memory": expected, "max_retries": 0}
         if cell.accelerators:
@@ -317,10 +317,11 @@ def _deliver(bundles: bytes, bundle: Path) -> None:
         _unpack(bundles, Path(directory))
         for place in (bundle, failed_place(bundle)):
             new, old = Path(directory) / place.name, Path(directory) / f"{place.name}.old"
+            if not new.exists():  # an export that failed leaves an earlier bundle as it is
+                continue
             if place.exists():
                 place.rename(old)
-            if new.exists():
-                new.rename(place)
+            new.rename(place)
 
 
 def _failed(cell: Cell, reason: str) -> CellResult:

@@ -16,6 +16,7 @@ from export_zoo.exporter.matrix import plan
 from export_zoo.exporter.matrix import run as matrix_run
 from export_zoo.exporter.matrix.inputs import content_of
 from export_zoo.exporter.matrix.results import CellResult, stored
+from export_zoo.exporter.publish import failed_place
 
 ray = pytest.importorskip("ray")
 
@@ -93,6 +94,18 @@ def test_a_real_cell_runs_on_a_node_and_its_bundle_comes_back(cluster, tmp_path)
         [one], tmp_path / "out", seconds=1, place=place, done=lambda _, cached: told.append(cached)
     )
     assert (again, told) == ([result], [True])
+
+
+def test_an_export_that_failed_leaves_an_earlier_bundle(tmp_path):
+    bundle, node = tmp_path / "x.bundle", tmp_path / "node"
+    failed = failed_place(bundle)
+    for folder, text in ((bundle, "good"), (failed, "old"), (node / failed.name, "new")):
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_text(text)
+    ray_cluster._deliver(_packed(node, failed.name), bundle)
+    texts = [(place / "manifest.json").read_text() for place in (bundle, failed)]
+    assert texts == ["good", "new"]
+    assert sorted(tmp_path.iterdir()) == sorted([bundle, failed, node])
 
 
 def test_a_cell_gets_cores_memory_and_the_first_of_its_accelerators_that_there_is(cluster, tmp_path):
