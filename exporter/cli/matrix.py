@@ -192,7 +192,7 @@ def matrix(
         )
         report.write(slurm, array, "--slurm")
         if not quiet:
-            click.echo(f"{slurm}: {len(slurm_script.parts(cells))} tasks; next: sbatch {slurm}")
+            click.echo(f"{slurm}: {len(plan.by_bundle(cells))} tasks; next: sbatch {slurm}")
         return
     if github:
         click.echo(json.dumps(plan.github(given, file, job)))

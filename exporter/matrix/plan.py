@@ -6,6 +6,7 @@ import fnmatch
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,11 @@ class Cell:
             return ""
         names = " and ".join(target.name for target in TARGETS.values() if target.emulated)
         return f"not run on {self.cpu}: emulation runs engines of {names} only"
+
+
+def by_bundle(cells: Sequence[Cell]) -> list[list[Cell]]:
+    """The cells of each bundle: the one that exports it, and those of emulated CPUs that run it."""
+    return [list(group) for _, group in groupby(cells, key=lambda cell: cell.bundle)]
 
 
 def read(path: Path) -> MatrixFile:

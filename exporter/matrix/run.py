@@ -6,7 +6,6 @@ import shutil
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from itertools import groupby
 from pathlib import Path
 from typing import TypeGuard
 
@@ -15,7 +14,7 @@ from export_zoo.exporter.matrix.cell import Limits, inputs_on_cpu
 from export_zoo.exporter.matrix.inputs import fingerprints
 from export_zoo.exporter.matrix.machine import Machine
 from export_zoo.exporter.matrix.place import Place
-from export_zoo.exporter.matrix.plan import HOST, Cell
+from export_zoo.exporter.matrix.plan import HOST, Cell, by_bundle
 from export_zoo.exporter.matrix.results import CellResult, store, stored
 from export_zoo.exporter.publish import failed_place
 
@@ -133,7 +132,7 @@ def run(
                 shutil.rmtree(path, ignore_errors=True)
         return found
 
-    groups = [list(group) for _, group in groupby(cells, key=lambda cell: cell.bundle)]
+    groups = by_bundle(cells)
     if place.at_once == 1:
         return [result for own in groups for result in run_group(own)]
     return _run_at_once(groups, run_group, place)
@@ -146,11 +145,9 @@ def _run_at_once(
     with ThreadPoolExecutor(place.at_once, thread_name_prefix="cells") as pool:
         started = [pool.submit(run_group, own) for own in groups]
         try:
-            wait(started, return_when=FIRST_EXCEPTION)
-            errors = [f.exception() for f in started if f.done() and f.exception() is not None]
-            for error in errors:
-                assert error is not None
-                raise error
+            ended, _ = wait(started, return_when=FIRST_EXCEPTION)
+            for future in ended:  # one that failed need not be the first
+                future.result()
             return [result for future in started for result in future.result()]
         except BaseException:
             place.stop()

@@ -7,13 +7,12 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from importlib.resources import files
-from itertools import groupby
 from pathlib import Path
 
 import jinja2
 
 from export_zoo.base.errors import UsageError
-from export_zoo.exporter.matrix.plan import Cell
+from export_zoo.exporter.matrix.plan import Cell, by_bundle
 
 _SPARE = 1.2
 """Memory that is asked for, as a multiple of what is expected: Slurm ends a task that takes more."""
@@ -22,14 +21,9 @@ _START_SECONDS = 120
 """Time of a task beside its cells."""
 
 
-def parts(cells: Sequence[Cell]) -> list[list[Cell]]:
-    """The cells of each bundle, which one task runs."""
-    return [list(group) for _, group in groupby(cells, key=lambda cell: cell.bundle)]
-
-
 def part_of(cells: Sequence[Cell], index: int) -> list[Cell]:
     """The cells of one bundle, counted from 0. Raises UsageError if there are fewer bundles."""
-    found = parts(cells)
+    found = by_bundle(cells)
     if not 0 <= index < len(found):
         raise UsageError(
             f"--part {index}: the matrix has parts 0 to {len(found) - 1}", hint="give one of them"
@@ -67,7 +61,7 @@ def script(
             "--slurm: the cells are for different types of GPU, and an array is for one",
             hint="write a script for each job, with --job NAME",
         )
-    groups = parts(cells)
+    groups = by_bundle(cells)
     largest = max(map(expected, cells)) if memory is None else memory * 2**30
     command = [sys.executable, "-m", "export_zoo", "matrix", str(file), f"--out={out}", *options]
     template = files(__package__).joinpath("slurm.sh.jinja").read_text(encoding="utf-8")

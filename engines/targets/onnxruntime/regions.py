@@ -24,7 +24,7 @@ _MEANINGLESS = {"dilations": 1, "group": 1, "kernel_shape": None, "ceil_mode": 0
 
 @dataclass(frozen=True)
 class Region:
-    """What is between two cuts of an FP32 graph."""
+    """A region lies between two cuts of an FP32 graph."""
 
     begin: int
     """Index of the cut before it, in the order of the graph."""
@@ -61,9 +61,8 @@ def _operand(value: ir.Value | None, numbers: dict[ir.Value, str]) -> str:
     if value.const_value is None:
         return numbers[value]
     array = value.const_value.numpy()
-    if (
-        array.dtype.kind in "iu" and array.size <= _FEW
-    ):  # a target shape, axes, pads: what is done depends on them
+    # What a node does depends on a target shape, axes or pads.
+    if array.dtype.kind in "iu" and array.size <= _FEW:
         return str(array.tolist()).replace(" ", "")
     return "x".join(map(str, array.shape)) or "scalar"
 

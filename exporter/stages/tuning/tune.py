@@ -252,7 +252,8 @@ def tune(
     given = kept_float(model, options.keep_float)
     fast = {target.name: target.float_for_speed(model, given, options.costs) for target in targets}
     kept = {name: tuple(map(escape, found.layers if found else ())) for name, found in fast.items()}
-    if options.costs is not None and not any(found.layers for found in fast.values() if found is not None):
+    looked_up = [found for found in fast.values() if found is not None]
+    if options.costs is not None and looked_up and not any(found.layers for found in looked_up):
         context.reporter.warn(f"--costs {options.costs}: has no region of this network at this input size")
     wanted = options.steps or options.method == "auto"
     if random or not wanted or options.calib is None:
