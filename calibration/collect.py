@@ -227,6 +227,13 @@ def _run(
             yield running.popleft().result()
 
 
+class NoImageError(BadInputError):
+    """None of the images could be used. Of a shard this is no error."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(f"{root}: no image could be used for calibration", hint="check the folder")
+
+
 def collect(
     graph: Path,
     images: ImageStream,
@@ -235,6 +242,7 @@ def collect(
     known: Mapping[str, TensorRange] | None = None,
     threads: int = 0,
     budget: int = BUDGET,
+    shard: bool = False,
     progress: Progress = lambda _: None,
 ) -> Ranges:
     """Run the images through the graph and record each activation's exact minimum and maximum, and histograms.
@@ -249,11 +257,13 @@ def collect(
         known: ranges of activations that need not be observed, by name. If given, the others may all be 0.
         threads: number of threads for ONNX Runtime and for counting; 0 for all cores.
         budget: bytes of activations to hold at once; see BUDGET.
+        shard: these are not all images, so tensors may be 0 on all of them (`refuse_dead` judges the merged ranges).
         progress: called with the number of images done since the last call.
 
     Raises:
         BadInputError: a tensor has a value that is not finite (the message names its module path); the input or all
-            tensors to be quantized are 0 on all images; or no image could be used.
+            tensors to be quantized are 0 on all images.
+        NoImageError: no image could be used.
     """
     threads = threads or usable_cores()
     workers = min(threads, _WORKERS)
@@ -277,16 +287,8 @@ def collect(
             shown = now
         del observer  # before the next one is made
     if not images.images:
-        raise BadInputError(f"{images.root}: no image could be used for calibration", hint="check the folder")
-    quantized = [tensor for tensor in observed if tensor.accumulator is not None]
-    dead = [tensor for tensor in quantized if tensor.low == tensor.high == 0]
-    if dead and not found and (len(dead) == len(quantized) or dead[0].name == feed):
-        what = "all tensors are" if len(dead) == len(quantized) else "the input is"
-        raise BadInputError(
-            f"calibration: {what} 0 on all calibration images: no 8-bit scale can be chosen",
-            hint="check the weights, the images and the preprocessing",
-        )
-    return Ranges(
+        raise NoImageError(images.root)
+    ranges = Ranges(
         graph_sha256=graph_io.sha256_of(graph),
         preprocess=images.preprocess,
         image_sha256=sorted(i.sha256 for i in images.images),
@@ -295,6 +297,28 @@ def collect(
         versions=library_versions("onnxruntime", "numpy", "pillow"),
         tensors={**found, **{tensor.name: tensor.range() for tensor in observed}},
     )
+    if not shard and not found:
+        refuse_dead(ranges, str(feed))
+    return ranges
+
+
+def refuse_dead(ranges: Ranges, feed: str) -> None:
+    """Refuse ranges of which no 8-bit scale can be chosen.
+
+    Args:
+        feed: name of the graph's input.
+
+    Raises:
+        BadInputError: the input or all tensors to be quantized are 0 on all images.
+    """
+    quantized = {name: tensor for name, tensor in ranges.tensors.items() if tensor.histogram}
+    dead = [name for name, tensor in quantized.items() if tensor.min == tensor.max == 0]
+    if dead and (len(dead) == len(quantized) or feed in dead):
+        what = "all tensors are" if len(dead) == len(quantized) else "the input is"
+        raise BadInputError(
+            f"calibration: {what} 0 on all calibration images: no 8-bit scale can be chosen",
+            hint="check the weights, the images and the preprocessing",
+        )
 
 
 def channel_magnitudes(

@@ -278,6 +278,10 @@ class ImageStream:
     Iterating yields `Pixels` [n, crop_height, crop_width, channels] with n <= batch_size, and fills `images` (those
     that were yielded, in order) and `unreadable`. At most three batches are in memory. It ends after `limit` images.
 
+    Args:
+        whole: number of files of the set that `files` are a shard of, by default their own: the share of unreadable
+            ones that is tolerated is one of the set.
+
     Raises (while iterating):
         BadInputError: too many of the files cannot be decoded, or none can.
     """
@@ -287,6 +291,7 @@ class ImageStream:
     batch_size: int
     root: Path
     limit: int | None = None
+    whole: int | None = None
     images: list[ImageFile] = field(default_factory=list, init=False)
     unreadable: list[Unreadable] = field(default_factory=list, init=False)
     _largest: list[int] = field(default_factory=list, init=False)
@@ -324,7 +329,8 @@ class ImageStream:
                     if isinstance(loaded, Unreadable):
                         self.unreadable.append(loaded)
                         read = len(self.images) + len(self.unreadable)
-                        refuse_if_too_many_unreadable(str(self.root), self.unreadable, len(self.files), read)
+                        total = self.whole or len(self.files)
+                        refuse_if_too_many_unreadable(str(self.root), self.unreadable, total, read)
                         continue
                     self.images.append(file)
                     batch.append(loaded)

@@ -76,7 +76,6 @@ class FingerprintedStream(ImageStream):
             self.fingerprints.append(fingerprints(pixels, self.preprocess.scale))
             yield pixels
 
-    def alike(self) -> list[tuple[str, str]]:
-        """Pairs of names: an image that looks like an earlier one, and that earlier image."""
-        pairs = alike(np.concatenate(self.fingerprints)) if self.fingerprints else {}
-        return [(self.images[index].name, self.images[first].name) for index, first in pairs.items()]
+    def found(self) -> Float32Array:
+        """Fingerprints of `images`, in order; see `fingerprints`."""
+        return np.concatenate(self.fingerprints) if self.fingerprints else np.empty((0, 0), np.float32)

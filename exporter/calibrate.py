@@ -13,13 +13,16 @@ from export_zoo.calibration.images import check_folder
 from export_zoo.calibration.range_warnings import warnings_of
 from export_zoo.calibration.ranges import Ranges
 from export_zoo.engines.precision.int8.precision import INT8
+from export_zoo.exporter.cluster.ray_cluster import RayCluster
 from export_zoo.exporter.options import ExportOptions
+from export_zoo.exporter.run.at_once import CORES_EACH
 from export_zoo.exporter.run.cache import StageCache
 from export_zoo.exporter.run.context import Context
 from export_zoo.exporter.run.report import Reporter
 from export_zoo.exporter.stages import network
 from export_zoo.exporter.stages import ranges as ranges_stage
 from export_zoo.exporter.stages.images import choose_images
+from export_zoo.exporter.stages.shards import OnCluster, Workers
 
 
 def _write(ranges: Ranges, out: Path) -> None:
@@ -40,15 +43,25 @@ def _check_out(out: Path) -> None:
 
 
 def calibrate(
-    options: ExportOptions, out: Path, *, shard: tuple[int, int] = (1, 1), reporter: Reporter | None = None
+    options: ExportOptions,
+    out: Path,
+    *,
+    shard: tuple[int, int] = (1, 1),
+    shards: int | None = None,
+    cluster: RayCluster | None = None,
+    reporter: Reporter | None = None,
 ) -> Ranges:
     """Calibrate a zoo model on the images that `export` would calibrate it on, and write the ranges file.
 
     Args:
         options: the network and its images; options for building engines have no effect.
         shard: (i, n): calibrate on only the i-th of n parts of these images.
+        shards: number of parts to calibrate on, one by one or at once on a cluster; the result is the same. None for
+            one, or for as many as the cluster can run at once.
+        cluster: runs the shards; by default this machine does.
 
     Raises:
+        EnvironmentFailureError: a shard cannot run on the cluster.
         ExportZooError: see `export`.
     """
     if options.calib is None:
@@ -60,17 +73,23 @@ def calibrate(
     with reporter.library_warnings(), StageCache(cache_directory() if options.cache else None) as cache:
         context = Context(options, reporter, cache)
         spec = network.resolve_model(context)
+        workers: Workers | None = None
+        if cluster is not None:
+            from export_zoo.exporter.models import memory, zoo
+
+            workers = OnCluster(cluster, zoo.expected_memory(spec, options) or memory.UNKNOWN)
         chosen = choose_images(context, spec)
-        if shard[1] > len(chosen.splits["calibrate"]):
-            raise UsageError(
-                f"--shard {shard[0]}/{shard[1]}: there are only {len(chosen.splits['calibrate'])} images",
-                hint="use fewer shards",
-            )
+        count = len(chosen.splits["calibrate"])
+        if shards is None:
+            shards = min(count, max(1, cluster.cores // CORES_EACH)) if cluster is not None else 1
+        if max(shards, shard[1]) > count:
+            given = f"--shards {shards}" if shards > 1 else f"--shard {shard[0]}/{shard[1]}"
+            raise UsageError(f"{given}: there are only {count} images", hint="use fewer shards")
+        parts = [(index, shards) for index in range(1, shards + 1)] if shards > 1 else [shard]
         exported = network.export_graph(context, spec, network.EagerModel(spec))
         simplified = network.simplify_graph(context, spec, exported)
-        _, ranges = ranges_stage.calibrate(
-            context, spec, simplified.file(network.Simplified.GRAPH), chosen, shard
-        )
+        graph = simplified.file(network.Simplified.GRAPH)
+        _, ranges = ranges_stage.calibrate(context, spec, graph, chosen, parts, workers)
         _write(ranges, out)
     return ranges
 

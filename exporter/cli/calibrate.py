@@ -12,8 +12,10 @@ from export_zoo.base.errors import UsageError
 from export_zoo.exporter.cli import outcome
 from export_zoo.exporter.cli.common_options import (
     EXIT_CODES,
+    connector,
     given_options,
     json_option,
+    on_option,
     option_name,
     quiet_option,
     verbose_option,
@@ -34,6 +36,12 @@ def _shard(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def _shards(text: str | None) -> int | None:
+    if text is not None and not re.fullmatch(r"[1-9][0-9]{0,5}", text):
+        raise UsageError(f"--shards {text}: not a number of shards", hint="for example --shards 8")
+    return None if text is None else int(text)
+
+
 @click.command(cls=SectionedCommand, epilog=EXIT_CODES)
 @click.argument("what", nargs=-1, metavar="MODEL | --merge FILE FILE...")
 @click.option(
@@ -41,6 +49,13 @@ def _shard(text: str) -> tuple[int, int]:
 )
 @click.option(
     "--shard", metavar="I/N", default="1/1", help="Calibrate on only the I-th of N parts of the images."
+)
+@on_option("shards")
+@click.option(
+    "--shards",
+    metavar="N",
+    help="Calibrate on N parts of the images, at once with --on ray, and merge the results: the same bits, whatever N. "
+    "Finished shards are cached. Default: one, or as many as the cluster can run at once.",
 )
 @click.option(
     "--out",
@@ -56,6 +71,8 @@ def calibrate(
     what: tuple[str, ...],
     merging: bool,
     shard: str,
+    place: str,
+    shards: str | None,
     out: Path | None,
     json_path: Path | None,
     quiet: bool,
@@ -85,12 +102,17 @@ def calibrate(
     else:
         if len(what) != 1:
             raise UsageError("calibrate needs one MODEL", hint="`export-zoo list` shows all")
-        part = _shard(shard)
+        part, count, connect = _shard(shard), _shards(shards), connector(place)
+        if part[1] > 1 and (count is not None or connect is not None):
+            raise UsageError(
+                "--shard excludes --shards and --on", hint="give --shard to calibrate on one part only"
+            )
         chosen = export_options(what[0], given, CALIBRATE_OPTIONS)
         out = out if out is not None else Path(f"{chosen.short_name}.ranges.json")
         from export_zoo.exporter.calibrate import calibrate as run
 
-        ranges = run(chosen, out, shard=part, reporter=now.reporter)
+        cluster = connect() if connect is not None else None
+        ranges = run(chosen, out, shard=part, shards=count, cluster=cluster, reporter=now.reporter)
     now.document |= {"ranges": str(out), "images": len(ranges.image_sha256), "tensors": len(ranges.tensors)}
     if not quiet:
         click.echo(f"{out}: {len(ranges.tensors)} tensors over {len(ranges.image_sha256)} images")

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
+
+from export_zoo.base.errors import UsageError
+
+if TYPE_CHECKING:
+    from export_zoo.exporter.cluster.ray_cluster import RayCluster
 
 EXIT_CODES = """\b
 Exit codes:
@@ -29,6 +36,39 @@ quiet_option = click.option("-q", "--quiet", is_flag=True, help="Print only warn
 verbose_option = click.option(
     "-v", "--verbose", is_flag=True, help="Print TensorRT's log, and tracebacks of unexpected errors."
 )
+
+LOCAL = "local"
+
+
+def on_option(what: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """The option --on of a command. Its value is checked by `connector`.
+
+    Args:
+        what: what runs there: "cells".
+    """
+    return click.option(
+        "--on",
+        "place",
+        default=LOCAL,
+        metavar="local|ray|ray://HOST:PORT",
+        help=f"Where {what} run: on this machine (default), or as tasks of a Ray cluster: the one that runs here or "
+        "that RAY_ADDRESS names, or the one at an address of Ray's client.",
+    )
+
+
+def connector(place: str) -> Callable[[], RayCluster] | None:
+    """What connects to the cluster of --on; None for this machine. Raises UsageError for another value."""
+    if place == LOCAL:
+        return None
+    if place != "ray" and not place.startswith("ray://"):
+        raise UsageError(f"--on {place}: unknown", hint="choose from local, ray, ray://HOST:PORT")
+
+    def connect() -> RayCluster:
+        from export_zoo.exporter.cluster.ray_cluster import RayCluster
+
+        return RayCluster(None if place == "ray" else place)
+
+    return connect
 
 
 def given_options() -> set[str]:

@@ -13,8 +13,16 @@ import click
 
 from export_zoo.base.errors import ExportZooError, ParityError, UsageError
 from export_zoo.exporter.cli import outcome
-from export_zoo.exporter.cli.common_options import EXIT_CODES, json_option, quiet_option, verbose_option
+from export_zoo.exporter.cli.common_options import (
+    EXIT_CODES,
+    connector,
+    json_option,
+    on_option,
+    quiet_option,
+    verbose_option,
+)
 from export_zoo.exporter.cli.export import read_arguments
+from export_zoo.exporter.run.at_once import CORES_EACH
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,9 +40,8 @@ class CellsFailedError(ExportZooError):
 
 def _place(text: str, jobs: str | None) -> Callable[[], Place]:
     """Makes the place of --on and --jobs, which are checked before any work."""
-    if text != "local" and text != "ray" and not text.startswith("ray://"):
-        raise UsageError(f"--on {text}: unknown", hint="choose from local, ray, ray://HOST:PORT")
-    if text == "local":
+    connect = connector(text)
+    if connect is None:
         at_once = _jobs("1" if jobs is None else jobs)
 
         def machine() -> Place:
@@ -49,10 +56,9 @@ def _place(text: str, jobs: str | None) -> Callable[[], Place]:
         )
 
     def cluster() -> Place:
-        from export_zoo.exporter.matrix.machine import CORES_EACH
-        from export_zoo.exporter.matrix.ray_cluster import RayCluster
+        from export_zoo.exporter.matrix.cluster_place import ClusterPlace
 
-        return RayCluster(None if text == "ray" else text, cores=CORES_EACH)
+        return ClusterPlace(connect(), cores=CORES_EACH)
 
     return cluster
 
@@ -68,8 +74,9 @@ def _jobs(text: str) -> int:
 
 
 def _expected(cell: Cell) -> int:
-    from export_zoo.exporter.matrix.expected_memory import UNKNOWN, expected_memory
+    from export_zoo.exporter.matrix.expected_memory import expected_memory
     from export_zoo.exporter.matrix.plan import HOST
+    from export_zoo.exporter.models.memory import UNKNOWN
 
     return expected_memory(read_arguments(cell.command()[1:])) if cell.cpu == HOST else UNKNOWN
 
@@ -89,14 +96,7 @@ def _expected(cell: Cell) -> int:
     metavar="GLOB",
     help="Run only the cells of this job of the file, or of the jobs that a glob matches.",
 )
-@click.option(
-    "--on",
-    "place",
-    default="local",
-    metavar="local|ray|ray://HOST:PORT",
-    help="Where cells run: on this machine (default), or as tasks of a Ray cluster: the one that runs here or that "
-    "RAY_ADDRESS names, or the one at an address of Ray's client.",
-)
+@on_option("cells")
 @click.option(
     "--jobs",
     metavar="N|auto",
@@ -167,7 +167,6 @@ def matrix(
     from export_zoo.exporter.matrix import plan, report, run
     from export_zoo.exporter.matrix import slurm as slurm_script
     from export_zoo.exporter.matrix.cell import arguments
-    from export_zoo.exporter.matrix.machine import CORES_EACH
     from export_zoo.exporter.matrix.results import CellResult
     from export_zoo.exporter.matrix.results import stored as stored_results
     from export_zoo.exporter.models.sources import torchvision_zoo

@@ -5,15 +5,12 @@ from __future__ import annotations
 from export_zoo.base.errors import ExportZooError
 from export_zoo.exporter.options import ExportOptions
 
-UNKNOWN = 4 << 30
-"""Bytes for networks whose memory is not known: the user's own, and those whose weights cannot be read."""
-
 
 def expected_memory(options: ExportOptions) -> int:
     """Bytes that an export is expected to take. Builds the network without its weights: it takes a second or more."""
-    from export_zoo.exporter.models import zoo
+    from export_zoo.exporter.models import memory, zoo
 
     try:
-        return zoo.expected_memory(zoo.resolve(options), options) or UNKNOWN
+        return zoo.expected_memory(zoo.resolve(options), options) or memory.UNKNOWN
     except ExportZooError:  # its cell tells it
-        return UNKNOWN
+        return memory.UNKNOWN

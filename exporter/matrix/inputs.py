@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from export_zoo.base.graph_io import sha256_of
+from export_zoo.exporter.cluster.files import content_of
 from export_zoo.exporter.matrix.plan import Cell
 from export_zoo.exporter.model_sources import source_of
 
@@ -46,12 +45,6 @@ def named_paths(cell: Cell) -> list[Path]:
     return [path for path in map(Path, dict.fromkeys(values)) if path.exists()]
 
 
-def content_of(path: Path) -> str:
-    """SHA-256 of a file; of a folder's file names and sizes."""
-    resolved = path.resolve()
-    return _of_file(resolved, resolved.stat().st_mtime_ns) if path.is_file() else _of_folder(resolved)
-
-
 def of_emulation(
     cell: Cell,
     command: Sequence[str],
@@ -74,17 +67,3 @@ def of_emulation(
         "engine": str((engine.get("file") or {}).get("sha256", "")),
         "export": hashlib.sha256(export.encode()).hexdigest(),
     }
-
-
-@cache
-def _of_file(path: Path, changed: int) -> str:
-    del changed  # part of the cache's key: a file that changes during a run is hashed again
-    return sha256_of(path)
-
-
-@cache
-def _of_folder(folder: Path) -> str:
-    combined = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        combined.update(f"{path.relative_to(folder)}\0{path.stat().st_size}\0".encode())
-    return combined.hexdigest()

@@ -14,9 +14,7 @@ from export_zoo.exporter.matrix import cell as cells
 from export_zoo.exporter.matrix.cell import Limits
 from export_zoo.exporter.matrix.plan import Cell
 from export_zoo.exporter.matrix.results import CellResult
-
-CORES_EACH = 2
-"""Cores for each cell with `--jobs auto`: much of an export runs on one core, its calibration on all."""
+from export_zoo.exporter.run.at_once import CORES_EACH
 
 
 def automatic_jobs() -> int:

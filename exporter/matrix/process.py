@@ -20,6 +20,7 @@ import psutil
 from export_zoo.base.errors import TargetRefusalError, TargetUnavailableError
 from export_zoo.base.machine import available_memory
 from export_zoo.base.package import IMPORT_ROOT
+from export_zoo.exporter.run.at_once import StoppedError
 
 _POLL_SECONDS = 0.1
 
@@ -45,17 +46,13 @@ def _kill(process: psutil.Process) -> None:
                 one.kill()
 
 
-class StoppedError(Exception):
-    """The run ended while a cell was running; its process was killed."""
-
-
 def _watch(
     process: subprocess.Popen[bytes], seconds: float, budget: int, stopped: threading.Event | None
 ) -> tuple[str, int]:
     """Wait for a cell's process. Returns why it was killed, empty if it was not, and its peak memory in bytes.
 
     Raises:
-        StoppedError: `stopped` was set.
+        StoppedError: `stopped` was set; the process was killed.
     """
     begin, peak = time.monotonic(), 0
     watched = psutil.Process(process.pid)
@@ -154,7 +151,7 @@ def run_limited(
         stopped: ends it when set.
 
     Raises:
-        StoppedError: `stopped` was set.
+        StoppedError: `stopped` was set; the process was killed.
     """
     with tempfile.TemporaryDirectory(prefix="export-zoo-") as directory:
         json_path, log_path = Path(directory) / "result.json", Path(directory) / "log"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from functools import partial
 from pathlib import Path
 from typing import TypeGuard
 
@@ -17,6 +17,7 @@ from export_zoo.exporter.matrix.place import Place
 from export_zoo.exporter.matrix.plan import HOST, Cell, by_bundle
 from export_zoo.exporter.matrix.results import CellResult, store, stored
 from export_zoo.exporter.publish import failed_place
+from export_zoo.exporter.run.at_once import run_at_once
 
 BUNDLES = "bundles"
 """Folder for bundles in --out."""
@@ -133,26 +134,9 @@ def run(
         return found
 
     groups = by_bundle(cells)
-    if place.at_once == 1:
-        return [result for own in groups for result in run_group(own)]
-    return _run_at_once(groups, run_group, place)
-
-
-def _run_at_once(
-    groups: Sequence[list[Cell]], run_group: Callable[[list[Cell]], list[CellResult]], place: Place
-) -> list[CellResult]:
-    """Run several groups at once, and return their results in order. An exception, or Ctrl-C, ends those that run."""
-    with ThreadPoolExecutor(place.at_once, thread_name_prefix="cells") as pool:
-        started = [pool.submit(run_group, own) for own in groups]
-        try:
-            ended, _ = wait(started, return_when=FIRST_EXCEPTION)
-            for future in ended:  # one that failed need not be the first
-                future.result()
-            return [result for future in started for result in future.result()]
-        except BaseException:
-            place.stop()
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    tasks = [partial(run_group, own) for own in groups]
+    found = dict(run_at_once(tasks, place.at_once, place.stop))
+    return [result for index in range(len(groups)) for result in found[index]]
 
 
 def _lacks_emulation(

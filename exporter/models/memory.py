@@ -15,6 +15,10 @@ from export_zoo.base.machine import available_memory
 
 MIB = 1 << 20
 
+UNKNOWN = 4 << 30
+"""Bytes that are assumed for networks whose memory is not known: the user's own, and those whose weights cannot be
+read."""
+
 # Fitted to the peaks that matrix runs measured (docs/zoo/results). `python benchmarks/memory.py` prints the fit.
 _BASE = 1600 * MIB
 """Bytes for Python with PyTorch, ONNX Runtime and the exporter's rules."""

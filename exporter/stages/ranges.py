@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
 
 from export_zoo.base import graph_io
 from export_zoo.base.errors import BadInputError, UsageError
 from export_zoo.base.graph_io import sha256_of
-from export_zoo.base.machine import instruction_set
 from export_zoo.calibration import images
-from export_zoo.calibration.collect import collect
-from export_zoo.calibration.near_duplicates import FingerprintedStream
+from export_zoo.calibration.collect import NoImageError, refuse_dead
+from export_zoo.calibration.images import Progress
+from export_zoo.calibration.near_duplicates import alike
 from export_zoo.calibration.range_warnings import warnings_of
 from export_zoo.calibration.ranges import Ranges
-from export_zoo.calibration.synthetic import SyntheticStream
 from export_zoo.engines.precision.int8.keep_float import kept_float
 from export_zoo.engines.targets.registry import quantized_tensors
-from export_zoo.exporter.run.context import IMAGE_BATCH, Context
+from export_zoo.exporter.run.at_once import run_at_once
+from export_zoo.exporter.run.cache import StageResult
+from export_zoo.exporter.run.context import Context
 from export_zoo.exporter.stages.images import ChosenImages
+from export_zoo.exporter.stages.shards import Here, Order, Workers
 
 if TYPE_CHECKING:
     from export_zoo.exporter.models.spec import ModelSpec
@@ -27,63 +33,114 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Calibrated:
-    """A ranges file, made from images or from synthetic ones."""
+    """A ranges file, unless no image could be used, and fingerprints of its images, in the order of their names.
+
+    For fingerprints see `calibration.near_duplicates`.
+    """
 
     RANGES: ClassVar[str] = "ranges.json"
+    FINGERPRINTS: ClassVar[str] = "fingerprints.npy"
     unreadable: list[tuple[str, str]]
     """Names of images that were left out, with reasons."""
-    alike: list[tuple[str, str]]
-    """Names of images that look alike."""
+    names: list[str]
 
 
 def calibrate(
-    context: Context, spec: ModelSpec, graph: Path, chosen: ChosenImages, shard: tuple[int, int] = (1, 1)
+    context: Context,
+    spec: ModelSpec,
+    graph: Path,
+    chosen: ChosenImages,
+    shards: Sequence[tuple[int, int]] = ((1, 1),),
+    workers: Workers | None = None,
 ) -> tuple[Path, Ranges]:
     """Run the calibration set through the graph and write a ranges file. Without images, FP16 uses synthetic images.
 
+    The bits do not depend on the shards. Each is cached: an interrupted calibration goes on where it ended.
+
     Args:
-        shard: (i, n): only the i-th of n parts of the set.
+        shards: parts (i, n) of the set to calibrate on, each the i-th of n: one of them, or all.
+        workers: who calibrates on the shards; by default this machine.
+
+    Raises:
+        BadInputError: too many images cannot be decoded, or no scale can be chosen; see `collect`.
     """
-    files, root = chosen.splits["calibrate"][shard[0] - 1 :: shard[1]], context.options.calib
-    seed = spec.seed + 3
-    histograms: list[str] = []
-    if context.options.quantizes:
-        histograms = _quantized(context, graph)
+    files, root, by = chosen.splits["calibrate"], context.options.calib, workers or Here()
+    histograms = _quantized(context, graph) if context.options.quantizes else []
+    parts = [files[index - 1 :: count] for index, count in shards]
+    whole, seed = len(parts) == shards[0][1], spec.seed + 3
 
-    def make(directory: Path) -> Calibrated:
-        stream = (
-            FingerprintedStream(files, spec.preprocess, IMAGE_BATCH, root)
-            if root is not None
-            else SyntheticStream(images.MIN_CALIBRATE, seed, spec.preprocess, IMAGE_BATCH)
-        )
-        with context.reporter.bar("calibrate", len(files)) as progress:
-            ranges = collect(graph, stream, histograms=histograms, progress=progress)
-        ranges.write(directory / Calibrated.RANGES)
-        pairs = stream.alike() if isinstance(stream, FingerprintedStream) else []
-        return Calibrated([(u.name, u.reason) for u in stream.unreadable], pairs)
+    def collected(index: int, progress: Progress) -> StageResult[Calibrated]:
+        def make(directory: Path) -> Calibrated:
+            order = Order(parts[index], root, spec.preprocess, histograms, seed, len(files))
+            found = by.collect(graph, order, progress)
+            if found.ranges is not None:
+                found.ranges.write(directory / Calibrated.RANGES)
+            np.save(directory / Calibrated.FINGERPRINTS, found.fingerprints)
+            return Calibrated(found.unreadable, found.names)
 
-    with context.reporter.stage("calibrate") as stage:
         key = context.key(
-            "onnxruntime",
-            "numpy",
-            "pillow",
             graph=sha256_of(graph),
             preprocess=spec.preprocess.model_dump(),
-            images=sorted(i.sha256 for i in files) if root is not None else ["synthetic", seed],
+            images=sorted(i.sha256 for i in parts[index]) if root is not None else ["synthetic", seed],
             histograms=histograms,
-            isa=instruction_set(),
+            made_with=by.facts,
         )
-        result = context.cache.run("calibrate", key, make, Calibrated)
-        ranges = Ranges.read(result.file(Calibrated.RANGES))
-        stage.cached = result.cached
+        return context.cache.run("calibrate", key, make, Calibrated)
+
+    results: dict[int, StageResult[Calibrated]] = {}
+    merged: Ranges | None = None
+    with context.reporter.stage("calibrate") as stage:
+        with context.reporter.bar("calibrate", sum(map(len, parts))) as progress:
+            tasks = [partial(collected, index, progress) for index in range(len(parts))]
+            for index, result in run_at_once(tasks, by.at_once, by.stop):
+                results[index] = result
+                if result.data.names or root is None:
+                    ranges = Ranges.read(result.file(Calibrated.RANGES))
+                    merged = ranges if merged is None else merged.merged(ranges)
+        unreadable = [pair for _, result in sorted(results.items()) for pair in result.data.unreadable]
+        if whole:
+            told = [images.Unreadable(*pair) for pair in unreadable]
+            images.refuse_if_too_many_unreadable(str(root), told, len(files))
+        if merged is None:
+            raise NoImageError(root or Path("synthetic images"))
+        if whole:
+            refuse_dead(merged, str(graph_io.load(graph).graph.inputs[0].name))
+        path = results[0].file(Calibrated.RANGES)
+        if len(parts) > 1:
+            # Of all shards, also of those without a usable image.
+            merged = merged.model_copy(update={"unreadable": sorted(name for name, _ in unreadable)})
+            path = context.cache.scratch() / Calibrated.RANGES
+            merged.write(path)
+        stage.cached = all(result.cached for result in results.values())
         kind = "images" if root is not None else "synthetic images"
-        stage.detail = f"{len(ranges.tensors)} tensors over {len(ranges.image_sha256)} {kind}"
-    context.warn_unreadable(root, result.data.unreadable)
+        stage.detail = f"{len(merged.tensors)} tensors over {len(merged.image_sha256)} {kind}"
+        if len(parts) > 1:
+            stage.detail += f" in {len(parts)} shards"
+    context.warn_unreadable(root, unreadable)
     if histograms:
         names = {file.sha256: file.name for file in files}
-        for text in warnings_of(ranges, names, alike=result.data.alike, whole=shard[1] == 1):
+        pairs = _alike([file.name for file in files], [results[index] for index in range(len(parts))])
+        for text in warnings_of(merged, names, alike=pairs, whole=whole):
             context.reporter.warn(text)
-    return result.file(Calibrated.RANGES), ranges
+    return path, merged
+
+
+def _alike(names: Sequence[str], results: Sequence[StageResult[Calibrated]]) -> list[tuple[str, str]]:
+    """Pairs of names: an image that looks like an earlier one, and that one.
+
+    Args:
+        names: of all images, in their order.
+    """
+    found = {
+        name: fingerprint
+        for result in results
+        for name, fingerprint in zip(
+            result.data.names, np.load(result.file(Calibrated.FINGERPRINTS)), strict=True
+        )
+    }
+    used = [name for name in names if name in found]
+    pairs = alike(np.stack([found[name] for name in used])) if used else {}
+    return [(used[index], used[first]) for index, first in pairs.items()]
 
 
 def _quantized(context: Context, graph: Path) -> list[str]:

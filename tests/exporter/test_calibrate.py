@@ -10,6 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from support.options import TUNED_LITTLE, UNTUNED
 
+from export_zoo.calibration.images import scan, split
 from export_zoo.calibration.ranges import Ranges
 
 
@@ -51,8 +52,6 @@ def test_shards_merge_to_the_bytes_of_the_whole(cli, arguments, tmp_path):
 def test_without_calib_ranges_are_enough_to_build_and_verify_elsewhere(cli, digits, arguments, tmp_path):
     path = calibrated(cli, arguments, tmp_path / "digits.json")
     used = set(Ranges.read(path).image_sha256)
-    from export_zoo.calibration.images import scan
-
     for image in scan(digits.images, option="--calib").images:
         if image.sha256 not in used:
             (tmp_path / "verify" / str(image.folder)).mkdir(parents=True, exist_ok=True)
@@ -252,3 +251,46 @@ def test_the_document_tells_what_was_written(cli, arguments, tmp_path):
     done = cli("calibrate", *arguments, "--out", path)
     assert (done.json["ranges"], done.json["images"], done.json["tensors"]) == (str(path), 512, 32)
     assert json.loads(path.read_text())["schema_version"] == 1
+
+
+def test_shards_on_one_machine_give_the_bytes_of_the_whole(cli, arguments, tmp_path):
+    whole = calibrated(cli, arguments, tmp_path / "whole.json")
+    done = cli("calibrate", *arguments, "--shards", "7", "--out", tmp_path / "shards.json")
+    assert done.code == 0, done.err
+    assert "512 images in 7 shards" in done.err
+    assert (tmp_path / "shards.json").read_bytes() == whole.read_bytes()
+
+
+def test_unreadable_images_count_among_all_shards(cli, digits, tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for index, image in enumerate(scan(digits.images, option="--calib").images[:110]):
+        data = image.path.read_bytes()
+        (folder / f"{index}.png").write_bytes(data[: len(data) // 2] if index < 5 else data)
+    used = split(scan(folder, option="--calib"), calibrate=512, verify=32, seed=0)["calibrate"]
+    arguments = [*digits.arguments(), "--calib", folder]
+    told = {}
+    shards = str(len(used))  # one that cannot be read is a shard
+    for count in ("1", shards):
+        done = cli("calibrate", *arguments, "--shards", count, "--out", tmp_path / f"{count}.json")
+        assert done.code == 0, done.err
+        told[count] = done.json["warnings"]
+    assert (tmp_path / f"{shards}.json").read_bytes() == (tmp_path / "1.json").read_bytes()
+    assert told[shards] == told["1"]
+    assert any("cannot be read" in text for text in told["1"])
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (["--shards", "0"], "--shards 0: not a number of shards"),
+        (["--shards", "600"], "--shards 600: there are only 512 images"),
+        (["--shard", "1/2", "--shards", "2"], "--shard excludes --shards and --on"),
+        (["--shard", "1/2", "--on", "ray"], "--shard excludes --shards and --on"),
+        (["--on", "slurm"], "--on slurm: unknown"),
+    ],
+)
+def test_wrong_shards_are_refused(cli, arguments, tmp_path, change, says):
+    done = cli("calibrate", *arguments, *change, "--out", tmp_path / "x.json")
+    assert done.code == 2, done.err
+    assert says in done.json["error"]["message"]

@@ -6,22 +6,28 @@ import dataclasses
 import os
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from export_zoo.base.errors import EnvironmentFailureError
+from export_zoo.base.graph_io import sha256_of
+from export_zoo.calibration.images import scan
 from export_zoo.exporter.cli.export import read_arguments
-from export_zoo.exporter.matrix import plan
+from export_zoo.exporter.cluster import ray_cluster
+from export_zoo.exporter.cluster.files import Named, Part, content_of, packed
+from export_zoo.exporter.cluster.ray_cluster import Needs, RayCluster
+from export_zoo.exporter.matrix import cell as cells_of_matrix
+from export_zoo.exporter.matrix import cluster_place, plan
 from export_zoo.exporter.matrix import run as matrix_run
-from export_zoo.exporter.matrix.inputs import content_of
+from export_zoo.exporter.matrix.cluster_place import ClusterPlace, Delivery, Order
 from export_zoo.exporter.matrix.results import CellResult, stored
 from export_zoo.exporter.publish import failed_place
+from export_zoo.exporter.run.at_once import StoppedError
+from export_zoo.exporter.stages import shards
 
 ray = pytest.importorskip("ray")
-
-from export_zoo.exporter.matrix import ray_cluster  # noqa: E402
-from export_zoo.exporter.matrix.ray_cluster import RayCluster, _Delivery, _packed  # noqa: E402
 
 GIB = 1 << 30
 SMALL = """\
@@ -60,22 +66,22 @@ def cell(tmp_path: Path, model: str = "squeezenet1_1", **changes: object) -> pla
     return dataclasses.replace(found, model=model, **changes)
 
 
-def ended(order: ray_cluster._Order, **fields: object) -> CellResult:
+def ended(order: Order, **fields: object) -> CellResult:
     one = order.cell
-    versions = ray_cluster.cells.versions(one)
+    versions = cells_of_matrix.versions(one)
     return CellResult(one.model, one.target, one.precision, (), "ok", versions=versions, **fields)
 
 
-def where(order, inputs) -> _Delivery:
+def where(places, order) -> Delivery:
     """Tells where it ran, and with which GPU."""
     resources = ray.get_runtime_context().get_assigned_resources()
-    return _Delivery(
-        ended(order, machine=str(sorted(resources)), warnings=(order.accelerator,)), _packed(Path())
+    return Delivery(
+        ended(order, machine=str(sorted(resources)), warnings=(order.accelerator,)), packed(Path())
     )
 
 
 def run(tmp_path: Path, task, cells: list[plan.Cell], expected: int = GIB // 2, **options: object):
-    place = RayCluster(None, cores=2, task=task)
+    place = ClusterPlace(RayCluster(None), cores=2, task=task)
     return matrix_run.run(
         cells, tmp_path / "out", seconds=300, place=place, expected=lambda _: expected, **options
     )
@@ -83,7 +89,7 @@ def run(tmp_path: Path, task, cells: list[plan.Cell], expected: int = GIB // 2, 
 
 def test_a_real_cell_runs_on_a_node_and_its_bundle_comes_back(cluster, tmp_path):
     one = cell(tmp_path)
-    place = RayCluster(None, cores=2)
+    place = ClusterPlace(RayCluster(None), cores=2)
     (result,) = matrix_run.run([one], tmp_path / "out", seconds=300, place=place, expected=lambda _: GIB)
     assert result.status == "ok", result.reason
     assert result.engine["state"] == "verified"
@@ -102,7 +108,7 @@ def test_an_export_that_failed_leaves_an_earlier_bundle(tmp_path):
     for folder, text in ((bundle, "good"), (failed, "old"), (node / failed.name, "new")):
         folder.mkdir(parents=True)
         (folder / "manifest.json").write_text(text)
-    ray_cluster._deliver(_packed(node, failed.name), bundle)
+    cluster_place._deliver(packed(node, failed.name), bundle)
     texts = [(place / "manifest.json").read_text() for place in (bundle, failed)]
     assert texts == ["good", "new"]
     assert sorted(tmp_path.iterdir()) == sorted([bundle, failed, node])
@@ -133,26 +139,26 @@ def test_a_cell_that_no_node_can_ever_take_is_told_at_once(accelerators, expecte
 
 
 def test_a_node_whose_gpu_is_another_builds_nothing(cluster, tmp_path):
-    (result,) = run(tmp_path, ray_cluster._run_on_node, [cell(tmp_path, accelerators=("H100",))])
+    (result,) = run(tmp_path, cluster_place.run_on_node, [cell(tmp_path, accelerators=("H100",))])
     assert result.status == "failed"
     assert "calls itself H100; its GPU is absent" in result.reason
 
 
-def dies_once(order, inputs) -> _Delivery:
+def dies_once(places, order) -> Delivery:
     mark = Path(dict(a.partition("=")[::2] for a in order.cell.arguments)["--mark"])
     if order.cell.model == "dies" and len([*mark.glob("*")]) < 1:
         (mark / str(os.getpid())).touch()
         os._exit(1)
-    return _Delivery(ended(order), _packed(Path()))
+    return Delivery(ended(order), packed(Path()))
 
 
-def dies_always(order, inputs) -> _Delivery:
+def dies_always(places, order) -> Delivery:
     if order.cell.model == "dies":
         os._exit(1)
-    return _Delivery(ended(order), _packed(Path()))
+    return Delivery(ended(order), packed(Path()))
 
 
-def raises(order, inputs) -> _Delivery:
+def raises(places, order) -> Delivery:
     raise ValueError("a fault of ours")
 
 
@@ -176,8 +182,8 @@ def test_a_fault_of_a_task_is_told_and_not_tried_again(cluster, tmp_path):
     assert "a fault of ours" in result.reason
 
 
-def large(order, inputs) -> _Delivery:
-    return _Delivery(ended(order), _packed(Path(order.cell.arguments[0]), order.bundle))
+def large(places, order) -> Delivery:
+    return Delivery(ended(order), packed(Path(order.cell.arguments[0]), order.bundle))
 
 
 def test_a_bundle_larger_than_the_object_store_comes_back(cluster, tmp_path):
@@ -189,43 +195,49 @@ def test_a_bundle_larger_than_the_object_store_comes_back(cluster, tmp_path):
     assert (tmp_path / "out" / "bundles" / one.bundle / "weights").stat().st_size == 100 << 20
 
 
-def reads(order, inputs) -> _Delivery:
-    """Tells where the node has the file that the cell names."""
-    found = {
-        path: ray_cluster._here(path, content, lambda path=path: bytes(ray.get(inputs[path][0])))
-        for path, content in order.contents.items()
+def reads(places) -> dict[str, str]:
+    """Tells where the node has what is wanted, and its texts."""
+    return {
+        place: "".join(
+            path.read_text() for path in sorted([Path(place), *Path(place).rglob("*")]) if path.is_file()
+        )
+        for place in places
     }
-    texts = [Path(place).read_text() for place in found.values()]
-    return _Delivery(ended(order, warnings=(*found.values(), *texts)), _packed(Path()))
-
-
-def elsewhere(order, inputs) -> _Delivery:
-    """As on a node that has another file there."""
-    for path in order.contents:
-        Path(path).write_text("another")
-    return reads(order, inputs)
 
 
 def test_a_file_is_read_where_it_is_and_travels_where_it_is_not(cluster, tmp_path, monkeypatch):
-    weights = tmp_path / "best.pth"
+    weights, images, found = tmp_path / "best.pth", tmp_path / "images", RayCluster(None)
     weights.write_text("these")
-    one = cell(tmp_path, arguments=(f"--weights={weights}",))
-    (result,) = run(tmp_path, reads, [one])
-    assert result.warnings == (str(weights), "these")
-    content = content_of(weights)
-    (result,) = run(tmp_path, elsewhere, [one], again=True)
-    place, text = result.warnings
-    assert text == "these"
-    assert (Path(place).name, Path(place).parent.name) == ("best.pth", content)
+    images.mkdir()
+    for name in ("1.jpg", "2.jpg", "3.jpg"):
+        (images / name).write_text(name)
+    part = Part(str(images), {name: sha256_of(images / name) for name in ("1.jpg", "3.jpg")})
+    wanted, needs = [Named.of(weights), Named.of(images), part], Needs(GIB // 2, 1)
+    here = found.run(reads, needs=needs, wanted=wanted)
+    assert here == {str(weights): "these", str(images): "1.jpg2.jpg3.jpg"}
+    # As on a node that has another file there, and an image more, and no part of the folder.
+    elsewhere = [Named(str(tmp_path / "no" / "best.pth"), wanted[0].content)]
+    elsewhere += [
+        Named(str(tmp_path / "no" / "images"), wanted[1].content),
+        Part(str(tmp_path / "no"), part.files),
+    ]
+    monkeypatch.setattr(Named, "pack", lambda self: packed(tmp_path, Path(self.path).name))
+    monkeypatch.setattr(Part, "pack", lambda self: packed(images, *self.files))
+    there = found.run(reads, needs=needs, wanted=elsewhere)
+    assert [*there.values()] == ["these", "1.jpg2.jpg3.jpg", "1.jpg3.jpg"]
+    kept, folder, once = map(Path, there)
+    assert kept.parent.name == content_of(weights)
+    assert folder.exists()
+    assert not once.exists()
 
 
 def test_a_node_with_another_version_is_named_before_anything_runs(cluster, monkeypatch):
     monkeypatch.setattr(ray_cluster, "__version__", "9.9.9")
     with pytest.raises(EnvironmentFailureError, match=r"node \S+ .* has export-zoo .*, this machine 9\.9\.9"):
-        RayCluster(None, cores=2)
+        RayCluster(None)
 
 
-def waits(order, inputs) -> _Delivery:
+def waits(places, order) -> Delivery:
     Path(order.cell.arguments[0]).touch()
     for _ in range(3000):
         time.sleep(0.1)  # as `process._watch`
@@ -233,10 +245,11 @@ def waits(order, inputs) -> _Delivery:
 
 
 def test_ctrl_c_ends_the_tasks(cluster, tmp_path):
-    place = RayCluster(None, cores=2, task=waits)
+    cluster_ = RayCluster(None)
+    place = ClusterPlace(cluster_, cores=2, task=waits)
     began = tmp_path / "began"
     one = cell(tmp_path, arguments=(str(began),))
-    real = place._wait
+    real = cluster_._wait
 
     def wait(reference):
         while not began.exists():
@@ -244,8 +257,8 @@ def test_ctrl_c_ends_the_tasks(cluster, tmp_path):
         place.stop()
         return real(reference)
 
-    place._wait = wait
-    with pytest.raises(ray_cluster.StoppedError):
+    cluster_._wait = wait
+    with pytest.raises(StoppedError):
         matrix_run.run([one], tmp_path / "out", seconds=300, place=place, expected=lambda _: GIB // 2)
     for _ in range(300):
         free = ray.available_resources().get("CPU", 0)
@@ -255,14 +268,14 @@ def test_ctrl_c_ends_the_tasks(cluster, tmp_path):
     pytest.fail("the task still runs")
 
 
-def waits_once(order, inputs) -> _Delivery:
+def waits_once(places, order) -> Delivery:
     mark = Path(order.cell.arguments[0])
     here = ray.get_runtime_context().get_node_id()
     if not mark.exists():
         mark.write_text(here)
         for _ in range(3000):
             time.sleep(0.1)
-    return _Delivery(ended(order, warnings=(here,)), _packed(Path()))
+    return Delivery(ended(order, warnings=(here,)), packed(Path()))
 
 
 def test_a_node_that_dies_in_the_middle_gives_its_cells_to_another(cluster, tmp_path):
@@ -282,3 +295,77 @@ def test_a_node_that_dies_in_the_middle_gives_its_cells_to_another(cluster, tmp_
     (result,) = found
     assert result.status == "ok", result.reason
     assert result.warnings == (next(node.node_id for node in nodes if node is not first),)
+
+
+@pytest.mark.parametrize("count", [1, 3, 7])
+def test_a_calibration_in_shards_has_the_bytes_of_one_on_one_machine(cluster, cli, digits, tmp_path, count):
+    arguments = [*digits.arguments(), "--calib", digits.images]
+    assert cli("calibrate", *arguments, "--out", tmp_path / "one.json").code == 0
+    told = cli(
+        "calibrate", *arguments, "--no-cache", "--on", "ray", "--shards", count, "--out", tmp_path / "s.json"
+    )
+    assert told.code == 0, told.err
+    assert (tmp_path / "s.json").read_bytes() == (tmp_path / "one.json").read_bytes()
+
+
+def waits_at_first(mark: Path, places, order, cores: int):
+    """The task of a shard; the first that runs waits for its node to die."""
+    from export_zoo.exporter.stages import shards
+
+    try:
+        with mark.open("x") as file:
+            file.write(ray.get_runtime_context().get_node_id())
+        time.sleep(300)
+    except FileExistsError:
+        return shards._collect_on_node(places, order, cores)
+    raise AssertionError
+
+
+def test_a_calibration_goes_on_when_a_node_dies(cluster, cli, digits, tmp_path, monkeypatch):
+    arguments, mark = [*digits.arguments(), "--calib", digits.images], tmp_path / "mark"
+    assert cli("calibrate", *arguments, "--out", tmp_path / "one.json").code == 0
+    cluster.add_node(num_cpus=2, memory=3 * GIB)
+    cluster.wait_for_nodes()
+    monkeypatch.setattr(shards, "_collect_on_node", partial(waits_at_first, mark))
+    found = []
+    given = ["--no-cache", "--on", "ray", "--shards", "4", "--out", tmp_path / "s.json"]
+    running = threading.Thread(target=lambda: found.append(cli("calibrate", *arguments, *given)))
+    running.start()
+    while not (mark.exists() and mark.read_text()):
+        time.sleep(0.1)
+    (first,) = (node for node in cluster.list_all_nodes() if node.node_id == mark.read_text())
+    cluster.remove_node(first, allow_graceful=False)
+    running.join(timeout=120)
+    assert found[0].code == 0, found[0].err
+    assert (tmp_path / "s.json").read_bytes() == (tmp_path / "one.json").read_bytes()
+
+
+def test_nodes_whose_ranges_could_differ_are_refused_before_the_export(
+    cluster, cli, digits, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(shards, "facts", other_machine)
+    given = ["--no-cache", "--on", "ray", "--out", tmp_path / "s.json"]
+    cluster.add_node(num_cpus=1, memory=GIB)
+    cluster.wait_for_nodes()
+    done = cli("calibrate", *digits.arguments(), "--calib", digits.images, *given)
+    assert done.code == 7
+    assert "the ranges could not be merged" in done.json["error"]["message"]
+
+
+def other_machine() -> dict[str, str]:
+    """As on nodes of which each has its own kind of CPU."""
+    return {"instruction set": ray.get_runtime_context().get_node_id()}
+
+
+def test_an_error_of_a_shard_is_told_as_on_one_machine(cluster, cli, digits, tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for index, image in enumerate(scan(digits.images, option="--calib").images[:64]):
+        data = image.path.read_bytes()
+        (folder / f"{index}.png").write_bytes(data[: len(data) // 2] if index % 2 else data)
+    arguments = [*digits.arguments(), "--calib", folder, "--out", tmp_path / "x.json"]
+    for more in ((), ("--on", "ray", "--shards", "2")):
+        done = cli("calibrate", *arguments, *more)
+        assert done.code == 5, done.err
+        assert "image files cannot be read" in done.json["error"]["message"]
+        assert "up to 10%" in done.json["error"]["hint"]

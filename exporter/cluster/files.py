@@ -1,0 +1,140 @@
+"""Files and folders that a task reads: where its node has them, or how they travel to it."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import tarfile
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from export_zoo.base.files import cache_directory
+from export_zoo.base.graph_io import sha256_of
+
+
+def content_of(path: Path) -> str:
+    """SHA-256 of a file; of a folder's file names and sizes."""
+    resolved = path.resolve()
+    return _of_file(resolved, resolved.stat().st_mtime_ns) if path.is_file() else _of_folder(resolved)
+
+
+@cache
+def _of_file(path: Path, changed: int) -> str:
+    del changed  # part of the cache's key: a file that changes during a run is hashed again
+    return sha256_of(path)
+
+
+@cache
+def _of_folder(folder: Path) -> str:
+    combined = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        combined.update(f"{path.relative_to(folder)}\0{path.stat().st_size}\0".encode())
+    return combined.hexdigest()
+
+
+def packed(root: Path, *names: str) -> bytes:
+    """Files and folders of a folder as an uncompressed tar archive; links are followed."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", dereference=True) as archive:
+        for name in names:
+            archive.add(root / name, arcname=name)
+    return buffer.getvalue()
+
+
+def unpack(data: bytes, folder: Path) -> None:
+    """Unpack `packed` into a folder."""
+    with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+        archive.extractall(folder, filter="data")
+
+
+@dataclass(frozen=True)
+class Named:
+    """A file or folder that a node keeps in its cache, once it has travelled there: weights, or a folder of images.
+
+    Attributes:
+        path: absolute path on the driver.
+        content: see `content_of`.
+    """
+
+    path: str
+    content: str
+
+    @classmethod
+    def of(cls, path: Path) -> Named:
+        return cls(str(path.resolve()), content_of(path))
+
+    def here(self) -> str | None:
+        """Where this node has it: at the same path, or in its cache. None if it has to travel."""
+        own = Path(self.path)
+        if own.exists() and content_of(own) == self.content:
+            return self.path
+        return str(self._kept) if self._kept.exists() else None
+
+    @property
+    def _kept(self) -> Path:
+        return cache_directory() / "inputs" / self.content / Path(self.path).name
+
+    def pack(self) -> bytes:
+        """The file or folder, to be sent. Runs on the driver."""
+        return packed(Path(self.path).parent, Path(self.path).name)
+
+    def unpacked(self, data: bytes, scratch: Path) -> str:
+        """Where this node has it after it has travelled."""
+        del scratch
+        kept = self._kept
+        kept.parent.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=kept.parent.parent, prefix=".new-") as directory:
+            unpack(data, Path(directory))
+            try:
+                Path(directory).rename(kept.parent)
+            except OSError:
+                if not kept.exists():  # another task was not faster
+                    raise
+            Path(directory).mkdir(exist_ok=True)  # for its removal
+        return str(kept)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some files of a folder, for one task: a node does not keep them.
+
+    Attributes:
+        path: absolute path of the folder on the driver.
+        files: SHA-256 of each file, by its path below the folder.
+    """
+
+    path: str
+    files: Mapping[str, str]
+
+    @classmethod
+    def of(cls, root: Path, folder: str) -> Part:
+        """All files of a folder below `root`."""
+        files = sorted(path for path in (root / folder).rglob("*") if path.is_file())
+        return cls(str(root), {path.relative_to(root).as_posix(): sha256_of(path) for path in files})
+
+    def here(self) -> str | None:
+        """The folder, if this node has it at the same path with the same files."""
+        root = Path(self.path)
+        try:
+            same = all(sha256_of(root / name) == sha256 for name, sha256 in self.files.items())
+        except OSError:
+            return None
+        return self.path if same else None
+
+    def pack(self) -> bytes:
+        """The files, to be sent. Runs on the driver."""
+        return packed(Path(self.path), *self.files)
+
+    def unpacked(self, data: bytes, scratch: Path) -> str:
+        """Where this node has them after they have travelled."""
+        place = Path(tempfile.mkdtemp(dir=scratch))
+        unpack(data, place)
+        return os.fspath(place)
+
+
+Wanted = Named | Part
+"""Something that a task reads."""
