@@ -127,21 +127,28 @@ class RayCluster:
     def on_each_node(
         self, function: Callable[..., Any], *arguments: Any, with_cores: bool = False
     ) -> dict[str, Any]:
-        """Results of a function on each node, by the node's name.
+        """Results of a function on each node, by the node's name. Nodes that are gone are forgotten.
 
         Args:
             with_cores: only on nodes that have cores for tasks.
         """
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        asked = {}
+        asked = []
         for node in self._nodes:
             if with_cores and not node["Resources"].get("CPU", 0):
                 continue
             there = NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=False)
             task = self._ray.remote(function).options(num_cpus=0, scheduling_strategy=there, max_retries=1)
-            asked[f"{node['NodeManagerHostname']} ({node['NodeID'][:8]})"] = task.remote(*arguments)
-        return {name: self._ray.get(reference) for name, reference in asked.items()}
+            asked.append((node, task.remote(*arguments)))
+        found = {}
+        for node, reference in asked:
+            name = f"{node['NodeManagerHostname']} ({node['NodeID'][:8]})"
+            try:
+                found[name] = self._ray.get(reference)
+            except (self._ray.exceptions.TaskUnschedulableError, self._ray.exceptions.NodeDiedError):
+                self._nodes.remove(node)  # Ray may list it as alive for some seconds
+        return found
 
     def _check_nodes(self) -> None:
         own = _facts()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -9,23 +10,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
+import numpy.typing as npt
 
 from export_zoo.base import graph_io
 from export_zoo.base.errors import BadInputError, UsageError
 from export_zoo.base.graph_io import sha256_of
 from export_zoo.calibration import images
-from export_zoo.calibration.collect import NoImageError, refuse_dead
-from export_zoo.calibration.images import Progress
-from export_zoo.calibration.near_duplicates import alike
+from export_zoo.calibration.collect import NoImageError, collect, refuse_dead
+from export_zoo.calibration.images import ImageFile, Progress
+from export_zoo.calibration.near_duplicates import FingerprintedStream, alike
+from export_zoo.calibration.preprocess import Preprocess
 from export_zoo.calibration.range_warnings import warnings_of
 from export_zoo.calibration.ranges import Ranges
+from export_zoo.calibration.synthetic import SyntheticStream
 from export_zoo.engines.precision.int8.keep_float import kept_float
 from export_zoo.engines.targets.registry import quantized_tensors
+from export_zoo.exporter.cluster.files import Named, Wanted
 from export_zoo.exporter.run.at_once import run_at_once
 from export_zoo.exporter.run.cache import StageResult
-from export_zoo.exporter.run.context import Context
+from export_zoo.exporter.run.context import IMAGE_BATCH, Context
 from export_zoo.exporter.stages.images import ChosenImages
-from export_zoo.exporter.stages.shards import Here, Order, Workers
+from export_zoo.exporter.stages.shards import Here, Workers, images_there, images_wanted
 
 if TYPE_CHECKING:
     from export_zoo.exporter.models.spec import ModelSpec
@@ -43,6 +48,62 @@ class Calibrated:
     unreadable: list[tuple[str, str]]
     """Names of images that were left out, with reasons."""
     names: list[str]
+
+
+@dataclass(frozen=True)
+class _Order:
+    """A shard: images to calibrate on. Whether no scale can be chosen is judged when all are merged.
+
+    Attributes:
+        files: empty for synthetic images.
+        root: their folder; None for synthetic images.
+        histograms: names of the tensors to collect histograms of.
+        seed: seed of synthetic images.
+        whole: number of files of the set that `files` are a shard of.
+    """
+
+    files: Sequence[ImageFile]
+    root: Path | None
+    preprocess: Preprocess
+    histograms: Sequence[str]
+    seed: int
+    whole: int
+
+
+@dataclass(frozen=True)
+class _Collected:
+    """What a shard gives; see `Calibrated`. `ranges` is None if no image could be used."""
+
+    ranges: Ranges | None
+    unreadable: list[tuple[str, str]]
+    names: list[str]
+    fingerprints: npt.NDArray[np.float32]
+
+
+def _collect(places: Sequence[str], order: _Order, threads: int, progress: Progress) -> _Collected:
+    """Calibrate on one shard. `places` are those of the graph and of the folder of images."""
+    p = order.preprocess
+    stream = (
+        FingerprintedStream(
+            images_there(order.files, order.root, places[1]), p, IMAGE_BATCH, order.root, whole=order.whole
+        )
+        if order.root is not None
+        else SyntheticStream(images.MIN_CALIBRATE, order.seed, p, IMAGE_BATCH)
+    )
+    ranges = None
+    with contextlib.suppress(NoImageError):
+        ranges = collect(
+            Path(places[0]),
+            stream,
+            histograms=order.histograms,
+            threads=threads,
+            shard=True,
+            progress=progress,
+        )
+    unreadable = [(u.name, u.reason) for u in stream.unreadable]
+    if not isinstance(stream, FingerprintedStream):
+        return _Collected(ranges, unreadable, [], np.empty((0, 0), np.float32))
+    return _Collected(ranges, unreadable, [image.name for image in stream.images], stream.found())
 
 
 def calibrate(
@@ -71,8 +132,13 @@ def calibrate(
 
     def collected(index: int, progress: Progress) -> StageResult[Calibrated]:
         def make(directory: Path) -> Calibrated:
-            order = Order(parts[index], root, spec.preprocess, histograms, seed, len(files))
-            found = by.collect(graph, order, progress)
+            part = parts[index]
+            order = _Order(part, root, spec.preprocess, histograms, seed, len(files))
+            wanted: list[Wanted] = [
+                Named.of(graph),
+                *([images_wanted(part, root)] if root is not None else []),
+            ]
+            found = by.run(_collect, order, wanted, len(part), progress)
             if found.ranges is not None:
                 found.ranges.write(directory / Calibrated.RANGES)
             np.save(directory / Calibrated.FINGERPRINTS, found.fingerprints)

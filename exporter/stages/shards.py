@@ -1,110 +1,71 @@
-"""Shards of a calibration, and who works on them: this machine, or the nodes of a Ray cluster."""
+"""Who works on shards of images: this machine, or the nodes of a Ray cluster."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
-
-import numpy as np
-import numpy.typing as npt
+from typing import Any, Protocol, TypeVar
 
 from export_zoo.base.errors import EnvironmentFailureError
 from export_zoo.base.machine import instruction_set, library_versions
-from export_zoo.calibration import images
-from export_zoo.calibration.collect import NoImageError, collect
 from export_zoo.calibration.images import ImageFile, Progress
-from export_zoo.calibration.near_duplicates import FingerprintedStream
-from export_zoo.calibration.preprocess import Preprocess
-from export_zoo.calibration.ranges import Ranges
-from export_zoo.calibration.synthetic import SyntheticStream
-from export_zoo.exporter.cluster.files import Named, Part
+from export_zoo.exporter.cluster.files import Part, Wanted
 from export_zoo.exporter.cluster.ray_cluster import Needs, NoNodeError, RayCluster, TaskError
 from export_zoo.exporter.run.at_once import CORES_EACH
-from export_zoo.exporter.run.context import IMAGE_BATCH
 
+OrderT = TypeVar("OrderT")
+ResultT = TypeVar("ResultT")
 
-@dataclass(frozen=True)
-class Order:
-    """A shard: images to calibrate on. Whether no scale can be chosen is judged when all are merged.
+Work = Callable[[Sequence[str], OrderT, int, Progress], ResultT]
+"""A module's function that works on one shard: work(places, order, threads, progress).
 
-    Attributes:
-        files: empty for synthetic images.
-        root: their folder; None for synthetic images.
-        histograms: names of the tensors to collect histograms of.
-        seed: seed of synthetic images.
-        whole: number of files of the set that `files` are a shard of.
-    """
-
-    files: Sequence[ImageFile]
-    root: Path | None
-    preprocess: Preprocess
-    histograms: Sequence[str]
-    seed: int
-    whole: int
-
-
-@dataclass(frozen=True)
-class Collected:
-    """Ranges over a shard.
-
-    Attributes:
-        ranges: None if no image could be used.
-        unreadable: names of images that were left out, with reasons.
-        names: names of the other images, except synthetic ones.
-        fingerprints: float32 [names, ...]; see `calibration.near_duplicates`.
-    """
-
-    ranges: Ranges | None
-    unreadable: list[tuple[str, str]]
-    names: list[str]
-    fingerprints: npt.NDArray[np.float32]
+`places` are the paths of the wanted files and folders there; `threads` is the number of threads, 0 for all cores.
+"""
 
 
 def facts() -> dict[str, str]:
-    """What the bits of ranges depend on, beside the code: this machine's instruction set and libraries."""
-    return {
-        "instruction set": instruction_set(),
-        **library_versions("onnxruntime", "numpy", "pillow"),
-    }
+    """What the bits of results depend on, beside the code: this machine's instruction set and libraries."""
+    libraries = ("onnxruntime", "numpy", "pillow", "torch", "torchvision")
+    return {"instruction set": instruction_set(), **library_versions(*libraries)}
 
 
-def _collect(graph: Path, order: Order, progress: Progress, threads: int = 0) -> Collected:
-    p = order.preprocess
-    stream = (
-        FingerprintedStream(order.files, p, IMAGE_BATCH, order.root, whole=order.whole)
-        if order.root is not None
-        else SyntheticStream(images.MIN_CALIBRATE, order.seed, p, IMAGE_BATCH)
-    )
-    ranges = None
-    with contextlib.suppress(NoImageError):
-        ranges = collect(
-            graph, stream, histograms=order.histograms, threads=threads, shard=True, progress=progress
-        )
-    unreadable = [(u.name, u.reason) for u in stream.unreadable]
-    if not isinstance(stream, FingerprintedStream):
-        return Collected(ranges, unreadable, [], np.empty((0, 0), np.float32))
-    return Collected(ranges, unreadable, [image.name for image in stream.images], stream.found())
+def images_wanted(files: Sequence[ImageFile], root: Path) -> Part:
+    """The images of a shard, for `Workers.run`."""
+    return Part(str(root.absolute()), {file.path.relative_to(root).as_posix(): file.sha256 for file in files})
+
+
+def images_there(files: Sequence[ImageFile], root: Path, place: str) -> list[ImageFile]:
+    """The same images where they are read: in the folder `place` instead of `root`."""
+    return [dataclasses.replace(file, path=Path(place) / file.path.relative_to(root)) for file in files]
 
 
 class Workers(Protocol):
-    """Those who calibrate on shards."""
+    """Those who work on shards."""
 
     at_once: int
     """Number of shards that are worked on at once."""
     facts: Mapping[str, str]
     """See `facts`."""
 
-    def collect(self, graph: Path, order: Order, progress: Progress) -> Collected:
-        """Calibrate on one shard, and wait for the result. May be called from several threads at once.
+    def run(
+        self,
+        work: Work[OrderT, ResultT],
+        order: OrderT,
+        wanted: Sequence[Wanted],
+        images: int,
+        progress: Progress,
+    ) -> ResultT:
+        """Work on one shard, and wait for the result. May be called from several threads at once.
+
+        Args:
+            wanted: the files and folders that it reads.
+            images: number of images of the shard, for the progress.
 
         Raises:
-            BadInputError: see `calibration.collect.collect`.
             EnvironmentFailureError: the shard cannot be worked on.
             StoppedError: `stop` was called.
+            ExportZooError: the function raised it.
         """
 
     def stop(self) -> None:
@@ -119,20 +80,23 @@ class Here:
     def __init__(self) -> None:
         self.facts: Mapping[str, str] = facts()
 
-    def collect(self, graph: Path, order: Order, progress: Progress) -> Collected:
-        return _collect(graph, order, progress)
+    def run(
+        self,
+        work: Work[OrderT, ResultT],
+        order: OrderT,
+        wanted: Sequence[Wanted],
+        images: int,
+        progress: Progress,
+    ) -> ResultT:
+        del images
+        return work([one.path for one in wanted], order, 0, progress)
 
     def stop(self) -> None:
         pass
 
 
-def _collect_on_node(places: Sequence[str], order: Order, cores: int) -> Collected:
-    """The task of a shard, on its node, which has the graph and the folder of images at `places`."""
-    assert order.root is not None
-    graph, root = map(Path, places)
-    files = [dataclasses.replace(file, path=root / file.path.relative_to(order.root)) for file in order.files]
-    there = dataclasses.replace(order, files=files)
-    return _collect(graph, there, lambda _: None, threads=cores)
+def _untold(done: int) -> None:
+    del done  # progress on a node, which nobody sees
 
 
 class OnCluster:
@@ -142,7 +106,7 @@ class OnCluster:
         memory: bytes that a shard is expected to take.
 
     Raises:
-        EnvironmentFailureError: nodes differ in what the bits of ranges depend on.
+        EnvironmentFailureError: nodes differ in what the bits of results depend on.
     """
 
     at_once = 256
@@ -153,38 +117,35 @@ class OnCluster:
         first = next(iter(found), "")
         self.facts: Mapping[str, str] = found.get(first) or facts()
         for name, there in found.items():
-            differing = [
-                f"{what} {there[what]}, not {have}"
-                for what, have in self.facts.items()
-                if there[what] != have
-            ]
-            if differing:
+            if differing := differences(there, self.facts):
                 raise EnvironmentFailureError(
-                    f"--on ray: node {name} has {', '.join(differing)} as {first}: the ranges could not be merged",
-                    hint="calibrate on nodes of one kind, with the same libraries",
+                    f"--on ray: node {name} has {differing} as {first}: results of shards could not be merged",
+                    hint="use nodes of one kind, with the same libraries",
                 )
 
-    def collect(self, graph: Path, order: Order, progress: Progress) -> Collected:
-        assert order.root is not None
-        root = order.root.resolve()
-        files = [
-            dataclasses.replace(file, path=root / file.path.relative_to(order.root)) for file in order.files
-        ]
-        shas = {file.path.relative_to(root).as_posix(): file.sha256 for file in files}
+    def run(
+        self,
+        work: Work[OrderT, ResultT],
+        order: OrderT,
+        wanted: Sequence[Wanted],
+        images: int,
+        progress: Progress,
+    ) -> ResultT:
         try:
-            found: Collected = self._cluster.run(
-                _collect_on_node,
-                dataclasses.replace(order, files=files, root=root),
-                CORES_EACH,
-                needs=self._needs,
-                wanted=[Named.of(graph), Part(str(root), shas)],
-            )
+            found: Any = self._cluster.run(work, order, CORES_EACH, _untold, needs=self._needs, wanted=wanted)
         except (NoNodeError, TaskError) as error:
             raise EnvironmentFailureError(
                 f"--on ray: a shard failed: {error}", hint="run the command again: finished shards are cached"
             ) from error
-        progress(len(files))
-        return found
+        progress(images)
+        return found  # type: ignore[no-any-return]
 
     def stop(self) -> None:
         self._cluster.stop()
+
+
+def differences(there: Mapping[str, str], here: Mapping[str, str]) -> str:
+    """How facts differ from others, for people; empty if they do not."""
+    return ", ".join(
+        f"{what} {there[what]}, not {have}" for what, have in here.items() if there[what] != have
+    )

@@ -25,7 +25,7 @@ from export_zoo.exporter.matrix.cluster_place import ClusterPlace, Delivery, Ord
 from export_zoo.exporter.matrix.results import CellResult, stored
 from export_zoo.exporter.publish import failed_place
 from export_zoo.exporter.run.at_once import StoppedError
-from export_zoo.exporter.stages import shards
+from export_zoo.exporter.stages import ranges, shards
 
 ray = pytest.importorskip("ray")
 
@@ -308,16 +308,16 @@ def test_a_calibration_in_shards_has_the_bytes_of_one_on_one_machine(cluster, cl
     assert (tmp_path / "s.json").read_bytes() == (tmp_path / "one.json").read_bytes()
 
 
-def waits_at_first(mark: Path, places, order, cores: int):
+def waits_at_first(mark: Path, places, order, threads, progress):
     """The task of a shard; the first that runs waits for its node to die."""
-    from export_zoo.exporter.stages import shards
+    from export_zoo.exporter.stages import ranges
 
     try:
         with mark.open("x") as file:
             file.write(ray.get_runtime_context().get_node_id())
         time.sleep(300)
     except FileExistsError:
-        return shards._collect_on_node(places, order, cores)
+        return ranges._collect(places, order, threads, progress)
     raise AssertionError
 
 
@@ -326,7 +326,7 @@ def test_a_calibration_goes_on_when_a_node_dies(cluster, cli, digits, tmp_path, 
     assert cli("calibrate", *arguments, "--out", tmp_path / "one.json").code == 0
     cluster.add_node(num_cpus=2, memory=3 * GIB)
     cluster.wait_for_nodes()
-    monkeypatch.setattr(shards, "_collect_on_node", partial(waits_at_first, mark))
+    monkeypatch.setattr(ranges, "_collect", partial(waits_at_first, mark))
     found = []
     given = ["--no-cache", "--on", "ray", "--shards", "4", "--out", tmp_path / "s.json"]
     running = threading.Thread(target=lambda: found.append(cli("calibrate", *arguments, *given)))
@@ -349,7 +349,7 @@ def test_nodes_whose_ranges_could_differ_are_refused_before_the_export(
     cluster.wait_for_nodes()
     done = cli("calibrate", *digits.arguments(), "--calib", digits.images, *given)
     assert done.code == 7
-    assert "the ranges could not be merged" in done.json["error"]["message"]
+    assert "results of shards could not be merged" in done.json["error"]["message"]
 
 
 def other_machine() -> dict[str, str]:

@@ -168,6 +168,13 @@ def test_a_method_far_behind_is_not_tried_again_after_other_steps():
     assert choosing.candidate.kept == evaluation.first
 
 
+def test_if_all_other_methods_are_far_behind_the_last_one_is_not_compared_with_nothing():
+    evaluation = Methods({"minmax": 16.0, "percentile": 16.5, "entropy": 16.9, "mse": 20.0})
+    choosing = _tune(evaluation, TARGETS["onnxruntime"], ("float",), "auto", EFFORT["default"])
+    assert [step.name for step in choosing.steps] == ["method", "float"]
+    assert choosing.candidate.method == "mse"
+
+
 def test_layers_that_stay_float_anyway_are_no_choice_of_tuning():
     evaluation = Methods({"minmax": 20.0})
     always = ("stem", "depthwise", "more")

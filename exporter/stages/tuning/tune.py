@@ -120,7 +120,12 @@ class _Choosing:
         )
 
     def step(self, name: StepName, default: str, candidates: Mapping[str, Candidate]) -> None:
-        """Choose the best candidate if it is better than the default by more than chance, otherwise the default."""
+        """Choose the best candidate if it is better than the default by more than chance, otherwise the default.
+
+        If there is none but the default (all others were far behind before), no step is recorded.
+        """
+        if candidates.keys() == {default}:
+            return
         figures = {what: self._evaluator.sqnr(c, self._target) for what, c in candidates.items()}
         best = max((what for what in figures if what != default), key=lambda what: figures[what])
         errors, decibels = WANTED[name]
