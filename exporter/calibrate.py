@@ -15,14 +15,13 @@ from export_zoo.calibration.ranges import Ranges
 from export_zoo.engines.precision.int8.precision import INT8
 from export_zoo.exporter.cluster.ray_cluster import RayCluster
 from export_zoo.exporter.options import ExportOptions
-from export_zoo.exporter.run.at_once import CORES_EACH
 from export_zoo.exporter.run.cache import StageCache
 from export_zoo.exporter.run.context import Context
 from export_zoo.exporter.run.report import Reporter
 from export_zoo.exporter.stages import network
 from export_zoo.exporter.stages import ranges as ranges_stage
 from export_zoo.exporter.stages.images import choose_images
-from export_zoo.exporter.stages.shards import OnCluster, Workers
+from export_zoo.exporter.stages.shards import workers_on
 
 
 def _write(ranges: Ranges, out: Path) -> None:
@@ -73,15 +72,11 @@ def calibrate(
     with reporter.library_warnings(), StageCache(cache_directory() if options.cache else None) as cache:
         context = Context(options, reporter, cache)
         spec = network.resolve_model(context)
-        workers: Workers | None = None
-        if cluster is not None:
-            from export_zoo.exporter.models import memory, zoo
-
-            workers = OnCluster(cluster, zoo.expected_memory(spec, options) or memory.UNKNOWN)
+        workers = workers_on(cluster, spec, options) if cluster is not None else None
         chosen = choose_images(context, spec)
         count = len(chosen.splits["calibrate"])
         if shards is None:
-            shards = min(count, max(1, cluster.cores // CORES_EACH)) if cluster is not None else 1
+            shards = min(count, workers.shards) if workers is not None else 1
         if max(shards, shard[1]) > count:
             given = f"--shards {shards}" if shards > 1 else f"--shard {shard[0]}/{shard[1]}"
             raise UsageError(f"{given}: there are only {count} images", hint="use fewer shards")

@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from export_zoo.base import graph_io
 from export_zoo.base.machine import instruction_set
 from export_zoo.calibration.ranges import Ranges
@@ -25,9 +23,6 @@ from export_zoo.exporter.stages.tuning.tune import Tuned
 
 if TYPE_CHECKING:
     from export_zoo.exporter.models.spec import ModelSpec
-
-MAX_HELD_OUT = 512
-"""Maximum number of held-out inputs in a bundle (77 MB at 224x224)."""
 
 
 @dataclass
@@ -168,23 +163,17 @@ def _held_out_size(
 
 
 def describe_held_out(
-    context: Context,
     reference: StageResult[Reference],
     spec: ModelSpec,
     held: HeldOut,
     chosen: ChosenImages,
     contents: Contents,
 ) -> manifest.HeldOut:
-    """The reference's files, cut to the first MAX_HELD_OUT images if there are more."""
-    files = {}
-    for name in ("inputs", *reference_files(spec)):
-        path = reference.file(Reference.file(name))
-        array = np.load(path, mmap_mode="r")
-        if len(array) > MAX_HELD_OUT:
-            path = context.cache.scratch() / f"{name}.npy"
-            np.save(path, array[:MAX_HELD_OUT])
-        files[name] = contents.add(path, name)
-    inputs, logits, *further = files.values()
+    """The reference's files."""
+    inputs, logits, *further = (
+        contents.add(reference.file(Reference.file(name)), name)
+        for name in ("inputs", *reference_files(spec))
+    )
     assert held.patterns is not None
     pattern_inputs, pattern_logits, *pattern_further = (
         contents.add(reference.file(Reference.file(name + Reference.PATTERNS)), f"{name}-patterns")
@@ -194,10 +183,10 @@ def describe_held_out(
         inputs=inputs,
         logits=logits,
         further=further,
-        count=min(len(held.pixels), MAX_HELD_OUT),
+        count=len(held.pixels),
         synthetic=chosen.synthetic,
-        labels=held.labels[:MAX_HELD_OUT] if held.labels is not None else None,
-        image_sha256=reference.data.sha256[:MAX_HELD_OUT],
+        labels=held.labels,
+        image_sha256=reference.data.sha256,
         sizes=[_held_out_size(reference, spec, part, contents) for part in held.sizes],
         patterns=manifest.HeldOutPatterns(
             inputs=pattern_inputs,

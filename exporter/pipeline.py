@@ -29,6 +29,7 @@ from export_zoo.engines.precision.registry import BASELINE, PRECISIONS
 from export_zoo.engines.targets import registry
 from export_zoo.engines.targets.base import Target
 from export_zoo.exporter import publish
+from export_zoo.exporter.cluster.ray_cluster import RayCluster
 from export_zoo.exporter.contents import Contents, describe_engine, describe_held_out, describe_recipe
 from export_zoo.exporter.models.spec import ModelSpec
 from export_zoo.exporter.options import ExportOptions
@@ -38,8 +39,10 @@ from export_zoo.exporter.run.report import Reporter
 from export_zoo.exporter.stages import network
 from export_zoo.exporter.stages import ranges as ranges_stage
 from export_zoo.exporter.stages.build import build, check_graph
+from export_zoo.exporter.stages.evaluate import evaluate
 from export_zoo.exporter.stages.images import ChosenImages, choose_images
 from export_zoo.exporter.stages.network import Exported, Reference, Simplified
+from export_zoo.exporter.stages.shards import Workers, workers_on
 from export_zoo.exporter.stages.tuning.tune import Tuned, tune
 from export_zoo.exporter.stages.verify import judge_engines, name_modules, time_engines
 
@@ -128,8 +131,9 @@ def _advice(engines: Sequence[Engine]) -> str:
     return "try more --calib images, --keep-float, another --precision or a --tolerance that you can accept"
 
 
-def _refuse_overlap(ranges: Ranges, reference: StageResult[Reference]) -> None:
-    shared = set(ranges.image_sha256) & set(reference.data.sha256)
+def _refuse_overlap(ranges: Ranges, reference: StageResult[Reference], chosen: ChosenImages) -> None:
+    verified = {*reference.data.sha256, *(image.sha256 for image in chosen.splits["verify"])}
+    shared = verified & set(ranges.image_sha256)
     if shared:
         raise ParityError(
             f"{len(shared)} verify images are also in the calibration set: the comparison would prove nothing",
@@ -175,15 +179,20 @@ def _prepare(context: Context) -> _Prepared:
     return _Prepared(spec, chosen, chosen_targets, exported, simplified, reference, held)
 
 
-def _make_bundle(context: Context, prepared: _Prepared) -> ExportResult:
+def _make_bundle(context: Context, prepared: _Prepared, workers: Workers | None) -> ExportResult:
     options = context.options
     spec, chosen, chosen_targets, exported, simplified, reference, held = prepared
     graph = simplified.file(Simplified.GRAPH)
     calibrated: tuple[Path, Ranges] | None = None
     if options.uses_ranges:
-        obtain = ranges_stage.calibrate if options.ranges is None else ranges_stage.read_ranges
-        calibrated = obtain(context, spec, graph, chosen)
-        _refuse_overlap(calibrated[1], reference)
+        if options.ranges is not None:
+            calibrated = ranges_stage.read_ranges(context, spec, graph, chosen)
+        else:
+            most = workers.shards if workers is not None else 1
+            count = max(1, min(len(chosen.splits["calibrate"]), most))
+            shards = [(index, count) for index in range(1, count + 1)]
+            calibrated = ranges_stage.calibrate(context, spec, graph, chosen, shards, workers)
+        _refuse_overlap(calibrated[1], reference, chosen)
     ranges = calibrated[1] if calibrated is not None else None
     tuned: dict[str, Tuned] = {}
     refusals = _Refusals(options.unique_precisions())
@@ -211,10 +220,11 @@ def _make_bundle(context: Context, prepared: _Prepared) -> ExportResult:
     contents = Contents()
     recipe = describe_recipe(context, spec, chosen, exported, simplified, calibrated, tuned, contents)
     latencies = time_engines(context, built, graph, recipe, held)
-    gates = judge_engines(context, built, recipe, held, reference)
+    whole = evaluate(context, spec, chosen, built, recipe, held, workers)
+    gates = judge_engines(context, built, recipe, held, reference, whole)
     gates = name_modules(spec, exported.file(Exported.GRAPH), recipe, held, built, gates)
     engines = [describe_engine(b, gates[b.name], latencies.get(b.name), spec.name, contents) for b in built]
-    held_out = describe_held_out(context, reference, spec, held, chosen, contents)
+    held_out = describe_held_out(reference, spec, held, chosen, contents)
     failed = [f"{e.name}: {text}" for e in engines for text in e.gate.failures]
     enough = manifest.STATES.index("verified" if options.require == "verified" else "graph verified")
     short = [e.name for e in engines if manifest.STATES.index(e.state) < enough]
@@ -266,12 +276,16 @@ def _make_bundle(context: Context, prepared: _Prepared) -> ExportResult:
     return ExportResult(out, result)
 
 
-def export(options: ExportOptions, *, reporter: Reporter | None = None) -> ExportResult:
+def export(
+    options: ExportOptions, *, reporter: Reporter | None = None, cluster: RayCluster | None = None
+) -> ExportResult:
     """Run the main job: zoo model to verified bundle.
 
     Args:
         options: what to do; see `ExportOptions`.
         reporter: receives stages, progress and warnings; silent by default.
+        cluster: calibrates, and compares engines on verify images beyond those of the bundle, in shards; by default
+            this machine does.
 
     Raises:
         ExportZooError: see `base.errors` for its kinds and exit codes.
@@ -281,5 +295,6 @@ def export(options: ExportOptions, *, reporter: Reporter | None = None) -> Expor
     with reporter.library_warnings(), StageCache(root) as cache:
         context = Context(options, reporter, cache)
         prepared = _prepare(context)  # without the eager network: the next stages need its gigabytes
+        workers = workers_on(cluster, prepared.spec, options) if cluster is not None else None
         with nullcontext() if prepared.exported.cached else quick_collections():
-            return _make_bundle(context, prepared)
+            return _make_bundle(context, prepared, workers)

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from export_zoo.base.errors import ParityError
+from export_zoo.engines.parity.sums import TIE, Sums, directions, sums_of
 from export_zoo.engines.parity.tasks import Head
 
 Logits = npt.NDArray[np.float32]
@@ -25,10 +26,6 @@ WITHOUT_NOISE = 200.0
 MIN_SPREAD = 1e-6
 MISPLACED_FACTOR, STANDS_OUT = 4.0, 2.0
 _CLASS_BLOCK = 512
-
-
-TIE = 1e-6
-"""Two values are tied if they differ by less than this share of the largest value: some roundings of float32."""
 
 
 @dataclass(frozen=True)
@@ -127,10 +124,6 @@ def relative_errors(reference: Logits, found: Logits) -> list[float]:
     ]
 
 
-def _top(logits: Logits, count: int) -> npt.NDArray[np.intp]:
-    return np.argsort(-logits, axis=1, kind="stable")[:, :count]
-
-
 def _misplaced(reference: Logits, engine: Logits) -> int:
     """Number of classes i with |e_i - r_i|^2 > 4 |e_i - r_j|^2 for some j: swapped rows or labels.
 
@@ -153,76 +146,72 @@ def _misplaced(reference: Logits, engine: Logits) -> int:
     return count
 
 
-def _share_agreeing(reference: Logits, engine: Logits, five: int) -> tuple[float, float]:
-    """`top1` and `top5`. A class that ties with the last of the best, in either, counts among them."""
-
-    def level(logits: Logits, count: int) -> Logits:
-        """Least value of each image that is among its `count` best, ties included."""
-        best = np.partition(logits, -count, axis=1)[:, -count]
-        return np.asarray(best - TIE * np.abs(logits).max(), dtype=np.float32)[:, None]
-
-    shares = []
-    for count in (1, five):
-        top_r, top_e = _top(reference, count), _top(engine, count)
-        among_r = np.take_along_axis(reference, top_e, 1) >= level(reference, count)
-        among_e = np.take_along_axis(engine, top_r, 1) >= level(engine, count)
-        shares.append(float(np.maximum(among_r.sum(axis=1), among_e.sum(axis=1)).mean()) / count)
-    return shares[0], shares[1]
-
-
-def _agreement(reference: Logits, engine: Logits, threshold: float) -> float:
-    at_threshold = np.abs(reference - threshold) <= TIE * max(float(np.abs(reference).max()), threshold)
-    return float((((reference > threshold) == (engine > threshold)) | at_threshold).mean())
-
-
-def _correlation(reference: Logits, engine: Logits) -> float:
-    r, e = (x.astype(np.float64) - x.mean(axis=0, dtype=np.float64) for x in (reference, engine))
-    varying = r.std(axis=0) >= max(MIN_SPREAD, MIN_RELATIVE_SPREAD * float(np.abs(reference).max()))
-    norms = np.linalg.norm(r, axis=0) * np.linalg.norm(e, axis=0)
-    found = (r * e).sum(axis=0) / np.where(norms == 0, 1.0, norms)
-    return float(found[varying].min(initial=1.0))
-
-
-def _nearest(reference: Logits, engine: Logits) -> tuple[float, float]:
-    """`similarity` and `nearest`."""
-
-    def directions(rows: Logits) -> npt.NDArray[np.float64]:
-        long = rows.astype(np.float64)
-        return np.asarray(long / np.maximum(np.linalg.norm(long, axis=1, keepdims=True), 1e-300))
-
+def _nearest(reference: Logits, engine: Logits) -> float:
+    """`nearest`."""
     r, e = directions(reference), directions(engine)
-    similarity = float((r * e).sum(axis=1).mean())
     to_r, to_e = r @ r.T, e @ e.T
     for table in (to_r, to_e):
         np.fill_diagonal(table, -np.inf)
     chosen = np.take_along_axis(to_r, to_e.argmax(axis=1)[:, None], 1)[:, 0]
-    return similarity, float((chosen >= to_r.max(axis=1) - TIE).mean())
+    return float((chosen >= to_r.max(axis=1) - TIE).mean())
 
 
-def _of_task(reference: Logits, engine: Logits, head: Head) -> dict[str, float]:
-    """The metrics that fit the task; 0 if the engine's values are not finite."""
-    if not np.isfinite(engine).all():
-        worst = {"misplaced": reference.shape[1], "relative_error": float("inf")}
-        return {metric: worst.get(metric, 0.0) for metric in head.figures if "accuracy" not in metric}
-    found: dict[str, float] = {}
+def _correlation(sums: Sums) -> float:
+    """Smallest correlation of one quantity; those that hardly vary are left out."""
+    spread = np.sqrt(sums.squares / sums.rows)
+    varying = spread >= max(MIN_SPREAD, MIN_RELATIVE_SPREAD * sums.largest)
+    engine_squares = sums.squares + 2 * sums.products + sums.error_squares
+    norms = np.sqrt(sums.squares * np.maximum(engine_squares, 0.0))
+    found = (sums.squares + sums.products) / np.where(norms == 0, 1.0, norms)
+    return float(found[varying].min(initial=1.0))
+
+
+def metrics_of(
+    sums: Sums, head: Head, *, misplaced: int | None = None, nearest: float | None = None
+) -> Metrics:
+    """Metrics of sums.
+
+    Args:
+        head: meaning of the values.
+        misplaced, nearest: these metrics, which need all rows at once.
+    """
+    head = replace(head, classes=sums.classes)
+    rows, classes, figures = sums.rows, sums.classes, dict[str, float]()
+    if sums.labelled:
+        figures["reference_accuracy"] = sums.reference_right / sums.labelled
+        figures["accuracy"] = sums.right / sums.labelled
+        figures["accuracy_drop"] = figures["reference_accuracy"] - figures["accuracy"]
+    if not sums.finite:
+        worst = {"misplaced": classes, "relative_error": float("inf")}
+        figures |= {metric: worst.get(metric, 0.0) for metric in head.figures if "accuracy" not in metric}
+        inf = float("inf")
+        return Metrics(rows, classes, inf, inf, -WITHOUT_NOISE, 0.0, **figures)  # type: ignore[arg-type]
     if head.by_class:
-        found["top1"], found["top5"] = _share_agreeing(reference, engine, min(5, head.classes))
+        figures["top1"], figures["top5"] = sums.top1 / rows, sums.top5 / (rows * min(5, classes))
     if head.by_threshold:
-        found["agreement"] = _agreement(reference, engine, head.threshold)
-    if "misplaced" in head.figures:
-        found["misplaced"] = _misplaced(reference, engine)
+        figures["agreement"] = sums.agreeing / (rows * classes)
+    if "misplaced" in head.figures and misplaced is not None:
+        figures["misplaced"] = misplaced
     if "correlation" in head.figures:
-        found["correlation"] = _correlation(reference, engine)
-        magnitude = float(np.abs(reference).sum(dtype=np.float64))
-        found["relative_error"] = float(np.abs(engine - reference).sum(dtype=np.float64)) / magnitude
-    if "nearest" in head.figures:
-        found["similarity"], found["nearest"] = _nearest(reference, engine)
-    return found
-
-
-def _accuracy(logits: Logits, labels: Sequence[int], head: Head) -> float:
-    decided = _top(logits, 1)[:, 0] if head.by_class else (logits[:, 0] > head.threshold).astype(np.intp)
-    return float((decided == np.asarray(labels)).mean())
+        figures["correlation"] = _correlation(sums)
+        figures["relative_error"] = sums.error_magnitudes / sums.magnitudes
+    if "similarity" in head.figures:
+        figures["similarity"] = sums.similarity / rows
+    if "nearest" in head.figures and nearest is not None:
+        figures["nearest"] = nearest
+    # The engine's values minus the reference's means are c + d; the sum of c is 0.
+    signal, product = float(sums.squares.sum()), float(sums.products.sum())
+    norms = float(np.sqrt(signal * max(signal + 2 * product + sums.noise, 0.0)))
+    decibels = 10.0 * float(np.log10(signal / sums.noise)) if sums.noise else WITHOUT_NOISE
+    return Metrics(
+        images=rows,
+        classes=classes,
+        max_abs=sums.largest_error,
+        max_rel=sums.largest_error / float(np.sqrt(signal / (rows * classes))),
+        sqnr=min(WITHOUT_NOISE, decibels),
+        cosine=0.0 if norms == 0 else (signal + product) / norms,
+        **figures,  # type: ignore[arg-type]
+    )
 
 
 def compare(
@@ -243,31 +232,13 @@ def compare(
             hint="check that the engine's output is the model's logits",
         )
     check_reference(reference)
-    images, classes = reference.shape
-    head = replace(head or Head(), classes=classes)
-    if labels is not None and len(labels) != images:
-        raise ParityError(f"nothing to compare: {len(labels)} labels for {images} images")
-    finite = bool(np.isfinite(engine).all())
-    figures: dict[str, float] = _of_task(reference, engine, head)
-    if labels is not None and head.labelled:
-        figures["reference_accuracy"] = _accuracy(reference, labels, head)
-        figures["accuracy"] = _accuracy(engine, labels, head) if finite else 0.0
-        figures["accuracy_drop"] = figures["reference_accuracy"] - figures["accuracy"]
-    if not finite:
-        inf = float("inf")
-        return Metrics(images, classes, inf, inf, -WITHOUT_NOISE, 0.0, **figures)  # type: ignore[arg-type]
-    r, e = reference.astype(np.float64), engine.astype(np.float64)
-    mean = r.mean(axis=0)
-    centred, other = r - mean, e - mean
-    signal, noise = float((centred**2).sum()), float(((e - r) ** 2).sum())
-    norms = float(np.linalg.norm(centred) * np.linalg.norm(other))
-    max_abs = float(np.abs(e - r).max())
-    return Metrics(
-        images=images,
-        classes=classes,
-        max_abs=max_abs,
-        max_rel=max_abs / float(centred.std()),
-        sqnr=WITHOUT_NOISE if noise == 0 else min(WITHOUT_NOISE, 10.0 * float(np.log10(signal / noise))),
-        cosine=0.0 if norms == 0 else float((centred * other).sum()) / norms,
-        **figures,  # type: ignore[arg-type]
-    )
+    head = replace(head or Head(), classes=reference.shape[1])
+    if labels is not None and len(labels) != len(reference):
+        raise ParityError(f"nothing to compare: {len(labels)} labels for {len(reference)} images")
+    sums = sums_of(reference, engine, head, labels)
+    misplaced, nearest = None, None
+    if sums.finite and "misplaced" in head.figures:
+        misplaced = _misplaced(reference, engine)
+    if sums.finite and "nearest" in head.figures:
+        nearest = _nearest(reference, engine)
+    return metrics_of(sums, head, misplaced=misplaced, nearest=nearest)

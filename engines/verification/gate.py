@@ -14,8 +14,9 @@ from export_zoo.calibration.preprocess import Pixels, Preprocess, normalize
 from export_zoo.engines.bundle.manifest import Batch, FurtherMetrics, Gate
 from export_zoo.engines.parity.checked_sizes import batches_to_check
 from export_zoo.engines.parity.limits import MIN_UNFUSED_COSINE, failures, fitting, unfused_tolerances
-from export_zoo.engines.parity.metrics import WITHOUT_NOISE, Metrics, check_reference, compare
+from export_zoo.engines.parity.metrics import WITHOUT_NOISE, Metrics, check_reference, compare, metrics_of
 from export_zoo.engines.parity.outputs import sampled
+from export_zoo.engines.parity.sums import Sums
 from export_zoo.engines.parity.tasks import Head
 from export_zoo.engines.targets.base import Runner
 
@@ -191,6 +192,7 @@ def judge(
     unfused: Unfused | None = None,
     sizes: Sequence[tuple[Pixels, Mapping[str, Float32Array]]] = (),
     patterns: Patterns | None = None,
+    whole: Mapping[str, Sums] | None = None,
     progress: Progress = lambda _: None,
 ) -> Gate:
     """Compare all of an engine's outputs with the reference at batches min, opt, max and an odd one.
@@ -210,6 +212,8 @@ def judge(
             these, by `unfused_tolerances` unless overridden. Figures against eager are still reported.
         sizes: images of further sizes, and eager's outputs for them.
         patterns: test patterns. Outputs must be finite where eager's are.
+        whole: sums over more verify images than `pixels`, at batch opt against eager, by output. Figures and limits at
+            batch opt are of these then, but for metrics that need all rows at once.
 
     Raises:
         ParityError: there is nothing to compare, or no tolerance to apply.
@@ -236,7 +240,7 @@ def judge(
         for name, logits in zip(names, outputs, strict=True):
             where = f"batch {size}: " + _of_output(name, eager)
             if full:
-                figures[name], problems = judges[name].whole(logits)
+                figures[name], problems = judges[name].whole(logits, whole[name] if whole else None)
             else:
                 problems = judges[name].part(logits)
             found += [where + text for text in problems]
@@ -297,13 +301,21 @@ class _OutputJudge:
         metrics = self._compare(self._reference[: len(logits)], logits)
         return failures(metrics, limits) if limits else []
 
-    def whole(self, logits: Float32Array) -> tuple[FurtherMetrics, list[str]]:
-        """Figures over all images, and the limits that do not hold."""
-        metrics = eager = self._compare(self._reference, logits, self._labels)
+    def whole(self, logits: Float32Array, sums: Sums | None) -> tuple[FurtherMetrics, list[str]]:
+        """Figures over all images, and the limits that do not hold.
+
+        Args:
+            sums: over more images, if there are more.
+        """
+        metrics = self._compare(self._reference, logits, self._labels)
+        images, rows = len(logits), metrics.images
+        if sums is not None:
+            metrics = metrics_of(sums, self._head, misplaced=metrics.misplaced, nearest=metrics.nearest)
+            images = sums.rows * images // rows
         counts = {}
-        if metrics.images > len(logits):
-            counts = {"images": len(logits), ("pixels" if logits.ndim == 4 else "tokens"): metrics.images}
-        problems = failures(metrics, self.limits)
+        if metrics.images > images:
+            counts = {"images": images, ("pixels" if logits.ndim == 4 else "tokens"): metrics.images}
+        problems, eager = failures(metrics, self.limits), metrics
         if self._unfused:
             eager = self._compare(self._eager, logits, self._labels)
             problems += _astray(eager)

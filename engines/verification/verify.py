@@ -28,6 +28,7 @@ from export_zoo.engines.bundle.reader import (
     read_manifest,
 )
 from export_zoo.engines.parity.limits import fitting
+from export_zoo.engines.parity.sums import Sums
 from export_zoo.engines.parity.tasks import TASKS, Head
 from export_zoo.engines.precision.int8.saturation.pairs import saturating_layers
 from export_zoo.engines.precision.int8.saturation.probe import saturates
@@ -58,6 +59,16 @@ def plain_outputs(
     return outputs
 
 
+def opened(target: str, opening: Opening, *, only_graph: bool) -> Runner:
+    """An engine, or its precision graph if the engine cannot run on this machine."""
+    if not only_graph:
+        return TARGETS[target].open(opening)
+    assert opening.graph is not None
+    with tempfile.TemporaryDirectory(prefix="export-zoo-") as directory:
+        twin = write_twin(opening.graph, Path(directory) / "twin.onnx", dequantized=True)
+        return OnnxRuntimeEngine(twin, fused=False, threads=opening.threads)
+
+
 def judge_engine(
     file: Path,
     graph: Path,
@@ -70,6 +81,7 @@ def judge_engine(
     recipe: m.Recipe,
     held: HeldOut,
     tolerances: dict[str, float],
+    whole: Mapping[str, Sums] | None = None,
     progress: Progress = lambda _: None,
 ) -> m.Gate:
     """Run the parity gate on one engine, or on its precision graph if the engine cannot run on this machine.
@@ -78,19 +90,11 @@ def judge_engine(
         file: the engine.
         graph: the precision graph that TensorRT compiled; for ONNX Runtime, the engine itself.
         saturating_session: see `bundle.manifest.Engine.session_where_saturating`.
-        unfused: gate against the unfused graph (see `verification.gate.judge`).
+        unfused, whole: see `verification.gate.judge`.
     """
-
     only_graph = bool(TARGETS[target].why_not_run(plan))
-    engine: Runner
-    if only_graph:
-        with tempfile.TemporaryDirectory(prefix="export-zoo-") as directory:
-            twin = write_twin(graph, Path(directory) / "twin.onnx", dequantized=True)
-            engine = OnnxRuntimeEngine(twin, fused=False)
-    else:
-        engine = TARGETS[target].open(
-            Opening(file, PRECISIONS[precision], plan, graph, saturating_session=saturating_session)
-        )
+    opening = Opening(file, PRECISIONS[precision], plan, graph, saturating_session=saturating_session)
+    engine = opened(target, opening, only_graph=only_graph)
     return judge(
         engine,
         ran="precision graph" if only_graph else "engine",
@@ -106,6 +110,7 @@ def judge_engine(
         patterns=_patterns(
             recipe, held, tolerances.get("sqnr") if PRECISIONS[precision] is BASELINE else None
         ),
+        whole=whole,
         progress=progress,
     )
 

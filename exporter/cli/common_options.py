@@ -44,7 +44,7 @@ def on_option(what: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """The option --on of a command. Its value is checked by `connector`.
 
     Args:
-        what: what runs there: "cells".
+        what: what runs there, such as "cells".
     """
     return click.option(
         "--on",

@@ -12,8 +12,10 @@ from export_zoo.base.errors import UsageError
 from export_zoo.exporter.cli import outcome
 from export_zoo.exporter.cli.common_options import (
     EXIT_CODES,
+    connector,
     given_options,
     json_option,
+    on_option,
     option_name,
     quiet_option,
     verbose_option,
@@ -29,17 +31,18 @@ if TYPE_CHECKING:
 @click.command(cls=SectionedCommand, epilog=EXIT_CODES)
 @click.argument("model")
 @add(OPTIONS)
+@on_option("shards of images")
 @json_option
 @quiet_option
 @verbose_option
-def export(model: str, json_path: Path | None, quiet: bool, verbose: bool, **given: Any) -> None:
+def export(model: str, place: str, json_path: Path | None, quiet: bool, verbose: bool, **given: Any) -> None:
     """Export MODEL, build its engines, and check their logits against eager PyTorch."""
     if verbose:
         show_log()
     from export_zoo.engines.precision.registry import QUANTIZED
     from export_zoo.engines.targets import registry
 
-    chosen = export_options(model, given)
+    chosen, connect = export_options(model, given), connector(place)
     if json_path is not None and chosen.out_dir.resolve() in json_path.resolve().parents:
         raise UsageError(f"--json {json_path}: lies inside the bundle", hint="write it beside --out")
     now = outcome.current()
@@ -52,8 +55,9 @@ def export(model: str, json_path: Path | None, quiet: bool, verbose: bool, **giv
     registry.choose_for(chosen.targets, chosen.build, chosen.precisions)  # before PyTorch is loaded
     from export_zoo.exporter import pipeline
 
+    cluster = connect() if connect is not None else None
     try:
-        result = pipeline.export(chosen, reporter=now.reporter)
+        result = pipeline.export(chosen, reporter=now.reporter, cluster=cluster)
     except pipeline.KeptError as error:
         now.document |= _described(error.result.bundle, error.result.manifest)
         if not quiet:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 import tarfile
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -46,7 +47,8 @@ def packed(root: Path, *names: str) -> bytes:
 
 
 def unpack(data: bytes, folder: Path) -> None:
-    """Unpack `packed` into a folder."""
+    """Unpack `packed` into a folder, which is made if it does not exist."""
+    folder.mkdir(exist_ok=True)
     with tarfile.open(fileobj=io.BytesIO(data)) as archive:
         archive.extractall(folder, filter="data")
 
@@ -72,11 +74,11 @@ class Named:
         own = Path(self.path)
         if own.exists() and content_of(own) == self.content:
             return self.path
-        return str(self._kept) if self._kept.exists() else None
+        return str(self._place) if self._place.exists() else None
 
     @property
-    def _kept(self) -> Path:
-        return cache_directory() / "inputs" / self.content / Path(self.path).name
+    def _place(self) -> Path:
+        return _kept_at(self.content, Path(self.path).name)
 
     def pack(self) -> bytes:
         """The file or folder, to be sent. Runs on the driver."""
@@ -85,30 +87,22 @@ class Named:
     def unpacked(self, data: bytes, scratch: Path) -> str:
         """Where this node has it after it has travelled."""
         del scratch
-        kept = self._kept
-        kept.parent.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=kept.parent.parent, prefix=".new-") as directory:
-            unpack(data, Path(directory))
-            try:
-                Path(directory).rename(kept.parent)
-            except OSError:
-                if not kept.exists():  # another task was not faster
-                    raise
-            Path(directory).mkdir(exist_ok=True)  # for its removal
-        return str(kept)
+        return _keep(self._place, lambda folder: unpack(data, folder))
 
 
 @dataclass(frozen=True)
 class Part:
-    """Some files of a folder, for one task: a node does not keep them.
+    """Some files of a folder.
 
     Attributes:
         path: absolute path of the folder on the driver.
         files: SHA-256 of each file, by its path below the folder.
+        kept: whether a node keeps them in its cache for later tasks.
     """
 
     path: str
     files: Mapping[str, str]
+    kept: bool = False
 
     @classmethod
     def of(cls, root: Path, folder: str) -> Part:
@@ -116,14 +110,26 @@ class Part:
         files = sorted(path for path in (root / folder).rglob("*") if path.is_file())
         return cls(str(root), {path.relative_to(root).as_posix(): sha256_of(path) for path in files})
 
+    @classmethod
+    def of_files(cls, files: Sequence[Path]) -> Part:
+        """Files of one folder, which nodes keep."""
+        return cls(str(files[0].parent.resolve()), {path.name: sha256_of(path) for path in files}, kept=True)
+
     def here(self) -> str | None:
-        """The folder, if this node has it at the same path with the same files."""
+        """The folder, if this node has it at the same path, or in its cache, with the same files."""
         root = Path(self.path)
         try:
             same = all(sha256_of(root / name) == sha256 for name, sha256 in self.files.items())
         except OSError:
-            return None
-        return self.path if same else None
+            same = False
+        if same:
+            return self.path
+        return str(self._place) if self.kept and self._place.exists() else None
+
+    @property
+    def _place(self) -> Path:
+        identity = hashlib.sha256(json.dumps(self.files, sort_keys=True).encode())
+        return _kept_at(identity.hexdigest(), "files")
 
     def pack(self) -> bytes:
         """The files, to be sent. Runs on the driver."""
@@ -131,9 +137,29 @@ class Part:
 
     def unpacked(self, data: bytes, scratch: Path) -> str:
         """Where this node has them after they have travelled."""
+        if self.kept:
+            return _keep(self._place, lambda folder: unpack(data, folder / self._place.name))
         place = Path(tempfile.mkdtemp(dir=scratch))
         unpack(data, place)
         return os.fspath(place)
+
+
+def _kept_at(content: str, name: str) -> Path:
+    return cache_directory() / "inputs" / content / name
+
+
+def _keep(place: Path, write: Callable[[Path], None]) -> str:
+    """Put something at its place in the cache, whole or not at all: `write` writes it into a new folder."""
+    place.parent.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=place.parent.parent, prefix=".new-") as directory:
+        write(Path(directory))
+        try:
+            Path(directory).rename(place.parent)
+        except OSError:
+            if not place.exists():  # another task was not faster
+                raise
+        Path(directory).mkdir(exist_ok=True)  # for its removal
+    return str(place)
 
 
 Wanted = Named | Part

@@ -15,7 +15,7 @@ from typing import Any
 
 from export_zoo.base.errors import EnvironmentFailureError, ExportZooError, TargetUnavailableError
 from export_zoo.base.package import __version__
-from export_zoo.exporter.cluster.files import Named, Wanted
+from export_zoo.exporter.cluster.files import Part, Wanted
 from export_zoo.exporter.run.at_once import StoppedError
 from export_zoo.exporter.run.cache import code_digest
 
@@ -114,7 +114,7 @@ class RayCluster:
                 f"--on {address or 'ray'}: cannot connect: {error}",
                 hint="start a cluster with `ray start --head`, or correct the address",
             ) from error
-        self._packs: dict[Named, Any] = {}
+        self._packs: dict[str, Any] = {}
         self._remote = ray.remote(_with_files)
         self._nodes = [node for node in _nodes(ray) if node["Alive"]]
         self._check_nodes()
@@ -232,12 +232,13 @@ class RayCluster:
 
     def _sent(self, one: Wanted) -> Any:
         """A reference to something packed. What nodes keep is packed once."""
-        if not isinstance(one, Named):
+        if isinstance(one, Part) and not one.kept:
             return self._ray.put(one.pack())
+        key = repr(one)
         with self._lock:
-            if one not in self._packs:
-                self._packs[one] = self._ray.put(one.pack())
-            return self._packs[one]
+            if key not in self._packs:
+                self._packs[key] = self._ray.put(one.pack())
+            return self._packs[key]
 
     def _wait(self, reference: Any) -> Any:
         while True:

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
 SYNTHETIC_IMAGES = 64
 
+MAX_HELD_OUT = 512
+"""Maximum number of verify images in a bundle (77 MB at 224x224). On further ones, engines are compared at export only.
+"""
+
 
 @dataclass(frozen=True)
 class ChosenImages:

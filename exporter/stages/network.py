@@ -25,7 +25,7 @@ from export_zoo.engines.parity.outputs import as_rows
 from export_zoo.engines.verification import gate
 from export_zoo.exporter.run.cache import StageResult
 from export_zoo.exporter.run.context import IMAGE_BATCH, Context
-from export_zoo.exporter.stages.images import SYNTHETIC_IMAGES, ChosenImages
+from export_zoo.exporter.stages.images import MAX_HELD_OUT, SYNTHETIC_IMAGES, ChosenImages
 
 if TYPE_CHECKING:
     from torch import nn
@@ -265,7 +265,7 @@ def simplify_graph(
 def run_reference(
     context: Context, spec: ModelSpec, model: EagerModel, chosen: ChosenImages
 ) -> tuple[StageResult[Reference], HeldOut]:
-    """Decode the verify set and run eager PyTorch on it.
+    """Decode the verify set, or its first MAX_HELD_OUT images, and run eager PyTorch on them.
 
     If the input size is dynamic, the first images also run at further sizes.
 
@@ -274,7 +274,7 @@ def run_reference(
         ParityError: the logits are not usable as a reference.
     """
     p = spec.preprocess
-    files = (*chosen.splits["verify"], *chosen.splits["spare"])
+    files = (*chosen.splits["verify"][:MAX_HELD_OUT], *chosen.splits["spare"])
     identity = ["synthetic", SYNTHETIC_IMAGES] if chosen.synthetic else [i.sha256 for i in files]
 
     def make(directory: Path) -> Reference:
@@ -286,7 +286,7 @@ def run_reference(
             pixels = synthetic.synthetic_images(SYNTHETIC_IMAGES, p, spec.seed + 2)
         else:
             assert chosen.verify_root is not None
-            wanted = len(chosen.splits["verify"])
+            wanted = min(len(chosen.splits["verify"]), MAX_HELD_OUT)
             stream = ImageStream(files, p, IMAGE_BATCH, chosen.verify_root, wanted)
             pixels = stream.all()
             # As many may be unreadable as in a folder.
@@ -359,7 +359,8 @@ def run_reference(
         )
     labels = None
     if chosen.labels is not None:
-        by_hash = dict(zip((i.sha256 for i in files), chosen.labels, strict=True))
+        labelled = (*chosen.splits["verify"], *chosen.splits["spare"])
+        by_hash = dict(zip((i.sha256 for i in labelled), chosen.labels, strict=True))
         labels = [by_hash[sha256] for sha256 in result.data.sha256]
     patterns = held(suffix=Reference.PATTERNS, names=synthetic.TEST_PATTERNS)
     return result, dataclasses.replace(whole, labels=labels, sizes=sizes, patterns=patterns)

@@ -5,14 +5,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from export_zoo.base.errors import EnvironmentFailureError
 from export_zoo.base.machine import instruction_set, library_versions
 from export_zoo.calibration.images import ImageFile, Progress
 from export_zoo.exporter.cluster.files import Part, Wanted
 from export_zoo.exporter.cluster.ray_cluster import Needs, NoNodeError, RayCluster, TaskError
+from export_zoo.exporter.options import ExportOptions
 from export_zoo.exporter.run.at_once import CORES_EACH
+
+if TYPE_CHECKING:
+    from export_zoo.exporter.models.spec import ModelSpec
 
 OrderT = TypeVar("OrderT")
 ResultT = TypeVar("ResultT")
@@ -44,6 +48,8 @@ class Workers(Protocol):
     """Those who work on shards."""
 
     at_once: int
+    """Number of shards that may wait at once."""
+    shards: int
     """Number of shards that are worked on at once."""
     facts: Mapping[str, str]
     """See `facts`."""
@@ -75,7 +81,9 @@ class Workers(Protocol):
 class Here:
     """This machine, with all its cores for one shard after the other."""
 
-    at_once = 1
+    at_once = shards = 1
+    threads = 0
+    """Number of threads; 0 for all cores."""
 
     def __init__(self) -> None:
         self.facts: Mapping[str, str] = facts()
@@ -89,7 +97,7 @@ class Here:
         progress: Progress,
     ) -> ResultT:
         del images
-        return work([one.path for one in wanted], order, 0, progress)
+        return work([one.path for one in wanted], order, self.threads, progress)
 
     def stop(self) -> None:
         pass
@@ -113,6 +121,7 @@ class OnCluster:
 
     def __init__(self, cluster: RayCluster, memory: int) -> None:
         self._cluster, self._needs = cluster, Needs(memory, CORES_EACH)
+        self.shards = max(1, cluster.cores // CORES_EACH)
         found: dict[str, dict[str, str]] = cluster.on_each_node(facts, with_cores=True)
         first = next(iter(found), "")
         self.facts: Mapping[str, str] = found.get(first) or facts()
@@ -142,6 +151,13 @@ class OnCluster:
 
     def stop(self) -> None:
         self._cluster.stop()
+
+
+def workers_on(cluster: RayCluster, spec: ModelSpec, options: ExportOptions) -> OnCluster:
+    """The cluster's nodes, for a network. Raises EnvironmentFailureError, see `OnCluster`."""
+    from export_zoo.exporter.models import memory, zoo
+
+    return OnCluster(cluster, zoo.expected_memory(spec, options) or memory.UNKNOWN)
 
 
 def differences(there: Mapping[str, str], here: Mapping[str, str]) -> str:

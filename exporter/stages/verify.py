@@ -18,6 +18,7 @@ from export_zoo.engines.bundle.reader import HeldOut
 from export_zoo.engines.parity.limits import MIN_UNFUSED_COSINE, fitting
 from export_zoo.engines.parity.metrics import relative_errors
 from export_zoo.engines.parity.outputs import sampled
+from export_zoo.engines.parity.sums import Sums
 from export_zoo.engines.parity.tasks import Head, headline
 from export_zoo.engines.precision.registry import BASELINE, PRECISIONS, QUANTIZED
 from export_zoo.engines.targets.base import Opening
@@ -67,8 +68,13 @@ def judge_engines(
     recipe: Recipe,
     held: HeldOut,
     reference: StageResult[Reference],
+    whole: Mapping[str, Mapping[str, Sums]],
 ) -> dict[str, Gate]:
-    """The gate of each engine, by name. A failed gate is returned, not raised."""
+    """The gate of each engine, by name. A failed gate is returned, not raised.
+
+    Args:
+        whole: sums over more images than are held out, by engine and output; see `evaluate`.
+    """
     for tolerance in context.options.tolerances:
         if not any(tolerance.applies_to(engine.target, engine.precision) for engine in engines):
             context.reporter.warn(
@@ -76,11 +82,19 @@ def judge_engines(
             )
     if context.options.keep_float and not context.options.quantizes:
         context.reporter.warn(f"--keep-float has no effect without --precision {QUANTIZED}")
-    return {engine.name: _judge(context, engine, recipe, held, reference) for engine in engines}
+    return {
+        engine.name: _judge(context, engine, recipe, held, reference, whole.get(engine.name, {}))
+        for engine in engines
+    }
 
 
 def _judge(
-    context: Context, engine: EngineFiles, recipe: Recipe, held: HeldOut, reference: StageResult[Reference]
+    context: Context,
+    engine: EngineFiles,
+    recipe: Recipe,
+    held: HeldOut,
+    reference: StageResult[Reference],
+    whole: Mapping[str, Sums],
 ) -> Gate:
     labelled = len(held.labels) if held.labels is not None else 0
     tolerances, unfused = tolerances_for(
@@ -103,6 +117,7 @@ def _judge(
                 recipe=recipe,
                 held=held,
                 tolerances=tolerances,
+                whole=whole,
                 progress=progress,
             )
 
@@ -121,6 +136,7 @@ def _judge(
             tolerances=tolerances,
             heads=[asdict(head) for head in recipe.heads.values()],
             unfused=unfused,
+            whole={name: sums.digest() for name, sums in whole.items()},
             isa=instruction_set(),
         )
         result = context.cache.run("verify", key, make, Gate)

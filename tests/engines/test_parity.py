@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import reduce
 
 import numpy as np
 import pytest
@@ -15,7 +16,8 @@ from export_zoo.engines.bundle.manifest import Batch
 from export_zoo.engines.parity import limits
 from export_zoo.engines.parity.checked_sizes import batches_to_check
 from export_zoo.engines.parity.limits import Limit, failures, fitting
-from export_zoo.engines.parity.metrics import check_reference, compare
+from export_zoo.engines.parity.metrics import check_reference, compare, metrics_of
+from export_zoo.engines.parity.sums import Sums, sums_of
 from export_zoo.engines.parity.tasks import TASKS, Head
 from export_zoo.engines.precision.registry import PRECISIONS
 from export_zoo.engines.verification.gate import Patterns, images_compared, judge, run_in_batches
@@ -296,6 +298,36 @@ def test_reference_that_varies_a_little_is_accepted():
 def test_logits_of_another_shape_are_refused(shape):
     with pytest.raises(ParityError, match="nothing to compare"):
         compare(_logits(40, 10), np.ones(shape, dtype=np.float32))
+
+
+@pytest.mark.parametrize("task", [*TASKS])
+@pytest.mark.parametrize("sizes", [(40,), (7, 32, 1), (1,) * 40])
+def test_sums_of_parts_give_the_metrics_of_the_whole(task, sizes):
+    """Logits far from 0, where squares of sums would cancel."""
+    head = Head(task, classes=10)
+    reference = 1000 + _logits(40, 10)
+    engine = _noisy(reference, 20.0)
+    labels = reference.argmax(axis=1).tolist() if head.labelled else None
+    whole = compare(reference, engine, labels, head)
+    ends = np.cumsum(sizes)
+    parts = [
+        sums_of(
+            reference[end - size : end],
+            engine[end - size : end],
+            head,
+            None if labels is None else labels[end - size : end],
+            float(np.abs(reference).max()),
+        )
+        for end, size in zip(ends, sizes, strict=True)
+    ]
+    sums = reduce(Sums.merged, parts)
+    found = metrics_of(sums, head, misplaced=whole.misplaced, nearest=whole.nearest)
+    for name, value in whole.as_dict().items():
+        assert getattr(found, name) == (value if value is None else pytest.approx(value, rel=1e-9)), name
+    assert metrics_of(Sums.of_arrays(sums.arrays()), head).sqnr == found.sqnr
+    bad = np.full((3, 10), np.nan, dtype=np.float32)
+    worst = sums.merged(sums_of(reference[:3], bad, head, labels[:3] if labels is not None else None))
+    assert metrics_of(worst, head).sqnr == -200
 
 
 # -- limits ----------------------------------------------------------------------------------------------------

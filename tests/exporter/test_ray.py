@@ -25,7 +25,7 @@ from export_zoo.exporter.matrix.cluster_place import ClusterPlace, Delivery, Ord
 from export_zoo.exporter.matrix.results import CellResult, stored
 from export_zoo.exporter.publish import failed_place
 from export_zoo.exporter.run.at_once import StoppedError
-from export_zoo.exporter.stages import ranges, shards
+from export_zoo.exporter.stages import evaluate, ranges, shards
 
 ray = pytest.importorskip("ray")
 
@@ -369,3 +369,24 @@ def test_an_error_of_a_shard_is_told_as_on_one_machine(cluster, cli, digits, tmp
         assert done.code == 5, done.err
         assert "image files cannot be read" in done.json["error"]["message"]
         assert "up to 10%" in done.json["error"]["hint"]
+
+
+def test_engines_are_compared_in_shards_with_the_figures_of_one_machine(
+    cluster, cli, digits, tmp_path, monkeypatch
+):
+    """The last bits of PyTorch's logits depend on its threads: two here, as on a node."""
+    monkeypatch.setattr(evaluate, "SHARD", 256)
+    monkeypatch.setattr(shards.Here, "threads", 2)
+    given = [
+        *digits.arguments("squeezenet1_1"),
+        "--no-cache",
+        "--verify",
+        digits.images,
+        "--verify-images",
+        "700",
+    ]
+    one = cli(*given, "--out", tmp_path / "one")
+    many = cli(*given, "--on", "ray", "--out", tmp_path / "many")
+    assert (one.code, many.code) == (0, 0), many.err
+    assert "1 engine(s) on 700 images in 3 shards" in many.err
+    assert many.json["engines"][0]["gate"] == one.json["engines"][0]["gate"]
