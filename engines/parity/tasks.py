@@ -142,8 +142,10 @@ def guess(values: Float32Array, operator: str = "") -> Head:
         return Head("regression", "values", 1) if one_sided else Head("binary", certain, classes)
     if ends_in_sigmoid and scores == "probabilities":
         return Head("multilabel", "probabilities", classes)
+    # An untrained last layer of zeros (torchvision's ViT) gives all images the same values, which tell nothing.
+    differ = bool(np.ptp(rows, axis=0).any())
     unit = np.abs(np.linalg.norm(rows, axis=1) - 1).max() < _UNIT
-    if unit or (classes >= _FEATURES and rows.min() >= 0):
+    if differ and (unit or (classes >= _FEATURES and rows.min() >= 0)):
         return Head("embedding", "values", classes)
     return Head("classification", "logits", classes)
 

@@ -111,6 +111,13 @@ def _expected(cell: Cell) -> int:
 )
 @click.option("--no-bundles", is_flag=True, help="Delete each bundle when its result is recorded.")
 @click.option(
+    "--storage",
+    "uri",
+    metavar="URI",
+    help="Copy results and bundles there, too, as they come, and use the results that are there: s3://BUCKET/FOLDER, "
+    "or any other URI that fsspec knows.",
+)
+@click.option(
     "--junit", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Write JUnit XML here."
 )
 @click.option(
@@ -148,6 +155,7 @@ def matrix(
     again: bool,
     stored: bool,
     no_bundles: bool,
+    uri: str | None,
     junit: Path | None,
     html: Path | None,
     markdown: Path | None,
@@ -169,16 +177,18 @@ def matrix(
     from export_zoo.exporter.matrix.cell import arguments
     from export_zoo.exporter.matrix.results import CellResult
     from export_zoo.exporter.matrix.results import stored as stored_results
+    from export_zoo.exporter.matrix.storage import BUNDLES, RESULTS, Storage
     from export_zoo.exporter.models.sources import torchvision_zoo
 
-    chosen = _place(place, jobs)
+    chosen, storage = _place(place, jobs), Storage(uri) if uri is not None else None
     given = plan.read(file)
     names = plan.Names(torchvision_zoo.model_names(), torchvision_zoo.segmentation_names())
     cells = plan.cells(file, given, names, read_arguments, job)
     if part is not None:
         cells = slurm_script.part_of(cells, part)
     if slurm is not None:
-        options = [f"--job={job}"] * (job is not None) + ["--again"] * again + ["--no-bundles"] * no_bundles
+        options = [f"--job={job}"] * (job is not None) + [f"--storage={uri}"] * (uri is not None)
+        options += ["--again"] * again + ["--no-bundles"] * no_bundles
         array = slurm_script.script(
             cells,
             file,
@@ -202,7 +212,7 @@ def matrix(
             if left_out.reason:
                 click.echo(f"{left_out.status}: {cell.name}: {left_out.reason}")
             else:
-                bundle = out / run.BUNDLES / cell.bundle
+                bundle = out / BUNDLES / cell.bundle
                 click.echo(shlex.join(["export-zoo", *arguments(cell, bundle)]))
         return
     shown = 0
@@ -214,7 +224,10 @@ def matrix(
             click.echo(report.line(result, shown, len(cells), cached), err=True)
 
     if stored:
-        known = stored_results(out / "results")
+        if storage is not None:
+            (out / RESULTS).mkdir(parents=True, exist_ok=True)
+            storage.fetch_results(out / RESULTS)
+        known = stored_results(out / RESULTS)
         found = [
             run.left_out(cell) if cell.excluded or cell.skipped else known.get(cell.name) for cell in cells
         ]
@@ -233,6 +246,7 @@ def matrix(
             expected=_expected,
             again=again,
             keep_bundles=not no_bundles,
+            storage=storage,
             done=done,
         )
     lines = {cell.name: tuple(cell.command()) for cell in cells}
@@ -261,9 +275,7 @@ def matrix(
             click.echo(report.totals(results) + (f", {missing} not run" if missing else ""))
     if failed := [result for result in results if result.status == "failed"]:
         gates = [result.name for result in failed if result.gate]
-        hint = (
-            f"the reasons are above and in {out / 'results'}; bundles of failed gates in {out / run.BUNDLES}"
-        )
+        hint = f"the reasons are above and in {out / 'results'}; bundles of failed gates in {out / BUNDLES}"
         if gates:
             raise ParityError(f"{file}: parity gate failed: {', '.join(gates)}", hint=hint)
         missed = ", ".join(result.name for result in failed)

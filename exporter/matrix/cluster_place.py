@@ -5,6 +5,7 @@ Results and bundles come back to the driver, which alone writes to --out.
 
 from __future__ import annotations
 
+import re
 import socket
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -70,10 +71,39 @@ def _moved(cell: Cell, places: Mapping[str, str]) -> Cell:
     return replace(cell, model=model, arguments=tuple(arguments))
 
 
+CAPABILITIES = {
+    **dict.fromkeys(("V100",), "7.0"),
+    **dict.fromkeys(("T4",), "7.5"),
+    **dict.fromkeys(("A100",), "8.0"),
+    **dict.fromkeys(("A10", "A10G", "A40", "A6000"), "8.6"),
+    **dict.fromkeys(("L4", "L40", "L40S"), "8.9"),
+    **dict.fromkeys(("H20", "H100", "H200", "GH200"), "9.0"),
+    **dict.fromkeys(("B200", "GB200"), "10.0"),
+    **dict.fromkeys(("B300", "GB300"), "10.3"),
+}
+"""Compute capability by type of GPU, as NVIDIA lists them (developer.nvidia.com/cuda-gpus)."""
+
+
+def why_not_accelerator(kind: str, device: str | None) -> str:
+    """The reason why a node's GPU is not what the node calls it; empty if it is.
+
+    Args:
+        kind: a type as Ray names it: "H100", "A100-80G".
+        device: see `device_name`.
+    """
+    model, *memory = kind.split("-")
+    if device is None:
+        return "its GPU is absent"
+    name, _, capability = device.rpartition(", ")
+    known = CAPABILITIES.get(model, capability)
+    same = re.search(rf"\b{re.escape(model)}\b", name) and all(size in name for size in memory)
+    return "" if same and capability == known else f"its GPU is {device}"
+
+
 def run_on_node(places: Sequence[str], order: Order) -> Delivery:
     """The task of a cell, on its node."""
-    if order.accelerator and order.accelerator not in (device_name() or ""):
-        why = f"node {socket.gethostname()} calls itself {order.accelerator}; its GPU is {device_name() or 'absent'}"
+    if order.accelerator and (why_not := why_not_accelerator(order.accelerator, device_name())):
+        why = f"node {socket.gethostname()} calls itself {order.accelerator}; {why_not}"
         return Delivery(_failed(order.cell, why), packed(Path()))
     cell = _moved(order.cell, dict(zip(order.paths, places, strict=False)))
     with tempfile.TemporaryDirectory(prefix="export-zoo-ray-") as directory:

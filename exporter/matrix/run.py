@@ -16,11 +16,9 @@ from export_zoo.exporter.matrix.machine import Machine
 from export_zoo.exporter.matrix.place import Place
 from export_zoo.exporter.matrix.plan import HOST, Cell, by_bundle
 from export_zoo.exporter.matrix.results import CellResult, store, stored
+from export_zoo.exporter.matrix.storage import BUNDLES, RESULTS, Storage
 from export_zoo.exporter.publish import failed_place
 from export_zoo.exporter.run.at_once import run_at_once
-
-BUNDLES = "bundles"
-"""Folder for bundles in --out."""
 
 
 def _is_current(
@@ -59,6 +57,7 @@ def run(
     expected: Callable[[Cell], int] = lambda cell: 0,
     again: bool = False,
     keep_bundles: bool = True,
+    storage: Storage | None = None,
     done: Callable[[CellResult, bool], None] = lambda result, cached: None,
 ) -> list[CellResult]:
     """Run the cells, and return their results in the same order. A failing cell does not stop the others.
@@ -72,12 +71,13 @@ def run(
         expected: bytes of memory that a cell is expected to take; only asked if no earlier run measured it.
         again: run all cells again.
         keep_bundles: False to delete each bundle when its results are recorded.
+        storage: results and bundles are copied there, too; results that are there count as those of an earlier run.
         done: called after each cell; the flag is True if the result of an earlier run was used.
 
     Raises:
-        EnvironmentFailureError: `out` cannot be written to.
+        EnvironmentFailureError: `out` or the storage cannot be written to.
     """
-    results, bundles = out / "results", out / BUNDLES
+    results, bundles = out / RESULTS, out / BUNDLES
     try:
         results.mkdir(parents=True, exist_ok=True)
         bundles.mkdir(exist_ok=True)
@@ -85,6 +85,8 @@ def run(
         raise EnvironmentFailureError(
             f"{out}: cannot be created: {error.strerror}", hint="give another --out"
         ) from error
+    if storage is not None:
+        storage.fetch_results(results)
     measured = stored(results)
     known = {} if again else measured
     place, telling = place or Machine(1), threading.Lock()
@@ -115,12 +117,15 @@ def run(
             elif _is_current(earlier, cell, inputs, place) and (
                 exported is not None
                 or bundle.exists()
+                or (storage is not None and storage.has(bundle.name))
                 or not (keep_bundles or _lacks_emulation(own, earlier, known, place))
             ):
                 result, cached = earlier, True
             else:
                 # Deleted first: a run that is stopped would leave an old result beside a new bundle.
                 path.unlink(missing_ok=True)
+                if exported is not None and not bundle.exists() and storage is not None:
+                    storage.fetch_bundle(bundle)
                 result = run_one(cell, exported, bundle)
                 store(results, result)
                 ran = True
@@ -128,6 +133,9 @@ def run(
             found.append(result)
             with telling:
                 done(result, cached)
+        files = [path for cell in own if (path := results / f"{cell.name}.json").exists()]
+        if storage is not None and (ran or storage.lacks(files)):
+            storage.put(bundle, files)
         if ran and not keep_bundles:
             for path in (bundle, failed_place(bundle)):
                 shutil.rmtree(path, ignore_errors=True)

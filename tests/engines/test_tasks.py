@@ -40,6 +40,8 @@ UNIT = normal(3, 5) / np.linalg.norm(normal(3, 5), axis=1, keepdims=True)
         (normal(3, 5, 4, 6), "aten.addmm.default", "segmentation", "logits"),
         (sigmoid(normal(3, 1, 4, 6)), "aten.sigmoid.default", "segmentation", "probabilities"),
         (np.abs(normal(3, 12)), "aten.mean.dim", "embedding", "values"),
+        (np.zeros((3, 12), np.float32), "aten.addmm.default", "classification", "logits"),
+        (np.tile(np.abs(normal(1, 12)), (3, 1)), "aten.addmm.default", "classification", "logits"),
         (np.abs(normal(3, 5)), "aten.addmm.default", "classification", "logits"),
         (np.abs(normal(3, 1)), "aten.relu.default", "regression", "values"),
         (np.abs(normal(3)), "aten.softplus.default", "regression", "values"),

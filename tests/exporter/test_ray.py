@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import subprocess
+import sys
 import threading
 import time
 from functools import partial
@@ -142,6 +144,23 @@ def test_a_node_whose_gpu_is_another_builds_nothing(cluster, tmp_path):
     (result,) = run(tmp_path, cluster_place.run_on_node, [cell(tmp_path, accelerators=("H100",))])
     assert result.status == "failed"
     assert "calls itself H100; its GPU is absent" in result.reason
+
+
+@pytest.mark.parametrize(
+    ("kind", "device", "same"),
+    [
+        ("H100", "NVIDIA H100 80GB HBM3, 9.0", True),
+        ("A100-80G", "NVIDIA A100-SXM4-80GB, 8.0", True),
+        ("A100-40G", "NVIDIA A100-SXM4-80GB, 8.0", False),
+        ("A10", "NVIDIA A100-SXM4-80GB, 8.0", False),
+        ("L4", "NVIDIA L40S, 8.9", False),
+        ("H100", "NVIDIA H100 80GB HBM3, 8.9", False),
+        ("RTX5090", "NVIDIA RTX5090, 12.0", True),
+        ("H100", None, False),
+    ],
+)
+def test_a_gpu_is_what_the_node_calls_it_by_name_and_compute_capability(kind, device, same):
+    assert (cluster_place.why_not_accelerator(kind, device) == "") == same
 
 
 def dies_once(places, order) -> Delivery:
@@ -390,3 +409,26 @@ def test_engines_are_compared_in_shards_with_the_figures_of_one_machine(
     assert (one.code, many.code) == (0, 0), many.err
     assert "1 engine(s) on 700 images in 3 shards" in many.err
     assert many.json["engines"][0]["gate"] == one.json["engines"][0]["gate"]
+
+
+def test_a_run_whose_driver_is_killed_continues(cluster, tmp_path):
+    """One cell is done and another runs when the driver dies; its task dies with it, and the next run has one to do."""
+    (tmp_path / "m.yaml").write_text(SMALL.replace("squeezenet1_1", "[squeezenet1_1, mnasnet0_5]"))
+    command = [sys.executable, "-m", "export_zoo", "matrix", str(tmp_path / "m.yaml"), "--on", "ray"]
+    command += ["--out", str(tmp_path / "out"), "--json", str(tmp_path / "result.json")]
+    environment = {**os.environ, "RAY_ADDRESS": cluster.address}
+    results = tmp_path / "out" / "results"
+    with subprocess.Popen(
+        command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    ) as driver:
+        while not [*results.glob("*.json")]:
+            assert driver.poll() is None
+            time.sleep(0.1)
+        driver.kill()
+    done = sorted(path.name for path in results.glob("*.json"))
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    lines = [line for line in again.stderr.splitlines() if line.startswith("[")]
+    assert len(lines) == 2
+    assert ["cached" in line for line in sorted(lines)].count(True) == len(done)
+    assert {path.suffix for path in (tmp_path / "out" / "bundles").iterdir()} == {".bundle"}

@@ -1,0 +1,130 @@
+"""What a matrix costs beside its cells: on a Ray cluster, by number of cells and compared with one machine.
+
+    python benchmarks/matrix_scale.py --cells 10000
+    python benchmarks/matrix_scale.py --overhead ci/matrix.yaml --job sample
+
+The first runs cells that do nothing on a Ray cluster of one node, and prints seconds and the driver's memory. The other
+runs a matrix by `--on local` and by `--on ray`, in turn, each time without a cache, and prints seconds and their ratio.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from export_zoo.exporter.cli.export import read_arguments
+from export_zoo.exporter.cluster.files import packed
+from export_zoo.exporter.cluster.ray_cluster import RayCluster
+from export_zoo.exporter.matrix import plan
+from export_zoo.exporter.matrix import run as matrix_run
+from export_zoo.exporter.matrix.cluster_place import ClusterPlace, Delivery, Order
+from export_zoo.exporter.matrix.results import CellResult
+
+TEXT = "models: resnet18\nprecisions: fp32\ntargets: onnxruntime\n"
+
+
+def nothing(places: Sequence[str], order: Order) -> Delivery:
+    """The task of a cell that does nothing."""
+    one = order.cell
+    result = CellResult(one.model, one.target, one.precision, tuple(one.command()), "ok")
+    return Delivery(result, packed(Path()))
+
+
+def peak_mib() -> float:
+    """Largest memory of this process so far, in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def many(count: int, at_once: int) -> None:
+    """Run cells that do nothing, and print what they cost."""
+    import ray
+
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory) / "matrix.yaml"
+        file.write_text(TEXT)
+        (one,) = plan.cells(file, plan.read(file), plan.Names(("resnet18",)), read_arguments)
+        cells = [dataclasses.replace(one, model=f"network{index}") for index in range(count)]
+        ray.init(num_cpus=at_once, log_to_driver=False)
+        place = ClusterPlace(RayCluster(None), cores=1, task=nothing)
+        before, begin = peak_mib(), time.perf_counter()
+        results = matrix_run.run(cells, Path(directory) / "out", seconds=60, place=place)
+        seconds, after = time.perf_counter() - begin, peak_mib()
+        assert len(results) == count, "a result for each cell"
+        assert {result.status for result in results} == {"ok"}, results[0].reason
+        begin = time.perf_counter()
+        again = matrix_run.run(cells, Path(directory) / "out", seconds=60, place=place)
+        assert len(again) == count
+        ray.shutdown()
+    print(
+        f"{count} cells that do nothing, {at_once} at once: {seconds:.0f} s, {1e3 * seconds / count:.1f} ms each"
+    )
+    print(f"driver: {after:.0f} MiB at most, {before:.0f} MiB before the first cell")
+    print(f"a second run, which finds their results: {time.perf_counter() - begin:.0f} s")
+
+
+def timed(file: Path, job: str | None, place: str, out: Path) -> float:
+    """Seconds of a matrix in a process of its own, with an empty cache."""
+    command = [
+        sys.executable,
+        "-m",
+        "export_zoo",
+        "matrix",
+        str(file),
+        "--on",
+        place,
+        "--out",
+        str(out),
+        "--quiet",
+    ]
+    command += [f"--job={job}"] if job is not None else []
+    begin = time.perf_counter()
+    subprocess.run(command, check=True, env={**os.environ, "EXPORT_ZOO_CACHE": str(out / "cache")})
+    return time.perf_counter() - begin
+
+
+def overhead(file: Path, job: str | None, repeats: int) -> None:
+    """Run a matrix on this machine and on a Ray cluster of this machine, in turn, and print the ratio."""
+    subprocess.run(
+        ["ray", "start", "--head", "--include-dashboard=false"], check=True, stdout=subprocess.DEVNULL
+    )
+    seconds: dict[str, list[float]] = {"local": [], "ray": []}
+    try:
+        for repeat in range(repeats):
+            for place in ("local", "ray") if repeat % 2 == 0 else ("ray", "local"):
+                with tempfile.TemporaryDirectory() as directory:
+                    seconds[place].append(timed(file, job, place, Path(directory)))
+    finally:
+        subprocess.run(["ray", "stop"], check=False, stdout=subprocess.DEVNULL)
+    for place, found in seconds.items():
+        print(f"--on {place}: " + ", ".join(f"{value:.1f} s" for value in found))
+    ratio = statistics.median(seconds["ray"]) / statistics.median(seconds["local"])
+    print(f"ratio of the medians: {ratio:.3f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--cells", type=int, help="number of cells that do nothing")
+    parser.add_argument("--at-once", type=int, default=8, help="of these, at once")
+    parser.add_argument("--overhead", type=Path, metavar="FILE", help="matrix file")
+    parser.add_argument("--job", help="job of that file")
+    parser.add_argument("--repeats", type=int, default=3)
+    options = parser.parse_args()
+    if options.cells:
+        many(options.cells, options.at_once)
+    if options.overhead:
+        overhead(options.overhead, options.job, options.repeats)
+
+
+if __name__ == "__main__":
+    main()
