@@ -31,12 +31,24 @@ def run_at_once(
     if at_once == 1:
         yield from ((index, task()) for index, task in enumerate(tasks))
         return
+    errors: list[BaseException] = []  # the first one is why the others end
+
+    def run(task: Callable[[], ResultT]) -> ResultT:
+        if errors:
+            raise StoppedError
+        try:
+            return task()
+        except BaseException as error:
+            errors.append(error)
+            raise
+
     with ThreadPoolExecutor(min(at_once, max(1, len(tasks))), thread_name_prefix="tasks") as pool:
-        started = {pool.submit(task): index for index, task in enumerate(tasks)}
+        started = {pool.submit(run, task): index for index, task in enumerate(tasks)}
         try:
             for future in as_completed(started):
                 yield started.pop(future), future.result()  # popped: results may be large
-        except BaseException:
-            stop()
+        except BaseException as error:
+            cause = errors[0] if errors else error
+            stop()  # other errors follow from this
             pool.shutdown(wait=False, cancel_futures=True)
-            raise
+            raise cause from None

@@ -20,13 +20,14 @@ from export_zoo.base.errors import EnvironmentFailureError, UsageError
 from export_zoo.exporter.cli import matrix as matrix_command
 from export_zoo.exporter.cli.app import main
 from export_zoo.exporter.cli.export import read_arguments
+from export_zoo.exporter.cluster.files import _of_folder as fingerprinted
 from export_zoo.exporter.matrix import cell as matrix_cell
 from export_zoo.exporter.matrix import machine, plan, process, report
 from export_zoo.exporter.matrix import run as matrix_run
-from export_zoo.exporter.matrix.expected_memory import UNKNOWN, expected_memory
-from export_zoo.exporter.matrix.inputs import _of_folder as fingerprinted
+from export_zoo.exporter.matrix.expected_memory import expected_memory
 from export_zoo.exporter.matrix.inputs import fingerprints
 from export_zoo.exporter.matrix.results import CellResult, store, stored
+from export_zoo.exporter.models.memory import UNKNOWN
 
 needs_qemu = pytest.mark.skipif(
     not shutil.which("qemu-x86_64"), reason="qemu-x86_64 is not installed (qemu-user)"
