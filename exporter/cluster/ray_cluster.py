@@ -110,9 +110,11 @@ class RayCluster:
             if not ray.is_initialized():
                 ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError, ValueError) as error:
+            hint = "start a cluster with `ray start --head`, or correct the address"
+            if address is not None:
+                hint += "; newer versions of Ray need more: docs/scale.md"
             raise EnvironmentFailureError(
-                f"--on {address or 'ray'}: cannot connect: {error}",
-                hint="start a cluster with `ray start --head`, or correct the address",
+                f"--on {address or 'ray'}: cannot connect: {str(error).strip()}", hint=hint
             ) from error
         self._packs: dict[str, Any] = {}
         self._remote = ray.remote(_with_files)
@@ -231,11 +233,11 @@ class RayCluster:
             packs |= {index: [self._sent(wanted[index])] for index in found.indices}
 
     def _sent(self, one: Wanted) -> Any:
-        """A reference to something packed. What nodes keep is packed once."""
-        if isinstance(one, Part) and not one.kept:
-            return self._ray.put(one.pack())
-        key = repr(one)
+        """A reference to something packed. What nodes keep is packed once, and one at a time: it may be large."""
         with self._lock:
+            if isinstance(one, Part) and not one.kept:
+                return self._ray.put(one.pack())
+            key = repr(one)
             if key not in self._packs:
                 self._packs[key] = self._ray.put(one.pack())
             return self._packs[key]

@@ -18,6 +18,9 @@ from export_zoo.exporter.run.at_once import CORES_EACH
 if TYPE_CHECKING:
     from export_zoo.exporter.models.spec import ModelSpec
 
+AT_ONCE = 256
+"""Largest number of shards that wait for a cluster at once: each is a thread of this process."""
+
 OrderT = TypeVar("OrderT")
 ResultT = TypeVar("ResultT")
 
@@ -117,11 +120,10 @@ class OnCluster:
         EnvironmentFailureError: nodes differ in what the bits of results depend on.
     """
 
-    at_once = 256
-
     def __init__(self, cluster: RayCluster, memory: int) -> None:
         self._cluster, self._needs = cluster, Needs(memory, CORES_EACH)
         self.shards = max(1, cluster.cores // CORES_EACH)
+        self.at_once = min(2 * self.shards, AT_ONCE)  # the next one waits on the cluster, not here
         found: dict[str, dict[str, str]] = cluster.on_each_node(facts, with_cores=True)
         first = next(iter(found), "")
         self.facts: Mapping[str, str] = found.get(first) or facts()

@@ -10,6 +10,7 @@ from support.options import UNTUNED
 
 from export_zoo.calibration.images import scan, shuffled
 from export_zoo.engines.bundle.reader import read_manifest
+from export_zoo.engines.verification import verify
 from export_zoo.exporter.stages import evaluate, network
 
 
@@ -60,7 +61,11 @@ def test_figures_over_all_images_are_those_of_one_comparison(
         assert figures["sqnr"] == pytest.approx(others["sqnr"], abs=0.1)
         assert figures["top1"] == pytest.approx(others["top1"], abs=2e-3)
         assert figures["misplaced"] == others["misplaced"] == 0
-    assert read_manifest(tmp_path / "many").artifacts.held_out.count == 512
+    manifest = read_manifest(tmp_path / "many")
+    assert manifest.artifacts.held_out.count == 512
+    gate, head = manifest.artifacts.engines[0].gate, manifest.recipe.output.head
+    limits = [verify._tolerances(gate, head, images) for images in (512, 600)]
+    assert ["accuracy_drop" in found for found in limits] == [False, True], "512 images need not meet it"
     again = cli("verify", tmp_path / "many", "--no-latency")
     assert again.code == 0, again.err
 
@@ -72,7 +77,7 @@ def test_a_limit_holds_over_all_images(cli, digits, folders, own_cache, tmp_path
     for image in shuffled(scan(wrong, option="--verify").images, 0)[512:]:  # no bundle has these
         other = (folders_there.index(image.path.parent) + 1) % len(folders_there)
         image.path.rename(folders_there[other] / f"moved-{image.path.name}")
-    codes = {}
+    codes = {}  # of folders whose further images have right and wrong labels
     for folder in (verify, wrong):
         given = arguments(
             digits, (calib, folder), "--tolerance", "fp32:accuracy=0.88", "--out", tmp_path / "x"
