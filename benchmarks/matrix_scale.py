@@ -74,7 +74,7 @@ def many(count: int, at_once: int) -> None:
 
 
 def timed(file: Path, job: str | None, place: str, out: Path) -> float:
-    """Seconds of a matrix in a process of its own, with an empty cache."""
+    """Seconds of a matrix in a process of its own, with an empty cache, which nodes of a cluster have from its start."""
     command = [
         sys.executable,
         "-m",
@@ -88,24 +88,26 @@ def timed(file: Path, job: str | None, place: str, out: Path) -> float:
         "--quiet",
     ]
     command += [f"--job={job}"] if job is not None else []
-    begin = time.perf_counter()
-    subprocess.run(command, check=True, env={**os.environ, "EXPORT_ZOO_CACHE": str(out / "cache")})
-    return time.perf_counter() - begin
+    environment = {**os.environ, "EXPORT_ZOO_CACHE": str(out / "cache")}
+    start = ["ray", "start", "--head", "--include-dashboard=false"]
+    try:
+        if place == "ray":
+            subprocess.run(start, check=True, env=environment, capture_output=True)
+        begin = time.perf_counter()
+        subprocess.run(command, check=True, env=environment)
+        return time.perf_counter() - begin
+    finally:
+        if place == "ray":
+            subprocess.run(["ray", "stop"], check=False, capture_output=True)
 
 
 def overhead(file: Path, job: str | None, repeats: int) -> None:
     """Run a matrix on this machine and on a Ray cluster of this machine, in turn, and print the ratio."""
-    subprocess.run(
-        ["ray", "start", "--head", "--include-dashboard=false"], check=True, stdout=subprocess.DEVNULL
-    )
     seconds: dict[str, list[float]] = {"local": [], "ray": []}
-    try:
-        for repeat in range(repeats):
-            for place in ("local", "ray") if repeat % 2 == 0 else ("ray", "local"):
-                with tempfile.TemporaryDirectory() as directory:
-                    seconds[place].append(timed(file, job, place, Path(directory)))
-    finally:
-        subprocess.run(["ray", "stop"], check=False, stdout=subprocess.DEVNULL)
+    for repeat in range(repeats):
+        for place in ("local", "ray") if repeat % 2 == 0 else ("ray", "local"):
+            with tempfile.TemporaryDirectory() as directory:
+                seconds[place].append(timed(file, job, place, Path(directory)))
     for place, found in seconds.items():
         print(f"--on {place}: " + ", ".join(f"{value:.1f} s" for value in found))
     ratio = statistics.median(seconds["ray"]) / statistics.median(seconds["local"])
