@@ -74,7 +74,7 @@ def many(count: int, at_once: int) -> None:
 
 
 def timed(file: Path, job: str | None, place: str, out: Path) -> float:
-    """Seconds of a matrix in a process of its own, with an empty cache, which nodes of a cluster have from its start."""
+    """Seconds of a matrix in a process of its own, with an empty cache, which the node of a cluster has, too."""
     command = [
         sys.executable,
         "-m",
