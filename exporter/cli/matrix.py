@@ -199,6 +199,7 @@ def matrix(
             cores=CORES_EACH,
             expected=_expected,
         )
+        run.make_folders(out)  # Slurm opens the log there before a task begins
         report.write(slurm, array, "--slurm")
         if not quiet:
             click.echo(f"{slurm}: {len(plan.by_bundle(cells))} tasks; next: sbatch {slurm}")
@@ -225,7 +226,7 @@ def matrix(
 
     if stored:
         if storage is not None:
-            (out / RESULTS).mkdir(parents=True, exist_ok=True)
+            run.make_folders(out)
             storage.fetch_results(out / RESULTS)
         known = stored_results(out / RESULTS)
         found = [

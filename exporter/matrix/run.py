@@ -47,6 +47,17 @@ def left_out(cell: Cell, reason: str = "") -> CellResult:
     )
 
 
+def make_folders(out: Path) -> None:
+    """Make the folders of --out. Raises EnvironmentFailureError if they cannot be made."""
+    try:
+        (out / RESULTS).mkdir(parents=True, exist_ok=True)
+        (out / BUNDLES).mkdir(exist_ok=True)
+    except OSError as error:
+        raise EnvironmentFailureError(
+            f"{out}: cannot be created: {error.strerror}", hint="give another --out"
+        ) from error
+
+
 def run(
     cells: Sequence[Cell],
     out: Path,
@@ -78,13 +89,7 @@ def run(
         EnvironmentFailureError: `out` or the storage cannot be written to.
     """
     results, bundles = out / RESULTS, out / BUNDLES
-    try:
-        results.mkdir(parents=True, exist_ok=True)
-        bundles.mkdir(exist_ok=True)
-    except OSError as error:
-        raise EnvironmentFailureError(
-            f"{out}: cannot be created: {error.strerror}", hint="give another --out"
-        ) from error
+    make_folders(out)
     if storage is not None:
         storage.fetch_results(results)
     measured = stored(results)

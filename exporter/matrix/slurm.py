@@ -72,7 +72,7 @@ def script(
         cores=cores,
         memory_mib=math.ceil((largest if memory is not None else _SPARE * largest) / 2**20),
         minutes=math.ceil((max(map(len, groups)) * seconds + _START_SECONDS) / 60),
-        out=out.resolve(),
+        out=str(out.resolve()),
         accelerators=[*accelerators.pop()],
         folder=shlex.quote(str(Path.cwd())),
         command=shlex.join(command),

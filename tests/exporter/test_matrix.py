@@ -867,6 +867,7 @@ def test_slurm_gets_an_array_of_bundles_whose_tasks_run_one_by_one(tmp_path, cap
         line.removeprefix("#SBATCH --").partition("=")[::2] for line in lines if line.startswith("#SBATCH")
     )
     assert asked["array"] == "0-1"
+    assert (tmp_path / "out").is_dir(), "Slurm opens the logs there, and a task fails if it cannot"
     assert 1000 < int(asked["mem"].removesuffix("M")) < 4000
     assert asked["time"] == "62"
     assert "gpus" not in asked
