@@ -861,7 +861,6 @@ def test_slurm_gets_an_array_of_bundles_whose_tasks_run_one_by_one(tmp_path, cap
     script, code = scripted(tmp_path, text)
     assert code == 0
     assert f"{script}: 2 tasks; next: sbatch {script}" in capsys.readouterr().out
-    (tmp_path / "out").mkdir()
     lines = script.read_text().splitlines()
     asked = dict(
         line.removeprefix("#SBATCH --").partition("=")[::2] for line in lines if line.startswith("#SBATCH")
