@@ -149,7 +149,8 @@ class RayCluster:
             try:
                 found[name] = self._ray.get(reference)
             except (self._ray.exceptions.TaskUnschedulableError, self._ray.exceptions.NodeDiedError):
-                self._nodes.remove(node)  # Ray may list it as alive for some seconds
+                # Ray may list it as alive for some seconds. Other threads may be reading the list.
+                self._nodes = [other for other in self._nodes if other is not node]
         return found
 
     def _check_nodes(self) -> None:
