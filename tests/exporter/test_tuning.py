@@ -108,9 +108,12 @@ class Evaluation(Images):
 
     equalized = ("0.25",)
 
-    def __init__(self, floor: float) -> None:
+    def __init__(self, floor: float, level: float = 20.0) -> None:
         super().__init__(10.0, noise=0.3)  # of a bias correction
-        self._floor = floor
+        self._floor, self._level = floor, level
+
+    def sqnr(self, candidate: Candidate, target: Target) -> float:
+        return self._level - 10 * float(np.log10(self.noise(candidate, target, FEW).mean()))
 
     def approximated(self, candidate: Candidate, target: Target) -> bool:
         return self._floor < float(self.noise(candidate, target, FEW).mean())
@@ -131,6 +134,15 @@ def test_equalization_through_relu6_is_tried_only_where_it_can_win_and_then_firs
         Evaluation(floor), TARGETS["onnxruntime"], ("equalize", "bias"), "minmax", EFFORT[effort]
     )
     assert [step.name for step in choosing.steps] == wanted
+
+
+def test_where_errors_drown_the_signal_layers_are_equalized_first():
+    for level, first in ((8.0, "bias"), (0.0, "equalize")):
+        evaluation = Evaluation(0.01, level)
+        steps = _tune(
+            evaluation, TARGETS["onnxruntime"], ("equalize", "bias"), "minmax", EFFORT["default"]
+        ).steps
+        assert steps[0].name == first
 
 
 class Methods(Images):

@@ -56,6 +56,9 @@ MOST_LOST = 1.5
 FAR_BEHIND = 3.0
 """Distance from the best candidate of a step, in decibels, at which a candidate is not tried again in a later one."""
 
+DROWNED = 6.0
+"""SQNR in decibels below which comparing candidates tells nothing. MobileNetV2 with ImageNet weights has 8."""
+
 CLEAR = 2.0
 """Distance from the least gain, in standard errors, at which no more images are tried."""
 
@@ -190,9 +193,12 @@ def _tune(
         if strengths := evaluator.equalized:
             choosing.step("equalize", OFF, {s: now(strength=s) for s in (OFF, *strengths)})
 
-    # Equalization through ReLU6 includes the other.
+    # Equalization through ReLU6 includes the other. Where channels differ so much that errors drown the signal, they hide
+    # what all steps before it would gain.
     first = "equalize" in steps and (
-        effort.thorough or not evaluator.approximated(choosing.candidate, target)
+        effort.thorough
+        or evaluator.sqnr(choosing.candidate, target) < DROWNED
+        or not evaluator.approximated(choosing.candidate, target)
     )
     if first:
         equalize()
