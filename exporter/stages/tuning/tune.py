@@ -193,8 +193,8 @@ def _tune(
         if strengths := evaluator.equalized:
             choosing.step("equalize", OFF, {s: now(strength=s) for s in (OFF, *strengths)})
 
-    # Equalization through ReLU6 includes the other. Where channels differ so much that errors drown the signal, they hide
-    # what all steps before it would gain.
+    # Equalization through ReLU6 includes the other. Where channels differ so much that errors drown the signal, they
+    # hide what all steps before it would gain.
     first = "equalize" in steps and (
         effort.thorough
         or evaluator.sqnr(choosing.candidate, target) < DROWNED
