@@ -103,6 +103,18 @@ def describe(unreadable: Sequence[Unreadable]) -> str:
     return shown + (f"; and {len(unreadable) - 5} more" if len(unreadable) > 5 else "")
 
 
+def read_unchanged(path: Path, sha256: str) -> bytes:
+    """Bytes of a file that was scanned. Raises BadInputError if it has changed or vanished since."""
+    hint = "run the command again when nothing changes the folder"
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise BadInputError(f"{path}: can no longer be read: {error.strerror}", hint=hint) from error
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise BadInputError(f"{path}: has changed while it was used", hint=hint)
+    return data
+
+
 def refuse_if_too_many_unreadable(
     where: str, unreadable: Sequence[Unreadable], total: int, read: int | None = None
 ) -> None:
@@ -283,7 +295,8 @@ class ImageStream:
             ones that is tolerated is one of the set.
 
     Raises (while iterating):
-        BadInputError: too many of the files cannot be decoded, or none can.
+        BadInputError: too many of the files cannot be decoded; or one has changed or vanished since the scan. Results
+            are kept under the hashes of the scan, and would be wrong.
     """
 
     files: Sequence[ImageFile]
@@ -302,14 +315,13 @@ class ImageStream:
         return max(self._largest, default=0)
 
     def _load(self, file: ImageFile) -> Pixels | Unreadable:
+        data = read_unchanged(file.path, file.sha256)
         try:
-            pixels, largest = read_pixels(file.path.read_bytes(), self.preprocess)
+            pixels, largest = read_pixels(data, self.preprocess)
             self._largest.append(largest)
             return pixels
         except UnreadableImageError as error:
             return Unreadable(file.name, str(error))
-        except OSError as error:
-            return Unreadable(file.name, f"{type(error).__name__}: {error.strerror}")
 
     def __iter__(self) -> Iterator[Pixels]:
         self.images.clear()

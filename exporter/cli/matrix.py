@@ -15,6 +15,7 @@ from export_zoo.base.errors import ExportZooError, ParityError, UsageError
 from export_zoo.exporter.cli import outcome
 from export_zoo.exporter.cli.common_options import (
     EXIT_CODES,
+    LOCAL,
     connector,
     json_option,
     on_option,
@@ -180,6 +181,16 @@ def matrix(
     from export_zoo.exporter.matrix.storage import BUNDLES, RESULTS, Storage
     from export_zoo.exporter.models.sources import torchvision_zoo
 
+    if slurm is not None:
+        for option, given_too in (
+            ("--part", part is not None),
+            ("--jobs", jobs is not None),
+            ("--on", place != LOCAL),
+        ):
+            if given_too:
+                raise UsageError(
+                    f"--slurm excludes {option}", hint="leave it out: each task of the array is a part"
+                )
     chosen, storage = _place(place, jobs), Storage(uri) if uri is not None else None
     given = plan.read(file)
     names = plan.Names(torchvision_zoo.model_names(), torchvision_zoo.segmentation_names())
@@ -202,7 +213,7 @@ def matrix(
         run.make_folders(out)  # Slurm opens the log there before a task begins
         report.write(slurm, array, "--slurm")
         if not quiet:
-            click.echo(f"{slurm}: {len(plan.by_bundle(cells))} tasks; next: sbatch {slurm}")
+            click.echo(f"{slurm}: {len(plan.by_bundle(cells))} task(s); next: sbatch {slurm}")
         return
     if github:
         click.echo(json.dumps(plan.github(given, file, job)))

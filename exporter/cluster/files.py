@@ -10,17 +10,34 @@ import tarfile
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 from export_zoo.base.files import cache_directory
 from export_zoo.base.graph_io import sha256_of
+from export_zoo.calibration.images import read_unchanged
 
 
 def content_of(path: Path) -> str:
-    """SHA-256 of a file; of a folder's file names and sizes."""
+    """SHA-256 of a file; of a folder's file names and sizes, which is quick."""
     resolved = path.resolve()
-    return _of_file(resolved, resolved.stat().st_mtime_ns) if path.is_file() else _of_folder(resolved)
+    if path.is_file():
+        return _of_file(resolved, resolved.stat().st_mtime_ns)
+    listed = "".join(f"{name}\0{size}\0" for name, size, _ in _listing(resolved))
+    return hashlib.sha256(listed.encode()).hexdigest()
+
+
+def bytes_of(path: Path) -> str:
+    """SHA-256 of a file; of a folder's file names and the hashes of their bytes."""
+    resolved = path.resolve()
+    return content_of(path) if path.is_file() else _of_folder(resolved, _listing(resolved))
+
+
+def _listing(folder: Path) -> tuple[tuple[str, int, int], ...]:
+    """Names, sizes and times of a folder's files, in order."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    found = ((path.relative_to(folder), path.stat()) for path in paths)
+    return tuple((str(name), about.st_size, about.st_mtime_ns) for name, about in found)
 
 
 @cache
@@ -29,11 +46,11 @@ def _of_file(path: Path, changed: int) -> str:
     return sha256_of(path)
 
 
-@cache
-def _of_folder(folder: Path) -> str:
+@lru_cache(maxsize=16)
+def _of_folder(folder: Path, listing: tuple[tuple[str, int, int], ...]) -> str:
     combined = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        combined.update(f"{path.relative_to(folder)}\0{path.stat().st_size}\0".encode())
+    for name, _, _ in listing:
+        combined.update(f"{name}\0{sha256_of(folder / name)}\0".encode())
     return combined.hexdigest()
 
 
@@ -59,7 +76,7 @@ class Named:
 
     Attributes:
         path: absolute path on the driver.
-        content: see `content_of`.
+        content: see `bytes_of`.
     """
 
     path: str
@@ -67,12 +84,12 @@ class Named:
 
     @classmethod
     def of(cls, path: Path) -> Named:
-        return cls(str(path.resolve()), content_of(path))
+        return cls(str(path.resolve()), bytes_of(path))
 
     def here(self) -> str | None:
         """Where this node has it: at the same path, or in its cache. None if it has to travel."""
         own = Path(self.path)
-        if own.exists() and content_of(own) == self.content:
+        if own.exists() and bytes_of(own) == self.content:
             return self.path
         return str(self._place) if self._place.exists() else None
 
@@ -132,8 +149,15 @@ class Part:
         return _kept_at(identity.hexdigest(), "files")
 
     def pack(self) -> bytes:
-        """The files, to be sent. Runs on the driver."""
-        return packed(Path(self.path), *self.files)
+        """The files, to be sent. Runs on the driver. Raises BadInputError if one has changed or vanished."""
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w") as archive:
+            for name, sha256 in self.files.items():
+                data = read_unchanged(Path(self.path) / name, sha256)
+                described = tarfile.TarInfo(name)
+                described.size = len(data)
+                archive.addfile(described, io.BytesIO(data))
+        return buffer.getvalue()
 
     def unpacked(self, data: bytes, scratch: Path) -> str:
         """Where this node has them after they have travelled."""

@@ -6,18 +6,16 @@ Nodes need export-zoo of the same version and code.
 from __future__ import annotations
 
 import logging
-import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from export_zoo.base.errors import EnvironmentFailureError, ExportZooError, TargetUnavailableError
 from export_zoo.base.package import __version__
 from export_zoo.exporter.cluster.files import Part, Wanted
 from export_zoo.exporter.run.at_once import StoppedError
-from export_zoo.exporter.run.cache import code_digest
+from export_zoo.exporter.run.cache import code_digest, work_directory
 
 ATTEMPTS = 3
 """How often a task is tried whose node or worker dies."""
@@ -68,12 +66,12 @@ def _with_files(
     """
     import ray
 
-    with tempfile.TemporaryDirectory(prefix="export-zoo-ray-") as directory:
+    with work_directory() as scratch:
         places, missing = [], []
         for index, one in enumerate(wanted):
             place = one.here()
             if place is None and index in packs:
-                place = one.unpacked(bytes(ray.get(packs[index][0])), Path(directory))
+                place = one.unpacked(bytes(ray.get(packs[index][0])), scratch)
             if place is None:
                 missing.append(index)
             else:
@@ -133,6 +131,9 @@ class RayCluster:
 
         Args:
             with_cores: only on nodes that have cores for tasks.
+
+        Raises:
+            EnvironmentFailureError: a node cannot run it.
         """
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -151,18 +152,16 @@ class RayCluster:
             except (self._ray.exceptions.TaskUnschedulableError, self._ray.exceptions.NodeDiedError):
                 # Ray may list it as alive for some seconds. Other threads may be reading the list.
                 self._nodes = [other for other in self._nodes if other is not node]
+            except self._ray.exceptions.RayError as error:
+                raise EnvironmentFailureError(
+                    f"--on ray: node {name} cannot run export-zoo: {_last_line(error)}",
+                    hint=f"install export-zoo {__version__} on all nodes",
+                ) from error
         return found
 
     def _check_nodes(self) -> None:
         own = _facts()
-        try:
-            found = self.on_each_node(_facts)
-        except self._ray.exceptions.RayError as error:
-            raise EnvironmentFailureError(
-                f"--on ray: a node cannot run export-zoo: {_last_line(error)}",
-                hint=f"install export-zoo {__version__} on all nodes",
-            ) from error
-        for name, facts in found.items():
+        for name, facts in self.on_each_node(_facts).items():
             if facts != own:
                 same = facts["version"] == own["version"]
                 raise EnvironmentFailureError(

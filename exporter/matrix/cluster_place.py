@@ -21,6 +21,7 @@ from export_zoo.exporter.matrix.inputs import fingerprints, named_paths
 from export_zoo.exporter.matrix.plan import Cell
 from export_zoo.exporter.matrix.results import CellResult
 from export_zoo.exporter.publish import failed_place
+from export_zoo.exporter.run.cache import work_directory
 
 AT_ONCE = 256
 """Largest number of cells that wait for the cluster at once."""
@@ -106,8 +107,7 @@ def run_on_node(places: Sequence[str], order: Order) -> Delivery:
         why = f"node {socket.gethostname()} calls itself {order.accelerator}; {why_not}"
         return Delivery(_failed(order.cell, why), packed(Path()))
     cell = _moved(order.cell, dict(zip(order.paths, places, strict=False)))
-    with tempfile.TemporaryDirectory(prefix="export-zoo-ray-") as directory:
-        folder = Path(directory)
+    with work_directory() as folder:
         if order.exported is None:
             bundle = folder / order.bundle
             result = cells.run_cell(cell, bundle, order.limits)

@@ -86,7 +86,3 @@ class Machine:
                 self._promised -= expected
                 self._shares.append(cores)
                 self._changed.notify_all()
-
-    def _fits(self, expected: int) -> bool:
-        beside = self._running < self.at_once and self._promised + expected <= self._memory
-        return beside or self._running == 0

@@ -7,12 +7,10 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -21,6 +19,7 @@ from export_zoo.base.errors import TargetRefusalError, TargetUnavailableError
 from export_zoo.base.machine import available_memory
 from export_zoo.base.package import IMPORT_ROOT
 from export_zoo.exporter.run.at_once import StoppedError
+from export_zoo.exporter.run.cache import work_directory
 
 _POLL_SECONDS = 0.1
 
@@ -153,13 +152,16 @@ def run_limited(
     Raises:
         StoppedError: `stopped` was set; the process was killed.
     """
-    with tempfile.TemporaryDirectory(prefix="export-zoo-") as directory:
-        json_path, log_path = Path(directory) / "result.json", Path(directory) / "log"
+    with work_directory() as directory:
+        json_path, log_path = directory / "result.json", directory / "log"
         with log_path.open("wb") as log:
             process = subprocess.Popen(
                 [sys.executable, "-c", _COMMAND, *arguments, f"--json={json_path}", "--quiet"],
                 stdin=subprocess.DEVNULL,
-                env={**os.environ, "TMPDIR": directory},  # removed with it, even if the process is killed
+                env={
+                    **os.environ,
+                    "TMPDIR": str(directory),
+                },  # removed with it, even if the process is killed
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C reaches only this process, which kills the cell's

@@ -14,6 +14,7 @@ import fsspec
 from export_zoo.base.errors import EnvironmentFailureError, UsageError
 from export_zoo.base.files import replacing
 from export_zoo.engines.bundle.reader import MANIFEST
+from export_zoo.exporter.matrix.results import stored
 from export_zoo.exporter.publish import failed_place
 
 RESULTS, BUNDLES = "results", "bundles"
@@ -31,15 +32,18 @@ class Storage:
 
     def __init__(self, uri: str) -> None:
         self._uri, self._lock = uri, threading.Lock()
-        self._results: set[str] = set()
-        """File names of the results that it has."""
+        self._results: dict[str, bytes] = {}
+        """The results that it has, by file name."""
         try:
             found: Any = fsspec.core
             self._files, self._root = found.url_to_fs(uri)
-        except (ImportError, ValueError) as error:
+            if "://" not in uri:
+                raise ValueError("not a URI")
+        except Exception as error:  # each file system has its own
             raise UsageError(
-                f"--storage {uri}: {error}",
-                hint="give a URI that fsspec knows, and install its package: s3fs for s3://, gcsfs for gs://",
+                f"--storage {uri}: cannot be opened: {type(error).__name__}: {error}",
+                hint="give a URI that fsspec opens, such as s3://BUCKET/FOLDER or file:///FOLDER, and install its "
+                "package: s3fs for s3://, gcsfs for gs://",
             ) from error
 
     @contextmanager
@@ -54,16 +58,22 @@ class Storage:
             ) from error
 
     def fetch_results(self, results: Path) -> None:
-        """Copy those results that are not in the folder `results`."""
+        """Copy those results that are not in the folder `results`, or that are ok where those there are not."""
         with self._telling("read its results"):
             folder = f"{self._root}/{RESULTS}"
             self._files.invalidate_cache()
-            found: list[Any] = self._files.ls(folder, detail=False) if self._files.exists(folder) else []
-            self._results = {str(path).rpartition("/")[2] for path in found}
-            for name in sorted(self._results):
-                if name.endswith(".json") and not (results / name).exists():
-                    with replacing(results / name) as temporary:
-                        temporary.write_bytes(self._files.cat_file(f"{folder}/{name}"))
+            paths: list[str] = []
+            if self._files.exists(folder):
+                paths = [
+                    str(path) for path in self._files.ls(folder, detail=False) if str(path).endswith(".json")
+                ]
+            found: dict[str, bytes] = self._files.cat(paths) if paths else {}
+            self._results = {path.rpartition("/")[2]: data for path, data in found.items()}
+        here = {f"{name}.json" for name, result in stored(results).items() if result.status == "ok"}
+        for name, data in self._results.items():
+            if name not in here:
+                with replacing(results / name) as temporary:
+                    temporary.write_bytes(data)
 
     def has(self, bundle: str) -> bool:
         """Whether it has a whole bundle of this name."""
@@ -83,18 +93,21 @@ class Storage:
             new.rename(bundle)
 
     def lacks(self, results: Sequence[Path]) -> bool:
-        """Whether it lacks one of these results: an earlier run may have failed to copy it."""
-        return any(path.name not in self._results for path in results)
+        """Whether it lacks one of these results, or has another: an earlier run may have failed to copy it."""
+        return any(self._results.get(path.name) != path.read_bytes() for path in results)
 
     def put(self, bundle: Path, results: Sequence[Path]) -> None:
         """Copy a bundle, or the one of a failed gate, as far as they exist, and then its results."""
         with self._telling("write"), self._lock:  # a transaction is one of the whole file system
+            for path in results:  # an old result must not seem to belong to the new bundle
+                if self._results.pop(path.name, None) is not None:
+                    self._files.rm_file(f"{self._root}/{RESULTS}/{path.name}")
             for place in (bundle, failed_place(bundle)):
                 if (place / MANIFEST).exists():
                     self._put_bundle(place)
             for path in results:
                 self._put(path, f"{self._root}/{RESULTS}/{path.name}")
-                self._results.add(path.name)
+                self._results[path.name] = path.read_bytes()
 
     def _put_bundle(self, bundle: Path) -> None:
         folder = f"{self._root}/{BUNDLES}/{bundle.name}"

@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -26,6 +26,7 @@ from typing import Any, Generic, TypeVar, overload
 from pydantic import TypeAdapter
 
 from export_zoo.base.errors import EnvironmentFailureError, UsageError
+from export_zoo.base.files import cache_directory
 from export_zoo.base.graph_io import sha256_of
 from export_zoo.base.package import PACKAGE
 
@@ -262,3 +263,22 @@ class StageCache:
                 break
             shutil.rmtree(entry, ignore_errors=True)
             total -= size
+
+
+@contextlib.contextmanager
+def work_directory() -> Iterator[Path]:
+    """A new folder in the cache, which is removed at the end; that of a killed process, by a later run."""
+    works = cache_directory() / "work"
+    works.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(works.iterdir())
+    work = works / uuid.uuid4().hex
+    work.mkdir()
+    descriptor = None
+    try:
+        with contextlib.suppress(OSError):
+            descriptor = _lock(work)
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+        if descriptor is not None:
+            os.close(descriptor)

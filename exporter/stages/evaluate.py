@@ -266,7 +266,7 @@ def evaluate(
         images.refuse_if_too_many_unreadable(str(root), told, len(files))
         stage.cached = all(shard.cached for shard in shards)
         count = sum(shard.data.read for shard in shards)
-        stage.detail = f"{len(built)} engine(s) on {count} images in {len(shards)} shards"
+        stage.detail = f"{len(built)} engine(s) on {count} images in {len(shards)} shard(s)"
     context.warn_unreadable(root, unreadable)
     merged: dict[str, dict[str, Sums]] = {engine.name: {} for engine in built}
     for engine in built:

@@ -270,7 +270,7 @@ def test_an_image_that_alone_widens_ranges_is_named(network, images, tmp_path):
         path = tmp_path / f"{index}.png"
         gray = Image.open(image.path).convert("RGB").point(lambda value: 116 + value // 60)
         gray.save(path)
-        dim.append(ImageFile(path, path.name, f"{index:064}", None))
+        dim.append(ImageFile(path, path.name, hashlib.sha256(path.read_bytes()).hexdigest(), None))
     few = [f"calibrated on {count} images only: 300 to 1,000 are usual" for count in (6, 7)]
     assert warnings_of(collect(network, dim, histograms=QUANTIZED), {}) == few[:1]
     ranges = collect(network, [*dim, images[7]], histograms=QUANTIZED)
@@ -294,13 +294,15 @@ def test_a_tensor_to_be_quantized_that_is_always_zero_is_warned_of_with_its_modu
 
 
 def test_ranges_record_where_they_come_from(network, images, tmp_path):
-    missing = ImageFile(tmp_path / "gone.jpg", "gone.jpg", "f" * 64, None)
+    bad = tmp_path / "bad.jpg"
+    bad.write_bytes(b"no image")
+    unreadable = ImageFile(bad, bad.name, hashlib.sha256(b"no image").hexdigest(), None)
     steps: list[int] = []
-    ranges = collect(network, [*images, missing], progress=steps.append)
+    ranges = collect(network, [*images, unreadable], progress=steps.append)
     assert ranges.graph_sha256 == hashlib.sha256(network.read_bytes()).hexdigest()
     assert ranges.preprocess == PREPROCESS
     assert ranges.image_sha256 == sorted(image.sha256 for image in images)
-    assert ranges.unreadable == ["gone.jpg"]
+    assert ranges.unreadable == ["bad.jpg"]
     assert ranges.versions["onnxruntime"] == ort.__version__
     assert steps == [8, 8, 8, 1]
 

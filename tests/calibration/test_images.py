@@ -8,6 +8,7 @@ import shutil
 import threading
 import weakref
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -365,7 +366,8 @@ def files(tmp_path) -> tuple[ImageFile, ...]:
 
 
 def stream_of(files, batch_size: int) -> ImageStream:
-    return ImageStream(files, PREPROCESS, batch_size, files[0].path.parent)
+    scanned = [replace(file, sha256=hashlib.sha256(file.path.read_bytes()).hexdigest()) for file in files]
+    return ImageStream(scanned, PREPROCESS, batch_size, files[0].path.parent)
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 7, 22, 23, 24, 500])
@@ -395,13 +397,29 @@ def truncate(file: ImageFile) -> None:
 
 def test_an_unreadable_image_is_named_and_the_batches_stay_full(files):
     truncate(files[3])
-    files[9].path.unlink()
+    truncate(files[9])
     stream = stream_of(files, 7)
     assert [len(batch) for batch in stream] == [7, 7, 7]
     assert [u.name for u in stream.unreadable] == [files[3].name, files[9].name]
     assert "truncated" in stream.unreadable[0].reason
-    assert "FileNotFoundError: No such file" in stream.unreadable[1].reason
     assert stream.images == [f for index, f in enumerate(files) if index not in (3, 9)]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda path: path.unlink(), "can no longer be read: No such file or directory"),
+        (lambda path: draw(path, 99), "has changed while it was used"),
+    ],
+)
+def test_an_image_that_changes_after_the_scan_is_an_error(files, change, says):
+    """Results are cached under the hashes of the scan: what others give must not be kept for them."""
+    stream = stream_of(files, 7)
+    change(files[9].path)
+    with pytest.raises(BadInputError) as caught:
+        list(stream)
+    assert caught.value.message == f"{files[9].path}: {says}"
+    assert "run the command again" in caught.value.hint
 
 
 def test_too_many_unreadable_images_are_refused_by_name(files):

@@ -47,7 +47,7 @@ def test_figures_over_all_images_are_those_of_one_comparison(
     monkeypatch.setattr(evaluate, "SHARD", 100)
     many = cli(*arguments(digits, folders, "--out", tmp_path / "many"))
     assert many.code == 0, many.err
-    assert any(f"2 engine(s) on {count} images in 6 shards" in many.err for count in (599, 600))
+    assert any(f"2 engine(s) on {count} images in 6 shard(s)" in many.err for count in (599, 600))
     for module in (evaluate, network):
         monkeypatch.setattr(module, "MAX_HELD_OUT", 10_000)
     one = cli(*arguments(digits, folders, "--out", tmp_path / "one"))

@@ -20,7 +20,6 @@ from export_zoo.base.errors import EnvironmentFailureError, UsageError
 from export_zoo.exporter.cli import matrix as matrix_command
 from export_zoo.exporter.cli.app import main
 from export_zoo.exporter.cli.export import read_arguments
-from export_zoo.exporter.cluster.files import _of_folder as fingerprinted
 from export_zoo.exporter.matrix import cell as matrix_cell
 from export_zoo.exporter.matrix import machine, plan, process, report
 from export_zoo.exporter.matrix import run as matrix_run
@@ -346,7 +345,6 @@ def test_a_cell_is_run_again_when_its_files_changed(ran, tmp_path, monkeypatch):
     ]
     for runs, change in enumerate(changes, 1):
         change()
-        fingerprinted.cache_clear()  # as another process
         for _ in range(2):
             matrix_run.run([given], out, seconds=1)
             assert len(made) == runs
@@ -860,7 +858,7 @@ def test_slurm_gets_an_array_of_bundles_whose_tasks_run_one_by_one(tmp_path, cap
     text = SMALL.replace("precisions: fp32", "precisions: [fp32, fp16]")
     script, code = scripted(tmp_path, text)
     assert code == 0
-    assert f"{script}: 2 tasks; next: sbatch {script}" in capsys.readouterr().out
+    assert f"{script}: 2 task(s); next: sbatch {script}" in capsys.readouterr().out
     lines = script.read_text().splitlines()
     asked = dict(
         line.removeprefix("#SBATCH --").partition("=")[::2] for line in lines if line.startswith("#SBATCH")
@@ -905,6 +903,14 @@ jobs:
     script, code = scripted(tmp_path, text, "--job", "*")
     assert code == 2
     assert "--slurm: the cells are for different types of GPU" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more", [("--part", "1"), ("--jobs", "2"), ("--on", "ray")])
+def test_an_array_divides_the_cells_itself(more, tmp_path, capsys):
+    script, code = scripted(tmp_path, SMALL, *more)
+    assert code == 2
+    assert f"--slurm excludes {more[0]}" in capsys.readouterr().err
+    assert not script.exists()
 
 
 def test_a_part_that_is_not_there_is_refused(tmp_path, capsys):

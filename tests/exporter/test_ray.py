@@ -391,7 +391,7 @@ def test_engines_are_compared_in_shards_with_the_figures_of_one_machine(
     one = cli(*given, "--out", tmp_path / "one")
     many = cli(*given, "--on", "ray", "--out", tmp_path / "many")
     assert (one.code, many.code) == (0, 0), many.err
-    assert "1 engine(s) on 700 images in 3 shards" in many.err
+    assert "1 engine(s) on 700 images in 3 shard(s)" in many.err
     assert many.json["engines"][0]["gate"]["metrics"] == one.json["engines"][0]["gate"]["metrics"]
 
 

@@ -161,6 +161,36 @@ def test_a_storage_that_fails_loses_nothing_and_the_next_run_copies_what_it_lack
     assert "results/resnet18-onnxruntime-fp32.json" in files(uri)
 
 
+def test_an_old_result_never_lies_beside_a_new_bundle(cells, tmp_path, monkeypatch):
+    uri = f"file://{tmp_path / 'share' / 'matrix'}"
+    run(cells[:1], tmp_path / "out", uri, Place())
+    real, result = Storage._put, "results/resnet18-onnxruntime-fp32.json"
+
+    def fails(self, path, place):
+        if path.suffix == ".json" and path.parent.name == "results":
+            raise OSError(28, "No space left on device")
+        real(self, path, place)
+
+    monkeypatch.setattr(Storage, "_put", fails)
+    with pytest.raises(EnvironmentFailureError, match="cannot write"):
+        run(cells[:1], tmp_path / "out", uri, Place("two"), again=True)
+    assert result not in files(uri)
+    monkeypatch.undo()
+    again = Place()
+    run(cells[:1], tmp_path / "out", uri, again)
+    assert again.ran == []
+    assert files(uri)[result] == (tmp_path / "out" / result).read_text()
+
+
+def test_a_result_that_is_ok_elsewhere_takes_the_place_of_one_that_failed_here(cells, uri, tmp_path):
+    with_failure = run(cells[:1], tmp_path / "out", "memory://other/matrix", Place(fails=True))
+    assert with_failure[0].status == "failed"
+    run(cells[:1], tmp_path / "elsewhere", uri, Place())
+    again = Place()
+    (result,) = run(cells[:1], tmp_path / "out", uri, again)
+    assert (result.status, again.ran) == ("ok", [])
+
+
 def test_stored_results_are_told_from_a_storage(cells, tmp_path, capsys):
     uri = f"file://{tmp_path / 'share' / 'matrix'}"
     run(cells, tmp_path / "first", uri, Place())
@@ -171,7 +201,13 @@ def test_stored_results_are_told_from_a_storage(cells, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("uri", "says"),
-    [("nowhere://x", "--storage nowhere://x: Protocol not known"), ("gs://x/y", "--storage gs://x/y: ")],
+    [
+        ("nowhere://x", "--storage nowhere://x: cannot be opened: ValueError: Protocol not known"),
+        ("gs://x/y", "--storage gs://x/y: cannot be opened: ImportError"),
+        ("github://x/y", "--storage github://x/y: cannot be opened: TypeError"),
+        ("zip://nothing.zip", "--storage zip://nothing.zip: cannot be opened"),
+        ("", "--storage : cannot be opened: ValueError: not a URI"),
+    ],
 )
 def test_a_storage_that_nothing_can_open_is_refused_before_anything_runs(uri, says, tmp_path, capsys):
     (tmp_path / "m.yaml").write_text(TEXT)
