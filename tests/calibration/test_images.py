@@ -365,9 +365,13 @@ def files(tmp_path) -> tuple[ImageFile, ...]:
     return tuple(shuffled(scan(tmp_path, option="--calib").images, 0))
 
 
+def scanned_again(files) -> list[ImageFile]:
+    """The files with the hashes of their bytes now."""
+    return [replace(file, sha256=hashlib.sha256(file.path.read_bytes()).hexdigest()) for file in files]
+
+
 def stream_of(files, batch_size: int) -> ImageStream:
-    scanned = [replace(file, sha256=hashlib.sha256(file.path.read_bytes()).hexdigest()) for file in files]
-    return ImageStream(scanned, PREPROCESS, batch_size, files[0].path.parent)
+    return ImageStream(scanned_again(files), PREPROCESS, batch_size, files[0].path.parent)
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 7, 22, 23, 24, 500])
@@ -500,7 +504,7 @@ def test_no_more_than_three_batches_are_decoded_ahead(files, batch_size):
 def test_unreadable_images_do_not_widen_the_window(files):
     truncate(files[0])
     truncate(files[1])
-    counted = Counted(files)
+    counted = Counted(scanned_again(files))
     next(iter(ImageStream(counted, PREPROCESS, 4, files[0].path.parent)))
     assert counted.drawn <= 2 + 3 * 4
 
