@@ -171,9 +171,14 @@ def _top(logits: Logits, count: int) -> npt.NDArray[np.intp]:
 
 
 def _agreeing(reference: Logits, engine: Logits, five: int, tie: float) -> tuple[int, int]:
-    """`top1` and `top5`. A class that ties with the last of the best, in either, counts among them."""
+    """`top1` and `top5`. A class that ties with the last of the best, in either, counts among them.
 
-    def level(logits: Logits, count: int) -> Logits:
+    An engine whose classes all tie decides for none of them.
+    """
+    tie_of_engine = min(tie, TIE * float(np.abs(engine).max()))  # its logits may be far smaller
+    decides = np.ptp(engine, axis=1)[:, None] > tie_of_engine
+
+    def level(logits: Logits, count: int, tie: float) -> Logits:
         """Least value of each row that is among its `count` best, ties included."""
         best = np.partition(logits, -count, axis=1)[:, -count]
         return np.asarray(best - tie, dtype=np.float32)[:, None]
@@ -181,8 +186,8 @@ def _agreeing(reference: Logits, engine: Logits, five: int, tie: float) -> tuple
     counts = []
     for count in (1, five):
         top_r, top_e = _top(reference, count), _top(engine, count)
-        among_r = np.take_along_axis(reference, top_e, 1) >= level(reference, count)
-        among_e = np.take_along_axis(engine, top_r, 1) >= level(engine, count)
+        among_r = np.take_along_axis(reference, top_e, 1) >= level(reference, count, tie)
+        among_e = decides & (np.take_along_axis(engine, top_r, 1) >= level(engine, count, tie_of_engine))
         counts.append(int(np.maximum(among_r.sum(axis=1), among_e.sum(axis=1)).sum()))
     return counts[0], counts[1]
 

@@ -72,6 +72,14 @@ def test_ties_count_as_agreement():
     assert compare(reference, other).top1 == 0.75
 
 
+@pytest.mark.parametrize("scale", [0.0, 1e-9])
+def test_an_engine_whose_logits_are_all_alike_agrees_by_luck_only(scale):
+    reference = normal(200, 10)
+    engine = scale * normal(200, 11)[:, :10]
+    assert compare(reference, engine).top1 < 0.3
+    assert compare(reference, engine).top5 < 0.7
+
+
 def test_decisions_agree_where_both_are_on_the_same_side_of_the_threshold():
     reference = np.array([[2.0], [-1.0], [0.0], [3.0]], dtype=np.float32)
     other = np.array([[1.0], [0.5], [-0.1], [3.0]], dtype=np.float32)
