@@ -272,12 +272,13 @@ def work_directory() -> Iterator[Path]:
     works.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(works.iterdir())
     work = works / uuid.uuid4().hex
-    work.mkdir()
+    inside = work / "files"  # not the folder itself, whose lock `publish` would wait for
+    inside.mkdir(parents=True)
     descriptor = None
     try:
         with contextlib.suppress(OSError):
             descriptor = _lock(work)
-        yield work
+        yield inside
     finally:
         shutil.rmtree(work, ignore_errors=True)
         if descriptor is not None:

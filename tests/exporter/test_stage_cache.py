@@ -19,7 +19,7 @@ from support.paths import ROOT
 from export_zoo.base.errors import EnvironmentFailureError, ExportZooError
 from export_zoo.base.files import cache_directory
 from export_zoo.exporter.run import cache as stage_cache
-from export_zoo.exporter.run.cache import StageCache, StageResult, code_digest, digest
+from export_zoo.exporter.run.cache import StageCache, StageResult, code_digest, digest, work_directory
 
 KEY = {"model": "resnet18", "opset": 18}
 
@@ -586,3 +586,18 @@ def test_what_a_killed_run_without_a_cache_left_is_removed(tmp_path, monkeypatch
     with StageCache(None):
         assert not abandoned.exists()
     assert list(tmp_path.iterdir()) == [somebodys]
+
+
+def test_scratch_of_a_killed_process_is_removed_and_that_of_a_living_one_can_be_locked(root, monkeypatch):
+    monkeypatch.setenv("EXPORT_ZOO_CACHE", str(root))
+    monkeypatch.setattr(stage_cache, "_GRACE_SECONDS", -1)
+    dead = root / "work" / "dead"
+    (dead / "files").mkdir(parents=True)
+    with work_directory() as first, work_directory() as second:
+        assert not dead.exists()
+        assert first.exists()
+        assert second.exists()
+        descriptor = os.open(first, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # as `publish` locks the folder of a bundle
+        os.close(descriptor)
+    assert [*(root / "work").iterdir()] == []
