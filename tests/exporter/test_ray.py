@@ -410,7 +410,7 @@ def test_a_run_whose_driver_is_killed_continues(cluster, tmp_path):
             time.sleep(0.1)
         driver.kill()
     done = sorted(path.name for path in results.glob("*.json"))
-    again = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
     assert again.returncode == 0, again.stderr
     lines = [line for line in again.stderr.splitlines() if line.startswith("[")]
     assert len(lines) == 2
