@@ -1,4 +1,4 @@
-"""What a matrix costs beside its cells: on a Ray cluster, by number of cells and compared with one machine.
+"""Measures what a matrix costs beside its cells: on a Ray cluster, by number of cells and compared with one machine.
 
     python benchmarks/matrix_scale.py --cells 10000
     python benchmarks/matrix_scale.py --overhead ci/matrix.yaml --job sample

@@ -57,7 +57,7 @@ def on_option(what: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 def connector(place: str) -> Callable[[], RayCluster] | None:
-    """What connects to the cluster of --on; None for this machine. Raises UsageError for another value."""
+    """A function that connects to the cluster of --on; None for this machine. Raises UsageError for another value."""
     if place == LOCAL:
         return None
     if place != "ray" and not place.startswith("ray://"):

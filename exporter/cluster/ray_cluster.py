@@ -33,7 +33,7 @@ class NoNodeError(Exception):
 
 @dataclass(frozen=True)
 class Needs:
-    """What a task asks of its node.
+    """The resources that a task asks of its node.
 
     Attributes:
         memory: in bytes.

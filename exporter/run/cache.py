@@ -128,6 +128,16 @@ def _remove_abandoned(works: Iterable[Path]) -> None:
                 os.close(descriptor)
 
 
+def _new_work(root: Path) -> Path:
+    """A new work directory in a cache directory, without those of killed runs."""
+    works = root / "work"
+    works.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(works.iterdir())
+    work = works / uuid.uuid4().hex
+    work.mkdir()
+    return work
+
+
 class StageCache:
     """Runs stages through the cache. A context manager: it owns the run's work directory.
 
@@ -149,11 +159,7 @@ class StageCache:
             self._work = Path(tempfile.mkdtemp(prefix=_TEMPORARY))
             (self._work / _MARKER).touch()
         else:
-            works = self._root / "work"
-            works.mkdir(parents=True, exist_ok=True)
-            _remove_abandoned(works.iterdir())
-            self._work = works / uuid.uuid4().hex
-            self._work.mkdir()
+            self._work = _new_work(self._root)
         with contextlib.suppress(OSError):  # a file system without locks: only the age counts
             self._descriptor = _lock(self._work)
         return self
@@ -268,12 +274,9 @@ class StageCache:
 @contextlib.contextmanager
 def work_directory() -> Iterator[Path]:
     """A new folder in the cache, which is removed at the end; that of a killed process, by a later run."""
-    works = cache_directory() / "work"
-    works.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(works.iterdir())
-    work = works / uuid.uuid4().hex
+    work = _new_work(cache_directory())
     inside = work / "files"  # not the folder itself, whose lock `publish` would wait for
-    inside.mkdir(parents=True)
+    inside.mkdir()
     descriptor = None
     try:
         with contextlib.suppress(OSError):

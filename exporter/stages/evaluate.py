@@ -19,7 +19,6 @@ import numpy as np
 from export_zoo.base import graph_io
 from export_zoo.base.errors import EnvironmentFailureError
 from export_zoo.base.graph_io import sha256_of
-from export_zoo.calibration import images
 from export_zoo.calibration.images import ImageFile, ImageStream, Progress
 from export_zoo.engines.bundle.manifest import Recipe
 from export_zoo.engines.bundle.reader import HeldOut
@@ -37,7 +36,15 @@ from export_zoo.exporter.run.context import Context
 from export_zoo.exporter.stages.build import EngineFiles
 from export_zoo.exporter.stages.images import MAX_HELD_OUT, ChosenImages
 from export_zoo.exporter.stages.network import EagerModel
-from export_zoo.exporter.stages.shards import Here, Workers, differences, facts, images_there, images_wanted
+from export_zoo.exporter.stages.shards import (
+    Here,
+    Workers,
+    differences,
+    facts,
+    images_there,
+    images_wanted,
+    refuse_unreadable,
+)
 
 if TYPE_CHECKING:
     from export_zoo.exporter.models.spec import ModelSpec
@@ -262,8 +269,7 @@ def evaluate(
             results.update(run_at_once(tasks, by.at_once, by.stop))
         shards = [results[index] for index in range(len(parts))]
         unreadable = [pair for shard in shards for pair in shard.data.unreadable]
-        told = [images.Unreadable(*pair) for pair in unreadable]
-        images.refuse_if_too_many_unreadable(str(root), told, len(files))
+        refuse_unreadable(str(root), unreadable, len(files))
         stage.cached = all(shard.cached for shard in shards)
         count = sum(shard.data.read for shard in shards)
         stage.detail = f"{len(built)} engine(s) on {count} images in {len(shards)} shard(s)"

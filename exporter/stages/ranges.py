@@ -30,7 +30,7 @@ from export_zoo.exporter.run.at_once import run_at_once
 from export_zoo.exporter.run.cache import StageResult
 from export_zoo.exporter.run.context import IMAGE_BATCH, Context
 from export_zoo.exporter.stages.images import ChosenImages
-from export_zoo.exporter.stages.shards import Here, Workers, images_there, images_wanted
+from export_zoo.exporter.stages.shards import Here, Workers, images_there, images_wanted, refuse_unreadable
 
 if TYPE_CHECKING:
     from export_zoo.exporter.models.spec import ModelSpec
@@ -72,7 +72,7 @@ class _Order:
 
 @dataclass(frozen=True)
 class _Collected:
-    """What a shard gives; see `Calibrated`. `ranges` is None if no image could be used."""
+    """Result of a shard; see `Calibrated`. `ranges` is None if no image could be used."""
 
     ranges: Ranges | None
     unreadable: list[tuple[str, str]]
@@ -165,15 +165,14 @@ def calibrate(
                     merged = ranges if merged is None else merged.merged(ranges)
         unreadable = [pair for _, result in sorted(results.items()) for pair in result.data.unreadable]
         if whole:
-            told = [images.Unreadable(*pair) for pair in unreadable]
-            images.refuse_if_too_many_unreadable(str(root), told, len(files))
+            refuse_unreadable(str(root), unreadable, len(files))
         if merged is None:
             raise NoImageError(root or Path("synthetic images"))
         if whole:
             refuse_dead(merged, str(graph_io.load(graph).graph.inputs[0].name))
         path = results[0].file(Calibrated.RANGES)
         if len(parts) > 1:
-            # Of all shards, also of those without a usable image.
+            # Shards without a usable image have no ranges that name theirs.
             merged = merged.model_copy(update={"unreadable": sorted(name for name, _ in unreadable)})
             path = context.cache.scratch() / Calibrated.RANGES
             merged.write(path)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from export_zoo.base.errors import EnvironmentFailureError
 from export_zoo.base.machine import instruction_set, library_versions
-from export_zoo.calibration.images import ImageFile, Progress
+from export_zoo.calibration.images import ImageFile, Progress, Unreadable, refuse_if_too_many_unreadable
 from export_zoo.exporter.cluster.files import Part, Wanted
 from export_zoo.exporter.cluster.ray_cluster import Needs, NoNodeError, RayCluster, TaskError
 from export_zoo.exporter.options import ExportOptions
@@ -32,7 +32,7 @@ Work = Callable[[Sequence[str], OrderT, int, Progress], ResultT]
 
 
 def facts() -> dict[str, str]:
-    """What the bits of results depend on, beside the code: this machine's instruction set and libraries."""
+    """This machine's instruction set and libraries: the bits of results depend on them, beside the code."""
     libraries = ("onnxruntime", "numpy", "pillow", "torch", "torchvision")
     return {"instruction set": instruction_set(), **library_versions(*libraries)}
 
@@ -45,6 +45,11 @@ def images_wanted(files: Sequence[ImageFile], root: Path) -> Part:
 def images_there(files: Sequence[ImageFile], root: Path, place: str) -> list[ImageFile]:
     """The same images where they are read: in the folder `place` instead of `root`."""
     return [dataclasses.replace(file, path=Path(place) / file.path.relative_to(root)) for file in files]
+
+
+def refuse_unreadable(where: str, unreadable: Sequence[tuple[str, str]], total: int) -> None:
+    """Raise BadInputError if too many images of all shards, given as (name, reason), cannot be decoded."""
+    refuse_if_too_many_unreadable(where, [Unreadable(*pair) for pair in unreadable], total)
 
 
 class Workers(Protocol):
