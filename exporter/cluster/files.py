@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
 
-from export_zoo.base.files import cache_directory
 from export_zoo.base.graph_io import sha256_of
 from export_zoo.calibration.images import read_unchanged
+from export_zoo.exporter.run.cache import input_place
 
 
 def content_of(path: Path) -> str:
@@ -91,11 +91,11 @@ class Named:
         own = Path(self.path)
         if own.exists() and bytes_of(own) == self.content:
             return self.path
-        return str(self._place) if self._place.exists() else None
+        return _kept(self._place)
 
     @property
     def _place(self) -> Path:
-        return _kept_at(self.content, Path(self.path).name)
+        return input_place(self.content, Path(self.path).name)
 
     def pack(self) -> bytes:
         """The file or folder, to be sent. Runs on the driver."""
@@ -141,12 +141,12 @@ class Part:
             same = False
         if same:
             return self.path
-        return str(self._place) if self.kept and self._place.exists() else None
+        return _kept(self._place) if self.kept else None
 
     @property
     def _place(self) -> Path:
         identity = hashlib.sha256(json.dumps(self.files, sort_keys=True).encode())
-        return _kept_at(identity.hexdigest(), "files")
+        return input_place(identity.hexdigest(), "files")
 
     def pack(self) -> bytes:
         """The files, to be sent. Runs on the driver. Raises BadInputError if one has changed or vanished."""
@@ -168,8 +168,13 @@ class Part:
         return os.fspath(place)
 
 
-def _kept_at(content: str, name: str) -> Path:
-    return cache_directory() / "inputs" / content / name
+def _kept(place: Path) -> str | None:
+    """A place in the cache, if something is there. Its time says that it was used, see `StageCache`."""
+    try:
+        os.utime(place.parent)
+    except FileNotFoundError:
+        return None
+    return str(place) if place.exists() else None
 
 
 def _keep(place: Path, write: Callable[[Path], None]) -> str:

@@ -34,6 +34,7 @@ LIMIT_VARIABLE = "EXPORT_ZOO_CACHE_GB"
 DEFAULT_LIMIT_GB = 20.0
 _ABANDONED_SECONDS, _GRACE_SECONDS = 24 * 3600, 60
 _ENTRY = "entry.json"
+_INPUTS = "inputs"
 _TEMPORARY, _MARKER = "export-zoo-", ".export-zoo-work"  # the marker identifies our own directories
 
 
@@ -254,21 +255,36 @@ class StageCache:
             shutil.rmtree(staging, ignore_errors=True)
 
     def _prune(self, root: Path) -> None:
-        """Remove the least recently used entries above the size limit."""
+        """Remove the least recently used entries above the size limit.
+
+        Inputs that were used in the last day count, but stay: a task may be reading them.
+        """
         entries = []
         for entry in root.glob("*/*"):
             try:
-                if (entry / _ENTRY).is_file():  # other folders, the ARM64 root for example, stay
-                    size = sum(file.stat().st_size for file in entry.iterdir())
+                # Other folders, the ARM64 root for example, stay.
+                if (entry / _ENTRY).is_file() or entry.parent.name == _INPUTS:
+                    size = sum(file.stat().st_size for file in entry.rglob("*"))
                     entries.append((entry.stat().st_mtime, size, entry))
             except OSError:
                 continue  # another run is pruning, too
         total = sum(size for _, size, _ in entries)
-        for _, size, entry in sorted(entries):
+        for used, size, entry in sorted(entries):
             if total <= self._limit:
                 break
+            if entry.parent.name == _INPUTS and time.time() - used < _ABANDONED_SECONDS:
+                continue
             shutil.rmtree(entry, ignore_errors=True)
             total -= size
+
+
+def input_place(content: str, name: str) -> Path:
+    """Where this machine keeps a file or folder that travelled to it, see `exporter.cluster.files`.
+
+    Args:
+        content: hash of its bytes.
+    """
+    return cache_directory() / _INPUTS / content / name
 
 
 @contextlib.contextmanager

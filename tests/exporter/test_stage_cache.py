@@ -403,6 +403,27 @@ def test_without_a_limit_of_ones_own_it_is_20_gigabytes(filled, monkeypatch):
     assert kept(filled) == set("abcd")
 
 
+def test_what_travelled_here_is_pruned_with_the_rest_but_for_what_was_used_today(root, monkeypatch):
+    monkeypatch.setenv("EXPORT_ZOO_CACHE", str(root))
+    fill(root, "a")
+    set_age(root, "a", 1000)
+    places = {name: stage_cache.input_place(name, "photos") for name in ("old", "new")}
+    for place in places.values():
+        place.mkdir(parents=True)
+        (place / "a.jpg").write_bytes(bytes(1 << 20))
+    os.utime(places["old"].parent, (1_700_000_000, 1_700_000_000))
+
+    def left(limit: str) -> tuple[bool, bool, bool]:
+        monkeypatch.setenv("EXPORT_ZOO_CACHE_GB", limit)
+        with StageCache(root):
+            pass
+        return bool([*root.glob("export/*")]), places["old"].exists(), places["new"].exists()
+
+    assert left("1") == (True, True, True)
+    assert left("0.0025") == (False, True, True)
+    assert left("0") == (False, False, True)
+
+
 def test_a_failed_run_prunes_nothing(filled, monkeypatch):
     monkeypatch.setenv("EXPORT_ZOO_CACHE_GB", "0")
     with pytest.raises(ZeroDivisionError), StageCache(filled) as cache:
