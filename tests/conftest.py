@@ -56,6 +56,7 @@ SLOW = {
     "test_bundle.py",
     "test_calibrate.py",
     "test_cli.py",
+    "test_diagnosis.py",
     "test_dynamic_size.py",
     "test_emulation.py",
     "test_fully_convolutional.py",

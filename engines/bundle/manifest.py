@@ -7,12 +7,14 @@ to run: times, and engines that are not reproducible.
 from __future__ import annotations
 
 import json
+from glob import escape
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
 from export_zoo.calibration.preprocess import Preprocess
 from export_zoo.engines.parity.tasks import TASKS, Head, classes_of
+from export_zoo.engines.precision.int8.names import APPROXIMATE, OFF
 from export_zoo.engines.precision.registry import PRECISIONS
 from export_zoo.engines.targets.base import MAX_BATCH
 from export_zoo.engines.targets.float_for_speed import FloatForSpeed
@@ -312,6 +314,17 @@ class Tuning(_Model):
     images: int
     steps: list[TuningStep]
 
+    @property
+    def equalized(self) -> str:
+        """Name of the equalization that was chosen, see `int8.equalize.equalize_as`; `names.OFF` for none."""
+        found = OFF
+        for step in self.steps:
+            if step.name == "equalize":
+                found = step.chosen
+            elif step.name == "relu6" and step.chosen != OFF:
+                found = APPROXIMATE
+        return found
+
 
 class Engine(_Model):
     name: str = Field(description="`<target>-<precision>`.")
@@ -381,6 +394,13 @@ class Engine(_Model):
         if self.saturating_cpu_session is not None:
             return self.saturating_cpu_session
         return {"session.x64quantprecision": "1"} if PRECISIONS[self.precision].integer_sums else {}
+
+    def kept_float(self, recipe: Recipe) -> list[str]:
+        """Patterns of the layers that INT8 leaves unquantized: asked for, chosen by tuning, or faster."""
+        steps = self.tuning.steps if self.tuning is not None else []
+        chosen = [name for step in steps if step.name == "float" for name in step.names]
+        fast = [escape(name) for name in self.float_for_speed.layers] if self.float_for_speed else []
+        return [*recipe.keep_float, *fast, *chosen]
 
     def precision_graph(self) -> tuple[File, list[File]]:
         """The ONNX file that the engine is, or was built from, and the files with its weights, if they exceed 2 GiB."""

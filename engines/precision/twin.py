@@ -38,7 +38,7 @@ def _rounded(graph: ir.Graph, value: ir.Value, dtype: ir.DataType) -> None:
         use.node.replace_input_with(use.idx, up.outputs[0])
 
 
-def _dequantized(node: ir.Node) -> npt.NDArray[np.float32]:
+def dequantized_constant(node: ir.Node) -> npt.NDArray[np.float32]:
     """Output of a DequantizeLinear of constants, float32, to the bit as ONNX Runtime computes it."""
     integers, scale, *zero_points = (
         value.const_value.numpy()
@@ -67,30 +67,40 @@ def write_twin(graph: Path, out: Path, *, dequantized: bool = False) -> Path:
             with constant weights are taken in another order, so that their last bits differ.
     """
     model = graph_io.load(graph)
+    if not make_twin(model.graph, dequantized=dequantized):
+        return graph
+    graph_io.save(model, out)
+    return out
+
+
+def make_twin(graph: ir.Graph, *, dequantized: bool = False, rounding: bool = True) -> bool:
+    """Turn a precision graph into its twin, see `write_twin`. False if all its tensors are float32.
+
+    Args:
+        rounding: False for computed tensors that are not rounded to half.
+    """
     changed = False
-    for value in model.graph.initializers.values():
+    for value in graph.initializers.values():
         if value.dtype in REDUCED and value.const_value is not None:
             array = value.const_value.numpy().astype(np.float32)
             value.const_value = ir.tensor(array, name=value.name)
             value.dtype = FLOAT
             changed = True
-    for node in list(model.graph):
+    for node in list(graph):
         for output in node.outputs:
             if (dtype := output.dtype) in REDUCED:
                 output.dtype = FLOAT
                 changed = True
-                if node.op_type != "DequantizeLinear":
-                    _rounded(model.graph, output, dtype)
+                if rounding and node.op_type != "DequantizeLinear":
+                    _rounded(graph, output, dtype)
         if node.op_type == "Cast" and node.attributes.get_int("to", 0) in REDUCED:
             node.attributes["to"] = ir.AttrInt64("to", int(FLOAT))
             changed = True
         if dequantized and node.op_type == "DequantizeLinear" and all(map(constant, node.inputs)):
-            weight = add_constant(model.graph, f"{node.outputs[0].name}_twin", _dequantized(node))
+            weight = add_constant(graph, f"{node.outputs[0].name}_twin", dequantized_constant(node))
             ir.convenience.replace_all_uses_with(node.outputs[0], weight)
-            model.graph.remove(node, safe=True)
+            graph.remove(node, safe=True)
             changed = True
-    if not changed:
-        return graph
-    remove_unused_initializers(model.graph)
-    graph_io.save(model, out)
-    return out
+    if changed:
+        remove_unused_initializers(graph)
+    return changed

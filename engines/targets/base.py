@@ -157,6 +157,11 @@ class Target(ABC):
             EnvironmentFailureError: the device reports an error.
         """
 
+    def node_times(self, graph: Path, batch: npt.NDArray[np.float32]) -> Mapping[str, float]:
+        """Time of each node of an engine's graph, in milliseconds for one batch; {} if the target cannot tell."""
+        del graph, batch
+        return {}
+
     def check_graph(self, graph: Path) -> None:
         """Find out quickly whether the target takes an FP32 graph, before INT8 is tuned. Only for `compiled` targets.
 

@@ -18,6 +18,7 @@ from export_zoo.exporter.cli.bundles import inspect, triton, verify
 from export_zoo.exporter.cli.calibrate import calibrate
 from export_zoo.exporter.cli.common_options import EXIT_CODES, json_option, quiet_option, verbose_option
 from export_zoo.exporter.cli.costs import costs
+from export_zoo.exporter.cli.diagnose import diagnose
 from export_zoo.exporter.cli.export import export
 from export_zoo.exporter.cli.matrix import matrix
 
@@ -90,7 +91,7 @@ def list_models(pattern: str, json_path: Path | None, quiet: bool, verbose: bool
         listing.print_models(found)
 
 
-for command in (export, matrix, calibrate, costs, verify, inspect, triton):
+for command in (export, matrix, calibrate, costs, diagnose, verify, inspect, triton):
     app.add_command(command)
 
 

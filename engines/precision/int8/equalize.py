@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from export_zoo.engines.precision.int8.names import APPROXIMATE
 from export_zoo.engines.precision.placement import constant, gate_layers, gate_of, readers, weight_of
 from export_zoo.engines.precision.rewrites import add_constant, remove_unused_initializers
 
@@ -382,3 +383,13 @@ def equalize(
                 found[reader.offset : reader.offset + len(part)] = part
     remove_unused_initializers(graph)
     return factors
+
+
+def equalize_as(
+    graph: ir.Graph, magnitudes: Mapping[str, Float32Array], name: str
+) -> dict[str, Float32Array]:
+    """`equalize` by the name that a manifest records: a strength, or one of `names`."""
+    strength, *more = name.split()
+    return equalize(
+        graph, magnitudes, float(strength), approximate=name == APPROXIMATE, gates="gates" in more
+    )

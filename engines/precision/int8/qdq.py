@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence, Set
 from functools import lru_cache, reduce
 from pathlib import Path
 
@@ -304,13 +304,61 @@ def quantize(
         ).run()
     if rules.half:
         halve(model.graph, ranges)
-    if rules.sums_in_16_bits and order is not None:
-        reorder(model.graph, order)
-    if rules.finish is not None:
-        rules.finish(model.graph)
-    remove_unused_initializers(model.graph)
+    _finish(model.graph, rules, order)
     if rules.sums_in_16_bits and (layers := saturating_layers(model.graph)):
         raise ExportDefectError(
             f"INT8: sums of {layers[0]} can saturate on CPUs without VNNI", hint="please report it"
         )
     return graph_io.save(model, out)
+
+
+def _finish(graph: ir.Graph, rules: Int8Rules, order: ChannelOrder | None) -> None:
+    """The last steps from a Q/DQ graph to a target's graph. They move constants, and compute with none of them."""
+    if rules.sums_in_16_bits and order is not None:
+        reorder(graph, order)
+    if rules.finish is not None:
+        rules.finish(graph)
+    remove_unused_initializers(graph)
+
+
+def float_counterpart(graph: ir.Graph, rules: Int8Rules, kept: Set[str]) -> Placement:
+    """Turn an FP32 graph into the float graph that its INT8 graph stands for, and return the placement of both.
+
+    It has the nodes, the channel order and the blocks of the INT8 graph, but no Q/DQ pairs. So values of the two can be
+    compared one by one.
+
+    Args:
+        kept: names of nodes that the INT8 graph leaves float.
+    """
+    placement = rules.place(graph, kept)
+    order = choose_order(graph) if rules.sums_in_16_bits else None
+    layers = {str(node.name): node for node in graph if node.name in placement.weights}
+    exact = {name: list(node.inputs) for name, node in layers.items()}
+    unit = TensorRange.model_construct(min=-1.0, max=1.0)  # pairs of any scale: they are removed again
+    ranges = Ranges.model_construct(tensors=dict.fromkeys(placement.activations, unit))
+    _Quantizer(graph, placement, ranges, rules, "minmax", {}, {}, (), {}).run()
+    for name, rule in placement.weights.items():
+        for index in filter(None, (rule.index, rule.bias_index)):
+            value, operand = exact[name][index], layers[name].inputs[index]
+            pair = operand.producer() if operand is not None else None
+            if pair is None or pair.inputs[1] is None or pair.inputs[1].const_value is None:
+                continue  # a bias that stays float
+            ones = np.ones(pair.inputs[1].const_value.shape.numpy(), np.float32)
+            pair.replace_input_with(0, value)
+            pair.replace_input_with(1, add_constant(graph, f"{pair.name}_one", ones))
+    _finish(graph, rules, order)
+    if rules.plain is not None:
+        rules.plain(graph)
+    for node in list(graph):
+        source = node.inputs[0] if node.op_type == "DequantizeLinear" else None
+        if source is None:
+            continue
+        pair = source.producer()
+        exact_value = source if pair is None else pair.inputs[0]
+        assert exact_value is not None
+        ir.convenience.replace_all_uses_with(node.outputs[0], exact_value, replace_graph_outputs=True)
+        graph.remove(node, safe=True)
+    for node in [node for node in graph if node.op_type == "QuantizeLinear"]:
+        graph.remove(node, safe=True)
+    remove_unused_initializers(graph)
+    return placement

@@ -30,3 +30,5 @@ class Int8Rules:
     """
     finish: Callable[[ir.Graph], object] | None = None
     """Last rewrite of the finished graph."""
+    plain: Callable[[ir.Graph], object] | None = None
+    """Rewrites the target's own integer operators, which `finish` makes, as Q/DQ pairs and standard operators."""

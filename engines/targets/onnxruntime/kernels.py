@@ -28,6 +28,7 @@ def use_fast_kernels(graph: ir.Graph) -> None:
     block_first_convolution(graph)
     if fuse_silu(graph) + float_outputs_of_pointwise(graph):
         graph.opset_imports[CONTRIB] = 1
+    keep_float_layers(graph)
     mean_in_two_steps(graph)
     remove_unused_initializers(graph)
 
@@ -114,6 +115,111 @@ def float_outputs_of_pointwise(graph: ir.Graph) -> int:
         operands_before = [weight_dq, data_dq, _dequantize(node, 2)]
         _take_place(graph, [last, product, first], node)
         _remove_unread(graph, operands_before)
+        count += 1
+    return count
+
+
+def keep_float_layers(graph: ir.Graph) -> int:
+    """Write float layers between Q/DQ pairs so that ONNX Runtime leaves them float. Returns their number.
+
+    From 1.21 on it quantizes such weights itself, with one scale for the whole tensor (WeightBiasQuantization,
+    onnxruntime#22969): a layer that was to be more exact would be less so. It does this to Conv, Gemm and ConvTranspose
+    whose input is dequantized, and whose output is quantized, with no more than Relu and Clip in between.
+    """
+    count = 0
+    for node in list(graph):
+        if node.op_type not in ("Conv", "ConvTranspose", "Gemm"):
+            continue
+        weight = node.inputs[1]
+        if _dequantize(node, 0) is None or weight is None or weight.const_value is None:
+            continue
+        if not any(
+            reader.op_type == "QuantizeLinear" for reader in readers(_activated_twice(node.outputs[0]))
+        ):
+            continue
+        if node.op_type == "Conv":  # ONNX Runtime fuses it with its activation as it does a Conv
+            fused = ir.node("FusedConv", node.inputs, node.attributes, domain=CONTRIB, name=node.name)
+            _take_place(graph, [fused], node)
+        else:
+            _add_bias_apart(graph, node)
+        graph.opset_imports[CONTRIB] = 1
+        count += 1
+    return count
+
+
+def _activated_twice(value: ir.Value) -> ir.Value:
+    """The last output of a chain of activations without branches."""
+    while (after := activated(value)) is not value:
+        value = after
+    return value
+
+
+def _add_bias_apart(graph: ir.Graph, node: ir.Node) -> None:
+    """Add the bias of a Gemm or ConvTranspose behind it, by a node of its own: one that it has not is 0.
+
+    The Gemm becomes a FusedMatMul, which ONNX Runtime does not fuse with the Add to a Gemm again.
+    """
+    weight, bias = node.inputs[1], node.inputs[2] if len(node.inputs) > 2 else None
+    assert weight is not None
+    assert weight.shape is not None
+    shape, attributes = weight.shape.numpy(), node.attributes
+    array = bias.const_value.numpy() if bias is not None and bias.const_value is not None else None
+    if node.op_type == "Gemm":
+        transposed = {name: attributes.get_int(name, 0) for name in ("transA", "transB")}
+        alpha, beta = (attributes.get_float(name, 1.0) for name in ("alpha", "beta"))
+        layer = ir.node(
+            "FusedMatMul",
+            node.inputs[:2],
+            {**transposed, "alpha": alpha},
+            domain=CONTRIB,
+            name=f"{node.name}_without_bias",
+        )
+        if array is None:
+            array = np.zeros(shape[0 if transposed["transB"] else 1], np.float32)
+        array = (array * np.float32(beta)).astype(np.float32)
+    else:
+        channels = int(shape[1]) * attributes.get_int("group", 1)
+        array = np.zeros(channels, np.float32) if array is None else array
+        array = array.reshape(1, channels, *[1] * (len(shape) - 2))
+        layer = ir.node(node.op_type, node.inputs[:2], attributes, name=f"{node.name}_without_bias")
+    added = ir.node(
+        "Add", [layer.outputs[0], add_constant(graph, f"{node.name}_bias_apart", array)], name=node.name
+    )
+    _take_place(graph, [layer, added], node)
+
+
+def plain_products(graph: ir.Graph) -> int:
+    """Write each MatMulIntegerToFloat as Q/DQ pairs and MatMul again. Returns their number."""
+    count = 0
+    for node in list(graph):
+        if node.op_type != "MatMulIntegerToFloat" or node.domain != CONTRIB:
+            continue
+        last, weight, data_scale, weight_scale, data_zero, weight_zero, *bias = node.inputs
+        transpose = last.producer() if last is not None else None
+        assert transpose is not None
+        name = str(node.name)
+        data = ir.node(
+            "DequantizeLinear",
+            [transpose.inputs[0], data_scale, data_zero],
+            name=f"{name}_data_DequantizeLinear",
+        )
+        data.outputs[0].shape = transpose.outputs[0].shape
+        data.outputs[0].dtype = transpose.outputs[0].dtype = ir.DataType.FLOAT
+        graph.insert_before(transpose, data)
+        transpose.replace_input_with(0, data.outputs[0])
+        stored = ir.node(
+            "DequantizeLinear",
+            [weight, weight_scale, weight_zero],
+            {"axis": 1},
+            name=f"{name}_weight_DequantizeLinear",
+        )
+        made = [stored, ir.node("MatMul", [last, stored.outputs[0]], name=name)]
+        made[1].outputs[0].name = f"{name}_without_bias"
+        if bias:
+            made.append(ir.node("Add", [made[-1].outputs[0], bias[0]], name=f"{name}_with_bias"))
+        for one in (data, stored):
+            one.outputs[0].name = f"{one.name}_output"
+        _take_place(graph, made, node)
         count += 1
     return count
 

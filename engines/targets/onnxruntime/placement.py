@@ -24,7 +24,7 @@ from export_zoo.engines.precision.placement import (
     readers,
     weight_of,
 )
-from export_zoo.engines.targets.onnxruntime.kernels import use_fast_kernels
+from export_zoo.engines.targets.onnxruntime.kernels import plain_products, use_fast_kernels
 
 
 class _Groups:
@@ -132,4 +132,5 @@ INT8_RULES = Int8Rules(
     half=False,
     sums_in_16_bits=True,
     finish=use_fast_kernels,
+    plain=plain_products,
 )

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Literal
 from export_zoo.engines.targets.base import OpenEngine, Opening, Target, TritonBackend
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     import onnx_ir as ir
 
     from export_zoo.engines.precision.int8.rules import Int8Rules
@@ -56,3 +58,8 @@ class OnnxRuntime(Target):
             half=opening.precision.float16,
             saturating_session=opening.saturating_session,
         )
+
+    def node_times(self, graph: Path, batch: npt.NDArray[np.float32]) -> Mapping[str, float]:
+        from export_zoo.engines.targets.onnxruntime.profiling import node_times
+
+        return node_times(graph, batch)

@@ -23,8 +23,9 @@ from export_zoo.calibration.ranges import Ranges
 from export_zoo.engines.parity.metrics import WITHOUT_NOISE, check_reference
 from export_zoo.engines.parity.outputs import as_rows
 from export_zoo.engines.precision.int8.clipping import worth_clipping
-from export_zoo.engines.precision.int8.equalize import equalize, observed, scaled_tensors
+from export_zoo.engines.precision.int8.equalize import equalize_as, observed, scaled_tensors
 from export_zoo.engines.precision.int8.keep_float import kept_float
+from export_zoo.engines.precision.int8.names import APPROXIMATE, OFF
 from export_zoo.engines.precision.int8.precision import INT8
 from export_zoo.engines.precision.int8.rounding import rounding
 from export_zoo.engines.precision.int8.saturation.channel_order import ChannelOrder, choose_order
@@ -39,14 +40,6 @@ from export_zoo.exporter.stages.images import ChosenImages
 from export_zoo.exporter.stages.tuning.gain import Float64Array
 from export_zoo.exporter.stages.tuning.input_statistics import InputStatistics
 from export_zoo.exporter.stages.tuning.int8_parts import Int8Parts
-
-OFF = "off"
-
-APPROXIMATE = "0.5 approximate"
-"""Strength of equalization through ReLU6, too. The result is not the same function on all images."""
-
-GATES = "0.75 gates"
-"""Strength of equalization that scales products of gates, too."""
 
 FEW_IMAGES = 64
 """Number of images for channels' magnitudes that the ranges lack."""
@@ -252,11 +245,7 @@ class Evaluator:
     def _equalize(self, strength: str) -> bool:
         """Write the graph that is equalized with a strength. Returns False if it is one that exists."""
         model = graph_io.load(self._store.graph)
-        approximate = strength == APPROXIMATE
-        power, *more = strength.split()
-        factors = equalize(
-            model.graph, self._magnitudes, float(power), approximate=approximate, gates="gates" in more
-        )
+        factors = equalize_as(model.graph, self._magnitudes, strength)
         if not factors:
             return False
         self._factors[strength] = factors

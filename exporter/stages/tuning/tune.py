@@ -20,20 +20,14 @@ from export_zoo.calibration.ranges import Ranges
 from export_zoo.engines.bundle.manifest import StepName, Tuning, TuningStep
 from export_zoo.engines.precision.int8.equalize import STRENGTHS
 from export_zoo.engines.precision.int8.keep_float import kept_float
+from export_zoo.engines.precision.int8.names import APPROXIMATE, GATES, OFF
 from export_zoo.engines.precision.int8.precision import INT8
 from export_zoo.engines.targets.base import Target
 from export_zoo.engines.targets.float_for_speed import FloatForSpeed
 from export_zoo.engines.targets.registry import TARGETS
 from export_zoo.exporter.run.context import IMAGE_BATCH, Context
 from export_zoo.exporter.stages.images import ChosenImages
-from export_zoo.exporter.stages.tuning.candidates import (
-    APPROXIMATE,
-    GATES,
-    OFF,
-    Candidate,
-    Evaluator,
-    Store,
-)
+from export_zoo.exporter.stages.tuning.candidates import Candidate, Evaluator, Store
 from export_zoo.exporter.stages.tuning.gain import gain
 from export_zoo.exporter.stages.tuning.int8_parts import Int8Parts
 

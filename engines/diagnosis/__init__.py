@@ -1,0 +1,1 @@
+"""Finds the layers that cost an engine its accuracy. Never imports PyTorch."""

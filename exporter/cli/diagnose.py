@@ -1,0 +1,108 @@
+"""`export-zoo diagnose`: which layers cost an engine its accuracy. Never imports PyTorch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from export_zoo.base.errors import UsageError
+from export_zoo.exporter.cli import outcome
+from export_zoo.exporter.cli.common_options import EXIT_CODES, json_option, quiet_option, verbose_option
+from export_zoo.exporter.run.report import ConsoleReporter, make_console
+
+if TYPE_CHECKING:
+    from export_zoo.engines.diagnosis.diagnose import Diagnosis
+
+SHOWN = 10
+"""Number of layers in the table."""
+
+
+@click.command(epilog=EXIT_CODES)
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--engine",
+    metavar="NAME",
+    help="Engine to diagnose. Default: the one with the lowest SQNR that is not FP32.",
+)
+@click.option(
+    "--images",
+    type=click.IntRange(4),
+    default=32,
+    show_default=True,
+    metavar="N",
+    help="Held-out images to judge layers on.",
+)
+@json_option
+@quiet_option
+@verbose_option
+def diagnose(
+    bundle: Path, engine: str | None, images: int, json_path: Path | None, quiet: bool, verbose: bool
+) -> None:
+    """Say which layers cost an INT8 or FP16 engine of BUNDLE its accuracy, and why.
+
+    Rounds one layer at a time and measures what that does to the outputs. Takes a bundle that failed its gate, too
+    (OUT.failed). Needs no PyTorch.
+    """
+    del json_path, verbose
+    now = outcome.current()
+    now.reporter = reporter = ConsoleReporter(quiet=quiet)
+    from export_zoo.engines.bundle.reader import read_manifest
+    from export_zoo.engines.diagnosis.diagnose import diagnose as run
+
+    if read_manifest(bundle).recipe.source.weights.random:
+        raise UsageError(
+            f"{bundle}: has random weights, whose errors say nothing about layers",
+            hint="export trained weights, and diagnose that bundle",
+        )
+    with reporter.stage("diagnose") as stage, reporter.bar(f"layers of {bundle.name}", None) as advance:
+        found = run(bundle, engine, images=images, progress=advance)
+        stage.detail = f"{found.engine}: {len(found.layers)} layers on {found.images} images"
+    now.document |= {"diagnosis": found.model_dump(mode="json")}
+    if not quiet:
+        with outcome.printing():
+            _print(found)
+
+
+def _print(found: Diagnosis) -> None:
+    from rich.table import Table
+
+    layers = {layer.name: layer for layer in found.layers}
+    table = Table(box=None, header_style="bold")
+    table.add_column("layer", overflow="fold")
+    for title in (
+        "alone dB",
+        "share %",
+        "weights dB",
+        "clipping dB",
+        "rounding dB",
+        "so far dB",
+        "size %",
+        "time %",
+    ):
+        table.add_column(title, justify="right")
+    for name in found.worst[:SHOWN]:
+        layer = layers[name]
+        time = None if layer.ms is None or not found.ms else 100 * layer.ms / found.ms
+        table.add_row(
+            f"{layer.module} ({layer.operator})",
+            _decibels(layer.sqnr),
+            f"{100 * layer.share:.1f}",
+            *map(_decibels, (layer.weights, layer.clipping, layer.rounding, layer.along)),
+            f"{100 * layer.bytes / found.bytes:.1f}",
+            "-" if time is None else f"{time:.1f}",
+        )
+    make_console().print(table)
+    limit = f" (limit {found.limit:g})" if found.limit is not None else ""
+    click.echo(f"{found.engine}: {found.sqnr:.1f} dB on {found.images} images{limit}")
+    curve = ", ".join(f"{step.layers}: {step.sqnr:.1f} dB" for step in found.mended[1:-1])
+    if curve:
+        click.echo(f"with the first of these layers in float: {curve}")
+    first = layers[found.worst[0]]
+    click.echo(f"to leave the first one float: --keep-float {first.module}")
+
+
+def _decibels(value: float | None) -> str:
+    """SQNR; a dash where there is no error, and "not finite" where an output is not."""
+    return "-" if value is None else "not finite" if value <= -200 else f"{value:.1f}"
