@@ -131,6 +131,43 @@ def _advice(engines: Sequence[Engine]) -> str:
     return "try more --calib images, --keep-float, another --precision or a --tolerance that you can accept"
 
 
+def _mending(context: Context, place: Path, result: manifest.Manifest) -> str:
+    """What would mend the worst engine that failed its gate, for its error message; empty if nothing can be said.
+
+    With random weights, errors say nothing about layers.
+    """
+    rounded = [e for e in result.artifacts.engines if e.gate.failures and e.precision != BASELINE.name]
+    if not rounded or result.recipe.source.weights.random:
+        return ""
+    from export_zoo.engines.diagnosis.mend import mending
+
+    engine = min(rounded, key=lambda e: e.gate.eager_metrics["sqnr"] or 0.0)
+    with context.reporter.stage("diagnose") as stage:
+        try:
+            with context.reporter.bar("layers", None) as advance:
+                found = mending(place, engine.name, engine.gate.tolerances, progress=advance)
+        except ExportZooError as error:  # the gate's failure matters more
+            stage.detail = f"{engine.name}: {error.message}"
+            return ""
+        worst = ", ".join(found.worst[:3])
+        stage.detail = f"{engine.name}: worst layers {worst}"
+    text = f"the worst layers of {engine.name} are {worst}"
+    if found.layers is None:
+        text += "; no choice of layers in float would mend it"
+    elif found.layers > 0:
+        text += (
+            f"; about {found.layers} of its {found.total} layers in float would mend it (as {found.images} verify "
+            "images say)"
+        )
+        if PRECISIONS[engine.precision].quantized and found.layers <= MOST_NAMED:
+            text += ": " + " ".join(f"--keep-float {layer}" for layer in found.worst[: found.layers])
+    return f"{text}; `export-zoo diagnose {place}` says more; "
+
+
+MOST_NAMED = 8
+"""Largest number of layers that the message of a failed gate gives as options."""
+
+
 def _refuse_overlap(ranges: Ranges, reference: StageResult[Reference], chosen: ChosenImages) -> None:
     verified = {*reference.data.sha256, *(image.sha256 for image in chosen.splits["verify"])}
     shared = verified & set(ranges.image_sha256)
@@ -256,7 +293,8 @@ def _make_bundle(context: Context, prepared: _Prepared, workers: Workers | None)
     if failed:
         raise GateFailedError(
             f"parity gate failed: {'; '.join(failed)}",
-            hint=f"everything is kept in {place}; see `export-zoo inspect {place}`, then {_advice(engines)}",
+            hint=f"everything is kept in {place}; {_mending(context, place, result)}see `export-zoo inspect {place}`, "
+            f"then {_advice(engines)}",
             result=ExportResult(place, result),
         )
     if short:

@@ -170,6 +170,14 @@ def _few_images_beside_opt(request: pytest.FixtureRequest, monkeypatch: pytest.M
         monkeypatch.setattr(gate, "SUBSET", gate.SUBSET // 4)
 
 
+@pytest.fixture(autouse=True)
+def _brief_diagnoses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Failed gates look at some layers only."""
+    mend = sys.modules.get("export_zoo.engines.diagnosis.mend")
+    if mend is not None:
+        monkeypatch.setattr(mend, "SECONDS", 2.0)
+
+
 BEFORE_FAULTS = ("export", "simplify", "reference", "calibrate")
 """Stages that a fault in a later one leaves as they are."""
 

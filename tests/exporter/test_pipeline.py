@@ -149,7 +149,13 @@ def test_gate_catches_a_corrupt_scale(gate_case, cli, monkeypatch):
 
     done, out = gate_case(cli, monkeypatch, lambda path: _edit(path, corrupt))
     _failed(done, out)
-    assert "try more --calib images" in done.json["error"]["hint"]
+    hint = done.json["error"]["hint"]
+    assert "try more --calib images" in hint
+    assert "the worst layers of onnxruntime-int8 are layer3.0.conv2, " in hint
+    assert (
+        "about 1 of its 21 layers in float would mend it (as 128 verify images say): --keep-float layer3.0.conv2;"
+        in hint
+    )
 
 
 def test_gate_catches_two_swapped_classes(gate_case, cli, monkeypatch):
