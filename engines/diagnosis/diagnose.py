@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -87,6 +88,17 @@ class Mended(_Model):
     sqnr: float
 
 
+class Answer(_Model):
+    """An image that the engine answers otherwise than eager PyTorch, or with one of the largest errors."""
+
+    index: int = Field(description="Index of the image in the bundle's held-out images.")
+    eager: str | None = Field(
+        description="Eager's answer: name or number of the class; for a classification only."
+    )
+    engine: str | None
+    sqnr: float | None = Field(description="SQNR on this image against the mean signal of all, in dB.")
+
+
 class Diagnosis(_Model):
     """Layers of an engine in the order of the network."""
 
@@ -99,6 +111,7 @@ class Diagnosis(_Model):
     layers: list[LayerFigures]
     worst: list[str] = Field(description="Names of all layers, the one with the lowest `sqnr` first.")
     mended: list[Mended] = Field(description="SQNR with the first layers of `worst` in float.")
+    answers: list[Answer] = Field(description="Images that go wrong, and those with the largest errors.")
     remaining: float | None = Field(
         description="SQNR with all layers in float, in dB: equalization through ReLU6 changes the function."
     )
@@ -207,8 +220,12 @@ def diagnose(
     order = sorted(range(len(layers)), key=lambda i: -float(alone[i].noise.sum()))
     worst = [layers[i].name for i in order]
     signal, mended = _signal(reference), []
+    answers: list[Answer] = []
     for k in counts:
-        noise = effect(reference, subject.outputs(worst[k:], used)).noise
+        outputs_of_k = subject.outputs(worst[k:], used)
+        if k == 0:
+            answers = _answers(subject, reference, outputs_of_k, signal)
+        noise = effect(reference, outputs_of_k).noise
         mended.append(Mended(layers=k, sqnr=_decibels(signal, noise)))
         step()
     times = _times(subject)
@@ -241,6 +258,7 @@ def diagnose(
         layers=figures,
         worst=worst,
         mended=mended,
+        answers=answers,
         remaining=_or_none(mended[-1].sqnr),
         ms=sum(times.values()) if times else None,
         bytes=subject.engine.precision_graph()[0].size_bytes,
@@ -260,6 +278,37 @@ def chosen(bundle: Path, manifest: Manifest, name: str | None) -> Engine:
             f"{bundle}: has FP32 engines only, which round nothing", hint="export it with --precision int8"
         )
     return min(engines, key=lambda engine: engine.gate.eager_metrics["sqnr"] or 0.0)
+
+
+MAX_ANSWERS = 12
+
+
+def _answers(subject: Subject, reference: Float32Array, found: Float32Array, signal: float) -> list[Answer]:
+    """Images that are answered otherwise than by eager, and those with the largest errors, the worst first."""
+    noise, recipe = effect(reference, found).noise, subject.manifest.recipe
+    head = recipe.output.head
+    eager = engine = None
+    differs = np.zeros(len(noise), dtype=bool)
+    if head.by_class and reference.ndim == 2:
+        eager, engine = reference.argmax(axis=1), np.nan_to_num(found, nan=-np.inf).argmax(axis=1)
+        differs = eager != engine
+
+    def name(classes: npt.NDArray[np.intp] | None, index: int) -> str | None:
+        if classes is None:
+            return None
+        number = int(classes[index])
+        return recipe.labels[number] if number < len(recipe.labels) else f"class {number}"
+
+    order = sorted(range(len(noise)), key=lambda i: (bool(differs[i]), float(noise[i])), reverse=True)
+    return [
+        Answer(
+            index=i,
+            eager=name(eager, i),
+            engine=name(engine, i),
+            sqnr=_or_none(_decibels(signal / len(noise), noise[i])),
+        )
+        for i in order[:MAX_ANSWERS]
+    ]
 
 
 def _signal(reference: Float32Array) -> float:

@@ -34,11 +34,23 @@ SHOWN = 10
     metavar="N",
     help="Held-out images to judge layers on.",
 )
+@click.option(
+    "--html",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Write a page with plots and the images that go wrong; it needs no other file. Needs matplotlib.",
+)
 @json_option
 @quiet_option
 @verbose_option
 def diagnose(
-    bundle: Path, engine: str | None, images: int, json_path: Path | None, quiet: bool, verbose: bool
+    bundle: Path,
+    engine: str | None,
+    images: int,
+    html: Path | None,
+    json_path: Path | None,
+    quiet: bool,
+    verbose: bool,
 ) -> None:
     """Say which layers cost an INT8 or FP16 engine of BUNDLE its accuracy, and why.
 
@@ -50,7 +62,13 @@ def diagnose(
     now.reporter = reporter = ConsoleReporter(quiet=quiet)
     from export_zoo.engines.bundle.reader import read_manifest
     from export_zoo.engines.diagnosis.diagnose import diagnose as run
+    from export_zoo.exporter.page import diagnosis as page
+    from export_zoo.exporter.page import plots
+    from export_zoo.exporter.page.files import check_writable, write
 
+    if html is not None:
+        plots.check()
+        check_writable(html, "--html")
     if read_manifest(bundle).recipe.source.weights.random:
         raise UsageError(
             f"{bundle}: has random weights, whose errors say nothing about layers",
@@ -60,6 +78,9 @@ def diagnose(
         found = run(bundle, engine, images=images, progress=advance)
         stage.detail = f"{found.engine}: {len(found.layers)} layers on {found.images} images"
     now.document |= {"diagnosis": found.model_dump(mode="json")}
+    if html is not None:
+        write(html, page.html(found, bundle), "--html")
+        now.document |= {"html": str(html)}
     if not quiet:
         with outcome.printing():
             _print(found)
@@ -67,6 +88,8 @@ def diagnose(
 
 def _print(found: Diagnosis) -> None:
     from rich.table import Table
+
+    from export_zoo.exporter.page.diagnosis import decibels
 
     layers = {layer.name: layer for layer in found.layers}
     table = Table(box=None, header_style="bold")
@@ -87,9 +110,9 @@ def _print(found: Diagnosis) -> None:
         time = None if layer.ms is None or not found.ms else 100 * layer.ms / found.ms
         table.add_row(
             f"{layer.module} ({layer.operator})",
-            _decibels(layer.sqnr),
+            decibels(layer.sqnr),
             f"{100 * layer.share:.1f}",
-            *map(_decibels, (layer.weights, layer.clipping, layer.rounding, layer.along)),
+            *map(decibels, (layer.weights, layer.clipping, layer.rounding, layer.along)),
             f"{100 * layer.bytes / found.bytes:.1f}",
             "-" if time is None else f"{time:.1f}",
         )
@@ -101,8 +124,3 @@ def _print(found: Diagnosis) -> None:
         click.echo(f"with the first of these layers in float: {curve}")
     first = layers[found.worst[0]]
     click.echo(f"to leave the first one float: --keep-float {first.module}")
-
-
-def _decibels(value: float | None) -> str:
-    """SQNR; a dash where there is no error, and "not finite" where an output is not."""
-    return "-" if value is None else "not finite" if value <= -200 else f"{value:.1f}"

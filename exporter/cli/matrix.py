@@ -180,6 +180,7 @@ def matrix(
     from export_zoo.exporter.matrix.results import stored as stored_results
     from export_zoo.exporter.matrix.storage import BUNDLES, RESULTS, Storage
     from export_zoo.exporter.models.sources import torchvision_zoo
+    from export_zoo.exporter.page.files import write
 
     if slurm is not None:
         for option, given_too in (
@@ -211,7 +212,7 @@ def matrix(
             expected=_expected,
         )
         run.make_folders(out)  # Slurm opens the log there before a task begins
-        report.write(slurm, array, "--slurm")
+        write(slurm, array, "--slurm")
         if not quiet:
             click.echo(f"{slurm}: {len(plan.by_bundle(cells))} task(s); next: sbatch {slurm}")
         return
@@ -280,7 +281,7 @@ def matrix(
         ("--markdown", markdown, lambda found: report.markdown(found, title, missing, about)),
     ):
         if path is not None:
-            report.write(path, text(results), option)
+            write(path, text(results), option)
     if not quiet:
         with outcome.printing():
             report.print_summary(results)

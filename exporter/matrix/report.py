@@ -5,9 +5,7 @@ from __future__ import annotations
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from importlib.resources import files
-from pathlib import Path
 
-from export_zoo.base.errors import EnvironmentFailureError
 from export_zoo.engines.parity.tasks import HEADLINES, headline
 from export_zoo.engines.precision.registry import BASELINE
 from export_zoo.exporter.matrix.results import CellResult
@@ -253,14 +251,3 @@ def markdown(results: Sequence[CellResult], title: str, missing: int = 0, about:
     if reasons := [f"- {r.name}: {verdict(r)}: {r.reason}" for r in results if r.reason]:
         shown += ["", "## Cells without a passing result", "", *reasons]
     return "\n".join(shown) + "\n"
-
-
-def write(path: Path, text: str, option: str) -> None:
-    """Write a report. Raises EnvironmentFailureError if `path` cannot be written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise EnvironmentFailureError(
-            f"{option} {path}: cannot be written: {error.strerror}", hint="give a writable path"
-        ) from error

@@ -1,0 +1,26 @@
+"""Files of reports."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from export_zoo.base.errors import EnvironmentFailureError, UsageError
+
+
+def check_writable(path: Path, option: str) -> None:
+    """Refuse a file that cannot be written, before any work. Raises UsageError."""
+    nearest = next(above for above in path.absolute().parents if above.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise UsageError(f"{option} {path}: {nearest} cannot be written to", hint="give a writable path")
+
+
+def write(path: Path, text: str, option: str) -> None:
+    """Write a report. Raises EnvironmentFailureError if `path` cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise EnvironmentFailureError(
+            f"{option} {path}: cannot be written: {error.strerror}", hint="give a writable path"
+        ) from error

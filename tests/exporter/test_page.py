@@ -1,0 +1,122 @@
+"""The page of a diagnosis in a real browser: complete in one file, readable on small screens, in both schemes."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from export_zoo.exporter.cli.app import main
+from export_zoo.exporter.page.diagnosis import SHOWN, decibels
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="module")
+def page(digits_bundle, tmp_path_factory) -> tuple[Path, dict]:
+    folder = tmp_path_factory.mktemp("page")
+    arguments = ["diagnose", digits_bundle, "--images", "16", "--html", folder / "new" / "page.html"]
+    assert main([*map(str, arguments), "--json", str(folder / "result.json"), "--quiet"]) == 0
+    document = json.loads((folder / "result.json").read_text())
+    assert document["html"] == str(folder / "new" / "page.html")
+    return folder / "new" / "page.html", document["diagnosis"]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if CHROMIUM is None:
+        pytest.skip("there is no chromium")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield running
+        running.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [375, 1280])
+def test_a_browser_shows_it_without_errors_requests_or_sideways_scrolling(page, browser, width, scheme):
+    path, _ = page
+    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    shown, told, asked = context.new_page(), [], []
+    shown.on("console", lambda message: told.append(message.text))
+    shown.on("pageerror", lambda error: told.append(str(error)))
+    shown.on("request", lambda request: asked.append(request.url))
+    shown.goto(path.as_uri())
+    assert told == []
+    assert [url for url in asked if not url.startswith("data:")] == [path.as_uri()]
+    assert shown.evaluate("document.documentElement.scrollWidth") <= width
+    colours = shown.evaluate(_COLOURS)
+    assert len(colours) > 20
+    for front, back in colours:
+        assert contrast(front, back) >= 4.5
+    context.close()
+
+
+_COLOURS = """() => {
+  const back = getComputedStyle(document.body).backgroundColor;
+  const texts = [...document.querySelectorAll("p, h1, h2, th, td, figcaption, span.differs")];
+  const plots = [...document.querySelectorAll("svg text")].map(text => getComputedStyle(text).fill);
+  return [...texts.map(text => getComputedStyle(text).color), ...plots].map(front => [front, back]);
+}"""
+
+
+def contrast(front: str, back: str) -> float:
+    """Contrast of two CSS colours, as the WCAG defines it (w3.org/TR/WCAG21, 1.4.3)."""
+
+    def luminance(colour: str) -> float:
+        channels = [int(number) / 255 for number in re.findall(r"\d+", colour)[:3]]
+        linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    first, second = sorted((luminance(front), luminance(back)), reverse=True)
+    return (first + 0.05) / (second + 0.05)
+
+
+def test_figures_in_the_page_are_those_of_the_json(page, browser):
+    path, found = page
+    shown = browser.new_page()
+    shown.goto(path.as_uri())
+    rows = shown.eval_on_selector_all(
+        "#layers tr", "rows => rows.map(row => [...row.cells].map(cell => cell.textContent.trim()))"
+    )
+    layers = {layer["name"]: layer for layer in found["layers"]}
+    assert len(rows) == 1 + min(SHOWN, len(layers))
+    for row, name in zip(rows[1:], found["worst"], strict=False):
+        layer = layers[name]
+        assert row[0] == str(1 + list(layers).index(name))
+        assert row[1] == layer["module"]
+        assert row[3] == f"{100 * layer['share']:.1f} %"
+        wanted = [decibels(layer[what]) for what in ("sqnr", "weights", "clipping", "rounding", "along")]
+        assert row[4:9] == wanted
+    answers = shown.eval_on_selector_all("#images figcaption", "all => all.map(one => one.textContent)")
+    assert len(answers) == len(found["answers"])
+    assert all(f"{decibels(a['sqnr'])} dB" in text for a, text in zip(found["answers"], answers, strict=True))
+    shown.close()
+
+
+def test_it_is_one_small_file(page):
+    path, _ = page
+    text = path.read_text()
+    assert len(text) < 2_000_000
+    assert not re.search(r"<(script|link)|(src|href)=\"(?!data:|#)", text)
+
+
+def test_a_page_that_cannot_be_written_is_refused_before_any_work(digits_bundle, cli, tmp_path):
+    (tmp_path / "file").write_text("")
+    done = cli("diagnose", digits_bundle, "--html", tmp_path / "file" / "page.html")
+    assert done.code == 2
+    assert "--html" in done.err
+    assert "cannot be written to" in done.err
+
+
+def test_without_matplotlib_the_option_says_what_to_install(digits_bundle, cli, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    done = cli("diagnose", digits_bundle, "--html", tmp_path / "page.html")
+    assert done.code == 7
+    assert "pip install 'export-zoo[report]'" in done.err
