@@ -238,13 +238,15 @@ MIN_CALIBRATE, MIN_SELECT, MIN_VERIFY = 16, 8, 32
 MAX_SELECT = 256
 
 
-def split(folder: ImageFolder, *, calibrate: int, verify: int, seed: int, with_verify: bool = True) -> Splits:
+def split(
+    folder: ImageFolder, *, calibrate: int, verify: int, seed: int, with_verify: bool = True, select: int = 0
+) -> Splits:
     """Divide a folder into disjoint `calibrate`, `select`, `verify` and `spare` sets, by content hash and seed.
 
-    A quarter goes to *verify* (32 to `verify` images), an eighth to *select* (8 to 256), the rest, up to
-    `calibrate` images, to *calibrate*. With `with_verify=False` (a separate verify folder is given) the
-    verify set is empty. *spare* images take the place of verify images that cannot be decoded: `spare_count` of
-    what is left, or of the calibration set above its minimum.
+    A quarter goes to *verify* (32 to `verify` images), an eighth to *select* (8 to 256, or to `select` if that is
+    more), the rest, up to `calibrate` images, to *calibrate*. With `with_verify=False` (a separate verify folder is
+    given) the verify set is empty. *spare* images take the place of verify images that cannot be decoded:
+    `spare_count` of what is left, or of the calibration set above its minimum.
 
     Raises:
         BadInputError: too few images for every set to have its minimum.
@@ -259,7 +261,7 @@ def split(folder: ImageFolder, *, calibrate: int, verify: int, seed: int, with_v
             hint="add images (300 to 1,000 are usual)" + (", or give --verify DIR" if with_verify else ""),
         )
     n_verify = min(max(len(images) // 4, MIN_VERIFY), verify) if with_verify else 0
-    n_select = min(max(len(images) // 8, MIN_SELECT), MAX_SELECT)
+    n_select = min(max(len(images) // 8, MIN_SELECT), max(MAX_SELECT, select))
     held = n_verify + n_select
     n_calibrate = min(calibrate, len(images) - held)
     n_spare = min(spare_count(n_verify), len(images) - held - MIN_CALIBRATE)

@@ -145,6 +145,7 @@ def describe_engine(
         gate=gate,
         latency=latency,
         float_for_speed=built.float_for_speed,
+        aim=built.aim,
         saturating_cpu_session=built.saturating_cpu_session,
     )
 

@@ -160,6 +160,62 @@ class Tolerance:
         return self.selector in (None, target, precision, f"{target}-{precision}")
 
 
+AIMS = (
+    "sqnr",
+    "cosine",
+    "top1",
+    "top5",
+    "agreement",
+    "correlation",
+    "similarity",
+    "nearest",
+    "accuracy_drop",
+)
+"""Metrics that `--aim` takes."""
+
+
+@dataclass(frozen=True)
+class Aim:
+    """An accuracy that INT8 must reach, by leaving layers float."""
+
+    metric: str
+    value: float
+
+    @classmethod
+    def parse(cls, text: str) -> Aim:
+        """Parse `METRIC=VALUE`. Raises UsageError."""
+        metric, _, number = text.partition("=")
+        try:
+            value = float(number)
+        except ValueError:
+            value = float("nan")
+        if metric not in AIMS:
+            raise UsageError(
+                f"--aim {text!r}: unknown metric {metric!r}", hint=f"choose from {', '.join(AIMS)}"
+            )
+        if not math.isfinite(value):
+            raise UsageError(f"--aim {text!r}: {number!r} is not a finite number", hint="for example sqnr=25")
+        shares = metric not in ("sqnr", "accuracy_drop")
+        if (shares and not 0 < value <= 1) or (metric == "accuracy_drop" and not 0 <= value < 1):
+            raise UsageError(f"--aim {text!r}: not between 0 and 1", hint="for example top1=0.98")
+        return cls(metric, value)
+
+    @property
+    def images(self) -> int:
+        """Number of images below which the aim cannot be told from a perfect engine.
+
+        If one of d differs on average, n images show none with a probability of exp(-n d): 5 % at n = 3 / d (Hanley and
+        Lippman-Hand 1983, "If nothing goes wrong, is everything all right?").
+        """
+        if self.metric in ("sqnr", "cosine", "correlation", "similarity"):
+            return 1
+        rate = self.value if self.metric == "accuracy_drop" else 1 - self.value
+        return math.ceil(3 / rate - 1e-9) if rate > 0 else 1
+
+    def __str__(self) -> str:
+        return f"{self.metric}={self.value:g}"
+
+
 def parse_size(text: str, option: str = "--input-size") -> tuple[int, int]:
     """Parse `N` or `HxW`, in pixels, into (height, width)."""
     match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
@@ -269,6 +325,12 @@ def _tolerances(name: str, given: Any) -> tuple[Tolerance, ...]:
     return tuple(read(name, one) for one in ((given,) if single else given))
 
 
+def _seconds(name: str, given: Any) -> float:
+    if isinstance(given, bool) or not isinstance(given, int | float):
+        raise _wrong(name, given, "a number of seconds")
+    return float(given)
+
+
 def _wrong(name: str, given: Any, wanted: str) -> UsageError:
     return UsageError(f"{name}={given!r}: must be {wanted}", hint="see ExportOptions for its type")
 
@@ -285,5 +347,7 @@ READERS: Mapping[str, Callable[[str, Any], Any]] = {
     "dynamic_size": _parsed(SizeRange, SizeRange.parse),
     "batch": _parsed(BatchRange, BatchRange.parse),
     "tolerances": _tolerances,
+    "aim": lambda name, given: None if given is None else _parsed(Aim, Aim.parse)(name, given),
+    "aim_seconds": _seconds,
 }
 """Readers of fields of `ExportOptions`, by name."""

@@ -10,7 +10,7 @@ from export_zoo.base.errors import UsageError
 from export_zoo.engines.precision.registry import BASELINE, PRECISIONS, QUANTIZED
 from export_zoo.engines.targets.options import BuildOptions
 from export_zoo.exporter.model_sources import short_name, source_of
-from export_zoo.exporter.option_values import READERS, BatchRange, SizeRange, Tolerance
+from export_zoo.exporter.option_values import READERS, Aim, BatchRange, SizeRange, Tolerance
 
 STEPS = ("equalize", "round", "bias", "float")
 """Steps that may improve INT8, tried in this order."""
@@ -29,6 +29,7 @@ REQUIREMENTS = ("graph", "verified")
 
 DEFAULT_CALIB_IMAGES = 512
 DEFAULT_VERIFY_IMAGES = 128
+DEFAULT_AIM_SECONDS: float = 300
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,8 @@ class ExportOptions:
     steps: tuple[str, ...] = STEPS
     effort: str = EFFORTS[0]
     keep_float: tuple[str, ...] = ()
+    aim: Aim | None = None
+    aim_seconds: float = DEFAULT_AIM_SECONDS
     costs: Path | None = None
     build: BuildOptions = field(default_factory=BuildOptions)
     out: Path | None = None
@@ -131,6 +134,17 @@ class ExportOptions:
                 raise UsageError(
                     f"--keep-float {pattern}: unknown kind", hint=f"choose from {', '.join(KEEP_FLOAT_KINDS)}"
                 )
+        if self.aim is not None and not self.quantizes:
+            raise UsageError(
+                f"--aim has no effect on {', '.join(self.precisions)}", hint=f"add --precision {QUANTIZED}"
+            )
+        if self.aim is not None and self.calib is None:
+            raise UsageError("--aim needs images to choose layers on", hint="give --calib DIR")
+        if not self.aim_seconds > 0:
+            raise UsageError(
+                f"--aim-seconds {self.aim_seconds:g}: must be over 0",
+                hint=f"the default is {DEFAULT_AIM_SECONDS:g}",
+            )
         if self.require not in REQUIREMENTS:
             raise UsageError(
                 f"--require {self.require}: unknown", hint=f"choose from {', '.join(REQUIREMENTS)}"

@@ -16,6 +16,7 @@ from export_zoo.base.errors import (
     ParityError,
     StateNotReachedError,
     TargetRefusalError,
+    UsageError,
 )
 from export_zoo.base.files import cache_directory
 from export_zoo.base.graph_io import quick_collections
@@ -38,13 +39,15 @@ from export_zoo.exporter.run.context import Context
 from export_zoo.exporter.run.report import Reporter
 from export_zoo.exporter.stages import network
 from export_zoo.exporter.stages import ranges as ranges_stage
+from export_zoo.exporter.stages.aim import aim
+from export_zoo.exporter.stages.aim import check_images as check_aim
 from export_zoo.exporter.stages.build import build, check_graph
 from export_zoo.exporter.stages.evaluate import evaluate
 from export_zoo.exporter.stages.images import ChosenImages, choose_images
 from export_zoo.exporter.stages.network import Exported, Reference, Simplified
 from export_zoo.exporter.stages.shards import Workers, workers_on
 from export_zoo.exporter.stages.tuning.tune import Tuned, tune
-from export_zoo.exporter.stages.verify import judge_engines, name_modules, time_engines
+from export_zoo.exporter.stages.verify import confirm_aim, judge_engines, name_modules, time_engines
 
 
 @dataclass(frozen=True)
@@ -210,6 +213,12 @@ def _prepare(context: Context) -> _Prepared:
         publish.check_same_network(options.out_dir, named)
     model = network.EagerModel(spec)
     chosen = choose_images(context, spec)
+    if context.options.aim is not None:
+        if spec.weights_kind == "random":
+            raise UsageError(
+                "--aim: random weights have no accuracy", hint="give trained weights, or leave --aim out"
+            )
+        check_aim(context.options.aim, chosen)
     exported = network.export_graph(context, spec, model)
     simplified = network.simplify_graph(context, spec, exported)
     reference, held = network.run_reference(context, spec, model, chosen)
@@ -243,6 +252,13 @@ def _make_bundle(context: Context, prepared: _Prepared, workers: Workers | None)
         if not chosen_targets:
             raise refusals.first
         tuned = tune(context, graph, ranges, chosen, spec.preprocess, chosen_targets, random=random)
+        if options.aim is not None:
+            tuned = {
+                target.name: aim(
+                    context, graph, chosen, spec.preprocess, spec.head, target, tuned[target.name]
+                )
+                for target in chosen_targets
+            }
     built = []
     for chosen_target in chosen_targets:
         for precision in options.unique_precisions():
@@ -259,6 +275,7 @@ def _make_bundle(context: Context, prepared: _Prepared, workers: Workers | None)
     latencies = time_engines(context, built, graph, recipe, held)
     whole = evaluate(context, spec, chosen, built, recipe, held, workers)
     gates = judge_engines(context, built, recipe, held, reference, whole)
+    gates = confirm_aim(context, gates, built)
     gates = name_modules(spec, exported.file(Exported.GRAPH), recipe, held, built, gates)
     engines = [describe_engine(b, gates[b.name], latencies.get(b.name), spec.name, contents) for b in built]
     held_out = describe_held_out(reference, spec, held, chosen, contents)

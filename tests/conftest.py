@@ -53,6 +53,7 @@ FIRST = (
 
 
 SLOW = {
+    "test_aim.py",
     "test_bundle.py",
     "test_calibrate.py",
     "test_cli.py",

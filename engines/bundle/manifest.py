@@ -326,6 +326,34 @@ class Tuning(_Model):
         return found
 
 
+class AimStep(_Model):
+    """A number of layers in float that was tried on the way to an aim."""
+
+    layers: int
+    added_ms: float | None = Field(description="See `Aim.added_ms`.")
+    value: float = Field(description="The metric on the select images.")
+
+
+class Aim(_Model):
+    """An accuracy that was asked for by `--aim`, and the layers that were left float for it."""
+
+    metric: str
+    value: float
+    layers: list[str] = Field(description="Names of nodes that are float for it.")
+    modules: list[str] = Field(description="Their modules, for `--keep-float`.")
+    reached: bool = Field(description="Whether it was reached on the select images.")
+    select: float = Field(
+        description="The metric on the select images with these layers in float; an SQNR less a margin."
+    )
+    images: int = Field(description="Number of select images.")
+    added_ms: float | None = Field(
+        description="Time that these layers take longer in float, in ms for one image on one thread; null if the "
+        "target cannot tell."
+    )
+    added_bytes: int = Field(description="Growth of the engine's graph.")
+    tried: list[AimStep] = Field(description="What was tried, by number of layers.")
+
+
 class Engine(_Model):
     name: str = Field(description="`<target>-<precision>`.")
     target: str = Field(json_schema_extra={"enum": list(TARGETS)})
@@ -352,6 +380,7 @@ class Engine(_Model):
         default=None,
         description="For INT8 of ONNX Runtime only; otherwise, and in bundles of earlier versions, null.",
     )
+    aim: Aim | None = Field(default=None, description="For INT8 with `--aim` only; otherwise null.")
     saturating_cpu_session: dict[str, str] | None = Field(
         default=None,
         description="Session configuration of ONNX Runtime that the engine needs on CPUs where sums of uint8 x int8 "
@@ -396,11 +425,12 @@ class Engine(_Model):
         return {"session.x64quantprecision": "1"} if PRECISIONS[self.precision].integer_sums else {}
 
     def kept_float(self, recipe: Recipe) -> list[str]:
-        """Patterns of the layers that INT8 leaves unquantized: asked for, chosen by tuning, or faster."""
+        """Patterns of the layers that INT8 leaves unquantized: asked for, chosen by tuning, faster, or for an aim."""
         steps = self.tuning.steps if self.tuning is not None else []
         chosen = [name for step in steps if step.name == "float" for name in step.names]
         fast = [escape(name) for name in self.float_for_speed.layers] if self.float_for_speed else []
-        return [*recipe.keep_float, *fast, *chosen]
+        aimed = [escape(name) for name in self.aim.layers] if self.aim is not None else []
+        return [*recipe.keep_float, *fast, *chosen, *aimed]
 
     def precision_graph(self) -> tuple[File, list[File]]:
         """The ONNX file that the engine is, or was built from, and the files with its weights, if they exceed 2 GiB."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from export_zoo.engines.precision.int8.equalize import equalize_as, observed
 from export_zoo.engines.precision.int8.keep_float import kept_float
 from export_zoo.engines.precision.int8.names import APPROXIMATE, OFF
 from export_zoo.engines.precision.int8.qdq import float_counterpart
+from export_zoo.engines.precision.int8.rules import Int8Rules
 from export_zoo.engines.precision.placement import Placement
 from export_zoo.engines.precision.registry import PRECISIONS
 from export_zoo.engines.precision.twin import make_twin
@@ -43,6 +44,25 @@ class Counterparts:
     kept: frozenset[str]
 
 
+def of_graphs(
+    rounded: ir.Model, exact: ir.Model, rules: Int8Rules, keep_float: Sequence[str]
+) -> Counterparts:
+    """The counterparts of an INT8 engine. Both models are changed.
+
+    Args:
+        rounded: the engine's graph.
+        exact: the FP32 graph, equalized as the engine was.
+        keep_float: patterns of the layers that the engine leaves float.
+    """
+    make_twin(rounded.graph, rounding=False)
+    if rules.plain is not None:
+        rules.plain(rounded.graph)
+    original = exact.clone()
+    kept = kept_float(exact.graph, keep_float)
+    placement = float_counterpart(exact.graph, rules, kept)
+    return Counterparts(rounded, exact, original, placement, kept)
+
+
 def of_engine(bundle: Path, manifest: Manifest, engine: Engine) -> Counterparts:
     """The counterparts of a bundle's engine.
 
@@ -51,14 +71,10 @@ def of_engine(bundle: Path, manifest: Manifest, engine: Engine) -> Counterparts:
     """
     recipe, file = manifest.recipe, engine.precision_graph()[0]
     rounded = graph_io.load(reader.checked(bundle, file))
-    quantized = PRECISIONS[engine.precision].quantized
-    make_twin(rounded.graph, rounding=not quantized)
     exact = graph_io.load(reader.checked(bundle, recipe.graph))
-    if not quantized:
+    if not PRECISIONS[engine.precision].quantized:
+        make_twin(rounded.graph)
         return Counterparts(rounded, exact, None, Placement(), frozenset())
-    rules = TARGETS[engine.target].int8
-    if rules.plain is not None:
-        rules.plain(rounded.graph)
     name = engine.tuning.equalized if engine.tuning is not None else OFF
     if name != OFF:
         if recipe.calibration is None:
@@ -72,10 +88,7 @@ def of_engine(bundle: Path, manifest: Manifest, engine: Engine) -> Counterparts:
                 hint="export it again",
             )
         equalize_as(exact.graph, {tensor: tensors[tensor].magnitudes() for tensor in wanted}, name)
-    original = exact.clone()
-    kept = kept_float(exact.graph, engine.kept_float(recipe))
-    placement = float_counterpart(exact.graph, rules, kept)
-    return Counterparts(rounded, exact, original, placement, kept)
+    return of_graphs(rounded, exact, TARGETS[engine.target].int8, engine.kept_float(recipe))
 
 
 def nodes_by_name(graph: ir.Graph) -> Mapping[str, ir.Node]:

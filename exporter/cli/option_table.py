@@ -60,7 +60,7 @@ class Option:
     help: str
     metavar: str = ""
     type: Any = None
-    default: str | int | None = None
+    default: str | float | None = None
     repeatable: bool = False
     read: Callable[[Any], Any] = _same
     calibrate: bool = False
@@ -358,6 +358,23 @@ OPTIONS = (
         repeatable=True,
         read=tuple,
         calibrate=True,
+    ),
+    Option(
+        "--aim",
+        "aim",
+        _INT8,
+        f"Accuracy that INT8 must reach, by leaving float the layers that cost least time: {', '.join(v.AIMS)}.",
+        metavar="METRIC=VALUE",
+        read=_optional(v.Aim.parse),
+    ),
+    Option(
+        "--aim-seconds",
+        "aim_seconds",
+        _INT8,
+        "Time to look for these layers, for each target; the best result so far is then taken.",
+        metavar="S",
+        type=float,
+        default=o.DEFAULT_AIM_SECONDS,
     ),
     Option(
         "--costs",

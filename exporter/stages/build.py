@@ -9,7 +9,7 @@ from export_zoo.base.errors import TargetRefusalError
 from export_zoo.base.graph_io import sha256_of
 from export_zoo.base.machine import library_versions
 from export_zoo.calibration.ranges import Ranges
-from export_zoo.engines.bundle.manifest import Tuning
+from export_zoo.engines.bundle.manifest import Aim, Tuning
 from export_zoo.engines.precision.base import Precision
 from export_zoo.engines.precision.registry import BASELINE, PRECISIONS
 from export_zoo.engines.targets.base import BuildRequest, Target
@@ -40,6 +40,7 @@ class EngineFiles:
     """Kernel timings that TensorRT used for the build."""
 
     float_for_speed: FloatForSpeed | None = None
+    aim: Aim | None = None
     saturating_cpu_session: dict[str, str] | None = None
     """See `bundle.manifest.Engine`."""
 
@@ -107,7 +108,9 @@ def build(
     precision = PRECISIONS[precision_name]
     name = f"{target.name}-{precision.name}"
     found = tuned if precision.quantized else None
-    tuning, fast = (found.tuning, found.float_for_speed) if found is not None else (None, None)
+    tuning, fast, aim = (
+        (found.tuning, found.float_for_speed, found.aim) if found is not None else (None, None, None)
+    )
     built_by = library_versions(target.distribution, "onnx_ir", "numpy")
     with context.reporter.stage("build") as stage:
         precise, cached = _precision_graph(context, graph, target, precision, ranges, tuned)
@@ -125,6 +128,7 @@ def build(
                 built_by,
                 tuning,
                 float_for_speed=fast,
+                aim=aim,
                 saturating_cpu_session=session,
             )
         compiled = _compile(context, precise, target)
@@ -142,6 +146,7 @@ def build(
         compiled.data.plan,
         compiled.file(timings) if timings is not None else None,
         fast,
+        aim,
     )
 
 

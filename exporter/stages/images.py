@@ -34,6 +34,8 @@ class ChosenImages:
     """Class index per verify image and spare; None if the folders give no labels."""
     categories: tuple[str, ...]
     """Class names by index, if known."""
+    select_labels: list[int] | None = None
+    """Class index per select image; None if the folders give no labels."""
 
 
 def _scan(context: Context, folder: Path, option: str, *, bands: bool) -> ImageFolder:
@@ -73,6 +75,7 @@ def choose_images(context: Context, spec: ModelSpec) -> ChosenImages:
             verify=options.verify_images,
             seed=options.seed,
             with_verify=check is None,
+            select=options.aim.images if options.aim is not None else 0,
         )
     if check is not None:
         _check_verify_folder(calib, check)
@@ -98,7 +101,17 @@ def choose_images(context: Context, spec: ModelSpec) -> ChosenImages:
     if not categories and len(found.by_folder) == classes:
         categories = tuple(sorted(found.by_folder, key=lambda name: found.by_folder[name]))
     labels = found.of((*splits["verify"], *splits["spare"]))
-    return ChosenImages(splits, source.root, False, labels, categories)
+    select = found
+    if calib is not None and check is not None and found.by_folder:
+        select = folder_labels(calib.images, categories, classes)
+    return ChosenImages(
+        splits,
+        source.root,
+        False,
+        labels,
+        categories,
+        select.of(splits["select"]) if splits["select"] else None,
+    )
 
 
 def _check_verify_folder(calib: ImageFolder | None, check: ImageFolder) -> None:

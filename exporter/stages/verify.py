@@ -15,7 +15,7 @@ from export_zoo.base.machine import cpu_model, instruction_set
 from export_zoo.calibration.preprocess import normalize
 from export_zoo.engines.bundle.manifest import Gate, Latency, Recipe
 from export_zoo.engines.bundle.reader import HeldOut
-from export_zoo.engines.parity.limits import MIN_UNFUSED_COSINE, fitting
+from export_zoo.engines.parity.limits import MIN_UNFUSED_COSINE, Limit, fitting
 from export_zoo.engines.parity.metrics import relative_errors
 from export_zoo.engines.parity.outputs import sampled
 from export_zoo.engines.parity.sums import Sums
@@ -197,6 +197,23 @@ def name_modules(
         return gate.model_copy(update={"failures": [f"{text} ({where})" for text in gate.failures]})
 
     return {name: named(gate) if name in failed else gate for name, gate in gates.items()}
+
+
+def confirm_aim(
+    context: Context, gates: Mapping[str, Gate], engines: Sequence[EngineFiles]
+) -> dict[str, Gate]:
+    """The gates; those of engines that miss `--aim` on the verify images have failed."""
+    wanted, found = context.options.aim, dict(gates)
+    for engine in engines:
+        gate = gates[engine.name]
+        value = gate.eager_metrics.get(wanted.metric) if wanted is not None else None
+        if wanted is None or engine.aim is None or value is None:
+            continue
+        limit = Limit(wanted.metric, wanted.value)
+        if value < limit.value if limit.at_least else value > limit.value:
+            text = f"--aim {wanted}: {wanted.metric} is {value:.6g} on the verify images"
+            found[engine.name] = gate.model_copy(update={"failures": [*gate.failures, text]})
+    return found
 
 
 def describe_gate(gate: Gate) -> str:

@@ -13,6 +13,9 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
+from export_zoo.base import graph_io
+from export_zoo.engines.precision.placement import activated
+
 RUNS = 12
 """Number of timed runs; the first ones, which allocate memory, count less in a median."""
 
@@ -41,7 +44,21 @@ def node_times(graph: Path, batch: npt.NDArray[np.float32]) -> dict[str, float]:
     for event in events:
         if event.get("cat") == "Node" and event["name"].endswith(_KERNEL):
             times[event["name"].removesuffix(_KERNEL)].append(event["dur"] / 1e3)
-    found = defaultdict[str, float](float)
+    found, layers = defaultdict[str, float](float), _layers(graph)
     for name, durations in times.items():
-        found[_ADDED.sub("", name)] += float(np.median(durations))
+        plain = _ADDED.sub("", name)
+        found[layers.get(plain, plain)] += float(np.median(durations))
     return dict(found)
+
+
+def _layers(graph: Path) -> dict[str, str]:
+    """Names of layers by the outputs of them and of the activations behind: nodes of the blocked layout bear these."""
+    found = {}
+    for node in graph_io.load(graph).graph:
+        if node.op_type in ("Conv", "FusedConv"):
+            value = node.outputs[0]
+            found[str(value.name)] = str(node.name)
+            while (after := activated(value)) is not value:
+                value = after
+                found[str(value.name)] = str(node.name)
+    return found

@@ -1,0 +1,304 @@
+"""Stage: leave float the layers that an accuracy needs, those that cost least time first (`--aim`).
+
+Layers are chosen on the select images. The verify images confirm the result once, in the gate.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from glob import escape
+from pathlib import Path
+
+import numpy as np
+
+from export_zoo.base import graph_io
+from export_zoo.base.errors import UsageError
+from export_zoo.base.machine import cpu_model, instruction_set
+from export_zoo.calibration.images import ImageStream
+from export_zoo.calibration.preprocess import Pixels, Preprocess, normalize
+from export_zoo.engines.bundle.manifest import Aim, AimStep
+from export_zoo.engines.diagnosis.counterparts import of_graphs
+from export_zoo.engines.diagnosis.layers import PARTS, QuantizedLayers
+from export_zoo.engines.diagnosis.mixtures import Float32Array, Mixtures
+from export_zoo.engines.diagnosis.ranking import Float64Array, effect, outputs
+from export_zoo.engines.parity.limits import Limit
+from export_zoo.engines.parity.metrics import compare
+from export_zoo.engines.parity.tasks import Head
+from export_zoo.engines.precision.int8.precision import INT8
+from export_zoo.engines.precision.int8.saturation.channel_order import ChannelOrder, choose_order
+from export_zoo.engines.precision.twin import write_twin
+from export_zoo.engines.targets.base import Opening, Runner, Target
+from export_zoo.engines.targets.onnxruntime.engine import OnnxRuntimeEngine
+from export_zoo.engines.verification.gate import run_in_batches
+from export_zoo.exporter import option_values
+from export_zoo.exporter.run.context import IMAGE_BATCH, Context
+from export_zoo.exporter.stages.images import ChosenImages
+from export_zoo.exporter.stages.tuning.tune import MAX_SELECT, Tuned
+
+RANKED = 32
+"""Number of select images on which layers are rounded alone."""
+
+LEAST_COST = 0.002
+"""Least cost of a layer, as a share of the engine's time: times of small layers are not as exact."""
+
+
+def check_images(wanted: option_values.Aim, chosen: ChosenImages) -> None:
+    """Refuse an aim that the images cannot tell from a perfect engine. Raises UsageError."""
+    for name in ("select", "verify"):
+        if (have := len(chosen.splits[name])) < wanted.images:
+            raise UsageError(
+                f"--aim {wanted}: {have} {name} images cannot tell it from a perfect engine: {wanted.images} are "
+                "needed",
+                hint="give more images (--calib, --verify-images), or an aim that is less fine, or sqnr=DECIBELS",
+            )
+    if wanted.metric == "accuracy_drop" and (chosen.labels is None or chosen.select_labels is None):
+        raise UsageError(f"--aim {wanted}: the images have no labels", hint="divide them into class folders")
+
+
+class _Search:
+    """Engines of a target with some more layers in float, judged on the select images."""
+
+    def __init__(
+        self,
+        context: Context,
+        graph: Path,
+        target: Target,
+        tuned: Tuned,
+        preprocess: Preprocess,
+        head: Head,
+        pixels: Pixels,
+        labels: Sequence[int] | None,
+        verified: int,
+    ) -> None:
+        assert context.options.aim is not None
+        self._options, self._graph, self._target, self._tuned = context.options, graph, target, tuned
+        self._preprocess, self._head, self.pixels, self._labels = preprocess, head, pixels, labels
+        self._verified = verified
+        self.limit = Limit(context.options.aim.metric, context.options.aim.value)
+        self._reference = self._outputs(OnnxRuntimeEngine(graph, saturating_session={}))
+        self.known: dict[frozenset[str], float] = {}
+        self.bytes: dict[frozenset[str], int] = {}
+        self.ends = time.monotonic() + context.options.aim_seconds
+
+    @property
+    def late(self) -> bool:
+        return time.monotonic() > self.ends
+
+    @cached_property
+    def _order(self) -> ChannelOrder | None:
+        if not self._target.int8.sums_in_16_bits:
+            return None
+        return choose_order(graph_io.load(self._tuned.parts.graph).graph)
+
+    def _outputs(self, engine: Runner) -> Float32Array:
+        return run_in_batches(engine, self.pixels, self._preprocess, IMAGE_BATCH)[0]
+
+    def write(self, out: Path, layers: frozenset[str]) -> Path:
+        """Write the INT8 graph with these layers in float, too."""
+        with_layers(self._tuned, layers).parts.write(out, self._target, self._options, self._order)
+        return out
+
+    def value(self, layers: frozenset[str]) -> float:
+        """The metric with these layers in float, too; an SQNR less the margin for other images."""
+        if layers not in self.known:
+            with tempfile.TemporaryDirectory(prefix="export-zoo-") as directory:
+                graph = self.write(Path(directory) / "int8.onnx", layers)
+                self.bytes[layers] = graph.stat().st_size
+                engine: Runner
+                if self._target.compiled:
+                    engine = OnnxRuntimeEngine(write_twin(graph, graph.with_name("twin.onnx")), fused=False)
+                else:
+                    engine = self._target.open(Opening(graph, INT8))
+                found = self._outputs(engine)
+            rows = self._head.rows
+            metrics = compare(rows(self._reference), rows(found), self._labels, self._head)
+            value = float(getattr(metrics, self.limit.metric))
+            if self.limit.metric == "sqnr":
+                value -= _margin(effect(self._reference, found).noise, self._verified)
+            self.known[layers] = value
+        return self.known[layers]
+
+    def holds(self, layers: frozenset[str]) -> bool:
+        value = self.value(layers)
+        return value >= self.limit.value if self.limit.at_least else value <= self.limit.value
+
+
+CONFIDENCE = 1.645
+"""One-sided quantile of the normal distribution: 19 of 20 aims that hold here hold on the verify images, too."""
+
+
+def _margin(noise: Float64Array, verified: int) -> float:
+    """Decibels that an SQNR must be better by here, so that it holds on other images.
+
+    Args:
+        noise: by image, float64 [N].
+        verified: number of the other images.
+    """
+    mean = float(noise.mean())
+    if not np.isfinite(mean) or mean == 0:
+        return 0.0
+    error = float(noise.std(ddof=1)) * math.sqrt(1 / len(noise) + 1 / verified)
+    return 10 * math.log10(1 + CONFIDENCE * error / mean)
+
+
+def with_layers(tuned: Tuned, layers: frozenset[str]) -> Tuned:
+    """The same parts, with more layers in float."""
+    kept = (*tuned.parts.kept, *map(escape, sorted(layers)))
+    return dataclasses.replace(tuned, parts=dataclasses.replace(tuned.parts, kept=kept))
+
+
+def aim(
+    context: Context,
+    graph: Path,
+    chosen: ChosenImages,
+    preprocess: Preprocess,
+    head: Head,
+    target: Target,
+    tuned: Tuned,
+) -> Tuned:
+    """The parts of a target with the layers in float that `--aim` needs.
+
+    Args:
+        graph: the FP32 graph.
+        head: meaning of the first output.
+    """
+    options, wanted = context.options, context.options.aim
+    assert wanted is not None
+    assert options.calib is not None
+    files = chosen.splits["select"][: max(MAX_SELECT, wanted.images)]
+
+    def make(_: Path) -> Aim:
+        assert options.calib is not None
+        pixels = ImageStream(files, preprocess, IMAGE_BATCH, options.calib).all()
+        labels = chosen.select_labels[: len(files)] if chosen.select_labels is not None else None
+        search = _Search(
+            context, graph, target, tuned, preprocess, head, pixels, labels, len(chosen.splits["verify"])
+        )
+        return _aim(context, search, graph, target, tuned, normalize(pixels[:RANKED], preprocess), wanted)
+
+    with context.reporter.stage("aim") as stage:
+        key = context.key(
+            "onnxruntime",
+            "onnx_ir",
+            "numpy",
+            graph=graph_io.sha256_of(graph),
+            parts=tuned.parts.key(target, options),
+            select=[file.sha256 for file in files],
+            labels=chosen.select_labels,
+            preprocess=preprocess.model_dump(),
+            head=dataclasses.asdict(head),
+            aim=str(wanted),
+            seconds=options.aim_seconds,
+            isa=instruction_set(),
+            machine=cpu_model(),  # times decide, too
+        )
+        result = context.cache.run("aim", key, make, Aim)
+        found, stage.cached = result.data, result.cached
+        stage.detail = f"{target.name}-{INT8.name}: {_described(found)}"
+    if not found.reached:
+        context.reporter.warn(
+            f"--aim {wanted}: not reached by {target.name}-{INT8.name} on the select images; nearest: "
+            f"{found.select:.4g} with {len(found.layers)} layers in float"
+        )
+    aimed = with_layers(tuned, frozenset(found.layers))
+    return dataclasses.replace(aimed, aim=found)
+
+
+def _described(found: Aim) -> str:
+    if not found.layers:
+        return f"{found.metric} {found.select:.4g} on the select images, no layer in float for it"
+    time_text = f", +{found.added_ms:.2f} ms" if found.added_ms is not None else ""
+    options = " ".join(f"--keep-float {module}" for module in found.modules)
+    return (
+        f"{found.metric} {found.select:.4g} on the select images with {len(found.layers)} layers in float{time_text}, "
+        f"+{found.added_bytes / 1e6:.1f} MB: {options}"
+    )
+
+
+def _aim(
+    context: Context,
+    search: _Search,
+    graph: Path,
+    target: Target,
+    tuned: Tuned,
+    few: Float32Array,
+    wanted: option_values.Aim,
+) -> Aim:
+    nothing = frozenset[str]()
+    with tempfile.TemporaryDirectory(prefix="export-zoo-") as directory:
+        int8 = search.write(Path(directory) / "int8.onnx", nothing)
+        costs, timed = _costs(target, graph, int8, few[:1])
+        keep_float = [*context.options.keep_float, *tuned.parts.kept]
+        pair = of_graphs(graph_io.load(int8), graph_io.load(tuned.parts.graph), target.int8, keep_float)
+        mixtures = Mixtures(pair, integers=not target.compiled)
+    which = QuantizedLayers(pair, target.int8, mixtures.roundings)
+    modules = {layer.name: layer.module for layer in which.layers}
+
+    def chosen_as(layers: frozenset[str], *, reached: bool) -> Aim:
+        ordered = [layer for layer in modules if layer in layers]
+        return Aim(
+            metric=wanted.metric,
+            value=wanted.value,
+            layers=ordered,
+            modules=[modules[layer] for layer in ordered],
+            reached=reached,
+            select=search.value(layers),
+            images=len(search.pixels),
+            added_ms=sum(costs.get(layer, 0.0) for layer in layers) if timed else None,
+            added_bytes=search.bytes[layers] - search.bytes[nothing],
+            tried=[
+                AimStep(
+                    layers=len(tried),
+                    added_ms=sum(costs.get(layer, 0.0) for layer in tried) if timed else None,
+                    value=value,
+                )
+                for tried, value in sorted(search.known.items(), key=lambda item: len(item[0]))
+            ],
+        )
+
+    if search.holds(nothing):
+        return chosen_as(nothing, reached=True)
+    batches = [few[i : i + IMAGE_BATCH] for i in range(0, len(few), IMAGE_BATCH)]
+    exact, noise = outputs(mixtures.open(()), batches), dict[str, float]()
+    with context.reporter.bar("aim", len(modules)) as progress:
+        for layer in modules:
+            noise[layer] = float(
+                effect(exact, outputs(mixtures.open(which.rounded([layer])), batches)).noise.sum()
+            )
+            progress(1)
+    least = LEAST_COST * timed if timed else 1.0
+
+    def worth(layer: str) -> float:
+        return noise[layer] / max(costs.get(layer, 0.0), least)
+
+    order = sorted(modules, key=worth, reverse=True)
+    # All layers but one: an INT8 engine has one at least.
+    low, high = 0, len(order) - 1
+    if not search.holds(frozenset(order[:high])):
+        return chosen_as(max(search.known, key=lambda layers: _nearness(search, layers)), reached=False)
+    while low + 1 < high and not search.late:
+        middle = (low + high) // 2
+        low, high = (low, middle) if search.holds(frozenset(order[:middle])) else (middle, high)
+    return chosen_as(frozenset(order[:high]), reached=True)
+
+
+def _nearness(search: _Search, layers: frozenset[str]) -> float:
+    value = search.value(layers)
+    return value if search.limit.at_least else -value
+
+
+def _costs(target: Target, graph: Path, int8: Path, image: Float32Array) -> tuple[dict[str, float], float]:
+    """Time that each layer takes longer in float, in ms, by its node; and the INT8 engine's time, 0 if not known."""
+    after, before = target.node_times(graph, image), target.node_times(int8, image)
+    if not before:
+        return {}, 0.0
+
+    def of(times: Mapping[str, float], layer: str) -> float:
+        return sum(times.get(f"{layer}{part}", 0.0) for part in PARTS)
+
+    return {layer: of(after, layer) - of(before, layer) for layer in after}, sum(before.values())

@@ -1,0 +1,155 @@
+"""--aim: layers are left float until an accuracy is reached, the cheap ones first; and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.options import UNTUNED
+
+from export_zoo.base.errors import UsageError
+from export_zoo.engines.bundle.reader import read_manifest
+from export_zoo.exporter.option_values import Aim
+from export_zoo.exporter.options import ExportOptions
+
+
+@pytest.fixture(scope="module")
+def spoilt(digits, tmp_path_factory) -> Path:
+    """Weights of resnet18 in which two convolutions have channels that differ by a factor of 2000.
+
+    Two channels between layer2.0.conv1 and conv2, and one of layer4.1, are scaled up there and down again behind: the
+    same function, whose 8 bits keep little of the other channels.
+    """
+    state = load_file(digits.weights["resnet18"])
+    for block, channels in (("layer2.0", [0, 5]), ("layer4.1", [3])):
+        for channel in channels:
+            for name in (f"{block}.bn1.weight", f"{block}.bn1.bias"):
+                state[name][channel] *= 2000
+            state[f"{block}.conv2.weight"][:, channel] /= 2000
+    path = tmp_path_factory.mktemp("spoilt") / "resnet18.safetensors"
+    save_file(state, path)
+    return path
+
+
+@pytest.fixture
+def arguments(digits, spoilt) -> list[str]:
+    given = [
+        "resnet18",
+        "--weights",
+        spoilt,
+        "--num-classes",
+        "10",
+        "--input-size",
+        "32",
+        "--resize-size",
+        "32",
+    ]
+    given += [
+        "--calib",
+        digits.images,
+        "--verify-images",
+        "224",
+        "--precision",
+        "int8",
+        *UNTUNED,
+        "--batch",
+        "8",
+    ]
+    return [str(one) for one in given]
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt-rtx"])
+def test_the_layers_that_spoil_the_engine_are_left_float(arguments, cli, tmp_path, target):
+    missed = cli(*arguments, "--target", target, "--out", tmp_path / "missed")
+    assert missed.json["engines"][0]["gate"]["eager_metrics"]["sqnr"] < 25
+    done = cli(*arguments, "--target", target, "--aim", "sqnr=30", "--out", tmp_path / "out")
+    assert done.code == 0, done.err
+    (engine,) = done.json["engines"]
+    aim = engine["aim"]
+    assert engine["gate"]["eager_metrics"]["sqnr"] >= 30
+    assert aim["reached"]
+    assert {"layer2.0.conv2", "layer4.1.conv2"} <= set(aim["modules"])
+    assert len(aim["layers"]) <= 6, "of 21"
+    assert aim["added_bytes"] > 0
+    assert (aim["added_ms"] is not None) == (target == "onnxruntime")
+    assert [step["layers"] for step in aim["tried"]] == sorted(step["layers"] for step in aim["tried"])
+    for module in aim["modules"]:
+        assert f"--keep-float {module}" in done.err
+    manifest = read_manifest(tmp_path / "out")
+    assert {name.replace("[", "") for name in aim["layers"]} <= set(
+        manifest.artifacts.engines[0].kept_float(manifest.recipe)
+    )
+
+
+def test_an_aim_that_is_met_anyway_changes_nothing(digits, cli, tmp_path):
+    arguments = [*digits.arguments(), "--calib", digits.images, "--precision", "int8", *UNTUNED]
+    done = cli(*arguments, "--aim", "sqnr=15", "--out", tmp_path / "out")
+    assert done.code == 0, done.err
+    assert done.json["engines"][0]["aim"]["layers"] == []
+    plain = cli(*arguments, "--out", tmp_path / "plain")
+    files = [found.json["engines"][0]["file"]["sha256"] for found in (done, plain)]
+    assert files[0] == files[1]
+
+
+def test_an_aim_that_cannot_be_reached_ends_with_3_and_the_nearest(digits, cli, tmp_path):
+    arguments = [*digits.arguments(), "--calib", digits.images, "--precision", "int8", *UNTUNED]
+    done = cli(*arguments, "--aim", "sqnr=100", "--out", tmp_path / "out")
+    assert done.code == 3
+    assert "--aim sqnr=100: not reached by onnxruntime-int8 on the select images; nearest: " in done.err
+    assert "--aim sqnr=100: sqnr is " in done.err
+    manifest = json.loads((tmp_path / "out.failed" / "manifest.json").read_text())
+    aim = manifest["artifacts"]["engines"][0]["aim"]
+    assert not aim["reached"]
+    assert len(aim["layers"]) == 20, "all but one"
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (["--aim", "top1=0.999"], "select images cannot tell it from a perfect engine: 3000 are needed"),
+        (["--aim", "sqnr"], "'' is not a finite number"),
+        (["--aim", "speed=2"], "unknown metric 'speed'"),
+        (["--aim", "top1=1.5"], "not between 0 and 1"),
+        (["--aim", "sqnr=nan"], "not a finite number"),
+        (["--aim", "sqnr=20", "--aim-seconds", "0"], "must be over 0"),
+    ],
+)
+def test_an_aim_that_makes_no_sense_is_refused(digits, cli, given, says):
+    done = cli(*digits.arguments(), "--calib", digits.images, "--precision", "int8", *given)
+    assert done.code == 2
+    assert says in done.err
+
+
+def test_an_aim_needs_int8_images_and_trained_weights(digits, cli):
+    with pytest.raises(UsageError, match="--aim has no effect on fp16"):
+        ExportOptions("resnet18", precisions=("fp16",), aim="sqnr=30")
+    with pytest.raises(UsageError, match="--aim needs images to choose layers on"):
+        ExportOptions("resnet18", precisions=("int8",), ranges="ranges.json", aim="sqnr=30")
+    done = cli(
+        "resnet18", "--weights", "none", "--calib", digits.images, "--precision", "int8", "--aim", "sqnr=9"
+    )
+    assert done.code == 2
+    assert "random weights have no accuracy" in done.err
+
+
+def test_how_many_images_an_aim_needs():
+    assert Aim.parse("top1=0.99").images == 300
+    assert Aim.parse("accuracy_drop=0.005").images == 600
+    assert Aim.parse("sqnr=30").images == 1
+
+
+def test_the_spoilt_network_is_the_same_function(digits, spoilt):
+    from torchvision.models import resnet18
+
+    networks = []
+    for path in (digits.weights["resnet18"], spoilt):
+        network = resnet18(num_classes=10).eval()
+        network.load_state_dict(load_file(path))
+        networks.append(network)
+    image = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        first, second = (network(image) for network in networks)
+    assert torch.allclose(first, second, rtol=1e-3, atol=1e-3)
