@@ -29,6 +29,9 @@ from export_zoo.exporter.matrix import run as matrix_run
 from export_zoo.exporter.matrix.cluster_place import ClusterPlace, Delivery, Order
 from export_zoo.exporter.matrix.results import CellResult
 
+RAY = str(Path(sys.executable).with_name("ray"))
+"""Ray's command in this environment, whether or not that is activated."""
+
 TEXT = "models: resnet18\nprecisions: fp32\ntargets: onnxruntime\n"
 
 
@@ -89,7 +92,7 @@ def timed(file: Path, job: str | None, place: str, out: Path) -> float:
     ]
     command += [f"--job={job}"] if job is not None else []
     environment = {**os.environ, "EXPORT_ZOO_CACHE": str(out / "cache")}
-    start = ["ray", "start", "--head", "--include-dashboard=false"]
+    start = [RAY, "start", "--head", "--include-dashboard=false"]
     try:
         if place == "ray":
             subprocess.run(start, check=True, env=environment, capture_output=True)
@@ -98,7 +101,7 @@ def timed(file: Path, job: str | None, place: str, out: Path) -> float:
         return time.perf_counter() - begin
     finally:
         if place == "ray":
-            subprocess.run(["ray", "stop"], check=False, capture_output=True)
+            subprocess.run([RAY, "stop"], check=False, capture_output=True)
 
 
 def overhead(file: Path, job: str | None, repeats: int) -> None:

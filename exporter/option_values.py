@@ -176,7 +176,7 @@ AIMS = (
 
 @dataclass(frozen=True)
 class Aim:
-    """An accuracy that INT8 must reach, by leaving layers float."""
+    """An accuracy that INT8 and FP16 must reach, by leaving layers float."""
 
     metric: str
     value: float

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -39,8 +39,7 @@ from export_zoo.exporter.run.context import Context
 from export_zoo.exporter.run.report import Reporter
 from export_zoo.exporter.stages import network
 from export_zoo.exporter.stages import ranges as ranges_stage
-from export_zoo.exporter.stages.aim import aim
-from export_zoo.exporter.stages.aim import check_images as check_aim
+from export_zoo.exporter.stages.aim import HalfGraphs, Int8Graphs, Rounded, aim, check_aim
 from export_zoo.exporter.stages.build import build, check_graph
 from export_zoo.exporter.stages.evaluate import evaluate
 from export_zoo.exporter.stages.images import ChosenImages, choose_images
@@ -218,11 +217,36 @@ def _prepare(context: Context) -> _Prepared:
             raise UsageError(
                 "--aim: random weights have no accuracy", hint="give trained weights, or leave --aim out"
             )
-        check_aim(context.options.aim, chosen)
+        check_aim(context.options.aim, spec.head, chosen)
     exported = network.export_graph(context, spec, model)
     simplified = network.simplify_graph(context, spec, exported)
     reference, held = network.run_reference(context, spec, model, chosen)
     return _Prepared(spec, chosen, chosen_targets, exported, simplified, reference, held)
+
+
+def _aims(
+    context: Context,
+    spec: ModelSpec,
+    graph: Path,
+    chosen: ChosenImages,
+    targets: Sequence[Target],
+    ranges: Ranges | None,
+    tuned: Mapping[str, Tuned],
+) -> dict[tuple[str, str], manifest.Aim]:
+    """The layers that --aim leaves float, by target and precision."""
+    found = {}
+    for target in targets:
+        for name in context.options.unique_precisions():
+            precision = PRECISIONS[name]
+            if precision is BASELINE or registry.why_not(target, name):
+                continue
+            graphs: Rounded = (
+                Int8Graphs(context.options, target, tuned[target.name])
+                if precision.quantized
+                else HalfGraphs(graph, ranges)
+            )
+            found[target.name, name] = aim(context, graph, chosen, spec.preprocess, spec.head, target, graphs)
+    return found
 
 
 def _make_bundle(context: Context, prepared: _Prepared, workers: Workers | None) -> ExportResult:
@@ -252,19 +276,23 @@ def _make_bundle(context: Context, prepared: _Prepared, workers: Workers | None)
         if not chosen_targets:
             raise refusals.first
         tuned = tune(context, graph, ranges, chosen, spec.preprocess, chosen_targets, random=random)
-        if options.aim is not None:
-            tuned = {
-                target.name: aim(
-                    context, graph, chosen, spec.preprocess, spec.head, target, tuned[target.name]
-                )
-                for target in chosen_targets
-            }
+    aims = (
+        _aims(context, spec, graph, chosen, chosen_targets, ranges, tuned) if options.aim is not None else {}
+    )
     built = []
     for chosen_target in chosen_targets:
         for precision in options.unique_precisions():
             with refusals.noting(chosen_target, precision):
                 built.append(
-                    build(context, graph, chosen_target, precision, ranges, tuned.get(chosen_target.name))
+                    build(
+                        context,
+                        graph,
+                        chosen_target,
+                        precision,
+                        ranges,
+                        tuned.get(chosen_target.name),
+                        aims.get((chosen_target.name, precision)),
+                    )
                 )
     if not built:
         raise refusals.first

@@ -340,7 +340,7 @@ class Aim(_Model):
     metric: str
     value: float
     layers: list[str] = Field(description="Names of nodes that are float for it.")
-    modules: list[str] = Field(description="Their modules, for `--keep-float`.")
+    modules: list[str] = Field(description="Their modules, for `--keep-float` of INT8.")
     reached: bool = Field(description="Whether it was reached on the select images.")
     select: float = Field(
         description="The metric on the select images with these layers in float; an SQNR less a margin."
@@ -380,7 +380,7 @@ class Engine(_Model):
         default=None,
         description="For INT8 of ONNX Runtime only; otherwise, and in bundles of earlier versions, null.",
     )
-    aim: Aim | None = Field(default=None, description="For INT8 with `--aim` only; otherwise null.")
+    aim: Aim | None = Field(default=None, description="For INT8 and FP16 with `--aim`; otherwise null.")
     saturating_cpu_session: dict[str, str] | None = Field(
         default=None,
         description="Session configuration of ONNX Runtime that the engine needs on CPUs where sums of uint8 x int8 "

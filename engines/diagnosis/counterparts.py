@@ -63,6 +63,12 @@ def of_graphs(
     return Counterparts(rounded, exact, original, placement, kept)
 
 
+def of_half(rounded: ir.Model, exact: ir.Model) -> Counterparts:
+    """The counterparts of an FP16 engine, from its graph, which is changed, and the FP32 graph."""
+    make_twin(rounded.graph)
+    return Counterparts(rounded, exact, None, Placement(), frozenset())
+
+
 def of_engine(bundle: Path, manifest: Manifest, engine: Engine) -> Counterparts:
     """The counterparts of a bundle's engine.
 
@@ -73,8 +79,7 @@ def of_engine(bundle: Path, manifest: Manifest, engine: Engine) -> Counterparts:
     rounded = graph_io.load(reader.checked(bundle, file))
     exact = graph_io.load(reader.checked(bundle, recipe.graph))
     if not PRECISIONS[engine.precision].quantized:
-        make_twin(rounded.graph)
-        return Counterparts(rounded, exact, None, Placement(), frozenset())
+        return of_half(rounded, exact)
     name = engine.tuning.equalized if engine.tuning is not None else OFF
     if name != OFF:
         if recipe.calibration is None:

@@ -71,6 +71,8 @@ class HalfLayers(Layers):
 
     def __init__(self, counterparts: Counterparts, roundings: Collection[str]) -> None:
         known, self._own = frozenset(roundings), dict[str, frozenset[str]]()
+        self.nodes: dict[str, frozenset[str]] = {}
+        """Names of the nodes of each layer, by its name."""
         found: dict[str, Layer] = {}
         exact = nodes_by_name(counterparts.exact.graph)
         for node in counterparts.rounded.graph:
@@ -81,6 +83,7 @@ class HalfLayers(Layers):
                 module = graph_io.module_of(owner) or str(owner.name)
                 layer = found.setdefault(module, Layer(str(owner.name), module))
                 self._own[layer.name] = self._own.get(layer.name, frozenset()) | own
+                self.nodes[layer.name] = self.nodes.get(layer.name, frozenset()) | {str(owner.name)}
         super().__init__([*found.values()])
 
     def rounded(self, names: Collection[str]) -> frozenset[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,8 +42,10 @@ class Precision:
         self.float16 = float16
         self.unsupported = unsupported or {}
 
-    def write(self, graph: Path, out: Path, ranges: Ranges | None) -> None:
+    def write(self, graph: Path, out: Path, ranges: Ranges | None, kept: Set[str] = frozenset()) -> None:
         """Write the precision graph of an FP32 graph. It is the same for all targets.
+
+        Nodes whose names are in `kept` stay float32.
 
         FP32's precision graph is the FP32 graph itself. The tuning stage writes the graphs of quantized precisions.
         """

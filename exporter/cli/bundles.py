@@ -117,6 +117,7 @@ def _written(bundle: Path, attestation: Path | None) -> str:
 
 
 def _verify_here(bundle: Path, reporter: ConsoleReporter, *, latencies: bool, quiet: bool) -> None:
+    from export_zoo.engines.parity.intervals import described
     from export_zoo.engines.parity.tasks import headline
     from export_zoo.engines.verification import verify as verification
     from export_zoo.engines.verification.gate import images_compared
@@ -145,7 +146,7 @@ def _verify_here(bundle: Path, reporter: ConsoleReporter, *, latencies: bool, qu
             for name, gate in attestation.engines.items():
                 sqnr, (title, share) = gate.eager_metrics["sqnr"] or 0.0, headline(gate.eager_metrics)
                 state = "FAILED" if gate.failures else attestation.states[name]
-                images = f"{title} {share} of {gate.metrics['images']} images"
+                images = f"{title} {share}{described(gate.eager_metrics)} of {gate.metrics['images']} images"
                 timed = attestation.latencies.get(name)
                 speed = f", {timed.speedup:.2f}x the speed of FP32" if timed is not None else ""
                 click.echo(f"{name}: {state}, SQNR {sqnr:.1f} dB, {images}{speed}")

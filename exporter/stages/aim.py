@@ -9,10 +9,10 @@ import dataclasses
 import math
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
-from glob import escape
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -21,14 +21,17 @@ from export_zoo.base.errors import UsageError
 from export_zoo.base.machine import cpu_model, instruction_set
 from export_zoo.calibration.images import ImageStream
 from export_zoo.calibration.preprocess import Pixels, Preprocess, normalize
+from export_zoo.calibration.ranges import Ranges
 from export_zoo.engines.bundle.manifest import Aim, AimStep
-from export_zoo.engines.diagnosis.counterparts import of_graphs
-from export_zoo.engines.diagnosis.layers import PARTS, QuantizedLayers
+from export_zoo.engines.diagnosis.counterparts import of_graphs, of_half
+from export_zoo.engines.diagnosis.layers import PARTS, HalfLayers, Layers, QuantizedLayers
 from export_zoo.engines.diagnosis.mixtures import Float32Array, Mixtures
 from export_zoo.engines.diagnosis.ranking import Float64Array, effect, outputs
-from export_zoo.engines.parity.limits import Limit
+from export_zoo.engines.parity.limits import Limit, fitting
 from export_zoo.engines.parity.metrics import compare
 from export_zoo.engines.parity.tasks import Head
+from export_zoo.engines.precision.base import Precision
+from export_zoo.engines.precision.fp16.precision import FP16
 from export_zoo.engines.precision.int8.precision import INT8
 from export_zoo.engines.precision.int8.saturation.channel_order import ChannelOrder, choose_order
 from export_zoo.engines.precision.twin import write_twin
@@ -36,6 +39,7 @@ from export_zoo.engines.targets.base import Opening, Runner, Target
 from export_zoo.engines.targets.onnxruntime.engine import OnnxRuntimeEngine
 from export_zoo.engines.verification.gate import run_in_batches
 from export_zoo.exporter import option_values
+from export_zoo.exporter.options import ExportOptions
 from export_zoo.exporter.run.context import IMAGE_BATCH, Context
 from export_zoo.exporter.stages.images import ChosenImages
 from export_zoo.exporter.stages.tuning.tune import MAX_SELECT, Tuned
@@ -47,8 +51,17 @@ LEAST_COST = 0.002
 """Least cost of a layer, as a share of the engine's time: times of small layers are not as exact."""
 
 
-def check_images(wanted: option_values.Aim, chosen: ChosenImages) -> None:
-    """Refuse an aim that the images cannot tell from a perfect engine. Raises UsageError."""
+def check_aim(wanted: option_values.Aim, head: Head, chosen: ChosenImages) -> None:
+    """Refuse an aim that the outputs do not have, or that the images cannot tell from a perfect engine.
+
+    Raises:
+        UsageError: see above.
+    """
+    if not fitting({wanted.metric: wanted.value}, head):
+        raise UsageError(
+            f"--aim {wanted}: outputs of {head.task} have no {wanted.metric}",
+            hint="give another metric, for example sqnr=30; docs/parity.md says which task has which",
+        )
     for name in ("select", "verify"):
         if (have := len(chosen.splits[name])) < wanted.images:
             raise UsageError(
@@ -60,6 +73,74 @@ def check_images(wanted: option_values.Aim, chosen: ChosenImages) -> None:
         raise UsageError(f"--aim {wanted}: the images have no labels", hint="divide them into class folders")
 
 
+class Rounded(Protocol):
+    """Writes the graphs of an engine, with more layers in float."""
+
+    precision: Precision
+
+    def write(self, out: Path, layers: frozenset[str]) -> object:
+        """Write the precision graph with these layers in float."""
+
+    def layers(self, graph: Path) -> tuple[Mixtures, Layers]:
+        """The layers of the graph that `write` writes without layers in float, and mixtures of it."""
+
+    def key(self) -> Mapping[str, Any]:
+        """Everything that graphs depend on, but for versions of libraries."""
+
+
+class Int8Graphs:
+    """INT8 graphs of a target."""
+
+    precision: Precision = INT8
+
+    def __init__(self, options: ExportOptions, target: Target, tuned: Tuned) -> None:
+        self._options, self._target, self._parts = options, target, tuned.parts
+
+    @cached_property
+    def _order(self) -> ChannelOrder | None:
+        if not self._target.int8.sums_in_16_bits:
+            return None
+        return choose_order(graph_io.load(self._parts.graph).graph)
+
+    def write(self, out: Path, layers: frozenset[str]) -> None:
+        self._parts.with_float(layers).write(out, self._target, self._options, self._order)
+
+    def layers(self, graph: Path) -> tuple[Mixtures, Layers]:
+        keep_float = [*self._options.keep_float, *self._parts.kept]
+        exact, rules = graph_io.load(self._parts.graph), self._target.int8
+        pair = of_graphs(graph_io.load(graph), exact, rules, keep_float)
+        mixtures = Mixtures(pair, integers=not self._target.compiled)
+        return mixtures, QuantizedLayers(pair, rules, mixtures.roundings)
+
+    def key(self) -> Mapping[str, Any]:
+        return self._parts.key(self._target, self._options)
+
+
+class HalfGraphs:
+    """FP16 graphs, which are the same for all targets."""
+
+    precision: Precision = FP16
+
+    def __init__(self, graph: Path, ranges: Ranges | None) -> None:
+        self._graph, self._ranges = graph, ranges
+        self.nodes: dict[str, frozenset[str]] = {}
+        """Names of the nodes of each layer."""
+
+    def write(self, out: Path, layers: frozenset[str]) -> None:
+        kept = frozenset[str]().union(*(self.nodes[layer] for layer in layers))
+        FP16.write(self._graph, out, self._ranges, kept)
+
+    def layers(self, graph: Path) -> tuple[Mixtures, Layers]:
+        pair = of_half(graph_io.load(graph), graph_io.load(self._graph))
+        mixtures = Mixtures(pair, integers=False)
+        found = HalfLayers(pair, mixtures.roundings)
+        self.nodes = found.nodes
+        return mixtures, found
+
+    def key(self) -> Mapping[str, Any]:
+        return {"ranges": self._ranges.digest() if self._ranges is not None else None}
+
+
 class _Search:
     """Engines of a target with some more layers in float, judged on the select images."""
 
@@ -68,7 +149,7 @@ class _Search:
         context: Context,
         graph: Path,
         target: Target,
-        tuned: Tuned,
+        graphs: Rounded,
         preprocess: Preprocess,
         head: Head,
         pixels: Pixels,
@@ -76,7 +157,7 @@ class _Search:
         verified: int,
     ) -> None:
         assert context.options.aim is not None
-        self._options, self._graph, self._target, self._tuned = context.options, graph, target, tuned
+        self._target, self.graphs = target, graphs
         self._preprocess, self._head, self.pixels, self._labels = preprocess, head, pixels, labels
         self._verified = verified
         self.limit = Limit(context.options.aim.metric, context.options.aim.value)
@@ -89,31 +170,21 @@ class _Search:
     def late(self) -> bool:
         return time.monotonic() > self.ends
 
-    @cached_property
-    def _order(self) -> ChannelOrder | None:
-        if not self._target.int8.sums_in_16_bits:
-            return None
-        return choose_order(graph_io.load(self._tuned.parts.graph).graph)
-
     def _outputs(self, engine: Runner) -> Float32Array:
         return run_in_batches(engine, self.pixels, self._preprocess, IMAGE_BATCH)[0]
-
-    def write(self, out: Path, layers: frozenset[str]) -> Path:
-        """Write the INT8 graph with these layers in float, too."""
-        with_layers(self._tuned, layers).parts.write(out, self._target, self._options, self._order)
-        return out
 
     def value(self, layers: frozenset[str]) -> float:
         """The metric with these layers in float, too; an SQNR less the margin for other images."""
         if layers not in self.known:
             with tempfile.TemporaryDirectory(prefix="export-zoo-") as directory:
-                graph = self.write(Path(directory) / "int8.onnx", layers)
+                graph = Path(directory) / "rounded.onnx"
+                self.graphs.write(graph, layers)
                 self.bytes[layers] = graph.stat().st_size
                 engine: Runner
                 if self._target.compiled:
                     engine = OnnxRuntimeEngine(write_twin(graph, graph.with_name("twin.onnx")), fused=False)
                 else:
-                    engine = self._target.open(Opening(graph, INT8))
+                    engine = self._target.open(Opening(graph, self.graphs.precision))
                 found = self._outputs(engine)
             rows = self._head.rows
             metrics = compare(rows(self._reference), rows(found), self._labels, self._head)
@@ -146,12 +217,6 @@ def _margin(noise: Float64Array, verified: int) -> float:
     return 10 * math.log10(1 + CONFIDENCE * error / mean)
 
 
-def with_layers(tuned: Tuned, layers: frozenset[str]) -> Tuned:
-    """The same parts, with more layers in float."""
-    kept = (*tuned.parts.kept, *map(escape, sorted(layers)))
-    return dataclasses.replace(tuned, parts=dataclasses.replace(tuned.parts, kept=kept))
-
-
 def aim(
     context: Context,
     graph: Path,
@@ -159,9 +224,9 @@ def aim(
     preprocess: Preprocess,
     head: Head,
     target: Target,
-    tuned: Tuned,
-) -> Tuned:
-    """The parts of a target with the layers in float that `--aim` needs.
+    graphs: Rounded,
+) -> Aim:
+    """The layers of an engine that `--aim` needs in float.
 
     Args:
         graph: the FP32 graph.
@@ -176,18 +241,19 @@ def aim(
         assert options.calib is not None
         pixels = ImageStream(files, preprocess, IMAGE_BATCH, options.calib).all()
         labels = chosen.select_labels[: len(files)] if chosen.select_labels is not None else None
-        search = _Search(
-            context, graph, target, tuned, preprocess, head, pixels, labels, len(chosen.splits["verify"])
-        )
-        return _aim(context, search, graph, target, tuned, normalize(pixels[:RANKED], preprocess), wanted)
+        verified = len(chosen.splits["verify"])
+        search = _Search(context, graph, target, graphs, preprocess, head, pixels, labels, verified)
+        return _aim(context, search, graph, target, normalize(pixels[:RANKED], preprocess), wanted)
 
+    name = f"{target.name}-{graphs.precision.name}"
     with context.reporter.stage("aim") as stage:
         key = context.key(
             "onnxruntime",
             "onnx_ir",
             "numpy",
             graph=graph_io.sha256_of(graph),
-            parts=tuned.parts.key(target, options),
+            engine=name,
+            parts=graphs.key(),
             select=[file.sha256 for file in files],
             labels=chosen.select_labels,
             preprocess=preprocess.model_dump(),
@@ -199,24 +265,32 @@ def aim(
         )
         result = context.cache.run("aim", key, make, Aim)
         found, stage.cached = result.data, result.cached
-        stage.detail = f"{target.name}-{INT8.name}: {_described(found)}"
+        stage.detail = f"{name}: {_described(found, options=graphs.precision.quantized)}"
     if not found.reached:
         context.reporter.warn(
-            f"--aim {wanted}: not reached by {target.name}-{INT8.name} on the select images; nearest: "
-            f"{found.select:.4g} with {len(found.layers)} layers in float"
+            f"--aim {wanted}: not reached by {name} on the select images; nearest: {found.select:.4g} with "
+            f"{len(found.modules)} layers in float"
         )
-    aimed = with_layers(tuned, frozenset(found.layers))
-    return dataclasses.replace(aimed, aim=found)
+    return found
 
 
-def _described(found: Aim) -> str:
+def _described(found: Aim, *, options: bool) -> str:
+    """An aim for people.
+
+    Args:
+        options: whether --keep-float names its layers.
+    """
     if not found.layers:
         return f"{found.metric} {found.select:.4g} on the select images, no layer in float for it"
     time_text = f", +{found.added_ms:.2f} ms" if found.added_ms is not None else ""
-    options = " ".join(f"--keep-float {module}" for module in found.modules)
+    names = (
+        " ".join(f"--keep-float {module}" for module in found.modules)
+        if options
+        else ", ".join(found.modules)
+    )
     return (
-        f"{found.metric} {found.select:.4g} on the select images with {len(found.layers)} layers in float{time_text}, "
-        f"+{found.added_bytes / 1e6:.1f} MB: {options}"
+        f"{found.metric} {found.select:.4g} on the select images with {len(found.modules)} layers in float{time_text}, "
+        f"+{found.added_bytes / 1e6:.1f} MB: {names}"
     )
 
 
@@ -225,26 +299,25 @@ def _aim(
     search: _Search,
     graph: Path,
     target: Target,
-    tuned: Tuned,
     few: Float32Array,
     wanted: option_values.Aim,
 ) -> Aim:
     nothing = frozenset[str]()
-    with tempfile.TemporaryDirectory(prefix="export-zoo-") as directory:
-        int8 = search.write(Path(directory) / "int8.onnx", nothing)
-        costs, timed = _costs(target, graph, int8, few[:1])
-        keep_float = [*context.options.keep_float, *tuned.parts.kept]
-        pair = of_graphs(graph_io.load(int8), graph_io.load(tuned.parts.graph), target.int8, keep_float)
-        mixtures = Mixtures(pair, integers=not target.compiled)
-    which = QuantizedLayers(pair, target.int8, mixtures.roundings)
+    rounded = context.cache.scratch() / "rounded.onnx"  # mixtures read it later
+    search.graphs.write(rounded, nothing)
+    mixtures, which = search.graphs.layers(rounded)
     modules = {layer.name: layer.module for layer in which.layers}
+    nodes = (
+        search.graphs.nodes if isinstance(search.graphs, HalfGraphs) else {name: {name} for name in modules}
+    )
+    costs, timed = _costs(target, graph, rounded, few[:1], nodes)
 
     def chosen_as(layers: frozenset[str], *, reached: bool) -> Aim:
         ordered = [layer for layer in modules if layer in layers]
         return Aim(
             metric=wanted.metric,
             value=wanted.value,
-            layers=ordered,
+            layers=[node for layer in ordered for node in sorted(nodes[layer])],
             modules=[modules[layer] for layer in ordered],
             reached=reached,
             select=search.value(layers),
@@ -276,15 +349,26 @@ def _aim(
     def worth(layer: str) -> float:
         return noise[layer] / max(costs.get(layer, 0.0), least)
 
-    order = sorted(modules, key=worth, reverse=True)
-    # All layers but one: an INT8 engine has one at least.
-    low, high = 0, len(order) - 1
-    if not search.holds(frozenset(order[:high])):
+    found = []
+    for order in (
+        sorted(modules, key=worth, reverse=True),
+        sorted(modules, key=noise.__getitem__, reverse=True),
+    ):
+        # All layers but one: an INT8 engine has one at least.
+        low, high = 0, len(order) - 1
+        if not search.holds(frozenset(order[:high])):
+            continue
+        while low + 1 < high and not search.late:
+            middle = (low + high) // 2
+            low, high = (low, middle) if search.holds(frozenset(order[:middle])) else (middle, high)
+        found.append(frozenset(order[:high]))
+        if search.late or not timed:  # without times, both orders are the same
+            break
+    if not found:
         return chosen_as(max(search.known, key=lambda layers: _nearness(search, layers)), reached=False)
-    while low + 1 < high and not search.late:
-        middle = (low + high) // 2
-        low, high = (low, middle) if search.holds(frozenset(order[:middle])) else (middle, high)
-    return chosen_as(frozenset(order[:high]), reached=True)
+    return chosen_as(
+        min(found, key=lambda layers: (sum(costs.get(x, 0.0) for x in layers), len(layers))), reached=True
+    )
 
 
 def _nearness(search: _Search, layers: frozenset[str]) -> float:
@@ -292,13 +376,19 @@ def _nearness(search: _Search, layers: frozenset[str]) -> float:
     return value if search.limit.at_least else -value
 
 
-def _costs(target: Target, graph: Path, int8: Path, image: Float32Array) -> tuple[dict[str, float], float]:
-    """Time that each layer takes longer in float, in ms, by its node; and the INT8 engine's time, 0 if not known."""
-    after, before = target.node_times(graph, image), target.node_times(int8, image)
+def _costs(
+    target: Target, graph: Path, rounded: Path, image: Float32Array, nodes: Mapping[str, Collection[str]]
+) -> tuple[dict[str, float], float]:
+    """Time that each layer takes longer in float, in ms; and the rounded engine's time, 0 if not known.
+
+    Args:
+        nodes: names of the nodes of each layer.
+    """
+    after, before = target.node_times(graph, image), target.node_times(rounded, image)
     if not before:
         return {}, 0.0
 
     def of(times: Mapping[str, float], layer: str) -> float:
-        return sum(times.get(f"{layer}{part}", 0.0) for part in PARTS)
+        return sum(times.get(f"{node}{part}", 0.0) for node in nodes[layer] for part in PARTS)
 
-    return {layer: of(after, layer) - of(before, layer) for layer in after}, sum(before.values())
+    return {layer: of(after, layer) - of(before, layer) for layer in nodes}, sum(before.values())

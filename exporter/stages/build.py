@@ -66,24 +66,27 @@ def _precision_graph(
     precision: Precision,
     ranges: Ranges | None,
     tuned: Tuned | None,
+    aim: Aim | None,
 ) -> tuple[Path, bool]:
     """The graph of a precision, and whether it was cached. Only quantized graphs depend on the target."""
     if precision is BASELINE:
         return graph, True
     if precision.quantized:
         assert tuned is not None
-        parts = tuned.parts
+        parts = tuned.parts.with_float(aim.layers) if aim is not None else tuned.parts
 
         def make(directory: Path) -> None:
             parts.write(directory / GRAPH, target, context.options)
 
         inputs = parts.key(target, context.options)
     else:
+        kept = frozenset(aim.layers) if aim is not None else frozenset[str]()
 
         def make(directory: Path) -> None:
-            precision.write(graph, directory / GRAPH, ranges)
+            precision.write(graph, directory / GRAPH, ranges, kept)
 
-        inputs = {"graph": sha256_of(graph), "ranges": ranges.digest() if ranges is not None else None}
+        digest = ranges.digest() if ranges is not None else None
+        inputs = {"graph": sha256_of(graph), "ranges": digest, "kept": sorted(kept)}
     result = context.cache.run(precision.name, context.key("onnx_ir", "numpy", **inputs), make)
     return result.directory / GRAPH, result.cached
 
@@ -95,11 +98,13 @@ def build(
     precision_name: str,
     ranges: Ranges | None,
     tuned: Tuned | None,
+    aim: Aim | None = None,
 ) -> EngineFiles:
     """Build one engine: write its precision graph, and compile it if the target compiles.
 
     Args:
-        tuned: the parts of a quantized precision.
+        tuned: the parts of a quantized precision, without the layers of `aim`.
+        aim: the layers that --aim leaves float.
 
     Raises:
         TargetRefusalError: the builder refuses the graph; names node and module.
@@ -108,12 +113,10 @@ def build(
     precision = PRECISIONS[precision_name]
     name = f"{target.name}-{precision.name}"
     found = tuned if precision.quantized else None
-    tuning, fast, aim = (
-        (found.tuning, found.float_for_speed, found.aim) if found is not None else (None, None, None)
-    )
+    tuning, fast = (found.tuning, found.float_for_speed) if found is not None else (None, None)
     built_by = library_versions(target.distribution, "onnx_ir", "numpy")
     with context.reporter.stage("build") as stage:
-        precise, cached = _precision_graph(context, graph, target, precision, ranges, tuned)
+        precise, cached = _precision_graph(context, graph, target, precision, ranges, tuned, aim)
         stage.detail = name
         if not target.compiled:
             unchanged = precision is BASELINE

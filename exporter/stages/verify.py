@@ -15,6 +15,7 @@ from export_zoo.base.machine import cpu_model, instruction_set
 from export_zoo.calibration.preprocess import normalize
 from export_zoo.engines.bundle.manifest import Gate, Latency, Recipe
 from export_zoo.engines.bundle.reader import HeldOut
+from export_zoo.engines.parity.intervals import described, unsettled
 from export_zoo.engines.parity.limits import MIN_UNFUSED_COSINE, Limit, fitting
 from export_zoo.engines.parity.metrics import relative_errors
 from export_zoo.engines.parity.outputs import sampled
@@ -141,6 +142,8 @@ def _judge(
         )
         result = context.cache.run("verify", key, make, Gate)
         gate = result.data
+        for text in unsettled(gate.metrics, gate.tolerances):
+            context.reporter.warn(f"{engine.name}: {text}")
         stage.cached = result.cached
         stage.detail = f"{engine.name}: {describe_gate(gate)}"
     return gate
@@ -219,6 +222,7 @@ def confirm_aim(
 def describe_gate(gate: Gate) -> str:
     """A summary of a gate in one line."""
     sqnr, (title, share) = gate.eager_metrics["sqnr"] or 0.0, headline(gate.eager_metrics)
+    share += described(gate.eager_metrics)
     ran = "" if gate.ran == "engine" else "precision graph "
     text = (
         f"{ran}{'FAILED' if gate.failures else 'ok'}, SQNR {sqnr:.1f} dB, {title} {share} on "

@@ -13,7 +13,7 @@ from export_zoo.base.errors import ParityError
 from export_zoo.calibration import synthetic
 from export_zoo.calibration.preprocess import Preprocess, normalize
 from export_zoo.engines.bundle.manifest import Batch
-from export_zoo.engines.parity import limits
+from export_zoo.engines.parity import intervals, limits
 from export_zoo.engines.parity.checked_sizes import batches_to_check
 from export_zoo.engines.parity.limits import Limit, failures, fitting
 from export_zoo.engines.parity.metrics import check_reference, compare, metrics_of
@@ -647,3 +647,33 @@ def test_a_tolerance_of_the_users_own_overrides_that_of_the_unfused_reference():
     gate = _judged(_Linear(noise=2.0), tolerances={"sqnr": 150.0}, unfused=lambda _: (logits,))
     assert gate.tolerances["sqnr"] == 150.0
     assert any("must be sqnr >= 150" in text for text in gate.failures)
+
+
+# -- how sure shares are ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("share", "images", "low", "high"),
+    [(1.0, 128, 0.9709, 1.0), (0.5, 100, 0.4038, 0.5962), (0.0, 10, 0.0, 0.2775), (0.9, 50, 0.7864, 0.9565)],
+)
+def test_intervals_of_shares_are_wilsons(share, images, low, high):
+    """Values of statsmodels' proportion_confint(method="wilson")."""
+    assert intervals.interval(share, images) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_a_limit_within_the_interval_is_not_settled():
+    (text,) = intervals.unsettled({"images": 125, "top1": 0.92, "sqnr": 20.0}, {"top1": 0.9, "sqnr": 10})
+    assert text.startswith(
+        "top1 is 0.92 on 125 images, which may be 0.859 to 0.956 on others: the limit 0.9 lies"
+    )
+    needed = int(text.split("about ")[1].split()[0])
+    low, high = intervals.interval(0.92, needed)
+    assert not low <= 0.9 <= high
+    assert 500 < needed < 900
+
+
+def test_shares_of_pixels_and_clear_cases_say_nothing():
+    assert intervals.unsettled({"images": 125, "top1": 1.0}, {"top1": 0.9}) == []
+    assert intervals.unsettled({"images": 4, "pixels": 900, "top1": 0.91}, {"top1": 0.9}) == []
+    assert intervals.described({"images": 4, "pixels": 900, "top1": 0.91}) == ""
+    assert intervals.described({"images": 125, "top1": 0.992}) == " (95.6 to 99.9)"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -84,6 +85,30 @@ def test_the_layers_that_spoil_the_engine_are_left_float(arguments, cli, tmp_pat
     )
 
 
+def test_modules_of_fp16_engines_are_left_float(digits, cli, tmp_path):
+    arguments = [
+        *digits.arguments(),
+        "--calib",
+        digits.images,
+        "--precision",
+        "fp16",
+        "--target",
+        "tensorrt-rtx",
+    ]
+    plain = cli(*arguments, "--out", tmp_path / "plain")
+    before = plain.json["engines"][0]["gate"]["eager_metrics"]["sqnr"]
+    done = cli(*arguments, "--aim", f"sqnr={before + 4:.1f}", "--out", tmp_path / "out")
+    assert done.code == 0, done.err
+    (engine,) = done.json["engines"]
+    assert engine["gate"]["eager_metrics"]["sqnr"] >= before + 4
+    assert 0 < len(engine["aim"]["modules"]) < 60
+    graph = onnx.load(tmp_path / "out" / engine["graph"]["path"]).graph
+    nodes = {node.name: node for node in graph.node}
+    halves = {v.name for v in graph.initializer if v.data_type == onnx.TensorProto.FLOAT16}
+    for name in engine["aim"]["layers"]:
+        assert not halves & set(nodes[name].input)
+
+
 def test_an_aim_that_is_met_anyway_changes_nothing(digits, cli, tmp_path):
     arguments = [*digits.arguments(), "--calib", digits.images, "--precision", "int8", *UNTUNED]
     done = cli(*arguments, "--aim", "sqnr=15", "--out", tmp_path / "out")
@@ -110,6 +135,7 @@ def test_an_aim_that_cannot_be_reached_ends_with_3_and_the_nearest(digits, cli, 
     ("given", "says"),
     [
         (["--aim", "top1=0.999"], "select images cannot tell it from a perfect engine: 3000 are needed"),
+        (["--aim", "nearest=0.9"], "outputs of classification have no nearest"),
         (["--aim", "sqnr"], "'' is not a finite number"),
         (["--aim", "speed=2"], "unknown metric 'speed'"),
         (["--aim", "top1=1.5"], "not between 0 and 1"),
@@ -124,8 +150,8 @@ def test_an_aim_that_makes_no_sense_is_refused(digits, cli, given, says):
 
 
 def test_an_aim_needs_int8_images_and_trained_weights(digits, cli):
-    with pytest.raises(UsageError, match="--aim has no effect on fp16"):
-        ExportOptions("resnet18", precisions=("fp16",), aim="sqnr=30")
+    with pytest.raises(UsageError, match="--aim has no effect on fp32"):
+        ExportOptions("resnet18", precisions=("fp32",), aim="sqnr=30")
     with pytest.raises(UsageError, match="--aim needs images to choose layers on"):
         ExportOptions("resnet18", precisions=("int8",), ranges="ranges.json", aim="sqnr=30")
     done = cli(

@@ -109,7 +109,7 @@ def _fits_half(value: ir.Value) -> bool:
     return largest == 0 or _LEAST_NORMAL <= largest <= _LARGEST
 
 
-def _decide(nodes: Iterable[ir.Node], beyond: Set[str]) -> dict[int, bool]:
+def _decide(nodes: Iterable[ir.Node], beyond: Set[str], kept: Set[str]) -> dict[int, bool]:
     """Whether each node runs in half, by id, for nodes in graph order.
 
     An epsilon guards a division: `x / max(norm, 1e-12)` is 0 / 0 if the maximum is cast to half before the division.
@@ -117,6 +117,7 @@ def _decide(nodes: Iterable[ir.Node], beyond: Set[str]) -> dict[int, bool]:
 
     Args:
         beyond: names of tensors that half might not hold. Their producers and readers stay float.
+        kept: names of nodes that stay float.
     """
     decisions: dict[int, bool] = {}
     nodes = list(nodes)
@@ -139,7 +140,8 @@ def _decide(nodes: Iterable[ir.Node], beyond: Set[str]) -> dict[int, bool]:
         outside = any(v is not None and v.name in unfit for v in [*node.inputs, *node.outputs])
         if node.op_type in QDQ and (outside or (constant(node.inputs[0]) and not runs_in_half(node))):
             unfit.update(str(value.name) for value in node.outputs)  # the same values
-        decisions[id(node)] = runs_in_half(node) and not (carries or divides or outside or id(node) in exact)
+        stays = carries or divides or outside or id(node) in exact or node.name in kept
+        decisions[id(node)] = runs_in_half(node) and not stays
     return decisions
 
 
@@ -167,14 +169,14 @@ def runs_in_half(node: ir.Node) -> bool:
 
 
 class _Converter:
-    def __init__(self, graph: ir.Graph, beyond: Set[str]) -> None:
+    def __init__(self, graph: ir.Graph, beyond: Set[str], kept: Set[str]) -> None:
         self.graph = graph
-        self.beyond = beyond
+        self.beyond, self.kept = beyond, kept
         self.casts: dict[tuple[str, ir.DataType], ir.Value] = {}
 
     def run(self) -> None:
         nodes = list(self.graph)
-        decisions = _decide(nodes, self.beyond)
+        decisions = _decide(nodes, self.beyond, self.kept)
         floats = {
             id(v) for node in nodes for v in [*node.inputs, *node.outputs] if v is not None and _is_float(v)
         }
@@ -257,18 +259,19 @@ def beyond_half(ranges: Ranges | None) -> set[str]:
     return {name for name, value in largest.items() if value > MAX_ABS or 0 < value < _LEAST_NORMAL}
 
 
-def halve(graph: ir.Graph, ranges: Ranges | None) -> None:
+def halve(graph: ir.Graph, ranges: Ranges | None, kept: Set[str] = frozenset()) -> None:
     """Convert a graph to FP16 in place. Values that half cannot hold, the input and the logits stay float32.
 
     Args:
         ranges: activation ranges, to find tensors that overflow or underflow; None without calibration.
+        kept: names of nodes that stay float32.
     """
-    _Converter(graph, beyond_half(ranges)).run()
+    _Converter(graph, beyond_half(ranges), kept).run()
 
 
-def to_half(graph: Path, out: Path, ranges: Ranges | None = None) -> list[Path]:
+def to_half(graph: Path, out: Path, ranges: Ranges | None = None, kept: Set[str] = frozenset()) -> list[Path]:
     """Write the FP16 precision graph of an FP32 graph (see `halve`). Returns the files written."""
     model = graph_io.load(graph)
-    halve(model.graph, ranges)
+    halve(model.graph, ranges, kept)
     remove_unused_initializers(model.graph)
     return graph_io.save(model, out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,10 +13,10 @@ if TYPE_CHECKING:
 
 
 class _FP16(Precision):
-    def write(self, graph: Path, out: Path, ranges: Ranges | None) -> None:
+    def write(self, graph: Path, out: Path, ranges: Ranges | None, kept: Set[str] = frozenset()) -> None:
         from export_zoo.engines.precision.fp16.half import to_half
 
-        to_half(graph, out, ranges)
+        to_half(graph, out, ranges, kept)
 
 
 # Half has 11 significant bits (66 dB per rounding). After tens of layers, 40 dB or more are left.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,14 @@ class Int8Parts:
     """Steps from the nearest integers, .safetensors by node name; None if all weights are rounded to nearest."""
     kept: tuple[str, ...] = ()
     """Patterns of layers that stay float, in addition to those of --keep-float."""
+
+    def with_float(self, layers: Collection[str]) -> Int8Parts:
+        """The same parts, with more layers in float.
+
+        Args:
+            layers: names of nodes.
+        """
+        return replace(self, kept=(*self.kept, *map(escape, sorted(layers))))
 
     def write(
         self, out: Path, target: Target, options: ExportOptions, order: ChannelOrder | None = None

@@ -17,7 +17,7 @@ from export_zoo.calibration.images import ImageStream
 from export_zoo.calibration.methods import METHODS
 from export_zoo.calibration.preprocess import Preprocess
 from export_zoo.calibration.ranges import Ranges
-from export_zoo.engines.bundle.manifest import Aim, StepName, Tuning, TuningStep
+from export_zoo.engines.bundle.manifest import StepName, Tuning, TuningStep
 from export_zoo.engines.precision.int8.equalize import STRENGTHS
 from export_zoo.engines.precision.int8.keep_float import kept_float
 from export_zoo.engines.precision.int8.names import APPROXIMATE, GATES, OFF
@@ -89,7 +89,6 @@ class Tuned:
     parts: Int8Parts
     tuning: Tuning | None
     float_for_speed: FloatForSpeed | None = None
-    aim: Aim | None = None
 
 
 @dataclass(frozen=True)
