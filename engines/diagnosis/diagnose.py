@@ -105,6 +105,7 @@ class Diagnosis(_Model):
     schema_version: Literal[1] = 1
     bundle: str
     engine: str
+    quantized: bool = Field(description="Whether it is INT8, so that `--keep-float` can name its layers.")
     images: int
     sqnr: float = Field(description="SQNR of the engine's graph on these images, in dB.")
     limit: float | None = Field(description="The gate's limit on SQNR, in dB.")
@@ -252,6 +253,7 @@ def diagnose(
     return Diagnosis(
         bundle=str(bundle),
         engine=subject.engine.name,
+        quantized=PRECISIONS[subject.engine.precision].quantized,
         images=count,
         sqnr=mended[0].sqnr,
         limit=subject.engine.gate.tolerances.get("sqnr"),

@@ -66,24 +66,37 @@ class QuantizedLayers(Layers):
         return self._roundings & (weights | set(map(pair_of, tensors)))
 
 
+MOST_MODULES = 100
+"""Number of modules above which their parents are taken: each is tried in a graph of its own."""
+
+
 class HalfLayers(Layers):
-    """The modules of an FP16 engine; a node without a module stands for itself. Arguments: see `QuantizedLayers`."""
+    """The modules of an FP16 engine, or their parents if there are many; a node without a module stands for itself.
+
+    Arguments: see `QuantizedLayers`.
+    """
 
     def __init__(self, counterparts: Counterparts, roundings: Collection[str]) -> None:
         known, self._own = frozenset(roundings), dict[str, frozenset[str]]()
         self.nodes: dict[str, frozenset[str]] = {}
         """Names of the nodes of each layer, by its name."""
         found: dict[str, Layer] = {}
+        owned: list[tuple[ir.Node, frozenset[str]]] = []
         exact = nodes_by_name(counterparts.exact.graph)
         for node in counterparts.rounded.graph:
             own = {casts_of(str(value.name)) for value in node.outputs}
             own |= {constant_of(str(node.name), index) for index in range(len(node.inputs))}
             if own := own & known:
-                owner = _owner(node, exact)
-                module = graph_io.module_of(owner) or str(owner.name)
-                layer = found.setdefault(module, Layer(str(owner.name), module))
-                self._own[layer.name] = self._own.get(layer.name, frozenset()) | own
-                self.nodes[layer.name] = self.nodes.get(layer.name, frozenset()) | {str(owner.name)}
+                owned.append((_owner(node, exact), frozenset(own)))
+        paths = [(graph_io.module_of(owner) or str(owner.name)).split(".") for owner, _ in owned]
+        depth = max(map(len, paths), default=1)
+        while depth > 1 and len({tuple(path[:depth]) for path in paths}) > MOST_MODULES:
+            depth -= 1
+        for (owner, roundings_of_it), path in zip(owned, paths, strict=True):
+            module = ".".join(path[:depth])
+            layer = found.setdefault(module, Layer(str(owner.name), module))
+            self._own[layer.name] = self._own.get(layer.name, frozenset()) | roundings_of_it
+            self.nodes[layer.name] = self.nodes.get(layer.name, frozenset()) | {str(owner.name)}
         super().__init__([*found.values()])
 
     def rounded(self, names: Collection[str]) -> frozenset[str]:

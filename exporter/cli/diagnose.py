@@ -122,5 +122,6 @@ def _print(found: Diagnosis) -> None:
     curve = ", ".join(f"{step.layers}: {step.sqnr:.1f} dB" for step in found.mended[1:-1])
     if curve:
         click.echo(f"with the first of these layers in float: {curve}")
-    first = layers[found.worst[0]]
-    click.echo(f"to leave the first one float: --keep-float {first.module}")
+    if found.quantized:
+        click.echo(f"to leave the first one float: --keep-float {layers[found.worst[0]].module}")
+    click.echo("to leave float as many as an accuracy needs: export-zoo ... --aim METRIC=VALUE")
