@@ -27,6 +27,7 @@ from export_zoo.engines.parity.metrics import WITHOUT_NOISE
 from export_zoo.engines.parity.outputs import as_rows
 from export_zoo.engines.precision.placement import constant
 from export_zoo.engines.precision.registry import BASELINE, PRECISIONS
+from export_zoo.engines.targets.base import Opening
 from export_zoo.engines.targets.onnxruntime.engine import OnnxRuntimeEngine
 from export_zoo.engines.targets.registry import TARGETS
 
@@ -242,7 +243,7 @@ def diagnose(
             sqnr=_or_none(_decibels(signal, found.noise)),
             divergence=_finite(float(found.divergence.mean())) if by_class else None,
             share=min(1.0, float(found.noise.sum()) / sum_of_all),
-            **_parts(local[layer.name]),
+            **_parts(local.get(layer.name, NOTHING)),
             along=_or_none(along[layer.name]),
             input=shown.get(layer.name),
             bytes=_bytes(subject, layer),
@@ -282,6 +283,7 @@ def chosen(bundle: Path, manifest: Manifest, name: str | None) -> Engine:
     return min(engines, key=lambda engine: engine.gate.eager_metrics["sqnr"] or 0.0)
 
 
+NOTHING = Local(0.0, 0.0, 0.0, 0.0)
 MAX_ANSWERS = 12
 
 
@@ -369,7 +371,8 @@ def _times(subject: Subject) -> Mapping[str, float]:
     target, engine = TARGETS[subject.engine.target], subject.engine
     if target.why_not_run(engine.plan):
         return {}
-    return target.node_times(subject.bundle / engine.file.path, subject.batches(0, 1)[0])
+    opening = Opening(subject.bundle / engine.file.path, PRECISIONS[engine.precision])
+    return target.node_times(opening, subject.batches(0, 1)[0])
 
 
 def _histograms(subject: Subject, batches: Sequence[Float32Array]) -> dict[str, Histogram]:

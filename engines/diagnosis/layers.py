@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -22,7 +22,7 @@ class Layer:
     """A layer in 8 bits or in half.
 
     Attributes:
-        name: name of its node; in FP16, of the first node of its module.
+        name: name of its node; in FP16, of one node of its module.
         module: path of its module in PyTorch; its name if that is not known.
     """
 
@@ -92,15 +92,32 @@ class HalfLayers(Layers):
         depth = max(map(len, paths), default=1)
         while depth > 1 and len({tuple(path[:depth]) for path in paths}) > MOST_MODULES:
             depth -= 1
-        for (owner, roundings_of_it), path in zip(owned, paths, strict=True):
-            module = ".".join(path[:depth])
-            layer = found.setdefault(module, Layer(str(owner.name), module))
-            self._own[layer.name] = self._own.get(layer.name, frozenset()) | roundings_of_it
-            self.nodes[layer.name] = self.nodes.get(layer.name, frozenset()) | {str(owner.name)}
+        groups: dict[str, list[tuple[ir.Node, frozenset[str]]]] = {}
+        for one, path in zip(owned, paths, strict=True):
+            groups.setdefault(".".join(path[:depth]), []).append(one)
+        for module, members in groups.items():
+            name = str(_foremost([owner for owner, _ in members]).name)
+            found[module] = Layer(name, module)
+            self._own[name] = frozenset[str]().union(*(own for _, own in members))
+            self.nodes[name] = frozenset(str(owner.name) for owner, _ in members)
         super().__init__([*found.values()])
 
     def rounded(self, names: Collection[str]) -> frozenset[str]:
         return frozenset[str]().union(*(self._own[name] for name in names))
+
+
+WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+
+
+def measurable(node: ir.Node) -> bool:
+    """Whether a node's output is one tensor of floats."""
+    return len(node.outputs) == 1 and node.outputs[0].dtype == ir.DataType.FLOAT
+
+
+def _foremost(nodes: Sequence[ir.Node]) -> ir.Node:
+    """The node that a module is shown by: its first one with a weight, else its last one that makes floats."""
+    weighted = [node for node in nodes if node.op_type in WEIGHTED]
+    return next(iter([*weighted, *filter(measurable, reversed(nodes)), *nodes]))
 
 
 def _owner(node: ir.Node, exact: Mapping[str, ir.Node]) -> ir.Node:
@@ -115,5 +132,6 @@ def _owner(node: ir.Node, exact: Mapping[str, ir.Node]) -> ir.Node:
 def _reader(node: ir.Node, exact: Mapping[str, ir.Node]) -> ir.Node:
     """The first node of the FP32 graph behind a cast of the graph's input."""
     while str(node.name) not in exact:
-        node = next(iter(node.outputs[0].uses())).node
+        readers = [use.node for use in node.outputs[0].uses()]
+        node = next((reader for reader in readers if reader.op_type != "Shape"), readers[0])
     return node

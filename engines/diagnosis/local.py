@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from export_zoo.base import graph_io
 from export_zoo.engines.diagnosis.counterparts import Counterparts, nodes_by_name
-from export_zoo.engines.diagnosis.layers import PARTS, Layer
+from export_zoo.engines.diagnosis.layers import PARTS, Layer, measurable
 from export_zoo.engines.diagnosis.mixtures import CAST, QUANTIZE, Float32Array, constant_array
 from export_zoo.engines.precision.placement import activated, constant
 from export_zoo.engines.precision.rewrites import add_constant
@@ -162,6 +162,7 @@ class _Measured:
             elif (
                 value is not None
                 and not constant(value)
+                and value.dtype == ir.DataType.FLOAT
                 and (how := rounding_of(value, self.how)) is not None
             ):
                 after = self.clipped(after, value, how)
@@ -193,20 +194,26 @@ def local_errors(
     """The local errors of layers, by name, over batches of inputs, float32 [N, C, H, W].
 
     Weights, clipping and rounding are tried one at a time: their errors add up only nearly to that of all together.
+    Layers whose output is not one tensor of floats are left out.
     """
     measured = _Measured(counterparts)
     nodes = nodes_by_name(measured.graph)
-    for layer in layers:
-        measured.layer(next(node for part in PARTS if (node := nodes.get(f"{layer.name}{part}")) is not None))
+    found = {
+        layer.name: next(node for part in PARTS if (node := nodes.get(f"{layer.name}{part}")) is not None)
+        for layer in layers
+    }
+    names = [name for name, node in found.items() if measurable(node)]
+    for name in names:
+        measured.layer(found[name])
     with tempfile.TemporaryDirectory(prefix="export-zoo-") as directory:
         path = Path(directory) / "measured.onnx"
         graph_io.save(measured.model, path)
         engine = OnnxRuntimeEngine(path, fused=False)
-    total = np.zeros((len(layers), _POWERS))
+    total = np.zeros((len(names), _POWERS))
     for batch in batches:
-        found = engine.run_all(batch)[measured.count :]
-        total += np.array([float(power) for power in found]).reshape(total.shape)
-    return {layer.name: _local(powers) for layer, powers in zip(layers, total, strict=True)}
+        powers = engine.run_all(batch)[measured.count :]
+        total += np.array([float(power) for power in powers]).reshape(total.shape)
+    return dict(zip(names, map(_local, total), strict=True))
 
 
 _POWERS = 6

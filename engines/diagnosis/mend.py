@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from export_zoo.engines.diagnosis.diagnose import LOOKED_AT, Subject
+from export_zoo.engines.diagnosis.diagnose import LOOKED_AT, NOTHING, Subject
 from export_zoo.engines.diagnosis.local import local_errors
 from export_zoo.engines.diagnosis.ranking import effect
 from export_zoo.engines.parity.limits import failures
@@ -60,7 +60,7 @@ def mending(
     local = local_errors(subject.counterparts, subject.layers, iter(few))
 
     def own(layer: str) -> float:
-        found = local[layer]
+        found = local.get(layer, NOTHING)
         return (found.weights + found.clipping + found.rounding) / (found.signal or 1.0)
 
     order = sorted((layer.name for layer in subject.layers), key=own, reverse=True)

@@ -157,9 +157,9 @@ class Target(ABC):
             EnvironmentFailureError: the device reports an error.
         """
 
-    def node_times(self, graph: Path, batch: npt.NDArray[np.float32]) -> Mapping[str, float]:
-        """Time of each node of an engine's graph, in milliseconds for one batch; {} if the target cannot tell."""
-        del graph, batch
+    def node_times(self, opening: Opening, batch: npt.NDArray[np.float32]) -> Mapping[str, float]:
+        """Time of each node of an engine, in milliseconds for one batch; {} if the target cannot tell."""
+        del opening, batch
         return {}
 
     def check_graph(self, graph: Path) -> None:

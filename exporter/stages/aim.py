@@ -34,6 +34,7 @@ from export_zoo.engines.precision.base import Precision
 from export_zoo.engines.precision.fp16.precision import FP16
 from export_zoo.engines.precision.int8.precision import INT8
 from export_zoo.engines.precision.int8.saturation.channel_order import ChannelOrder, choose_order
+from export_zoo.engines.precision.registry import BASELINE
 from export_zoo.engines.precision.twin import write_twin
 from export_zoo.engines.targets.base import Opening, Runner, Target
 from export_zoo.engines.targets.onnxruntime.engine import OnnxRuntimeEngine
@@ -310,7 +311,7 @@ def _aim(
     nodes = (
         search.graphs.nodes if isinstance(search.graphs, HalfGraphs) else {name: {name} for name in modules}
     )
-    costs, timed = _costs(target, graph, rounded, few[:1], nodes)
+    costs, timed = _costs(target, search.graphs.precision, graph, rounded, few[:1], nodes)
 
     def chosen_as(layers: frozenset[str], *, reached: bool) -> Aim:
         ordered = [layer for layer in modules if layer in layers]
@@ -377,14 +378,21 @@ def _nearness(search: _Search, layers: frozenset[str]) -> float:
 
 
 def _costs(
-    target: Target, graph: Path, rounded: Path, image: Float32Array, nodes: Mapping[str, Collection[str]]
+    target: Target,
+    precision: Precision,
+    graph: Path,
+    rounded: Path,
+    image: Float32Array,
+    nodes: Mapping[str, Collection[str]],
 ) -> tuple[dict[str, float], float]:
     """Time that each layer takes longer in float, in ms; and the rounded engine's time, 0 if not known.
 
     Args:
         nodes: names of the nodes of each layer.
     """
-    after, before = target.node_times(graph, image), target.node_times(rounded, image)
+    after, before = (
+        target.node_times(Opening(file, of), image) for file, of in ((graph, BASELINE), (rounded, precision))
+    )
     if not before:
         return {}, 0.0
 

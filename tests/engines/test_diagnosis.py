@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
-from support.options import UNTUNED
+from support.options import PREPROCESS_FILE, UNTUNED
+from support.paths import ROOT
 
 from export_zoo.base import graph_io
 from export_zoo.base.errors import BadInputError, UsageError
@@ -269,3 +270,24 @@ def test_the_engine_with_the_lowest_sqnr_is_chosen(bundles):
     engines = read_manifest(bundles["resnet18"]).artifacts.engines
     lowest = min(engines, key=lambda engine: engine.gate.eager_metrics["sqnr"])
     assert Subject(bundles["resnet18"]).engine.name == lowest.name
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp16"])
+def test_layers_of_a_transformer_are_modules_with_several_kinds_of_nodes(photos, tmp_path, precision):
+    """With LayerNormalization, GELU, attention, and nodes that split tensors or compute shapes."""
+    out = tmp_path / "vit"
+    (tmp_path / "p.json").write_text(json.dumps(PREPROCESS_FILE))
+    arguments = [
+        f"{ROOT / 'tests' / 'own_networks.py'}:vision_transformer",
+        "--preprocess",
+        tmp_path / "p.json",
+    ]
+    arguments += ["--weights", "none", "--precision", precision, "--target", "onnxruntime", "--calib", photos]
+    arguments += ["--tolerance", "sqnr=-100", "--verify-images", "32", "--batch", "8", *UNTUNED]
+    main([*map(str, arguments), "--out", str(out), "--quiet"])
+    bundle = out if out.exists() else out.with_name("vit.failed")
+    found = diagnose(bundle, f"onnxruntime-{precision}", images=8)
+    modules = {layer.module for layer in found.layers}
+    assert {"conv_proj", "encoder.layers.encoder_layer_0.mlp.0", "heads.head"} <= modules
+    assert found.mended[-1].sqnr > 80
+    assert all(layer.sqnr is None or layer.sqnr > 5 for layer in found.layers)

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 Float32Array = npt.NDArray[np.float32]
 
 
+CRASHING = ["NchwcTransformer"]
+"""Optimizations in which ONNX Runtime 1.31 segfaults on FP16 ViTs."""
+
+
 class OnnxRuntimeEngine:
     """An ONNX graph loaded on the CPU. Thread-safe: ONNX Runtime allows concurrent `run` calls.
 
@@ -59,8 +63,7 @@ class OnnxRuntimeEngine:
             self.session_config = dict(saturating_session)
         for key, value in self.session_config.items():
             options.add_session_config_entry(key, value)
-        # ONNX Runtime 1.31 segfaults in this pass on FP16 ViTs.
-        disabled = ["NchwcTransformer"] if half else []
+        disabled = CRASHING if half else []
         try:
             self._session = _session(graph, options, disabled)
         except TargetUnavailableError:

@@ -15,6 +15,7 @@ import onnxruntime as ort
 
 from export_zoo.base import graph_io
 from export_zoo.engines.precision.placement import activated
+from export_zoo.engines.targets.onnxruntime.engine import CRASHING
 
 RUNS = 12
 """Number of timed runs; the first ones, which allocate memory, count less in a median."""
@@ -23,10 +24,13 @@ _KERNEL, _ADDED = "_kernel_time", re.compile(r"(_token_\d+|_nchwc)+$")
 """Endings of names: of an event, and of the nodes that ONNX Runtime makes of ours."""
 
 
-def node_times(graph: Path, batch: npt.NDArray[np.float32]) -> dict[str, float]:
+def node_times(graph: Path, batch: npt.NDArray[np.float32], *, half: bool) -> dict[str, float]:
     """Median time of each node that runs, in milliseconds for one batch on one thread, by the node's name.
 
     A fused node has the name of its layer's node. Nodes that ONNX Runtime adds have names of its own.
+
+    Args:
+        half: the graph computes in FP16.
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
@@ -34,7 +38,12 @@ def node_times(graph: Path, batch: npt.NDArray[np.float32]) -> dict[str, float]:
     options.enable_profiling = True
     with tempfile.TemporaryDirectory(prefix="export-zoo-") as directory:
         options.profile_file_prefix = str(Path(directory) / "profile")
-        session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(
+            graph,
+            options,
+            providers=["CPUExecutionProvider"],
+            disabled_optimizers=CRASHING if half else [],
+        )
         (feed,) = session.get_inputs()
         for _ in range(RUNS):
             session.run(None, {feed.name: batch})

@@ -59,7 +59,7 @@ class OnnxRuntime(Target):
             saturating_session=opening.saturating_session,
         )
 
-    def node_times(self, graph: Path, batch: npt.NDArray[np.float32]) -> Mapping[str, float]:
+    def node_times(self, opening: Opening, batch: npt.NDArray[np.float32]) -> Mapping[str, float]:
         from export_zoo.engines.targets.onnxruntime.profiling import node_times
 
-        return node_times(graph, batch)
+        return node_times(opening.file, batch, half=opening.precision.float16)
