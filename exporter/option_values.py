@@ -173,6 +173,9 @@ AIMS = (
 )
 """Metrics that `--aim` takes."""
 
+OF_IMAGES = ("top1", "top5", "agreement", "nearest", "accuracy_drop")
+"""Those that are shares of images."""
+
 
 @dataclass(frozen=True)
 class Aim:
@@ -198,6 +201,10 @@ class Aim:
         shares = metric not in ("sqnr", "accuracy_drop")
         if (shares and not 0 < value <= 1) or (metric == "accuracy_drop" and not 0 <= value < 1):
             raise UsageError(f"--aim {text!r}: not between 0 and 1", hint="for example top1=0.98")
+        if value == (0 if metric == "accuracy_drop" else 1) and metric in OF_IMAGES:
+            raise UsageError(
+                f"--aim {text!r}: no number of images can show it", hint="for example top1=0.98, or sqnr=30"
+            )
         return cls(metric, value)
 
     @property
@@ -207,10 +214,10 @@ class Aim:
         If one of d differs on average, n images show none with a probability of exp(-n d): 5 % at n = 3 / d (Hanley and
         Lippman-Hand 1983, "If nothing goes wrong, is everything all right?").
         """
-        if self.metric in ("sqnr", "cosine", "correlation", "similarity"):
+        if self.metric not in OF_IMAGES:
             return 1
         rate = self.value if self.metric == "accuracy_drop" else 1 - self.value
-        return math.ceil(3 / rate - 1e-9) if rate > 0 else 1
+        return math.ceil(3 / rate - 1e-9)
 
     def __str__(self) -> str:
         return f"{self.metric}={self.value:g}"

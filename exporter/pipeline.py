@@ -136,9 +136,13 @@ def _advice(engines: Sequence[Engine]) -> str:
 def _mending(context: Context, place: Path, result: manifest.Manifest) -> str:
     """What would mend the worst engine that failed its gate, for its error message; empty if nothing can be said.
 
-    With random weights, errors say nothing about layers.
+    With random weights, errors say nothing about layers. --aim has chosen layers by itself.
     """
-    rounded = [e for e in result.artifacts.engines if e.gate.failures and e.precision != BASELINE.name]
+    rounded = [
+        e
+        for e in result.artifacts.engines
+        if e.gate.failures and e.precision != BASELINE.name and e.aim is None
+    ]
     if not rounded or result.recipe.source.weights.random:
         return ""
     from export_zoo.engines.diagnosis.mend import mending

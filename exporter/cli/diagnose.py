@@ -57,7 +57,7 @@ def diagnose(
     Rounds one layer at a time and measures what that does to the outputs. Takes a bundle that failed its gate, too
     (OUT.failed). Needs no PyTorch.
     """
-    del json_path, verbose
+    del verbose
     now = outcome.current()
     now.reporter = reporter = ConsoleReporter(quiet=quiet)
     from export_zoo.engines.bundle.reader import read_manifest
@@ -68,7 +68,7 @@ def diagnose(
 
     if html is not None:
         plots.check()
-        check_writable(html, "--html")
+        check_writable(html, "--html", bundle, [json_path])
     if read_manifest(bundle).recipe.source.weights.random:
         raise UsageError(
             f"{bundle}: has random weights, whose errors say nothing about layers",

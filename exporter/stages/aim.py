@@ -63,6 +63,8 @@ def check_aim(wanted: option_values.Aim, head: Head, chosen: ChosenImages) -> No
             f"--aim {wanted}: outputs of {head.task} have no {wanted.metric}",
             hint="give another metric, for example sqnr=30; docs/parity.md says which task has which",
         )
+    if wanted.metric == "accuracy_drop" and (chosen.labels is None or chosen.select_labels is None):
+        raise UsageError(f"--aim {wanted}: the images have no labels", hint="divide them into class folders")
     for name in ("select", "verify"):
         if (have := len(chosen.splits[name])) < wanted.images:
             raise UsageError(
@@ -70,8 +72,6 @@ def check_aim(wanted: option_values.Aim, head: Head, chosen: ChosenImages) -> No
                 "needed",
                 hint="give more images (--calib, --verify-images), or an aim that is less fine, or sqnr=DECIBELS",
             )
-    if wanted.metric == "accuracy_drop" and (chosen.labels is None or chosen.select_labels is None):
-        raise UsageError(f"--aim {wanted}: the images have no labels", hint="divide them into class folders")
 
 
 class Rounded(Protocol):
@@ -270,7 +270,7 @@ def aim(
     if not found.reached:
         context.reporter.warn(
             f"--aim {wanted}: not reached by {name} on the select images; nearest: {found.select:.4g} with "
-            f"{len(found.modules)} layers in float"
+            f"{len(found.modules)} layers in float (one at least stays as it is)"
         )
     return found
 
@@ -283,7 +283,7 @@ def _described(found: Aim, *, options: bool) -> str:
     """
     if not found.layers:
         return f"{found.metric} {found.select:.4g} on the select images, no layer in float for it"
-    time_text = f", +{found.added_ms:.2f} ms" if found.added_ms is not None else ""
+    time_text = f", {found.added_ms:+.2f} ms" if found.added_ms is not None else ""
     names = (
         " ".join(f"--keep-float {module}" for module in found.modules)
         if options

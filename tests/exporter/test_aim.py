@@ -136,6 +136,7 @@ def test_an_aim_that_cannot_be_reached_ends_with_3_and_the_nearest(digits, cli, 
     [
         (["--aim", "top1=0.999"], "select images cannot tell it from a perfect engine: 3000 are needed"),
         (["--aim", "nearest=0.9"], "outputs of classification have no nearest"),
+        (["--aim", "top1=1"], "no number of images can show it"),
         (["--aim", "sqnr"], "'' is not a finite number"),
         (["--aim", "speed=2"], "unknown metric 'speed'"),
         (["--aim", "top1=1.5"], "not between 0 and 1"),

@@ -115,6 +115,17 @@ def test_a_page_that_cannot_be_written_is_refused_before_any_work(digits_bundle,
     assert "cannot be written to" in done.err
 
 
+def test_a_page_never_takes_the_place_of_a_bundles_file_or_of_the_json(digits_bundle, cli, tmp_path):
+    manifest = digits_bundle / "manifest.json"
+    before = manifest.read_bytes()
+    done = cli("diagnose", digits_bundle, "--html", manifest)
+    assert (done.code, manifest.read_bytes()) == (2, before)
+    assert "lies in the bundle" in done.err
+    done = cli("diagnose", digits_bundle, "--html", tmp_path / "result.json")  # where `cli` has --json
+    assert done.code == 2
+    assert "is the file of another option" in done.err
+
+
 def test_without_matplotlib_the_option_says_what_to_install(digits_bundle, cli, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     done = cli("diagnose", digits_bundle, "--html", tmp_path / "page.html")
