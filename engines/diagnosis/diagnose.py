@@ -160,6 +160,10 @@ class Subject:
         }
         """The node of each layer in the float graph, by the layer's name."""
 
+    def members(self, layer: Layer) -> list[str]:
+        """Names of the nodes that a layer may consist of."""
+        return [f"{node}{part}" for node in sorted(self._which.nodes[layer.name]) for part in PARTS]
+
     def batches(self, start: int, stop: int, size: int = BATCH) -> list[Float32Array]:
         """Held-out images, preprocessed, in batches."""
         starts, p = range(start, stop, size), self.manifest.recipe.preprocess
@@ -247,7 +251,7 @@ def diagnose(
             along=_or_none(along[layer.name]),
             input=shown.get(layer.name),
             bytes=_bytes(subject, layer),
-            ms=sum(times.get(f"{layer.name}{part}", 0.0) for part in PARTS) if times else None,
+            ms=sum(times.get(node, 0.0) for node in subject.members(layer)) if times else None,
         )
         for layer, found in zip(layers, alone, strict=True)
     ]
@@ -436,8 +440,8 @@ def _bytes(subject: Subject, layer: Layer) -> int:
     nodes = graphs.nodes_by_name(subject.counterparts.rounded.graph)
     half = PRECISIONS[subject.engine.precision].float16
     total = 0
-    for part in PARTS:
-        for value in nodes[f"{layer.name}{part}"].inputs if f"{layer.name}{part}" in nodes else ():
+    for name in subject.members(layer):
+        for value in nodes[name].inputs if name in nodes else ():
             producer = value.producer() if value is not None else None
             if producer is not None and producer.op_type == "DequantizeLinear":
                 value = producer.inputs[0]

@@ -33,8 +33,10 @@ class Layer:
 class Layers(ABC):
     """The layers of an engine, in the order of its graph, and which roundings there are if only some are rounded."""
 
-    def __init__(self, layers: list[Layer]) -> None:
+    def __init__(self, layers: list[Layer], nodes: Mapping[str, frozenset[str]] | None = None) -> None:
         self.layers = layers
+        self.nodes = nodes or {layer.name: frozenset({layer.name}) for layer in layers}
+        """Names of the nodes of each layer, by its name."""
         self.names = frozenset(layer.name for layer in layers)
 
     @abstractmethod
@@ -78,8 +80,7 @@ class HalfLayers(Layers):
 
     def __init__(self, counterparts: Counterparts, roundings: Collection[str]) -> None:
         known, self._own = frozenset(roundings), dict[str, frozenset[str]]()
-        self.nodes: dict[str, frozenset[str]] = {}
-        """Names of the nodes of each layer, by its name."""
+        nodes: dict[str, frozenset[str]] = {}
         found: dict[str, Layer] = {}
         owned: list[tuple[ir.Node, frozenset[str]]] = []
         exact = nodes_by_name(counterparts.exact.graph)
@@ -99,8 +100,8 @@ class HalfLayers(Layers):
             name = str(_foremost([owner for owner, _ in members]).name)
             found[module] = Layer(name, module)
             self._own[name] = frozenset[str]().union(*(own for _, own in members))
-            self.nodes[name] = frozenset(str(owner.name) for owner, _ in members)
-        super().__init__([*found.values()])
+            nodes[name] = frozenset(str(owner.name) for owner, _ in members)
+        super().__init__([*found.values()], nodes)
 
     def rounded(self, names: Collection[str]) -> frozenset[str]:
         return frozenset[str]().union(*(self._own[name] for name in names))

@@ -124,7 +124,7 @@ class HalfGraphs:
 
     def __init__(self, graph: Path, ranges: Ranges | None) -> None:
         self._graph, self._ranges = graph, ranges
-        self.nodes: dict[str, frozenset[str]] = {}
+        self.nodes: Mapping[str, frozenset[str]] = {}
         """Names of the nodes of each layer."""
 
     def write(self, out: Path, layers: frozenset[str]) -> None:
@@ -308,9 +308,7 @@ def _aim(
     search.graphs.write(rounded, nothing)
     mixtures, which = search.graphs.layers(rounded)
     modules = {layer.name: layer.module for layer in which.layers}
-    nodes = (
-        search.graphs.nodes if isinstance(search.graphs, HalfGraphs) else {name: {name} for name in modules}
-    )
+    nodes = which.nodes
     costs, timed = _costs(target, search.graphs.precision, graph, rounded, few[:1], nodes)
 
     def chosen_as(layers: frozenset[str], *, reached: bool) -> Aim:
