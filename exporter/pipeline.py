@@ -253,7 +253,9 @@ def _aims(
     return found
 
 
-def _make_bundle(context: Context, prepared: _Prepared, workers: Workers | None) -> ExportResult:
+def _make_bundle(
+    context: Context, prepared: _Prepared, workers: Workers | None, *, explain: bool
+) -> ExportResult:
     options = context.options
     spec, chosen, chosen_targets, exported, simplified, reference, held = prepared
     graph = simplified.file(Simplified.GRAPH)
@@ -340,9 +342,10 @@ def _make_bundle(context: Context, prepared: _Prepared, workers: Workers | None)
             ) from error
         stage.detail = str(place)
     if failed:
+        cause = _mending(context, place, result) if explain else ""
         raise GateFailedError(
             f"parity gate failed: {'; '.join(failed)}",
-            hint=f"everything is kept in {place}; {_mending(context, place, result)}see `export-zoo inspect {place}`, "
+            hint=f"everything is kept in {place}; {cause}see `export-zoo inspect {place}`, "
             f"then {_advice(engines)}",
             result=ExportResult(place, result),
         )
@@ -364,7 +367,11 @@ def _make_bundle(context: Context, prepared: _Prepared, workers: Workers | None)
 
 
 def export(
-    options: ExportOptions, *, reporter: Reporter | None = None, cluster: RayCluster | None = None
+    options: ExportOptions,
+    *,
+    reporter: Reporter | None = None,
+    cluster: RayCluster | None = None,
+    explain: bool = True,
 ) -> ExportResult:
     """Run the main job: zoo model to verified bundle.
 
@@ -373,6 +380,7 @@ def export(
         reporter: receives stages, progress and warnings; silent by default.
         cluster: calibrates, and compares engines on verify images beyond those of the bundle, in shards; by default
             this machine does.
+        explain: whether the worst layers are looked for after a failed gate, for a minute at most.
 
     Raises:
         ExportZooError: see `base.errors` for its kinds and exit codes.
@@ -384,4 +392,4 @@ def export(
         prepared = _prepare(context)  # without the eager network: the next stages need its gigabytes
         workers = workers_on(cluster, prepared.spec, options) if cluster is not None else None
         with nullcontext() if prepared.exported.cached else quick_collections():
-            return _make_bundle(context, prepared, workers)
+            return _make_bundle(context, prepared, workers, explain=explain)

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
 from export_zoo.calibration.preprocess import Preprocess
+from export_zoo.engines.parity.limits import Limit
 from export_zoo.engines.parity.tasks import TASKS, Head, classes_of
 from export_zoo.engines.precision.int8.names import APPROXIMATE, OFF
 from export_zoo.engines.precision.registry import PRECISIONS
@@ -346,12 +347,37 @@ class Aim(_Model):
         description="The metric on the select images with these layers in float; an SQNR less a margin."
     )
     images: int = Field(description="Number of select images.")
+    ms: float | None = Field(
+        default=None,
+        description="Time of the engine without these layers in float, in ms for one image on one thread; null if the "
+        "target cannot tell.",
+    )
+    fp32_ms: float | None = Field(default=None, description="Time of the FP32 graph, measured alike.")
     added_ms: float | None = Field(
-        description="Time that these layers take longer in float, in ms for one image on one thread; null if the "
-        "target cannot tell."
+        description="Time that the engine takes longer with these layers in float."
     )
     added_bytes: int = Field(description="Growth of the engine's graph.")
     tried: list[AimStep] = Field(description="What was tried, by number of layers.")
+
+    def ms_with(self, step: Aim | AimStep) -> float | None:
+        """Time of the engine with the layers of a step in float, in milliseconds; None if it is not known."""
+        return None if self.ms is None or step.added_ms is None else self.ms + step.added_ms
+
+    @property
+    def slower_than_fp32(self) -> bool:
+        """Whether the engine with these layers in float was slower than FP32."""
+        ms = self.ms_with(self)
+        return ms is not None and self.fp32_ms is not None and ms > self.fp32_ms
+
+    @property
+    def curve(self) -> list[AimStep]:
+        """Accuracy over speed: what was tried, from the cheapest on, without what costs more than a better one."""
+        up = Limit(self.metric, self.value).at_least
+        found: list[AimStep] = []
+        for step in sorted(self.tried, key=lambda step: (step.added_ms or 0.0, step.layers)):
+            if not found or (step.value > found[-1].value if up else step.value < found[-1].value):
+                found.append(step)
+        return found
 
 
 class Engine(_Model):

@@ -18,6 +18,7 @@ from export_zoo.base.errors import BadInputError, UsageError
 from export_zoo.calibration.preprocess import normalize
 from export_zoo.engines.bundle import reader
 from export_zoo.engines.bundle.manifest import Engine, Manifest
+from export_zoo.engines.bundle.opening import opening_of
 from export_zoo.engines.diagnosis import counterparts as graphs
 from export_zoo.engines.diagnosis.layers import PARTS, HalfLayers, Layer, Layers, QuantizedLayers
 from export_zoo.engines.diagnosis.local import Local, local_errors, rounding_of, roundings
@@ -27,7 +28,6 @@ from export_zoo.engines.parity.metrics import WITHOUT_NOISE
 from export_zoo.engines.parity.outputs import as_rows
 from export_zoo.engines.precision.placement import constant
 from export_zoo.engines.precision.registry import BASELINE, PRECISIONS
-from export_zoo.engines.targets.base import Opening
 from export_zoo.engines.targets.onnxruntime.engine import OnnxRuntimeEngine
 from export_zoo.engines.targets.registry import TARGETS
 
@@ -375,8 +375,7 @@ def _times(subject: Subject) -> Mapping[str, float]:
     target, engine = TARGETS[subject.engine.target], subject.engine
     if target.why_not_run(engine.plan):
         return {}
-    opening = Opening(subject.bundle / engine.file.path, PRECISIONS[engine.precision])
-    return target.node_times(opening, subject.batches(0, 1)[0])
+    return target.node_times(opening_of(subject.bundle, engine), subject.batches(0, 1)[0])
 
 
 def _histograms(subject: Subject, batches: Sequence[Float32Array]) -> dict[str, Histogram]:

@@ -82,7 +82,7 @@ class Local:
     """Powers of a layer's output and of its errors: sums of squares over all values and images.
 
     Attributes:
-        signal: of the output.
+        signal: of the output; behind SiLU, GELU or Hardswish, if one of them alone reads it.
         weights: of the error by rounded weights and biases alone.
         clipping: by values of the input and the output that are outside their ranges.
         rounding: by all other roundings of the input and the output.
@@ -169,23 +169,45 @@ class _Measured:
                 clipped[index] = after.outputs[0]
                 after = self.rounded_node(after, value, how)
                 inputs[index] = after.outputs[0]
-        self.power(after, output)
-        for operands in (weights, clipped, inputs):
-            copy = ir.node(
-                node.op_type, operands, node.attributes, domain=node.domain, name=f"measured {self._made}a"
-            )
-            self._made += 1
-            copy.outputs[0].name = f"{copy.name} output"
-            self.graph.insert_after(after, copy)
-            self.power(copy, copy.outputs[0], output)
         result = output if rounding_of(output, self.how) is not None else activated(output)
+        function = _function(result)
+        last = node if function is None else function
+
+        def error(after: ir.Node, value: ir.Value, exact: ir.Value) -> None:
+            if function is not None:
+                after = self.copy(after, function, [value, *function.inputs[1:]])
+                value, exact = after.outputs[0], function.outputs[0]
+            self.power(after, value, exact)
+
+        self.power(after if function is None else function, last.outputs[0])
+        for operands in (weights, clipped, inputs):
+            copy = self.copy(last, node, operands)
+            error(copy, copy.outputs[0], output)
         producer, how = result.producer(), rounding_of(result, self.how)
         assert producer is not None
         for make in (self.clipped, self.rounded_node):
-            made = (
-                make(producer, result, how) if how is not None else self.node(producer, "Identity", [result])
-            )
-            self.power(made, made.outputs[0], result)
+            after = producer if function is None else function
+            made = make(after, result, how) if how is not None else self.node(after, "Identity", [result])
+            error(made, made.outputs[0], result)
+
+    def copy(self, after: ir.Node, node: ir.Node, inputs: Sequence[ir.Value | None]) -> ir.Node:
+        """Add a node that computes the same of other inputs."""
+        self._made += 1
+        made = ir.node(
+            node.op_type, inputs, node.attributes, domain=node.domain, name=f"measured {self._made}a"
+        )
+        made.outputs[0].name = f"{made.name} output"
+        self.graph.insert_after(after, made)
+        return made
+
+
+_FUNCTIONS = frozenset({"QuickGelu", "Gelu", "HardSwish"})
+
+
+def _function(value: ir.Value) -> ir.Node | None:
+    """The SiLU, GELU or Hardswish that alone reads a value: the value's range ends where these are nearly 0 anyway."""
+    found = [use.node for use in value.uses()]
+    return found[0] if len(found) == 1 and found[0].op_type in _FUNCTIONS else None
 
 
 def local_errors(

@@ -19,6 +19,7 @@ from export_zoo.base.machine import cpu_model, instruction_set, library_versions
 from export_zoo.calibration.images import Progress
 from export_zoo.calibration.preprocess import Pixels
 from export_zoo.engines.bundle import manifest as m
+from export_zoo.engines.bundle.opening import opening_of
 from export_zoo.engines.bundle.reader import (
     ATTESTATIONS,
     MANIFEST,
@@ -174,19 +175,7 @@ def verify(
         gates[engine.name] = gate = with_claim(gate, engine, root / engine.file.path)
         states[engine.name] = m.state_after(gate)
     ran = [engine for engine in manifest.artifacts.engines if gates[engine.name].ran == "engine"]
-    timed = {
-        engine.name: TimedEngine(
-            engine.target,
-            Opening(
-                root / engine.file.path,
-                PRECISIONS[engine.precision],
-                engine.plan,
-                root / (engine.graph or engine.file).path,
-                saturating_session=engine.session_where_saturating(),
-            ),
-        )
-        for engine in ran
-    }
+    timed = {engine.name: TimedEngine(engine.target, opening_of(root, engine)) for engine in ran}
     graph, recipe = root / manifest.recipe.graph.path, manifest.recipe
     attestation = attested(
         root,

@@ -14,6 +14,7 @@ import click
 from export_zoo.base.errors import UsageError
 from export_zoo.base.package import __version__
 from export_zoo.exporter.cli import outcome
+from export_zoo.exporter.cli.bench import bench
 from export_zoo.exporter.cli.bundles import inspect, triton, verify
 from export_zoo.exporter.cli.calibrate import calibrate
 from export_zoo.exporter.cli.common_options import EXIT_CODES, json_option, quiet_option, verbose_option
@@ -21,6 +22,7 @@ from export_zoo.exporter.cli.costs import costs
 from export_zoo.exporter.cli.diagnose import diagnose
 from export_zoo.exporter.cli.export import export
 from export_zoo.exporter.cli.matrix import matrix
+from export_zoo.exporter.cli.report import report
 
 
 class _Group(click.Group):
@@ -91,7 +93,7 @@ def list_models(pattern: str, json_path: Path | None, quiet: bool, verbose: bool
         listing.print_models(found)
 
 
-for command in (export, matrix, calibrate, costs, diagnose, verify, inspect, triton):
+for command in (export, matrix, calibrate, costs, diagnose, bench, report, verify, inspect, triton):
     app.add_command(command)
 
 

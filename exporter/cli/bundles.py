@@ -231,6 +231,7 @@ def inspect(bundle: Path, json_path: Path | None, quiet: bool, verbose: bool) ->
     """Show what a bundle holds, from its manifest. Runs nothing."""
     del json_path, verbose
     from export_zoo.engines.bundle import reader
+    from export_zoo.exporter.page.card import facts
     from export_zoo.exporter.run.report import print_table
 
     manifest = reader.read_manifest(bundle)
@@ -243,37 +244,7 @@ def inspect(bundle: Path, json_path: Path | None, quiet: bool, verbose: bool) ->
     }
     if quiet:
         return
-    recipe, p = manifest.recipe, manifest.recipe.preprocess
-    trained, held = recipe.source.weights, manifest.artifacts.held_out
-    lines = {
-        "bundle": f"{bundle} ({manifest.status}, by {manifest.tool}, {manifest.artifacts.created})",
-        "model": f"{recipe.source.name}, {recipe.output.head.described}",
-        "weights": trained.name + (f" (SHA-256 {trained.sha256[:16]}...)" if trained.sha256 else ""),
-        "input": f"{recipe.input.name}: float32 {recipe.input.shape} {recipe.input.layout}",
-        "output": "; ".join(
-            f"{port.name}: float32 {port.shape}, {port.head.task}"
-            + (f" ({port.head.scores})" if port.head.scores != "values" else "")
-            for port in recipe.outputs
-        ),
-        "batch": f"{recipe.batch.min} to {recipe.batch.max}, best at {recipe.batch.opt}",
-        "preprocess": f"{p.mode}, resize {p.resize_size} {p.interpolation} antialiased"
-        f"{' to the proportions of the crop' if p.crop_mode == 'squash' else ''}, "
-        f"crop {p.crop_height}x{p.crop_width}, /{p.scale:g}, mean {list(p.mean)}, std {list(p.std)} ({p.source})",
-        "labels": f"{len(recipe.labels)} names" if recipe.labels else "not known",
-        "calibration": f"{recipe.calibration.method}, {recipe.calibration.images} images"
-        if recipe.calibration
-        else "none",
-        "held out": f"{held.count} {'synthetic ' if held.synthetic else ''}images with eager logits",
-        "machine": recipe.instruction_set,
-    }
-    if (sizes := recipe.input_size) is not None:
-        low, opt, high = (f"{height}x{width}" for height, width in (sizes.min, sizes.opt, sizes.max))
-        lines["input"] += f", {low} to {high}, best at {opt}"
-        lines["held out"] += "".join(f", {part.count} at {part.height}x{part.width}" for part in held.sizes)
-    for engine in manifest.artifacts.engines:
-        if engine.float_for_speed is not None and engine.float_for_speed.layers:
-            lines["float"] = f"{', '.join(engine.float_for_speed.layers)} ({engine.name}: faster in float)"
-    for name, text in lines.items():
+    for name, text in facts(bundle, manifest).items():
         click.echo(f"{name:<12} {text}")
     for name, attestation in attested.by_file.items():
         click.echo(f"{'attestation':<12} {name}, {attestation.machine}: {_results(attestation)}")
@@ -283,7 +254,9 @@ def inspect(bundle: Path, json_path: Path | None, quiet: bool, verbose: bool) ->
         *(f"{name} cannot be read, and is not used" for name in attested.unreadable),
     ):
         click.echo(f"{'warning':<12} {warning}")
-    print_table(manifest.artifacts.engines, manifest.artifacts.refused, random=trained.random)
+    print_table(
+        manifest.artifacts.engines, manifest.artifacts.refused, random=manifest.recipe.source.weights.random
+    )
 
 
 @click.command(epilog=EXIT_CODES)

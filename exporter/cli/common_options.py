@@ -37,6 +37,21 @@ verbose_option = click.option(
     "-v", "--verbose", is_flag=True, help="Print TensorRT's log, and tracebacks of unexpected errors."
 )
 
+
+def html_option(what: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """The option --html of a command.
+
+    Args:
+        what: what it writes, for its help.
+    """
+    return click.option(
+        "--html",
+        type=click.Path(path_type=Path, dir_okay=False),
+        metavar="FILE",
+        help=f"{what}; it needs no other file. Needs matplotlib.",
+    )
+
+
 LOCAL = "local"
 
 

@@ -1,26 +1,37 @@
-"""`export-zoo diagnose`: which layers cost an engine its accuracy. Never imports PyTorch."""
+"""`export-zoo diagnose`: which layers cost an engine its accuracy. Imports PyTorch only to export a model."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from export_zoo.base.errors import UsageError
+from export_zoo.base.errors import BadInputError, UsageError
+from export_zoo.engines.precision.registry import BASELINE, PRECISIONS
 from export_zoo.exporter.cli import outcome
-from export_zoo.exporter.cli.common_options import EXIT_CODES, json_option, quiet_option, verbose_option
-from export_zoo.exporter.run.report import ConsoleReporter, make_console
+from export_zoo.exporter.cli.common_options import (
+    EXIT_CODES,
+    given_options,
+    html_option,
+    json_option,
+    option_name,
+    quiet_option,
+    verbose_option,
+)
+from export_zoo.exporter.cli.option_table import OPTIONS, SectionedCommand, add, export_options
+from export_zoo.exporter.run.report import ConsoleReporter, make_console, show_log
 
 if TYPE_CHECKING:
     from export_zoo.engines.diagnosis.diagnose import Diagnosis
+    from export_zoo.exporter.options import ExportOptions
 
 SHOWN = 10
 """Number of layers in the table."""
 
 
-@click.command(epilog=EXIT_CODES)
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.command(cls=SectionedCommand, epilog=EXIT_CODES)
+@click.argument("what", metavar="BUNDLE|MODEL")
 @click.option(
     "--engine",
     metavar="NAME",
@@ -34,30 +45,28 @@ SHOWN = 10
     metavar="N",
     help="Held-out images to judge layers on.",
 )
-@click.option(
-    "--html",
-    type=click.Path(path_type=Path, dir_okay=False),
-    metavar="FILE",
-    help="Write a page with plots and the images that go wrong; it needs no other file. Needs matplotlib.",
-)
+@html_option("Write a page with plots and the images that go wrong")
+@add(OPTIONS)
 @json_option
 @quiet_option
 @verbose_option
 def diagnose(
-    bundle: Path,
+    what: str,
     engine: str | None,
     images: int,
     html: Path | None,
     json_path: Path | None,
     quiet: bool,
     verbose: bool,
+    **given: Any,
 ) -> None:
-    """Say which layers cost an INT8 or FP16 engine of BUNDLE its accuracy, and why.
+    """Say which layers cost an INT8 or FP16 engine its accuracy, and why.
 
-    Rounds one layer at a time and measures what that does to the outputs. Takes a bundle that failed its gate, too
-    (OUT.failed). Needs no PyTorch.
+    Rounds one layer at a time and measures what that does to the outputs. Takes a bundle, also one that failed its gate
+    (OUT.failed), without PyTorch; or MODEL with options of `export`, which is exported first.
     """
-    del verbose
+    if verbose:
+        show_log()
     now = outcome.current()
     now.reporter = reporter = ConsoleReporter(quiet=quiet)
     from export_zoo.engines.bundle.reader import read_manifest
@@ -66,14 +75,25 @@ def diagnose(
     from export_zoo.exporter.page import plots
     from export_zoo.exporter.page.files import check_writable, write
 
+    of_export = sorted(given_options() & given.keys())
+    bundle = Path(what)
+    if of_export and bundle.is_dir():
+        raise UsageError(
+            f"{', '.join(map(option_name, of_export))}: no effect on {what}, which is exported already",
+            hint="leave it out, or give the model",
+        )
+    if not of_export and not bundle.exists():
+        raise BadInputError(
+            f"{what}: there is no such bundle", hint="to diagnose a model, add --precision int8 --calib DIR"
+        )
+    chosen = export_options(what, given) if of_export else None
     if html is not None:
         plots.check()
-        check_writable(html, "--html", bundle, [json_path])
+        check_writable(html, "--html", chosen.out_dir if chosen is not None else bundle, [json_path])
+    if chosen is not None:
+        bundle = _exported(chosen, reporter)
     if read_manifest(bundle).recipe.source.weights.random:
-        raise UsageError(
-            f"{bundle}: has random weights, whose errors say nothing about layers",
-            hint="export trained weights, and diagnose that bundle",
-        )
+        raise _random(str(bundle))
     with reporter.stage("diagnose") as stage, reporter.bar(f"layers of {bundle.name}", None) as advance:
         found = run(bundle, engine, images=images, progress=advance)
         stage.detail = f"{found.engine}: {len(found.layers)} layers on {found.images} images"
@@ -86,10 +106,34 @@ def diagnose(
             _print(found)
 
 
+def _exported(chosen: ExportOptions, reporter: ConsoleReporter) -> Path:
+    """The bundle of an export, whether its gates pass or not. Raises ExportZooError if there is none."""
+    if all(PRECISIONS[name] is BASELINE for name in chosen.precisions):
+        raise UsageError(
+            f"{', '.join(chosen.precisions)}: rounds nothing", hint="add --precision int8 or --precision fp16"
+        )
+    if chosen.weights == "none":
+        raise _random(chosen.model)
+    from export_zoo.exporter import pipeline
+
+    try:
+        return pipeline.export(chosen, reporter=reporter, explain=False).bundle
+    except pipeline.KeptError as error:  # the diagnosis says why
+        reporter.warn(error.message)
+        return error.result.bundle
+
+
+def _random(what: str) -> UsageError:
+    return UsageError(
+        f"{what}: has random weights, whose errors say nothing about layers",
+        hint="export trained weights, and diagnose that bundle",
+    )
+
+
 def _print(found: Diagnosis) -> None:
     from rich.table import Table
 
-    from export_zoo.exporter.page.diagnosis import decibels
+    from export_zoo.exporter.page.templates import decibels
 
     layers = {layer.name: layer for layer in found.layers}
     table = Table(box=None, header_style="bold")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
-from importlib.resources import files
 
 from export_zoo.engines.parity.tasks import HEADLINES, headline
 from export_zoo.engines.precision.registry import BASELINE
 from export_zoo.exporter.matrix.results import CellResult
+from export_zoo.exporter.page.templates import render
 
 COLUMNS = (
     "model",
@@ -187,8 +187,6 @@ def _versions(results: Sequence[CellResult]) -> list[str]:
 
 def html(results: Sequence[CellResult], title: str) -> str:
     """A self-contained HTML page: table, reasons, and plots of SQNR and speed by model."""
-    from jinja2 import Environment
-
     models = list(dict.fromkeys(r.model for r in results))
     engines = list(dict.fromkeys(r.engine_name for r in results if r.precision != BASELINE.name))
     columns = columns_of(results)
@@ -208,22 +206,18 @@ def html(results: Sequence[CellResult], title: str) -> str:
         if points:
             top = max(1.0, *(value for *_, value in points))
             plots.append({"label": label, "unit": unit, "points": points, "top": top})
-    template = files(__package__).joinpath("matrix.html.jinja").read_text(encoding="utf-8")
-    return (
-        Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-        .from_string(template)
-        .render(
-            title=title,
-            totals=totals(results),
-            columns=columns,
-            rows=[(verdict(r), _row(r, columns), r.reason, r.warnings) for r in results],
-            models=models,
-            engines=engines,
-            plots=plots,
-            random=_random(results),
-            ran=_ran(results),
-            versions=_versions(results),
-        )
+    return render(
+        "matrix.html.jinja",
+        title=title,
+        totals=totals(results),
+        columns=columns,
+        rows=[(verdict(r), _row(r, columns), r.reason, r.warnings) for r in results],
+        models=models,
+        engines=engines,
+        plots=plots,
+        random=_random(results),
+        ran=_ran(results),
+        versions=_versions(results),
     )
 
 

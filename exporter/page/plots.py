@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup, escape
 
 from export_zoo.base.errors import EnvironmentFailureError
+from export_zoo.engines.bundle.manifest import Aim
 from export_zoo.engines.diagnosis.diagnose import Diagnosis, Histogram
+from export_zoo.engines.verification.throughput import Point
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -136,3 +138,90 @@ def histogram(found: Histogram, label: str) -> Markup:
                 axes.axvline(limit, color=SECOND, linewidth=1.5)
         axes.tick_params(labelsize=8)
         return _svg(figure, label)
+
+
+def bars(values: Mapping[str, float], unit: str, label: str) -> Markup:
+    """A horizontal bar for each name, the first on top; empty without values."""
+    import matplotlib as mpl
+
+    if not values:
+        return Markup("")
+    with mpl.rc_context(_STYLE):
+        figure = _figure(5, 0.9 + 0.3 * len(values))
+        axes = figure.add_subplot()
+        drawn = axes.barh(list(values), list(values.values()), color=FIRST, height=0.6)
+        axes.bar_label(drawn, fmt="{:.3g}", padding=3, color=TEXT)
+        axes.margins(x=0.15)
+        axes.invert_yaxis()
+        axes.set_xlabel(unit)
+        return _svg(figure, label)
+
+
+def accuracy_over_speed(aim: Aim) -> Markup:
+    """The curve of an aim: its metric over the engine's time, or over the layers in float if times are not known."""
+    import matplotlib as mpl
+
+    with mpl.rc_context(_STYLE):
+        figure = _figure(9, 2.8)
+        axes = figure.add_subplot()
+        times = [aim.ms_with(step) for step in aim.curve]
+        timed = [time for time in times if time is not None]
+        places: list[float] = timed if len(timed) == len(times) else [step.layers for step in aim.curve]
+        axes.plot(places, [step.value for step in aim.curve], color=FIRST, marker="o", linewidth=1.5)
+        for place, step in zip(places, aim.curve, strict=True):
+            axes.annotate(
+                str(step.layers), (place, step.value), xytext=(4, -10), textcoords="offset points", fontsize=8
+            )
+        axes.axhline(aim.value, color=SECOND, linewidth=1.2, linestyle="--")
+        if aim.fp32_ms is not None and timed:
+            axes.axvline(aim.fp32_ms, color=GRID, linewidth=1.2)
+            axes.annotate(
+                "FP32",
+                (aim.fp32_ms, 1),
+                xycoords=("data", "axes fraction"),
+                xytext=(3, -10),
+                textcoords="offset points",
+            )
+        axes.set_xlabel(
+            "ms for one image on one thread; numbers: layers in float"
+            if timed
+            else "number of layers in float"
+        )
+        axes.set_ylabel(aim.metric)
+        axes.grid(visible=True, axis="y", linewidth=0.6)
+        return _svg(figure, f"{aim.metric} over speed")
+
+
+def throughput(points: Sequence[Point]) -> Markup:
+    """Images per second of each engine over the batch, a panel for each combination of threads and streams."""
+    import matplotlib as mpl
+
+    combinations = list(dict.fromkeys((point.threads, point.streams) for point in points))
+    with mpl.rc_context(_STYLE):
+        figure = _figure(9, 3.0)
+        axes = figure.subplots(1, len(combinations), sharey=True, squeeze=False)[0]
+        for panel, (threads, streams) in zip(axes, combinations, strict=True):
+            for engine, style in zip(dict.fromkeys(point.engine for point in points), _LINES, strict=False):
+                own = [p for p in points if (p.engine, p.threads, p.streams) == (engine, threads, streams)]
+                panel.plot(
+                    [str(point.batch) for point in own],
+                    [point.images_per_second for point in own],
+                    label=engine,
+                    marker="o",
+                    linewidth=1.5,
+                    **style,
+                )
+            panel.set_title(f"threads {threads}, streams {streams}", fontsize=10, color=TEXT)
+            panel.set_xlabel("batch")
+            panel.grid(visible=True, axis="y", linewidth=0.6)
+        axes[0].set_ylim(bottom=0)
+        axes[0].set_ylabel("images per second")
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper left", frameon=False, ncols=4)
+        return _svg(figure, "throughput")
+
+
+_LINES: Sequence[Any] = tuple(
+    {"color": colour, "linestyle": style} for style in ("-", "--", ":") for colour in (FIRST, SECOND, TEXT)
+)
+"""Lines of engines."""

@@ -1,4 +1,4 @@
-"""Stage: leave float the layers that an accuracy needs, those that cost least time first (`--aim`).
+"""Stage: leave float the layers that an accuracy needs, at the least time (`--aim`).
 
 Layers are chosen on the select images. The verify images confirm the result once, in the gate.
 """
@@ -22,12 +22,13 @@ from export_zoo.base.machine import cpu_model, instruction_set
 from export_zoo.calibration.images import ImageStream
 from export_zoo.calibration.preprocess import Pixels, Preprocess, normalize
 from export_zoo.calibration.ranges import Ranges
+from export_zoo.engines.bundle.bench import Effort, run_in_turn
 from export_zoo.engines.bundle.manifest import Aim, AimStep
 from export_zoo.engines.diagnosis.counterparts import of_graphs, of_half
 from export_zoo.engines.diagnosis.layers import PARTS, HalfLayers, Layers, QuantizedLayers
 from export_zoo.engines.diagnosis.mixtures import Float32Array, Mixtures
 from export_zoo.engines.diagnosis.ranking import Float64Array, effect, outputs
-from export_zoo.engines.parity.limits import Limit, fitting
+from export_zoo.engines.parity.limits import Limit, fitting, limits_of
 from export_zoo.engines.parity.metrics import compare
 from export_zoo.engines.parity.tasks import Head
 from export_zoo.engines.precision.base import Precision
@@ -44,6 +45,7 @@ from export_zoo.exporter.options import ExportOptions
 from export_zoo.exporter.run.context import IMAGE_BATCH, Context
 from export_zoo.exporter.stages.images import ChosenImages
 from export_zoo.exporter.stages.tuning.tune import MAX_SELECT, Tuned
+from export_zoo.exporter.stages.verify import limits_for
 
 RANKED = 32
 """Number of select images on which layers are rounded alone."""
@@ -72,6 +74,13 @@ def check_aim(wanted: option_values.Aim, head: Head, chosen: ChosenImages) -> No
                 "needed",
                 hint="give more images (--calib, --verify-images), or an aim that is less fine, or sqnr=DECIBELS",
             )
+
+
+_EFFORT = Effort(seconds=0.5, rounds_min=5, rounds_max=100)
+"""For one engine: tens of them are timed."""
+
+SAME_TIME = 0.03
+"""Difference of times, as a share of the engine's time, that says nothing: medians vary by it."""
 
 
 class Rounded(Protocol):
@@ -156,16 +165,24 @@ class _Search:
         pixels: Pixels,
         labels: Sequence[int] | None,
         verified: int,
+        limits: Mapping[str, float],
     ) -> None:
-        assert context.options.aim is not None
+        options = context.options
+        assert options.aim is not None
         self._target, self.graphs = target, graphs
         self._preprocess, self._head, self.pixels, self._labels = preprocess, head, pixels, labels
         self._verified = verified
-        self.limit = Limit(context.options.aim.metric, context.options.aim.value)
+        self.limit = Limit(options.aim.metric, options.aim.value)
+        self._limits = [self.limit, *limits_of(limits)]
+        """The aim, and the gate's own limits: it has to pass those, too."""
         self._reference = self._outputs(OnnxRuntimeEngine(graph, saturating_session={}))
+        self._clock = _Clock(graph, normalize(pixels[:1], preprocess))
         self.known: dict[frozenset[str], float] = {}
+        self._holding: set[frozenset[str]] = set()
         self.bytes: dict[frozenset[str], int] = {}
-        self.ends = time.monotonic() + context.options.aim_seconds
+        self.added_ms: dict[frozenset[str], float | None] = {}
+        """By layers in float, like all of these."""
+        self.ends = time.monotonic() + options.aim_seconds
 
     @property
     def late(self) -> bool:
@@ -181,27 +198,69 @@ class _Search:
                 graph = Path(directory) / "rounded.onnx"
                 self.graphs.write(graph, layers)
                 self.bytes[layers] = graph.stat().st_size
+                self.added_ms[layers] = None
                 engine: Runner
                 if self._target.compiled:
                     engine = OnnxRuntimeEngine(write_twin(graph, graph.with_name("twin.onnx")), fused=False)
                 else:
                     engine = self._target.open(Opening(graph, self.graphs.precision))
+                    timed = self._target.open(Opening(graph, self.graphs.precision, threads=1))
+                    self.added_ms[layers] = self._clock.added_ms(timed)
                 found = self._outputs(engine)
             rows = self._head.rows
             metrics = compare(rows(self._reference), rows(found), self._labels, self._head)
-            value = float(getattr(metrics, self.limit.metric))
-            if self.limit.metric == "sqnr":
-                value -= _margin(effect(self._reference, found).noise, self._verified)
-            self.known[layers] = value
+            margin = _margin(effect(self._reference, found).noise, self._verified)
+            metrics = dataclasses.replace(metrics, sqnr=metrics.sqnr - margin)
+            self.known[layers] = float(getattr(metrics, self.limit.metric))
+            if all(limit.holds(metrics) is not False for limit in self._limits):
+                self._holding.add(layers)
         return self.known[layers]
 
     def holds(self, layers: frozenset[str]) -> bool:
-        value = self.value(layers)
-        return value >= self.limit.value if self.limit.at_least else value <= self.limit.value
+        self.value(layers)
+        return layers in self._holding
+
+    @property
+    def ms(self) -> tuple[float | None, float | None]:
+        """Time of the engine without layers of the aim in float, and of FP32; see `_Clock`."""
+        return self._clock.ms
+
+    def cheapest(self) -> frozenset[str] | None:
+        """Of what was tried and holds, the fewest layers among those that add least time; None if nothing holds."""
+        holding = [layers for layers in self.known if layers in self._holding]
+        added = {layers: self.added_ms[layers] or 0.0 for layers in holding}
+        most = min(added.values(), default=0.0) + SAME_TIME * (self.ms[0] or 0.0)
+        return min((x for x in holding if added[x] <= most), key=lambda x: (len(x), added[x]), default=None)
 
 
-CONFIDENCE = 1.645
-"""One-sided quantile of the normal distribution: 19 of 20 aims that hold here hold on the verify images, too."""
+class _Clock:
+    """Times engines on one image and one thread, in turn with the first one and with FP32.
+
+    Engines are timed as they are: layers that are float alone cost conversions between float and 8 bits, too.
+    """
+
+    def __init__(self, graph: Path, image: Float32Array) -> None:
+        self._fp32 = OnnxRuntimeEngine(graph, threads=1, saturating_session={})
+        self._image = image
+        self._first: Runner | None = None
+        self.ms: tuple[float | None, float | None] = None, None
+        """Of the first engine, and of FP32, in milliseconds."""
+
+    def added_ms(self, engine: Runner) -> float:
+        """Milliseconds that an engine takes longer than the first one, whose own time is the unit of the ratio."""
+        if self._first is None:
+            self._first = engine
+            times = run_in_turn({"first": engine, "fp32": self._fp32}, self._image, _EFFORT)
+            self.ms = (float(np.median(times["first"])) * 1e3, float(np.median(times["fp32"])) * 1e3)
+            return 0.0
+        times = run_in_turn({"first": self._first, "this": engine}, self._image, _EFFORT)
+        assert self.ms[0] is not None
+        return self.ms[0] * (float(np.median(times["this"] / times["first"])) - 1)
+
+
+CONFIDENCE = 2.13
+"""One-sided quantile of the normal distribution for 1 - 0.05 / 3: so 19 of 20 aims hold on the verify images, too,
+though the cheapest of three orders' results is taken (Bonferroni's inequality)."""
 
 
 def _margin(noise: Float64Array, verified: int) -> float:
@@ -237,13 +296,15 @@ def aim(
     assert wanted is not None
     assert options.calib is not None
     files = chosen.splits["select"][: max(MAX_SELECT, wanted.images)]
+    labelled = len(files) if chosen.select_labels is not None else 0
+    limits = limits_for(options.tolerances, target.name, graphs.precision.name, head, labelled)
 
     def make(_: Path) -> Aim:
         assert options.calib is not None
         pixels = ImageStream(files, preprocess, IMAGE_BATCH, options.calib).all()
         labels = chosen.select_labels[: len(files)] if chosen.select_labels is not None else None
         verified = len(chosen.splits["verify"])
-        search = _Search(context, graph, target, graphs, preprocess, head, pixels, labels, verified)
+        search = _Search(context, graph, target, graphs, preprocess, head, pixels, labels, verified, limits)
         return _aim(context, search, graph, target, normalize(pixels[:RANKED], preprocess), wanted)
 
     name = f"{target.name}-{graphs.precision.name}"
@@ -260,6 +321,7 @@ def aim(
             preprocess=preprocess.model_dump(),
             head=dataclasses.asdict(head),
             aim=str(wanted),
+            limits=limits,
             seconds=options.aim_seconds,
             isa=instruction_set(),
             machine=cpu_model(),  # times decide, too
@@ -267,6 +329,11 @@ def aim(
         result = context.cache.run("aim", key, make, Aim)
         found, stage.cached = result.data, result.cached
         stage.detail = f"{name}: {_described(found, options=graphs.precision.quantized)}"
+    if found.slower_than_fp32:
+        context.reporter.warn(
+            f"--aim {wanted}: {name} takes {found.ms_with(found):.2f} ms for one image on one thread, FP32 "
+            f"{found.fp32_ms:.2f} ms: use FP32 on this machine"
+        )
     if not found.reached:
         context.reporter.warn(
             f"--aim {wanted}: not reached by {name} on the select images; nearest: {found.select:.4g} with "
@@ -283,7 +350,9 @@ def _described(found: Aim, *, options: bool) -> str:
     """
     if not found.layers:
         return f"{found.metric} {found.select:.4g} on the select images, no layer in float for it"
-    time_text = f", {found.added_ms:+.2f} ms" if found.added_ms is not None else ""
+    ms, time_text = found.ms_with(found), ""
+    if ms is not None:
+        time_text = f", {found.added_ms:+.2f} ms to {ms:.2f} (FP32 {found.fp32_ms:.2f})"
     names = (
         " ".join(f"--keep-float {module}" for module in found.modules)
         if options
@@ -313,6 +382,7 @@ def _aim(
 
     def chosen_as(layers: frozenset[str], *, reached: bool) -> Aim:
         ordered = [layer for layer in modules if layer in layers]
+        ms, fp32_ms = search.ms
         return Aim(
             metric=wanted.metric,
             value=wanted.value,
@@ -321,14 +391,12 @@ def _aim(
             reached=reached,
             select=search.value(layers),
             images=len(search.pixels),
-            added_ms=sum(costs.get(layer, 0.0) for layer in layers) if timed else None,
+            ms=ms,
+            fp32_ms=fp32_ms,
+            added_ms=search.added_ms[layers],
             added_bytes=search.bytes[layers] - search.bytes[nothing],
             tried=[
-                AimStep(
-                    layers=len(tried),
-                    added_ms=sum(costs.get(layer, 0.0) for layer in tried) if timed else None,
-                    value=value,
-                )
+                AimStep(layers=len(tried), added_ms=search.added_ms[tried], value=value)
                 for tried, value in sorted(search.known.items(), key=lambda item: len(item[0]))
             ],
         )
@@ -345,29 +413,54 @@ def _aim(
             progress(1)
     least = LEAST_COST * timed if timed else 1.0
 
-    def worth(layer: str) -> float:
-        return noise[layer] / max(costs.get(layer, 0.0), least)
+    def gain(layers: Sequence[str]) -> float:
+        """Noise that goes for each millisecond that layers take longer in float."""
+        cost = max(sum(costs.get(layer, 0.0) for layer in layers), least * len(layers))
+        return sum(noise[layer] for layer in layers) / cost
 
-    found = []
-    for order in (
-        sorted(modules, key=worth, reverse=True),
-        sorted(modules, key=noise.__getitem__, reverse=True),
-    ):
-        # All layers but one: an INT8 engine has one at least.
-        low, high = 0, len(order) - 1
-        if not search.holds(frozenset(order[:high])):
-            continue
-        while low + 1 < high and not search.late:
-            middle = (low + high) // 2
-            low, high = (low, middle) if search.holds(frozenset(order[:middle])) else (middle, high)
-        found.append(frozenset(order[:high]))
-        if search.late or not timed:  # without times, both orders are the same
-            break
-    if not found:
+    single = [[layer] for layer in modules]
+    orders = [sorted(single, key=gain, reverse=True)]
+    if timed:  # otherwise the first order is this one
+        orders.append(sorted(single, key=lambda layers: noise[layers[0]], reverse=True))
+    orders.append(sorted(_blocks(modules), key=gain, reverse=True))
+    for order in orders:
+        if not search.late:
+            _bisect(search, order)
+    found = search.cheapest()
+    if found is None:
         return chosen_as(max(search.known, key=lambda layers: _nearness(search, layers)), reached=False)
-    return chosen_as(
-        min(found, key=lambda layers: (sum(costs.get(x, 0.0) for x in layers), len(layers))), reached=True
-    )
+    return chosen_as(found, reached=True)
+
+
+def _bisect(search: _Search, order: Sequence[Sequence[str]]) -> None:
+    """Find how many of the first groups of layers have to be float. All but one may: an INT8 engine has one layer."""
+
+    def first(count: int) -> frozenset[str]:
+        return frozenset(layer for group in order[:count] for layer in group)
+
+    low, high = 0, len(order) - 1
+    if not search.holds(first(high)):
+        return
+    while low + 1 < high and not search.late:
+        middle = (low + high) // 2
+        low, high = (low, middle) if search.holds(first(middle)) else (middle, high)
+
+
+def _blocks(modules: Mapping[str, str]) -> list[list[str]]:
+    """Layers by the deepest parent modules that have two layers each, in the mean: inside, nothing is converted.
+
+    Args:
+        modules: module of each layer.
+    """
+    paths = {layer: module.split(".") for layer, module in modules.items()}
+    found: dict[tuple[str, ...], list[str]] = {}
+    for depth in range(max(map(len, paths.values()), default=1), 0, -1):
+        found = {}
+        for layer, path in paths.items():
+            found.setdefault(tuple(path[:depth]), []).append(layer)
+        if 2 * len(found) <= len(paths):
+            break
+    return list(found.values())
 
 
 def _nearness(search: _Search, layers: frozenset[str]) -> float:

@@ -28,6 +28,7 @@ from export_zoo.engines.targets.registry import TARGETS
 from export_zoo.engines.verification.gate import MIN_LABELLED, images_compared
 from export_zoo.engines.verification.latency import TimedEngine, measure_latencies
 from export_zoo.engines.verification.verify import judge_engine
+from export_zoo.exporter.option_values import Tolerance
 from export_zoo.exporter.run.cache import StageResult
 from export_zoo.exporter.run.context import Context
 from export_zoo.exporter.stages.build import EngineFiles
@@ -37,30 +38,42 @@ if TYPE_CHECKING:
     from export_zoo.exporter.models.spec import ModelSpec
 
 
+def limits_for(
+    given: Sequence[Tolerance], target: str, precision: str, head: Head, labelled: int
+) -> dict[str, float]:
+    """Limits of an engine of trained weights: the defaults with --tolerance applied.
+
+    Args:
+        head: what the first output means. Default limits are on its metrics.
+        labelled: number of images with a label. If too few, the accuracy has no default limit.
+    """
+    chosen = fitting(PRECISIONS[precision].tolerances, head)
+    if labelled < MIN_LABELLED:
+        chosen.pop("accuracy_drop", None)
+    return chosen | _given_limits(given, target, precision)
+
+
+def _given_limits(given: Sequence[Tolerance], target: str, precision: str) -> dict[str, float]:
+    """Limits of --tolerance for an engine. Specific ones override general ones, whatever their order."""
+    found = sorted((t for t in given if t.applies_to(target, precision)), key=lambda t: t.specificity)
+    return {tolerance.metric: tolerance.value for tolerance in found}
+
+
 def tolerances_for(
     context: Context, engine: EngineFiles, *, random: bool, labelled: int, head: Head
 ) -> tuple[dict[str, float], bool]:
-    """Limits of an engine, the defaults with --tolerance applied, and whether it is gated against its unfused graph.
+    """Limits of an engine, and whether it is gated against its unfused graph.
 
     Args:
         random: whether the weights are random.
-        labelled: number of verify images with a label. If too few, the accuracy has no default limit.
-        head: what the first output means. Default limits are on its metrics.
+        labelled, head: see `limits_for`.
     """
-    unfused = random and engine.precision != BASELINE.name and engine.is_graph
-    if unfused:
-        chosen: dict[str, float] = {}  # the unfused graph has its own limits
-    elif random and engine.precision != BASELINE.name:
-        chosen = {"cosine": MIN_UNFUSED_COSINE}
-    else:
-        chosen = fitting(PRECISIONS[engine.precision].tolerances, head)
-    if labelled < MIN_LABELLED:
-        chosen.pop("accuracy_drop", None)
-    # General tolerances first, so that specific ones override them, whatever their order.
-    for tolerance in sorted(context.options.tolerances, key=lambda t: t.specificity):
-        if tolerance.applies_to(engine.target, engine.precision):
-            chosen[tolerance.metric] = tolerance.value
-    return chosen, unfused
+    given, target, precision = context.options.tolerances, engine.target, engine.precision
+    if not random or precision == BASELINE.name:
+        return limits_for(given, target, precision, head, labelled), False
+    # The unfused graph has its own limits.
+    defaults = {} if engine.is_graph else {"cosine": MIN_UNFUSED_COSINE}
+    return defaults | _given_limits(given, target, precision), engine.is_graph
 
 
 def judge_engines(

@@ -291,3 +291,75 @@ def test_layers_of_a_transformer_are_modules_with_several_kinds_of_nodes(photos,
     assert {"conv_proj", "encoder.layers.encoder_layer_0.mlp.0", "heads.head"} <= modules
     assert found.mended[-1].sqnr > 80
     assert all(layer.sqnr is None or layer.sqnr > 5 for layer in found.layers)
+
+
+GATED = """
+import torch
+from torch import nn
+
+class Gated(nn.Module):
+    def __init__(self, num_classes=10):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.expand = nn.Conv2d(3, 16, 3, 2, 1), nn.Conv2d(16, 32, 1)
+        self.depthwise, self.project = nn.Conv2d(32, 32, 3, 1, 1, groups=32), nn.Conv2d(32, 16, 1)
+        self.reduce, self.gate = nn.Conv2d(32, 8, 1), nn.Conv2d(8, 32, 1)
+        self.head, self.act = nn.Linear(16, num_classes), nn.SiLU()
+        with torch.no_grad():
+            self.depthwise.weight.mul_(40)  # values far below 0, where SiLU is 0
+
+    def forward(self, x):
+        x = self.act(self.depthwise(self.act(self.expand(self.act(self.stem(x))))))
+        x = x * torch.sigmoid(self.gate(self.act(self.reduce(x.mean((2, 3), keepdim=True)))))
+        return self.head(self.project(x).mean((2, 3)))
+"""
+
+
+@pytest.fixture(scope="module")
+def gated(digits, tmp_path_factory) -> Callable[..., Path]:
+    """Makes a bundle of a small network with SiLU and a squeeze-and-excitation gate."""
+    folder = tmp_path_factory.mktemp("gated")
+    (folder / "gated.py").write_text(GATED)
+    (folder / "preprocess.json").write_text(json.dumps(PREPROCESS_FILE))
+
+    def make(*options: str) -> Path:
+        out = folder / f"bundle{'-'.join(options)}"
+        arguments = [f"{folder}/gated.py:Gated", "--preprocess", f"{folder}/preprocess.json", *UNTUNED]
+        arguments += [
+            "--calib",
+            str(digits.images),
+            "--precision",
+            "int8",
+            "--target",
+            "onnxruntime",
+            *options,
+        ]
+        arguments += ["--tolerance", "sqnr=-100", "--tolerance", "top1=0", "--tolerance", "accuracy_drop=1"]
+        assert main([*arguments, "--out", str(out), "--quiet"]) == 0
+        return out
+
+    return make
+
+
+def test_layers_with_float_outputs_have_errors_of_their_own(gated):
+    """Pointwise convolutions before SiLU are written as integer products, which are several nodes."""
+    layers = {layer.module: layer for layer in diagnose(gated(), images=8).layers}
+    assert {"stem", "expand", "depthwise", "project", "head"} <= layers.keys()
+    for name in ("stem", "expand", "depthwise", "project", "head"):
+        assert layers[name].weights is not None
+        assert layers[name].rounding is not None
+        assert 20 < layers[name].rounding < 80
+
+
+def test_a_range_that_ends_where_silu_is_zero_clips_nothing(gated):
+    depthwise = next(layer for layer in diagnose(gated(), images=8).layers if layer.module == "depthwise")
+    assert depthwise.clipping is None or depthwise.clipping > 45
+
+
+@pytest.mark.parametrize(("options", "pools"), [((), 1), (("--keep-float", "depthwise"), 2)])
+def test_the_mean_behind_a_float_convolution_takes_its_layout(gated, options, pools):
+    """The gate's mean; that of the head is of 8 bits. ReduceMean is several times as slow behind a float Conv."""
+    bundle = gated(*options)
+    engine = read_manifest(bundle).artifacts.engines[0]
+    operators = [node.op_type for node in graph_io.load(bundle / engine.file.path).graph]
+    assert operators.count("GlobalAveragePool") == pools

@@ -12,9 +12,11 @@ from safetensors.torch import load_file, save_file
 from support.options import UNTUNED
 
 from export_zoo.base.errors import UsageError
+from export_zoo.engines.bundle.manifest import Aim, AimStep
 from export_zoo.engines.bundle.reader import read_manifest
-from export_zoo.exporter.option_values import Aim
+from export_zoo.exporter import option_values
 from export_zoo.exporter.options import ExportOptions
+from export_zoo.exporter.stages.aim import _blocks
 
 
 @pytest.fixture(scope="module")
@@ -77,12 +79,50 @@ def test_the_layers_that_spoil_the_engine_are_left_float(arguments, cli, tmp_pat
     assert aim["added_bytes"] > 0
     assert (aim["added_ms"] is not None) == (target == "onnxruntime")
     assert [step["layers"] for step in aim["tried"]] == sorted(step["layers"] for step in aim["tried"])
+    assert "sqnr on the select images: " in done.out
+    if target == "onnxruntime":
+        assert aim["ms"] > 0
+        assert aim["fp32_ms"] > 0
     for module in aim["modules"]:
         assert f"--keep-float {module}" in done.err
     manifest = read_manifest(tmp_path / "out")
     assert {name.replace("[", "") for name in aim["layers"]} <= set(
         manifest.artifacts.engines[0].kept_float(manifest.recipe)
     )
+
+
+def test_the_limits_of_the_gate_hold_with_the_aim(arguments, cli, tmp_path):
+    """INT8 has this cosine without any layer in float, but not the SQNR that its gate asks for."""
+    given = ["--aim", "cosine=0.5", "--target", "onnxruntime", "--out", tmp_path / "out"]
+    free = ("--tolerance", "sqnr=-100", "--tolerance", "top1=0", "--tolerance", "accuracy_drop=1")
+    alone = cli(*arguments, *given, *free)
+    assert alone.json["engines"][0]["aim"]["layers"] == []
+    done = cli(*arguments, *given, "--tolerance", "sqnr=25")
+    assert done.code == 0, done.err
+    (engine,) = done.json["engines"]
+    assert engine["aim"]["layers"] != []
+    assert engine["gate"]["eager_metrics"]["sqnr"] >= 25
+
+
+def test_the_curve_has_what_no_cheaper_step_surpasses():
+    steps = [
+        AimStep(layers=n, added_ms=ms, value=v)
+        for n, ms, v in ((0, 0, 20), (3, 2, 25), (4, 1, 30), (9, 3, 40))
+    ]
+    aim = Aim.model_construct(metric="sqnr", value=30, ms=5.0, fp32_ms=5.5, added_ms=1.0, tried=steps)
+    assert [step.layers for step in aim.curve] == [0, 4, 9]
+    assert [aim.ms_with(step) for step in aim.curve] == [5, 6, 8]
+    assert aim.slower_than_fp32
+    drop = aim.model_copy(update={"metric": "accuracy_drop", "fp32_ms": 7.0})
+    assert [step.layers for step in drop.curve] == [0]
+    assert not drop.slower_than_fp32
+
+
+def test_blocks_are_the_deepest_modules_with_two_layers_each():
+    modules = {name: name for name in ("stem", "a.0.conv1", "a.0.conv2", "a.1.conv1", "a.1.conv2", "fc")}
+    assert _blocks(modules) == [["stem"], ["a.0.conv1", "a.0.conv2", "a.1.conv1", "a.1.conv2"], ["fc"]]
+    more = {f"a.{i}.conv{j}": f"a.{i}.conv{j}" for i in range(3) for j in range(3)}
+    assert _blocks(more) == [[f"a.{i}.conv{j}" for j in range(3)] for i in range(3)]
 
 
 def test_modules_of_fp16_engines_are_left_float(digits, cli, tmp_path):
@@ -163,9 +203,9 @@ def test_an_aim_needs_int8_images_and_trained_weights(digits, cli):
 
 
 def test_how_many_images_an_aim_needs():
-    assert Aim.parse("top1=0.99").images == 300
-    assert Aim.parse("accuracy_drop=0.005").images == 600
-    assert Aim.parse("sqnr=30").images == 1
+    assert option_values.Aim.parse("top1=0.99").images == 300
+    assert option_values.Aim.parse("accuracy_drop=0.005").images == 600
+    assert option_values.Aim.parse("sqnr=30").images == 1
 
 
 def test_the_spoilt_network_is_the_same_function(digits, spoilt):

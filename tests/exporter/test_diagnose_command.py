@@ -6,6 +6,7 @@ import json
 import shutil
 
 import pytest
+from support.options import UNTUNED
 
 
 def test_the_table_names_the_worst_layers_and_json_has_all(digits_bundle, cli):
@@ -59,3 +60,33 @@ def test_a_damaged_bundle_is_said(digits_bundle, cli, tmp_path):
     done = cli("diagnose", bundle)
     assert done.code == 5
     assert "checksum mismatch" in done.err
+
+
+def test_a_model_is_exported_first(digits, cli, tmp_path):
+    arguments = [*digits.arguments(), "--calib", digits.images, "--precision", "int8", *UNTUNED]
+    arguments += ["--tolerance", "sqnr=90", "--out", tmp_path / "out"]
+    done = cli("diagnose", *arguments, "--images", "4")
+    assert done.code == 0, done.err
+    assert "parity gate failed" in done.err
+    assert [stage["name"] for stage in done.json["stages"]].count("diagnose") == 1
+    assert done.json["diagnosis"]["bundle"] == str(tmp_path / "out.failed")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["resnet18"], 5, "resnet18: there is no such bundle"),
+        (["resnet18", "--precision", "fp32"], 2, "fp32: rounds nothing"),
+        (
+            ["resnet18", "--precision", "int8", "--weights", "none", "--calib", "{images}"],
+            2,
+            "random weights",
+        ),
+        (["{bundle}", "--precision", "int8"], 2, "--precision: no effect on"),
+    ],
+)
+def test_a_model_needs_what_can_be_diagnosed(digits, digits_bundle, cli, arguments, code, says):
+    places = {"images": digits.images, "bundle": digits_bundle}
+    done = cli("diagnose", *(argument.format(**places) for argument in arguments))
+    assert done.code == code
+    assert says in done.err

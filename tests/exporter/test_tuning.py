@@ -18,6 +18,8 @@ class Images:
     """Squared errors of images, in place of engines that make them: `gain` dB less with the change, but for noise."""
 
     few, images = FEW, ALL
+    level = 40.0
+    """SQNR without the change, in dB."""
 
     def __init__(self, gain: float, noise: float, *, first: float | None = None) -> None:
         rng = np.random.default_rng(0)
@@ -36,8 +38,8 @@ class Images:
         return (self._after if candidate.bias else np.ones(ALL))[:count]
 
     def sqnr(self, candidate: Candidate, target: str) -> float:
-        noise = float(self.noise(candidate, target, FEW).sum())
-        return -10 * float(np.log10(noise)) if np.isfinite(noise) else -200.0
+        noise = float(self.noise(candidate, target, FEW).mean())
+        return self.level - 10 * float(np.log10(noise)) if np.isfinite(noise) else -200.0
 
 
 def chosen(step, images: Images) -> str:
@@ -53,6 +55,15 @@ def test_a_clear_gain_is_taken_and_a_clear_loss_is_not_and_few_images_are_asked(
         images = Images(gain, noise=0.3)
         assert chosen(step, images) == expected
         assert images.asked == FEW
+
+
+def test_of_a_drowned_signal_no_method_is_chosen():
+    """It would be the best one of the worst layers, which --aim may leave float."""
+    images = Images(1.5, noise=0.1)
+    images.level = 3.0
+    assert (chosen("method", images), chosen("round", images)) == (OFF, ON)
+    images.level = 5.0
+    assert chosen("method", images) == ON
 
 
 @pytest.mark.parametrize("step", ["equalize", "method", "bias", "round"])

@@ -219,6 +219,8 @@ def plain_products(graph: ir.Graph) -> int:
             made.append(ir.node("Add", [made[-1].outputs[0], bias[0]], name=f"{name}_with_bias"))
         for one in (data, stored):
             one.outputs[0].name = f"{one.name}_output"
+        for one in made:
+            one.outputs[0].dtype = ir.DataType.FLOAT
         _take_place(graph, made, node)
         count += 1
     return count
@@ -251,11 +253,11 @@ def mean_in_two_steps(graph: ir.Graph) -> int:
 
     GlobalAveragePool wants channels first, so that ONNX Runtime would transpose a tensor that its QLinearConv writes
     with channels last. A mean over both axes at once has a slow kernel. The two steps save a tenth of the network's
-    time at batch 8.
+    time at batch 8. Behind a float convolution, the pool is five times as fast: it takes its blocked layout.
     """
     count = 0
     for node in list(graph):
-        if node.op_type != "GlobalAveragePool" or _dequantize(node, 0) is not None:
+        if node.op_type != "GlobalAveragePool" or _dequantize(node, 0) is not None or _of_float_conv(node):
             continue
         value = node.inputs[0]
         if value is None or value.shape is None or len(value.shape) != 4:
@@ -274,3 +276,17 @@ def mean_in_two_steps(graph: ir.Graph) -> int:
         _take_place(graph, made, node)
         count += 1
     return count
+
+
+def _of_float_conv(node: ir.Node) -> bool:
+    """Whether a node reads what a float convolution computes, with operators for each element in between."""
+    while (value := node.inputs[0]) is not None and (producer := value.producer()) is not None:
+        if producer.op_type in ("Conv", "FusedConv"):
+            return _dequantize(producer, 1) is None
+        if producer.op_type not in _EACH_ELEMENT:
+            return False
+        node = producer
+    return False
+
+
+_EACH_ELEMENT = frozenset({"QuickGelu", "Gelu", "HardSwish", "HardSigmoid", "Relu", "Clip", "Mul", "Add"})

@@ -138,7 +138,9 @@ class _Choosing:
             count = min(2 * count, self._evaluator.images)
         # One image that is far worse makes the standard error large, and equal candidates have none.
         worthy = bool(np.isfinite(after).all()) and found.decibels > (0 if errors > 0 else -MOST_LOST)
-        chosen = best if above >= 0 and worthy else default
+        # Of a drowned signal, a method shows what it does to the worst layers only, which --aim may leave float.
+        blind = name == "method" and figures[best] < DROWNED
+        chosen = best if above >= 0 and worthy and not blind else default
         self.candidate = candidates[chosen]
         kept = [layer for layer in self.candidate.kept if layer not in candidates[default].kept]
         concerned = {"method": self.candidate.clipped, "float": kept}.get(name, ())

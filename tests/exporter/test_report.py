@@ -1,0 +1,65 @@
+"""`export-zoo report`: a bundle's card as Markdown, and what it refuses. test_page.py has the pages."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from export_zoo.exporter.page.templates import plain
+
+
+def test_the_card_is_printed_as_markdown(digits_bundle, cli):
+    done = cli("report", digits_bundle)
+    assert done.code == 0, done.err
+    card = done.json["card"]
+    lines = done.out.splitlines()
+    assert lines[0] == "# resnet18, classification"
+    assert "4. Divide by 255, subtract the mean (0.485, 0.456, 0.406)" in done.out
+    parity = next(table for table in card["tables"] if table["title"] == "Parity with eager PyTorch")
+    assert [row[0] for row in parity["rows"]] == ["onnxruntime-fp32", "onnxruntime-int8"]
+    at = lines.index("## Parity with eager PyTorch")
+    table = [line for line in lines[at + 1 :] if line.startswith("|")][:4]
+    assert {line.count("|") for line in table} == {len(parity["columns"]) + 1}
+    assert table[1] == "|---|---|---|---|---:|---:|---:|---:|"
+    assert "| onnxruntime-int8 | verified |" in table[3]
+    assert parity["rows"][1][5].endswith("(97.1 to 100.0)")
+    assert cli("report", digits_bundle, "--quiet").out == ""
+
+
+def test_what_a_bundle_says_cannot_break_the_markdown(digits_bundle, cli, tmp_path):
+    bundle = shutil.copytree(digits_bundle, tmp_path / "bundle")
+    document = json.loads((bundle / "manifest.json").read_text())
+    document["recipe"]["source"]["name"] = "a|b <script>"
+    document["warnings"] = ["first\nsecond [link](x)"]
+    (bundle / "manifest.json").write_text(json.dumps(document))
+    done = cli("report", bundle, "--markdown", tmp_path / "card.md")
+    assert (done.code, done.out) == (0, "")
+    text = (tmp_path / "card.md").read_text()
+    assert text.startswith("# a\\|b &lt;script&gt;, classification")
+    assert "- **warning:** first second \\[link\\](x)" in text
+
+
+def test_plain_text_is_one_line_without_markup():
+    assert plain("a\nb|c<d>`e`*f*[g]") == "a b\\|c&lt;d&gt;\\`e\\`\\*f\\*\\[g\\]"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["{empty}"], 5, "not a bundle"),
+        (["{bundle}", "--html", "{bundle}/page.html"], 2, "lies in the bundle"),
+        (
+            ["{bundle}", "--html", "{empty}/same", "--markdown", "{empty}/same"],
+            2,
+            "is the file of another option",
+        ),
+    ],
+)
+def test_what_cannot_be_reported_is_said(digits_bundle, cli, tmp_path, arguments, code, says):
+    (tmp_path / "empty").mkdir()
+    places = {"bundle": digits_bundle, "empty": tmp_path / "empty"}
+    done = cli("report", *(argument.format(**places) for argument in arguments))
+    assert done.code == code
+    assert says in done.err
