@@ -26,13 +26,13 @@ LEARNING_RATE = {"resnet18": 2e-3, "mobilenet_v2": 3e-3, "squeezenet1_1": 6e-4, 
 INPUT_SIZE = 32
 
 
-def digits() -> tuple[np.ndarray, np.ndarray]:
-    """uint8 [1797, 32, 32, 3] and class indices [1797]; 8x8 digits scaled up."""
+def digits(size: int = INPUT_SIZE) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 [1797, size, size, 3] and class indices [1797]; 8x8 digits scaled up."""
     data = load_digits()
     small = np.rint(data.images * 255 / 16).astype(np.uint8)
-    size = (INPUT_SIZE, INPUT_SIZE)
     images = [
-        np.asarray(Image.fromarray(s).convert("RGB").resize(size, Image.Resampling.BILINEAR)) for s in small
+        np.asarray(Image.fromarray(s).convert("RGB").resize((size, size), Image.Resampling.BILINEAR))
+        for s in small
     ]
     return np.stack(images), data.target
 
@@ -42,7 +42,9 @@ def tensor(pixels: np.ndarray) -> torch.Tensor:
     return (x - torch.tensor(MEAN).view(1, 3, 1, 1)) / torch.tensor(STD).view(1, 3, 1, 1)
 
 
-def train(name: str, seed: int = 0, make: Callable[[], nn.Module] | None = None) -> tuple[nn.Module, float]:
+def train(
+    name: str, seed: int = 0, make: Callable[[], nn.Module] | None = None, size: int = INPUT_SIZE
+) -> tuple[nn.Module, float]:
     """Train on every other digit; returns the model and its top-1 accuracy on the rest.
 
     `make` makes the network that `name` means, where that is not torchvision's.
@@ -51,14 +53,14 @@ def train(name: str, seed: int = 0, make: Callable[[], nn.Module] | None = None)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return _train(name, seed, make or (lambda: get_model(name, weights=None, num_classes=10)))
+        return _train(name, seed, make or (lambda: get_model(name, weights=None, num_classes=10)), size)
     finally:
         torch.set_num_threads(threads)
 
 
-def _train(name: str, seed: int, make: Callable[[], nn.Module]) -> tuple[nn.Module, float]:
+def _train(name: str, seed: int, make: Callable[[], nn.Module], size: int) -> tuple[nn.Module, float]:
     torch.manual_seed(seed)
-    pixels, labels = digits()
+    pixels, labels = digits(size)
     x, y = tensor(pixels), torch.from_numpy(labels).long()
     model = make()
     for module in model.modules():
@@ -85,9 +87,9 @@ def _train(name: str, seed: int, make: Callable[[], nn.Module]) -> tuple[nn.Modu
     return model, accuracy
 
 
-def write_images(directory: Path) -> None:
+def write_images(directory: Path, size: int = INPUT_SIZE) -> None:
     """The digits that `train` does not see, as PNG files in one folder per class."""
-    pixels, labels = digits()
+    pixels, labels = digits(size)
     for index in range(1, len(pixels), 2):
         folder = directory / str(labels[index])
         folder.mkdir(parents=True, exist_ok=True)

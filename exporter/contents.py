@@ -111,6 +111,7 @@ def describe_recipe(
         simplified=simplified.data.summary,
         calibration=calibration,
         keep_float=list(context.options.keep_float),
+        keep_float_fp16=list(context.options.keep_float_fp16),
         instruction_set=instruction_set(),
         versions=context.versions,
     )

@@ -346,7 +346,9 @@ READERS: Mapping[str, Callable[[str, Any], Any]] = {
     **dict.fromkeys(("calib", "ranges", "verify", "preprocess", "costs", "out"), _path),
     **dict.fromkeys(("model", "weights", "method", "effort"), _text),
     **dict.fromkeys(("calib_images", "verify_images", "num_classes", "resize_size", "seed"), _number),
-    **dict.fromkeys(("precisions", "targets", "init_missing", "skip_weights", "keep_float"), _texts),
+    **dict.fromkeys(
+        ("precisions", "targets", "init_missing", "skip_weights", "keep_float", "keep_float_fp16"), _texts
+    ),
     "steps": lambda name, given: parse_steps(given) if isinstance(given, str) else _texts(name, given),
     "input_size": _size,
     "model_args": _pairs(parse_model_args),

@@ -75,6 +75,7 @@ class ExportOptions:
     steps: tuple[str, ...] = STEPS
     effort: str = EFFORTS[0]
     keep_float: tuple[str, ...] = ()
+    keep_float_fp16: tuple[str, ...] = ()
     aim: Aim | None = None
     aim_seconds: float = DEFAULT_AIM_SECONDS
     costs: Path | None = None

@@ -165,8 +165,9 @@ def _mending(context: Context, place: Path, result: manifest.Manifest) -> str:
             f"; about {found.layers} of its {found.total} layers in float would mend it (as {found.images} verify "
             "images say)"
         )
-        if PRECISIONS[engine.precision].quantized and found.layers <= MOST_NAMED:
-            text += ": " + " ".join(f"--keep-float {layer}" for layer in found.worst[: found.layers])
+        if found.layers <= MOST_NAMED:
+            option = "--keep-float" if PRECISIONS[engine.precision].quantized else "--keep-float-fp16"
+            text += ": " + " ".join(f"{option} {layer}" for layer in found.worst[: found.layers])
     return f"{text}; `export-zoo diagnose {place}` says more; "
 
 
@@ -247,7 +248,7 @@ def _aims(
             graphs: Rounded = (
                 Int8Graphs(context.options, target, tuned[target.name])
                 if precision.quantized
-                else HalfGraphs(graph, ranges)
+                else HalfGraphs(graph, ranges, context.options.keep_float_fp16)
             )
             found[target.name, name] = aim(context, graph, chosen, spec.preprocess, spec.head, target, graphs)
     return found

@@ -199,6 +199,9 @@ class Recipe(_Model):
         default=False, description="Whether weights have 7 bits, an option of earlier versions."
     )
     keep_float: list[str] = Field(description="Patterns of the layers that INT8 leaves unquantized.")
+    keep_float_fp16: list[str] = Field(
+        default=[], description="Patterns of the nodes that FP16 leaves float32."
+    )
     instruction_set: str
     versions: dict[str, str]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -33,6 +34,8 @@ from export_zoo.engines.targets.registry import TARGETS
 
 DEFAULT_IMAGES, MIN_IMAGES = 32, 4
 """Number of held-out images that layers are judged on."""
+
+DEFAULT_SECONDS = 600.0
 
 LOOKED_AT = 8
 """Number of images for local errors, histograms and the error along the network."""
@@ -179,6 +182,7 @@ def diagnose(
     name: str | None = None,
     *,
     images: int = DEFAULT_IMAGES,
+    seconds: float = DEFAULT_SECONDS,
     progress: Steps = lambda done, total: None,
 ) -> Diagnosis:
     """Diagnose an engine of a bundle on its held-out images.
@@ -188,12 +192,13 @@ def diagnose(
     Args:
         name: of the engine, see `Subject`.
         images: number of images.
+        seconds: fewer images are used, MIN_IMAGES at least, if it would take longer by the time of the first run.
 
     Raises:
         BadInputError: see `Subject`.
         UsageError: too few images.
     """
-    subject = Subject(bundle, name)
+    began, subject = time.monotonic(), Subject(bundle, name)
     layers, reference = subject.layers, subject.held.logits
     count = min(images, len(reference))
     if count < MIN_IMAGES:
@@ -217,8 +222,13 @@ def diagnose(
     step()
     shown = _histograms(subject, looked_at)
     step()
+    start = time.monotonic()
+    exact = subject.outputs((), subject.batches(0, count))
+    each, left = time.monotonic() - start, seconds - (start - began)
+    if (needed := each * (len(layers) + len(counts))) > left:
+        count = max(MIN_IMAGES, min(count, int(count * left / needed)))
+        exact, reference = exact[:count], reference[:count]
     used = subject.batches(0, count)
-    exact = subject.outputs((), used)
     alone = []
     for layer in layers:
         alone.append(effect(exact, subject.outputs([layer.name], used)))

@@ -45,6 +45,14 @@ SHOWN = 10
     metavar="N",
     help="Held-out images to judge layers on.",
 )
+@click.option(
+    "--seconds",
+    type=click.FloatRange(0),
+    default=600,
+    show_default=True,
+    metavar="S",
+    help="Use fewer images if it would take longer, 4 at least.",
+)
 @html_option("Write a page with plots and the images that go wrong")
 @add(OPTIONS)
 @json_option
@@ -54,6 +62,7 @@ def diagnose(
     what: str,
     engine: str | None,
     images: int,
+    seconds: float,
     html: Path | None,
     json_path: Path | None,
     quiet: bool,
@@ -95,8 +104,12 @@ def diagnose(
     if read_manifest(bundle).recipe.source.weights.random:
         raise _random(str(bundle))
     with reporter.stage("diagnose") as stage, reporter.bar(f"layers of {bundle.name}", None) as advance:
-        found = run(bundle, engine, images=images, progress=advance)
+        found = run(bundle, engine, images=images, seconds=seconds, progress=advance)
         stage.detail = f"{found.engine}: {len(found.layers)} layers on {found.images} images"
+    if found.images < images and given_options() & {"images", "seconds"}:
+        reporter.warn(
+            f"{found.images} images are used: --seconds and the bundle's held-out images allow no more"
+        )
     now.document |= {"diagnosis": found.model_dump(mode="json")}
     if html is not None:
         write(html, page.html(found, bundle), "--html")
@@ -166,6 +179,6 @@ def _print(found: Diagnosis) -> None:
     curve = ", ".join(f"{step.layers}: {step.sqnr:.1f} dB" for step in found.mended[1:-1])
     if curve:
         click.echo(f"with the first of these layers in float: {curve}")
-    if found.quantized:
-        click.echo(f"to leave the first one float: --keep-float {layers[found.worst[0]].module}")
+    option = "--keep-float" if found.quantized else "--keep-float-fp16"
+    click.echo(f"to leave the first one float: {option} {layers[found.worst[0]].module}")
     click.echo("to leave float as many as an accuracy needs: export-zoo ... --aim METRIC=VALUE")

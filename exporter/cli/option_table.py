@@ -360,6 +360,15 @@ OPTIONS = (
         calibrate=True,
     ),
     Option(
+        "--keep-float-fp16",
+        "keep_float_fp16",
+        _INT8,
+        "FP16: nodes to leave float32: a glob over module paths or nodes. Repeatable.",
+        metavar="PATTERN",
+        repeatable=True,
+        read=tuple,
+    ),
+    Option(
         "--aim",
         "aim",
         _INT8,

@@ -35,6 +35,7 @@ from export_zoo.engines.precision.base import Precision
 from export_zoo.engines.precision.fp16.precision import FP16
 from export_zoo.engines.precision.int8.precision import INT8
 from export_zoo.engines.precision.int8.saturation.channel_order import ChannelOrder, choose_order
+from export_zoo.engines.precision.patterns import nodes_named
 from export_zoo.engines.precision.registry import BASELINE
 from export_zoo.engines.precision.twin import write_twin
 from export_zoo.engines.targets.base import Opening, Runner, Target
@@ -131,13 +132,14 @@ class HalfGraphs:
 
     precision: Precision = FP16
 
-    def __init__(self, graph: Path, ranges: Ranges | None) -> None:
+    def __init__(self, graph: Path, ranges: Ranges | None, keep_float: Sequence[str]) -> None:
         self._graph, self._ranges = graph, ranges
+        self._given = nodes_named(graph_io.load(graph).graph, keep_float, "--keep-float-fp16")
         self.nodes: Mapping[str, frozenset[str]] = {}
         """Names of the nodes of each layer."""
 
     def write(self, out: Path, layers: frozenset[str]) -> None:
-        kept = frozenset[str]().union(*(self.nodes[layer] for layer in layers))
+        kept = self._given.union(*(self.nodes[layer] for layer in layers))
         FP16.write(self._graph, out, self._ranges, kept)
 
     def layers(self, graph: Path) -> tuple[Mixtures, Layers]:
@@ -148,7 +150,8 @@ class HalfGraphs:
         return mixtures, found
 
     def key(self) -> Mapping[str, Any]:
-        return {"ranges": self._ranges.digest() if self._ranges is not None else None}
+        digest = self._ranges.digest() if self._ranges is not None else None
+        return {"ranges": digest, "kept": sorted(self._given)}
 
 
 class _Search:
@@ -328,7 +331,8 @@ def aim(
         )
         result = context.cache.run("aim", key, make, Aim)
         found, stage.cached = result.data, result.cached
-        stage.detail = f"{name}: {_described(found, options=graphs.precision.quantized)}"
+        option = "--keep-float" if graphs.precision.quantized else "--keep-float-fp16"
+        stage.detail = f"{name}: {_described(found, option)}"
     if found.slower_than_fp32:
         context.reporter.warn(
             f"--aim {wanted}: {name} takes {found.ms_with(found):.2f} ms for one image on one thread, FP32 "
@@ -342,22 +346,18 @@ def aim(
     return found
 
 
-def _described(found: Aim, *, options: bool) -> str:
+def _described(found: Aim, option: str) -> str:
     """An aim for people.
 
     Args:
-        options: whether --keep-float names its layers.
+        option: which names its layers.
     """
     if not found.layers:
         return f"{found.metric} {found.select:.4g} on the select images, no layer in float for it"
     ms, time_text = found.ms_with(found), ""
     if ms is not None:
         time_text = f", {found.added_ms:+.2f} ms to {ms:.2f} (FP32 {found.fp32_ms:.2f})"
-    names = (
-        " ".join(f"--keep-float {module}" for module in found.modules)
-        if options
-        else ", ".join(found.modules)
-    )
+    names = " ".join(f"{option} {module}" for module in found.modules)
     return (
         f"{found.metric} {found.select:.4g} on the select images with {len(found.modules)} layers in float{time_text}, "
         f"+{found.added_bytes / 1e6:.1f} MB: {names}"

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from export_zoo.base import graph_io
 from export_zoo.base.errors import TargetRefusalError
 from export_zoo.base.graph_io import sha256_of
 from export_zoo.base.machine import library_versions
 from export_zoo.calibration.ranges import Ranges
 from export_zoo.engines.bundle.manifest import Aim, Tuning
 from export_zoo.engines.precision.base import Precision
+from export_zoo.engines.precision.patterns import nodes_named
 from export_zoo.engines.precision.registry import BASELINE, PRECISIONS
 from export_zoo.engines.targets.base import BuildRequest, Target
 from export_zoo.engines.targets.float_for_speed import FloatForSpeed
@@ -80,7 +82,8 @@ def _precision_graph(
 
         inputs = parts.key(target, context.options)
     else:
-        kept = frozenset(aim.layers) if aim is not None else frozenset[str]()
+        given = nodes_named(graph_io.load(graph).graph, context.options.keep_float_fp16, "--keep-float-fp16")
+        kept = given | frozenset(aim.layers if aim is not None else ())
 
         def make(directory: Path) -> None:
             precision.write(graph, directory / GRAPH, ranges, kept)

@@ -21,6 +21,7 @@ from export_zoo.engines.parity.metrics import relative_errors
 from export_zoo.engines.parity.outputs import sampled
 from export_zoo.engines.parity.sums import Sums
 from export_zoo.engines.parity.tasks import Head, headline
+from export_zoo.engines.precision.fp16.precision import FP16
 from export_zoo.engines.precision.registry import BASELINE, PRECISIONS, QUANTIZED
 from export_zoo.engines.targets.base import Opening
 from export_zoo.engines.targets.onnxruntime.engine import OnnxRuntimeEngine
@@ -96,6 +97,8 @@ def judge_engines(
             )
     if context.options.keep_float and not context.options.quantizes:
         context.reporter.warn(f"--keep-float has no effect without --precision {QUANTIZED}")
+    if context.options.keep_float_fp16 and FP16.name not in context.options.precisions:
+        context.reporter.warn(f"--keep-float-fp16 has no effect without --precision {FP16.name}")
     return {
         engine.name: _judge(context, engine, recipe, held, reference, whole.get(engine.name, {}))
         for engine in engines

@@ -147,6 +147,22 @@ def test_modules_of_fp16_engines_are_left_float(digits, cli, tmp_path):
     halves = {v.name for v in graph.initializer if v.data_type == onnx.TensorProto.FLOAT16}
     for name in engine["aim"]["layers"]:
         assert not halves & set(nodes[name].input)
+    kept = [word for module in engine["aim"]["modules"] for word in ("--keep-float-fp16", module)]
+    assert " ".join(kept) in done.err
+    again = cli(*arguments, *kept, "--out", tmp_path / "again")
+    assert again.json["engines"][0]["graph"]["sha256"] == engine["graph"]["sha256"]
+    assert again.json["recipe"]["keep_float_fp16"] == engine["aim"]["modules"]
+
+
+def test_what_fp16_keeps_has_to_be_there(digits, cli, tmp_path):
+    arguments = [*digits.arguments(), "--target", "tensorrt-rtx", "--out", tmp_path / "out"]
+    done = cli(*arguments, "--precision", "fp16", "--keep-float-fp16", "layer9")
+    assert done.code == 2
+    assert "--keep-float-fp16 'layer9': no node and no module has this name" in done.err
+    assert "such as conv1, " in done.err
+    done = cli(*arguments, "--precision", "fp32", "--keep-float-fp16", "layer1")
+    assert done.code == 0
+    assert "--keep-float-fp16 has no effect without --precision fp16" in done.err
 
 
 def test_an_aim_that_is_met_anyway_changes_nothing(digits, cli, tmp_path):

@@ -30,6 +30,16 @@ def test_a_failed_bundle_can_be_diagnosed(digits_bundle, cli, tmp_path):
     assert cli("diagnose", bundle, "--images", "4").code == 0
 
 
+def test_fewer_images_are_used_where_time_or_images_are_short(digits_bundle, cli):
+    done = cli("diagnose", digits_bundle, "--seconds", "0")
+    assert (done.code, done.json["diagnosis"]["images"]) == (0, 4)
+    assert "warning: 4 images are used" in done.err
+    held = json.loads((digits_bundle / "manifest.json").read_text())["artifacts"]["held_out"]["count"]
+    done = cli("diagnose", digits_bundle, "--images", "5000", "--engine", "onnxruntime-int8")
+    assert done.json["diagnosis"]["images"] == held
+    assert f"warning: {held} images are used" in done.err
+
+
 def test_random_weights_are_refused(digits_bundle, cli, tmp_path):
     bundle = shutil.copytree(digits_bundle, tmp_path / "bundle")
     document = json.loads((bundle / "manifest.json").read_text())

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 
 import onnx_ir as ir
 
 from export_zoo.base import graph_io
 from export_zoo.base.errors import UsageError
+from export_zoo.engines.precision.patterns import is_named
 from export_zoo.engines.precision.placement import is_depthwise, weight_of
 
 FEW = 16
@@ -42,7 +42,7 @@ def kept_float(graph: ir.Graph, patterns: Sequence[str]) -> frozenset[str]:
         if pattern in KINDS:
             kept.update(name for name, node in layers.items() if KINDS[pattern](node))
             continue
-        found = {name for name, node in layers.items() if _named(node, pattern)}
+        found = {name for name, node in layers.items() if is_named(node, pattern)}
         if not found:
             some = [graph_io.module_of(node) or name for name, node in layers.items()][:4]
             raise UsageError(
@@ -51,12 +51,3 @@ def kept_float(graph: ir.Graph, patterns: Sequence[str]) -> frozenset[str]:
             )
         kept |= found
     return frozenset(kept)
-
-
-def _named(node: ir.Node, pattern: str) -> bool:
-    module = graph_io.module_of(node)
-    return (
-        fnmatchcase(str(node.name), pattern)
-        or fnmatchcase(module, pattern)
-        or fnmatchcase(module, f"{pattern}.*")
-    )
