@@ -46,7 +46,9 @@ def main() -> None:
             height = min(HEIGHT, shown.evaluate("document.documentElement.scrollHeight"))
             shown.screenshot(path=shot, clip={"x": 0, "y": 0, "width": WIDTH, "height": height})
             out = Path(__file__).with_name(f"{name}.png")
-            Image.open(shot).convert("P", palette=Image.Palette.ADAPTIVE, colors=COLOURS).save(out, optimize=True)
+            Image.open(shot).convert("P", palette=Image.Palette.ADAPTIVE, colors=COLOURS).save(
+                out, optimize=True
+            )
             print(f"{out}: {out.stat().st_size / 1e3:.0f} kB")
         browser.close()
 

@@ -187,11 +187,13 @@ class Aim:
     @classmethod
     def parse(cls, text: str) -> Aim:
         """Parse `METRIC=VALUE`. Raises UsageError."""
-        metric, _, number = text.partition("=")
+        metric, equals, number = text.partition("=")
         try:
             value = float(number)
         except ValueError:
             value = float("nan")
+        if not equals:
+            raise UsageError(f"--aim {text!r}: is not METRIC=VALUE", hint="for example sqnr=25")
         if metric not in AIMS:
             raise UsageError(
                 f"--aim {text!r}: unknown metric {metric!r}", hint=f"choose from {', '.join(AIMS)}"

@@ -136,7 +136,9 @@ class ExportOptions:
                     f"--keep-float {pattern}: unknown kind", hint=f"choose from {', '.join(KEEP_FLOAT_KINDS)}"
                 )
         if self.aim is not None and set(self.precisions) == {BASELINE.name}:
-            raise UsageError(f"--aim has no effect on {BASELINE.name}", hint=f"add --precision {QUANTIZED}")
+            raise UsageError(
+                f"--aim has no effect on {BASELINE.name}", hint=f"add --precision {QUANTIZED} or fp16"
+            )
         if self.aim is not None and self.calib is None:
             raise UsageError("--aim needs images to choose layers on", hint="give --calib DIR")
         if not self.aim_seconds > 0:

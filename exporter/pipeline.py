@@ -121,6 +121,8 @@ def _advice(engines: Sequence[Engine]) -> str:
     failed = {engine.precision for engine in engines if engine.gate.failures}
     exact = next(name for name in PRECISIONS if name in failed)
     texts = [text for engine in engines if engine.precision == exact for text in engine.gate.failures]
+    if all(text.startswith("--aim ") for text in texts):
+        return "ask for less with --aim, give more --aim-seconds, or more --calib images"
     if all("accuracy is" in text for text in texts) and not PRECISIONS[exact].quantized:
         return "give a limit that eager PyTorch itself reaches: the logits are as close to eager's as they should be"
     if exact == BASELINE.name:

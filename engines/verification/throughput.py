@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
-from export_zoo.base.errors import TargetUnavailableError
+from export_zoo.base.errors import EnvironmentFailureError, TargetUnavailableError
 from export_zoo.base.machine import cpu_model, usable_cores
 from export_zoo.calibration.images import Progress
 from export_zoo.calibration.preprocess import normalize
@@ -82,19 +81,17 @@ def settings(
 ) -> list[Setting]:
     """The settings to measure: all combinations of what is given.
 
-    By default, batches are the bundle's MIN, OPT and MAX; threads and streams are one and the number of cores, but for
-    more threads in all than there are cores.
+    By default, batches are the bundle's MIN, OPT and MAX; threads are one and the number of cores; streams are one and
+    as many as use all cores. Where only streams are given, there are no more threads in all than cores or streams.
     """
     cores = usable_cores()
-    return list(
-        dict.fromkeys(
-            Setting(size, count, copies)
-            for size in batches or sorted({batch.min, batch.opt, batch.max})
-            for count in threads or (1, cores)
-            for copies in streams or (1, cores)
-            if threads or streams or count * copies <= cores
-        )
-    )
+    found: list[Setting] = []
+    for size in batches or sorted({batch.min, batch.opt, batch.max}):
+        for count in threads or (1, cores):
+            found += [Setting(size, count, copies) for copies in streams or (1, max(1, cores // count))]
+        if streams and not threads:
+            found = [one for one in found if one.threads * one.streams <= max(cores, *streams)]
+    return list(dict.fromkeys(found))
 
 
 def measure(
@@ -117,6 +114,7 @@ def measure(
     Raises:
         BadInputError: not a bundle, damaged, or without one of the engines.
         TargetUnavailableError: none of the engines runs here.
+        EnvironmentFailureError: there is too little memory, or there are too many threads.
     """
     manifest = reader.read_manifest(bundle)
     reader.check_files(bundle, manifest)
@@ -130,7 +128,8 @@ def measure(
     if not here:
         listed = "; ".join(f"{name}: {why}" for name, why in left_out.items())
         raise TargetUnavailableError(
-            f"{bundle}: no engine that runs here: {listed}", hint="export it on this machine"
+            f"{bundle}: no engine that runs here: {listed}",
+            hint="run it where one of them runs, or export for this machine",
         )
     points: list[Point] = []
     for setting in chosen:
@@ -142,11 +141,17 @@ def measure(
             if engine.name != _FP32:
                 opening = opening_of(bundle, engine, threads=setting.threads)
                 openings[engine.name] = TARGETS[engine.target], opening
-        running = {
-            name: [target.open(opening) for _ in range(setting.streams)]
-            for name, (target, opening) in openings.items()
-        }
-        points += _points(running, batch, setting, seconds)
+        try:
+            running = {
+                name: [target.open(opening) for _ in range(setting.streams)]
+                for name, (target, opening) in openings.items()
+            }
+            points += _points(running, batch, setting, seconds)
+        except (MemoryError, RuntimeError) as error:  # RuntimeError: a thread cannot be started
+            raise EnvironmentFailureError(
+                f"{bundle}: {setting}: memory or threads do not suffice: {error}",
+                hint="give fewer --streams or --threads, or a smaller --batch",
+            ) from error
         progress(1)
     return Throughput(
         bundle=str(bundle), machine=cpu_model(), cores=usable_cores(), points=points, left_out=left_out
@@ -192,11 +197,8 @@ def _points(
 
 def _at_once(copies: Sequence[Timed], batch: Float32Array, seconds: float) -> list[list[float]]:
     """Seconds of each run of each copy, while all of them run. Each runs once before: that run is not timed."""
-    ready = threading.Barrier(len(copies))
 
     def run(engine: Timed) -> list[float]:
-        engine.run_all(batch)
-        ready.wait()
         found: list[float] = []
         begin = now = time.perf_counter()
         while not found or now - begin < seconds:
@@ -205,5 +207,7 @@ def _at_once(copies: Sequence[Timed], batch: Float32Array, seconds: float) -> li
             found.append(now - before)
         return found
 
+    for engine in copies:
+        engine.run_all(batch)
     with ThreadPoolExecutor(len(copies)) as pool:
         return list(pool.map(run, copies))

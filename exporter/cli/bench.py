@@ -18,7 +18,7 @@ from export_zoo.exporter.cli.common_options import (
 )
 from export_zoo.exporter.run.report import ConsoleReporter, make_console
 
-_COUNT = click.IntRange(1, 4096)
+_COUNT, _COPIES = click.IntRange(1, 4096), click.IntRange(1, 256)
 
 
 @click.command(epilog=EXIT_CODES)
@@ -36,17 +36,17 @@ _COUNT = click.IntRange(1, 4096)
 )
 @click.option(
     "--threads",
-    type=_COUNT,
+    type=_COPIES,
     multiple=True,
     metavar="N",
     help="Threads of each stream. Repeatable. Default: 1, and the number of cores.",
 )
 @click.option(
     "--streams",
-    type=_COUNT,
+    type=_COPIES,
     multiple=True,
     metavar="N",
-    help="Copies of an engine that run at once. Repeatable. Default: 1, and as many as cores where each has one.",
+    help="Copies of an engine that run at once. Repeatable. Default: 1, and as many as use all cores.",
 )
 @click.option(
     "--seconds",
@@ -101,7 +101,10 @@ def bench(
     chosen = settings(allowed, batches, threads, streams)
     with reporter.stage("bench") as stage, reporter.bar(f"settings of {bundle.name}", len(chosen)) as advance:
         found = measure(bundle, chosen, engines=engines, seconds=seconds, progress=advance)
-        stage.detail = f"{len(chosen)} settings on {found.machine}"
+        stage.detail = f"{len(chosen)} setting{'s' if len(chosen) != 1 else ''} on {found.machine}"
+    failed = [engine.name for engine in manifest.artifacts.engines if engine.gate.failures]
+    if failed:
+        reporter.warn(f"{', '.join(failed)}: outside the tolerance when it was exported: do not use it")
     for name, why in found.left_out.items():
         reporter.warn(f"{name} does not run here: {why}")
     now.document |= {"throughput": found.model_dump(mode="json")}

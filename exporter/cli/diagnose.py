@@ -180,5 +180,5 @@ def _print(found: Diagnosis) -> None:
     if curve:
         click.echo(f"with the first of these layers in float: {curve}")
     option = "--keep-float" if found.quantized else "--keep-float-fp16"
-    click.echo(f"to leave the first one float: {option} {layers[found.worst[0]].module}")
+    click.echo(f"to leave the first one float, too: {option} {layers[found.worst[0]].module}")
     click.echo("to leave float as many as an accuracy needs: export-zoo ... --aim METRIC=VALUE")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -84,6 +85,11 @@ def stored(folder: Path) -> dict[str, CellResult]:
             result = CellResult(**document)
             found[result.name] = result
     return found
+
+
+def unreadable(folder: Path, read: Mapping[str, CellResult]) -> list[str]:
+    """Names of the files in a results folder that `stored` left out."""
+    return sorted(path.name for path in folder.glob("*.json") if path.stem not in read)
 
 
 def store(folder: Path, result: CellResult) -> None:

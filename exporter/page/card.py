@@ -5,29 +5,25 @@ Its contents follow Mitchell et al. 2019, "Model Cards for Model Reporting" (arX
 
 from __future__ import annotations
 
-import io
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from export_zoo.calibration.preprocess import Preprocess, read_pixels
 from export_zoo.engines.bundle import reader
-from export_zoo.engines.bundle.manifest import Attestation, Engine, Gate, Latency, Manifest
+from export_zoo.engines.bundle.manifest import Attestation, Engine, Gate, Latency, Manifest, Port
 from export_zoo.engines.parity.intervals import described, interval
 from export_zoo.engines.parity.limits import limits_of
 from export_zoo.engines.parity.tasks import headline
-from export_zoo.exporter.page import plots
+from export_zoo.engines.precision.registry import BASELINE, PRECISIONS
+from export_zoo.exporter.page import plots, preprocessing
 from export_zoo.exporter.page.templates import render, thumbnail
 from export_zoo.exporter.run.report import RANDOM
 
 PICTURES = 6
 """Number of held-out images on the page."""
-
-_PICTURE = 224
-"""Length of the longer side of pictures of the preprocessing, in pixels."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +44,8 @@ class Card:
     title: str
     facts: dict[str, str]
     warnings: list[str]
+    usage: dict[str, str]
+    """Code that loads it and runs an image, by language."""
     preprocessing: list[str]
     tables: list[Table]
 
@@ -60,9 +58,9 @@ def facts(bundle: Path, manifest: Manifest) -> dict[str, str]:
         "bundle": f"{bundle} ({manifest.status}, by {manifest.tool}, {manifest.artifacts.created})",
         "model": f"{recipe.source.name}, {recipe.output.head.described}",
         "weights": trained.name + (f" (SHA-256 {trained.sha256[:16]}...)" if trained.sha256 else ""),
-        "input": f"{recipe.input.name}: float32 {recipe.input.shape} {recipe.input.layout}",
+        "input": f"{recipe.input.name}: float32 {_shape(recipe.input)} {recipe.input.layout}",
         "output": "; ".join(
-            f"{port.name}: float32 {port.shape}, {port.head.task}"
+            f"{port.name}: float32 {_shape(port)}, {port.head.task}"
             + (f" ({port.head.scores})" if port.head.scores != "values" else "")
             for port in recipe.outputs
         ),
@@ -70,12 +68,12 @@ def facts(bundle: Path, manifest: Manifest) -> dict[str, str]:
         "preprocess": f"{p.mode}, resize {p.resize_size} {p.interpolation} antialiased"
         f"{' to the proportions of the crop' if p.crop_mode == 'squash' else ''}, "
         f"crop {p.crop_height}x{p.crop_width}, /{p.scale:g}, mean {list(p.mean)}, std {list(p.std)} ({p.source})",
-        "labels": f"{len(recipe.labels)} names" if recipe.labels else "not known",
+        "labels": f"{len(recipe.labels)} names" if recipe.labels else "names are not known",
         "calibration": f"{recipe.calibration.method}, {recipe.calibration.images} images"
         if recipe.calibration
         else "none",
         "held out": f"{held.count} {'synthetic ' if held.synthetic else ''}images with eager logits",
-        "machine": recipe.instruction_set,
+        "made on": recipe.instruction_set,
     }
     if (sizes := recipe.input_size) is not None:
         low, opt, high = (f"{height}x{width}" for height, width in (sizes.min, sizes.opt, sizes.max))
@@ -87,23 +85,32 @@ def facts(bundle: Path, manifest: Manifest) -> dict[str, str]:
     return found
 
 
+def _shape(port: Port) -> str:
+    return f"[{', '.join(map(str, port.shape))}]"
+
+
 def card_of(bundle: Path) -> Card:
     """The card of a bundle.
 
     Raises:
-        BadInputError: not a bundle.
+        BadInputError: not a bundle, or damaged.
     """
     manifest = reader.read_manifest(bundle)
+    reader.check_files(bundle, manifest)  # a page that says "verified" should not be of a damaged file
     attested = reader.attestations(bundle)
     recipe, engines = manifest.recipe, manifest.artifacts.engines
-    warnings = [RANDOM] if recipe.source.weights.random else []
+    warnings = [] if manifest.status == "ok" else ["failed when it was exported: do not use it"]
+    warnings += [f"{engine.name}: {text}" for engine in engines for text in engine.gate.failures]
+    warnings += [RANDOM] if recipe.source.weights.random else []
     warnings += manifest.warnings
     warnings += [f"{refused.name}: not built: {refused.reason}" for refused in manifest.artifacts.refused]
     warnings += [f"{name}: this version does not know it" for name in manifest.unknown_engines]
+    warnings += [f"{name}: cannot be read, and is left out" for name in attested.unreadable]
     tables = [
-        _parity(engines),
-        _speed(engines, attested.by_file),
-        _layers_in_float(engines),
+        _parity(manifest),
+        _gates(engines),
+        _speed(manifest, attested.by_file),
+        _layers_in_float(manifest),
         _tuning(engines),
         *_aims(engines),
         _attestations(attested.by_file),
@@ -117,8 +124,9 @@ def card_of(bundle: Path) -> Card:
     return Card(
         title=f"{recipe.source.name}, {recipe.output.head.task}",
         facts=facts(bundle, manifest),
-        warnings=warnings,
-        preprocessing=_steps(recipe.preprocess),
+        warnings=list(dict.fromkeys(warnings)),
+        usage=_usage(bundle, manifest),
+        preprocessing=preprocessing.steps(recipe.preprocess),
         tables=[table for table in tables if table.rows],
     )
 
@@ -138,7 +146,6 @@ def html(card: Card, bundle: Path) -> str:
         "card.html.jinja",
         title=card.title,
         card=card,
-        bundle=bundle.name,
         sizes=plots.bars(
             {engine.name: engine.size_bytes / 1e6 for engine in engines}, "MB", "size of the engines"
         ),
@@ -152,7 +159,7 @@ def html(card: Card, bundle: Path) -> str:
             for engine in engines
             if engine.aim is not None
         ],
-        stages=_pictures(manifest.recipe.preprocess),
+        stages=preprocessing.pictures(manifest.recipe.preprocess),
         images=[
             (thumbnail(pixels), _answer(logits, manifest))
             for pixels, logits in zip(held.pixels[:PICTURES], held.logits[:PICTURES], strict=True)
@@ -160,31 +167,69 @@ def html(card: Card, bundle: Path) -> str:
     )
 
 
-def markdown(card: Card, bundle: Path) -> str:
+def markdown(card: Card) -> str:
     """The card as Markdown."""
-    return render("card.md.jinja", title=card.title, card=card, bundle=bundle.name)
+    return render("card.md.jinja", title=card.title, card=card)
 
 
-def _parity(engines: Sequence[Engine]) -> Table:
-    title = headline(engines[0].gate.eager_metrics)[0]
+def _usage(bundle: Path, manifest: Manifest) -> dict[str, str]:
+    place, p = json.dumps(bundle.resolve().name, ensure_ascii=False), manifest.recipe.preprocess
+    failed = manifest.status != "ok"
+    what = "failed: for inspection only" if failed else "the fastest verified engine"
+    python = [
+        "import export_zoo",
+        "",
+        f"engine = export_zoo.load({place}{', allow_failed=True' if failed else ''})  # {what}",
+        f'logits = engine.run(engine.preprocess(["{"image.tif" if p.keeps_values else "image.jpg"}"]))',
+    ]
+    found = {"python": "\n".join(python)}
+    if not failed and not p.keeps_values:
+        found["cpp"] = f"const auto engine = export_zoo::Engine::load({place});"
+    return found
+
+
+def _parity(manifest: Manifest) -> Table:
+    engines, held = manifest.artifacts.engines, manifest.artifacts.held_out
+    title, shares = headline(engines[0].gate.eager_metrics)[0], described(engines[0].gate.eager_metrics)
+    random = manifest.recipe.source.weights.random
+    images = int(engines[0].gate.metrics.get("images") or held.count)
     return Table(
         "Parity with eager PyTorch",
-        "On the held-out images. Shares have their 95 % interval (Wilson 1927).",
-        ("engine", "state", "limits", "batches", "SQNR dB", title, "accuracy", "worst test pattern dB"),
+        f"On {images} {'synthetic' if held.synthetic else 'held-out'} images."
+        + (" Shares have their 95 % interval (Wilson 1927)." if shares else ""),
+        ("engine", "state", "SQNR dB", title, "accuracy", "worst test pattern dB"),
         [
             (
                 engine.name,
                 "FAILED" if engine.gate.failures else engine.state,
-                ", ".join(map(str, limits_of(engine.gate.tolerances))),
-                ", ".join(map(str, engine.gate.batches)),
                 _figure(engine.gate.eager_metrics.get("sqnr"), ".1f"),
                 headline(engine.gate.eager_metrics)[1] + described(engine.gate.eager_metrics),
                 _accuracy(engine.gate),
-                _figure(min(engine.gate.patterns.values(), default=None), ".1f"),
+                "-" if random else _figure(min(engine.gate.patterns.values(), default=None), ".1f"),
             )
             for engine in engines
         ],
-        names=4,
+        names=2,
+    )
+
+
+def _gates(engines: Sequence[Engine]) -> Table:
+    return Table(
+        "Gates",
+        "What each engine was compared with, and the limits that it had to keep.",
+        ("engine", "ran", "compared with", "limits", "batches", "further sizes"),
+        [
+            (
+                engine.name,
+                engine.gate.ran,
+                engine.gate.reference,
+                ", ".join(map(str, limits_of(engine.gate.tolerances))),
+                ", ".join(map(str, engine.gate.batches)),
+                ", ".join(f"{height}x{width}" for height, width in engine.gate.sizes) or "-",
+            )
+            for engine in engines
+        ],
+        names=6,
     )
 
 
@@ -201,25 +246,35 @@ def _accuracy(gate: Gate) -> str:
     return f"{100 * accuracy:.1f} % ({100 * low:.1f} to {100 * high:.1f}), {0.0 - 100 * drop:+.1f} to eager"
 
 
-def _speed(engines: Sequence[Engine], attested: dict[str, Attestation]) -> Table:
-    def row(name: str, latency: Latency) -> tuple[str, ...]:
+def _speed(manifest: Manifest, attested: dict[str, Attestation]) -> Table:
+    def row(name: str, latency: Latency, when: str) -> tuple[str, ...]:
         figures = (f"{latency.median_ms:.2f}", f"{latency.fp32_median_ms:.2f}", f"{latency.speedup:.2f}x")
-        return (name, latency.machine, str(latency.batch), *figures)
+        return (name, latency.machine, when[:10], str(latency.batch), *figures)
 
-    rows = [row(engine.name, engine.latency) for engine in engines if engine.latency is not None]
-    rows += [row(name, found) for one in attested.values() for name, found in one.latencies.items()]
+    made, engines = manifest.artifacts.created, manifest.artifacts.engines
+    rows = [row(engine.name, engine.latency, made) for engine in engines if engine.latency is not None]
+    rows += [
+        row(name, found, one.created) for one in attested.values() for name, found in one.latencies.items()
+    ]
     return Table(
         "Speed",
-        "Median latency of a batch, in turn with the FP32 graph in ONNX Runtime, on all threads. "
-        "export-zoo bench measures more on your machine.",
-        ("engine", "machine", "batch", "ms", "FP32 ms", "vs FP32"),
+        "Median latency of a batch, in turn with the FP32 graph in ONNX Runtime, on all threads: at the export, and by "
+        "export-zoo verify. Engines that did not run there have none. export-zoo bench measures more on your machine.",
+        ("engine", "machine", "when", "batch", "ms", "FP32 ms", "vs FP32"),
         rows,
-        names=2,
+        names=3,
     )
 
 
-def _layers_in_float(engines: Sequence[Engine]) -> Table:
+def _layers_in_float(manifest: Manifest) -> Table:
+    recipe, engines = manifest.recipe, manifest.artifacts.engines
+
     def reasons(engine: Engine) -> Iterator[tuple[str, Sequence[str]]]:
+        precision = PRECISIONS[engine.precision]
+        if precision.quantized:
+            yield "asked for (--keep-float)", recipe.keep_float
+        elif precision is not BASELINE:
+            yield "asked for (--keep-float-fp16)", recipe.keep_float_fp16
         if engine.float_for_speed is not None:
             yield "faster in float", engine.float_for_speed.layers
         for step in engine.tuning.steps if engine.tuning is not None else []:
@@ -245,7 +300,8 @@ def _layers_in_float(engines: Sequence[Engine]) -> Table:
 def _tuning(engines: Sequence[Engine]) -> Table:
     return Table(
         "Tuning of INT8",
-        "Choices on images that are used neither to calibrate nor to verify; a gain counts if it is more than chance.",
+        "Choices, in this order, on images that are used neither to calibrate nor to verify. A gain over the default "
+        "counts if it is more than chance. Methods are tried again where other steps have changed the graph.",
         ("engine", "step", "chosen", "best candidate", "gain dB", "standard error", "images"),
         [
             (
@@ -306,57 +362,6 @@ def _attestations(attested: dict[str, Attestation]) -> Table:
         ],
         names=4,
     )
-
-
-def _steps(p: Preprocess) -> list[str]:
-    """The preprocessing, step by step."""
-    values = ", ".join(
-        f"{(0 - mean) / std:.3g} to {(1 - mean) / std:.3g}" for mean, std in zip(p.mean, p.std, strict=True)
-    )
-    return [
-        f"Decode the image as {p.mode}.",
-        (
-            f"Resize it to the proportions of the crop, its shorter side to {p.resize_size} pixels"
-            if p.crop_mode == "squash"
-            else f"Resize its shorter side to {p.resize_size} pixels"
-        )
-        + f": {p.interpolation}, antialiased.",
-        f"Crop the centre: {p.crop_height} rows of {p.crop_width} pixels.",
-        f"Divide by {p.scale:g}, subtract the mean ({', '.join(f'{m:g}' for m in p.mean)}) and divide by the standard "
-        f"deviation ({', '.join(f'{s:g}' for s in p.std)}) of each channel: values are {values}.",
-    ]
-
-
-def _test_card(p: Preprocess) -> Image.Image:
-    """A picture whose numbered squares show what a resize and a crop leave of it, 480x360."""
-    from PIL import ImageDraw
-
-    image = Image.new("RGB", (480, 360))
-    draw = ImageDraw.Draw(image)
-    for row in range(6):
-        for column in range(8):
-            left, top = 60 * column, 60 * row
-            colour = (40 + 25 * column, 60 + 30 * row, 200 - 20 * ((row + column) % 5))
-            draw.rectangle((left, top, left + 59, top + 59), fill=colour)
-            draw.text(
-                (left + 18, top + 18), f"{row + 1}{'ABCDEFGH'[column]}", fill=(255, 255, 255), font_size=20
-            )
-    return image.convert("L" if p.channels == 1 else "RGB")
-
-
-def _pictures(p: Preprocess) -> list[tuple[str, str]]:
-    """A test card before and after resize and crop: PNG, base64, and what it shows; empty for images of bands."""
-    if p.keeps_values or p.channels not in (1, 3):
-        return []
-    before, buffer = _test_card(p), io.BytesIO()
-    before.save(buffer, format="PNG")
-    after, _ = read_pixels(buffer.getvalue(), p)
-    arrays = (np.asarray(before).reshape(before.height, before.width, -1), after)
-    texts = (
-        f"an image of {before.width}x{before.height} pixels",
-        f"as the network gets it, {p.crop_width}x{p.crop_height} pixels",
-    )
-    return [(thumbnail(array, _PICTURE), text) for array, text in zip(arrays, texts, strict=True)]
 
 
 def _answer(logits: np.ndarray, manifest: Manifest) -> str:

@@ -168,26 +168,34 @@ def accuracy_over_speed(aim: Aim) -> Markup:
         timed = [time for time in times if time is not None]
         places: list[float] = timed if len(timed) == len(times) else [step.layers for step in aim.curve]
         axes.plot(places, [step.value for step in aim.curve], color=FIRST, marker="o", linewidth=1.5)
+        apart, last = 0.03 * (max(places) - min(places)), float("-inf")
         for place, step in zip(places, aim.curve, strict=True):
-            axes.annotate(
-                str(step.layers), (place, step.value), xytext=(4, -10), textcoords="offset points", fontsize=8
-            )
+            if place - last >= apart:  # labels would lie on each other
+                last = place
+                axes.annotate(
+                    str(step.layers),
+                    (place, step.value),
+                    xytext=(5, -11),
+                    textcoords="offset points",
+                    fontsize=8,
+                )
         axes.axhline(aim.value, color=SECOND, linewidth=1.2, linestyle="--")
         if aim.fp32_ms is not None and timed:
             axes.axvline(aim.fp32_ms, color=GRID, linewidth=1.2)
             axes.annotate(
                 "FP32",
-                (aim.fp32_ms, 1),
+                (aim.fp32_ms, 0),
                 xycoords=("data", "axes fraction"),
-                xytext=(3, -10),
+                xytext=(-3, 4),
                 textcoords="offset points",
+                horizontalalignment="right",
             )
         axes.set_xlabel(
             "ms for one image on one thread; numbers: layers in float"
             if timed
             else "number of layers in float"
         )
-        axes.set_ylabel(aim.metric)
+        axes.set_ylabel("SQNR in dB" if aim.metric == "sqnr" else aim.metric)
         axes.grid(visible=True, axis="y", linewidth=0.6)
         return _svg(figure, f"{aim.metric} over speed")
 

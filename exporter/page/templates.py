@@ -26,7 +26,12 @@ def _environment(html: bool) -> jinja2.Environment:
     folder = files(__package__)
     loader = jinja2.FunctionLoader(lambda name: folder.joinpath(name).read_text(encoding="utf-8"))
     environment = jinja2.Environment(
-        loader=loader, autoescape=html, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+        loader=loader,
+        autoescape=html,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        undefined=jinja2.StrictUndefined,
     )
     filters: dict[str, Callable[..., Any]] = {"decibels": decibels, "plain": plain}
     environment.filters |= filters
@@ -48,10 +53,13 @@ def decibels(value: float | None) -> str:
     return "-" if value is None else "not finite" if value <= -200 else f"{value:.1f}"
 
 
+_MARKUP = re.compile(r"[\\\\`*~\[\]|]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
+"""Characters that mean something in Markdown; an underscore inside of a word does not."""
+
+
 def plain(text: object) -> str:
     """Text as it is in Markdown, in a table, too: one line, and none of it is HTML, a link or the end of a cell."""
-    line = escape(" ".join(str(text).split()), quote=False)
-    return re.sub(r"([\\\\`*\[\]|])", r"\\\1", line)
+    return _MARKUP.sub(r"\\\g<0>", escape(" ".join(str(text).split()), quote=False))
 
 
 def thumbnail(pixels: np.ndarray, size: int = _THUMBNAIL) -> str:

@@ -31,7 +31,7 @@ def answers(found: Throughput) -> list[str]:
         at = f"at batch {best.batch}, threads {best.threads}, streams {best.streams}"
         text = f"{engine}: at most {best.images_per_second:.1f} images per second, {at}"
         if not engine.endswith(f"-{BASELINE.name}"):
-            text += f"; {low:.2f} to {high:.2f} times the throughput of FP32 in the same setting"
+            text += f"; {low:.2f} to {high:.2f} times the throughput of FP32 in the same setting (median of rounds)"
         texts.append(text)
     return texts
 

@@ -181,6 +181,7 @@ def test_an_aim_that_cannot_be_reached_ends_with_3_and_the_nearest(digits, cli, 
     assert done.code == 3
     assert "--aim sqnr=100: not reached by onnxruntime-int8 on the select images; nearest: " in done.err
     assert "--aim sqnr=100: sqnr is " in done.err
+    assert "then ask for less with --aim" in done.err
     manifest = json.loads((tmp_path / "out.failed" / "manifest.json").read_text())
     aim = manifest["artifacts"]["engines"][0]["aim"]
     assert not aim["reached"]
@@ -193,7 +194,8 @@ def test_an_aim_that_cannot_be_reached_ends_with_3_and_the_nearest(digits, cli, 
         (["--aim", "top1=0.999"], "select images cannot tell it from a perfect engine: 3000 are needed"),
         (["--aim", "nearest=0.9"], "outputs of classification have no nearest"),
         (["--aim", "top1=1"], "no number of images can show it"),
-        (["--aim", "sqnr"], "'' is not a finite number"),
+        (["--aim", "sqnr"], "is not METRIC=VALUE"),
+        (["--aim", "sqnr="], "'' is not a finite number"),
         (["--aim", "speed=2"], "unknown metric 'speed'"),
         (["--aim", "top1=1.5"], "not between 0 and 1"),
         (["--aim", "sqnr=nan"], "not a finite number"),

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from export_zoo.engines.bundle.manifest import Batch
+from export_zoo.engines.targets.onnxruntime import engine
 from export_zoo.engines.verification import throughput
 from export_zoo.engines.verification.throughput import Setting, settings
 
@@ -57,10 +58,10 @@ class _Sleeping:
 
 
 def test_streams_run_at_once_and_their_throughput_adds_up():
-    engine, batch = _Sleeping(), np.zeros((4, 3, 8, 8), np.float32)
-    running = {"onnxruntime-fp32": [engine], "three": [engine] * 3}
+    sleeping, batch = _Sleeping(), np.zeros((4, 3, 8, 8), np.float32)
+    running = {"onnxruntime-fp32": [sleeping], "three": [sleeping] * 3}
     first, second = throughput._points(running, batch, Setting(4, 1, 3), 0.5)
-    assert engine.most == 3
+    assert sleeping.most == 3
     assert 10 <= first.p50_ms < 20
     assert first.images_per_second == pytest.approx(400, rel=0.4)
     assert second.speedup == pytest.approx(3, rel=0.3)
@@ -72,6 +73,36 @@ def test_the_settings_that_are_measured_by_default(monkeypatch):
     combinations = [(1, 1), (1, 4), (4, 1)]
     assert settings(batch) == [Setting(size, *both) for size in (1, 8) for both in combinations]
     assert settings(batch, [2], [3], [5, 5]) == [Setting(2, 3, 5)]
+    assert settings(batch, [2], [2]) == [Setting(2, 2, 1), Setting(2, 2, 2)]
+    assert settings(batch, [2], [], [2]) == [Setting(2, 1, 2)]
+
+
+class _Failing:
+    """Has no memory for the second run."""
+
+    def __init__(self) -> None:
+        self._runs = 0
+
+    def run_all(self, batch: np.ndarray, /) -> None:
+        self._runs += 1
+        if self._runs > 1:
+            raise MemoryError("at batch 4")
+
+
+def test_a_stream_that_fails_ends_all():
+    with pytest.raises(MemoryError, match="at batch 4"):
+        throughput._at_once([_Sleeping(), _Failing()], np.zeros((4, 3, 8, 8), np.float32), 0.2)
+
+
+def test_too_little_memory_is_not_blamed_on_the_file(digits_bundle, cli, monkeypatch):
+    def session(*_: object, **__: object) -> None:
+        raise RuntimeError("std::bad_alloc")
+
+    monkeypatch.setattr(engine.ort, "InferenceSession", session)
+    done = cli("bench", digits_bundle, "--streams", "2", "--threads", "1", "--batch", "1")
+    assert done.code == 7
+    assert "batch 1, threads 1, streams 2: memory or threads do not suffice" in done.err
+    assert "give fewer --streams" in done.err
 
 
 @pytest.mark.parametrize(

@@ -1241,7 +1241,7 @@ def test_inspect_shows_the_manifest_and_changes_nothing(bundle, cli):
     assert "ok" in shown["bundle"]
     assert shown["model"] == "resnet18, classification, 10 classes"
     assert shown["weights"].startswith("resnet18.safetensors (SHA-256 ")
-    assert "['batch', 3, 32, 32]" in shown["input"]
+    assert "[batch, 3, 32, 32]" in shown["input"]
     assert shown["batch"] == "1 to 32, best at 8"
     assert "resize 32 bilinear" in shown["preprocess"]
     assert shown["labels"] == "10 names"

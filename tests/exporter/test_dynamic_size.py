@@ -516,7 +516,7 @@ def test_verify_repeats_it_and_fails_where_one_size_is_wrong(cli, bundle, tmp_pa
 
 def test_inspect_shows_the_sizes(cli, bundle):
     done = cli("inspect", bundle)
-    assert "['batch', 3, 'height', 'width'] NCHW, 24x24 to 48x48, best at 32x32" in done.out
+    assert "[batch, 3, height, width] NCHW, 24x24 to 48x48, best at 32x32" in done.out
     assert "32 at 24x24, 32 at 33x39, 32 at 48x48" in done.out
 
 

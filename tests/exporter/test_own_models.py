@@ -508,7 +508,7 @@ def test_what_a_network_prints_is_no_result_and_its_names_are_kept(cli, photos, 
     assert "run" not in done.out.split()
     assert [p.name for p in read_manifest(tmp_path / "b.bundle").recipe.outputs] == ["scores", "features"]
     shown = cli("inspect", tmp_path / "b.bundle").out
-    assert "features: float32 ['batch', 8]" in shown
+    assert "features: float32 [batch, 8]" in shown
 
 
 def test_what_compile_and_data_parallel_wrap_is_exported(preprocess):

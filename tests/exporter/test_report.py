@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 
+from export_zoo.exporter.matrix.results import CellResult, store
 from export_zoo.exporter.page.templates import plain
 
 
@@ -22,10 +23,59 @@ def test_the_card_is_printed_as_markdown(digits_bundle, cli):
     at = lines.index("## Parity with eager PyTorch")
     table = [line for line in lines[at + 1 :] if line.startswith("|")][:4]
     assert {line.count("|") for line in table} == {len(parity["columns"]) + 1}
-    assert table[1] == "|---|---|---|---|---:|---:|---:|---:|"
+    assert table[1] == "|---|---|---:|---:|---:|---:|"
     assert "| onnxruntime-int8 | verified |" in table[3]
-    assert parity["rows"][1][5].endswith("(97.1 to 100.0)")
+    assert parity["rows"][1][3].endswith("(97.1 to 100.0)")
+    assert done.out.endswith(".\n")
     assert cli("report", digits_bundle, "--quiet").out == ""
+
+
+def test_the_card_of_a_failed_bundle_says_why_and_does_not_recommend_it(digits_bundle, cli, tmp_path):
+    bundle = shutil.copytree(digits_bundle, tmp_path / 'we"ird.failed')
+    document = json.loads((bundle / "manifest.json").read_text())
+    document["status"], engine = "failed", document["artifacts"]["engines"][1]
+    engine["state"], engine["gate"]["failures"] = "built", ["batch 8: sqnr is 3, must be sqnr >= 10"]
+    document["recipe"]["keep_float"] = ["layer1"]
+    (bundle / "manifest.json").write_text(json.dumps(document))
+    (bundle / "attestations").mkdir(exist_ok=True)
+    (bundle / "attestations" / "x.json").write_text("{")
+    done = cli("report", bundle)
+    assert done.code == 0
+    assert "- **warning:** failed when it was exported: do not use it" in done.out
+    assert "- **warning:** onnxruntime-int8: batch 8: sqnr is 3, must be sqnr &gt;= 10" in done.out
+    assert "- **warning:** attestations/x.json: cannot be read, and is left out" in done.out
+    assert 'export_zoo.load("we\\"ird.failed", allow_failed=True)  # failed' in done.out
+    assert "```cpp" not in done.out
+    assert "| onnxruntime-int8 | asked for (--keep-float) | layer1 |" in done.out
+
+
+def test_a_damaged_bundle_has_no_card(digits_bundle, cli, tmp_path):
+    bundle = shutil.copytree(digits_bundle, tmp_path / "bundle")
+    next((bundle / "files").glob("*int8*.onnx")).unlink()
+    done = cli("report", bundle)
+    assert done.code == 5
+    assert "missing from the bundle" in done.err
+
+
+def test_a_matrix_whose_results_cannot_all_be_read_says_which(digits_bundle, cli, tmp_path):
+    engine = json.loads((digits_bundle / "manifest.json").read_text())["artifacts"]["engines"][1]
+    store(
+        tmp_path,
+        CellResult("resnet18", "onnxruntime", "int8", ("x",), "ok", engine=engine, date="2026-01-01"),
+    )
+    results = tmp_path / "results"
+    results.mkdir()
+    (tmp_path / "resnet18-onnxruntime-int8.json").rename(results / "resnet18-onnxruntime-int8.json")
+    (results / "other.json").write_text("{")
+    done = cli("report", tmp_path, "--html", tmp_path / "index.html")
+    assert done.code == 0, done.err
+    assert f"{results / 'other.json'}: cannot be read, and is left out" in done.err
+    assert "1 ok" in (tmp_path / "index.html").read_text()
+    assert cli("report", tmp_path, "--html", results / "index.html").code == 2
+    (results / "resnet18-onnxruntime-int8.json").write_text("")
+    done = cli("report", tmp_path)
+    assert done.code == 5
+    assert "has no results" in done.err
 
 
 def test_what_a_bundle_says_cannot_break_the_markdown(digits_bundle, cli, tmp_path):
@@ -42,13 +92,14 @@ def test_what_a_bundle_says_cannot_break_the_markdown(digits_bundle, cli, tmp_pa
 
 
 def test_plain_text_is_one_line_without_markup():
+    assert plain("efficientnet_lite0 _a_") == "efficientnet_lite0 \\_a\\_"
     assert plain("a\nb|c<d>`e`*f*[g]") == "a b\\|c&lt;d&gt;\\`e\\`\\*f\\*\\[g\\]"
 
 
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
-        (["{empty}"], 5, "not a bundle"),
+        (["{empty}"], 5, "neither a bundle nor the results of a matrix"),
         (["{bundle}", "--html", "{bundle}/page.html"], 2, "lies in the bundle"),
         (
             ["{bundle}", "--html", "{empty}/same", "--markdown", "{empty}/same"],

@@ -71,6 +71,8 @@ class OnnxRuntimeEngine:
         except InvalidProtobuf as error:
             raise BadInputError(f"{graph}: is no ONNX file: {error}", hint="export it again") from error
         except Exception as error:  # ONNX Runtime raises a dozen types of its own
+            if _of_memory(error):
+                raise MemoryError(f"ONNX Runtime while loading {graph}") from error
             raise BadInputError(
                 f"{graph}: ONNX Runtime {ort.__version__} cannot load it: {error}",
                 hint="export it again: the file is damaged, or was made for another version",
@@ -107,10 +109,15 @@ class OnnxRuntimeEngine:
         try:
             outputs = self._session.run(None, {self.input_name: batch})
         except Exception as error:
-            if "llocat" not in str(error):
+            if not _of_memory(error):
                 raise
             raise MemoryError(f"ONNX Runtime at batch {batch.shape[0]}") from error
         return tuple(np.asarray(output, dtype=np.float32) for output in outputs)
+
+
+def _of_memory(error: Exception) -> bool:
+    """Whether ONNX Runtime had no memory, by its message: `bad_alloc`, `Failed to allocate memory`."""
+    return "alloc" in str(error)
 
 
 _SHARED = ("replace the existing tensor", "Initializer with same name exists")
