@@ -275,15 +275,15 @@ def _make_bundle(
     ranges = calibrated[1] if calibrated is not None else None
     tuned: dict[str, Tuned] = {}
     refusals = _Refusals(options.unique_precisions())
+    for chosen_target in chosen_targets:
+        if chosen_target.may_refuse:  # tuning takes minutes
+            with refusals.noting(chosen_target):
+                check_graph(context, graph, chosen_target)
+    chosen_targets = [target for target in chosen_targets if target.name not in refusals.targets]
+    if not chosen_targets:
+        raise refusals.first
     if ranges is not None and options.quantizes:
         random = spec.weights_kind == "random"
-        for chosen_target in chosen_targets:
-            if chosen_target.compiled:  # tuning takes minutes
-                with refusals.noting(chosen_target):
-                    check_graph(context, graph, chosen_target)
-        chosen_targets = [target for target in chosen_targets if target.name not in refusals.targets]
-        if not chosen_targets:
-            raise refusals.first
         tuned = tune(context, graph, ranges, chosen, spec.preprocess, chosen_targets, random=random)
     aims = (
         _aims(context, spec, graph, chosen, chosen_targets, ranges, tuned) if options.aim is not None else {}

@@ -1,4 +1,4 @@
-"""An ONNX Runtime engine on an emulated CPU."""
+"""An engine on an emulated CPU."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ import os
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
-from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, cast
 
@@ -22,7 +21,7 @@ import psutil
 from export_zoo.base.errors import BadInputError, TargetUnavailableError
 from export_zoo.engines.emulation.cpus import Cpu, emulator, launch
 from export_zoo.engines.emulation.worker import receive, send
-from export_zoo.engines.precision.int8.saturation.probe import EXACT_SESSION
+from export_zoo.engines.targets.base import Opening, Target
 
 Float32Array = npt.NDArray[np.float32]
 
@@ -53,7 +52,7 @@ class Emulated:
     session_config: dict[str, str]
     """Configuration that the session got because int8 sums saturate."""
     versions: dict[str, str]
-    """Versions of onnxruntime, numpy and qemu."""
+    """Versions of onnxruntime, the library that ran, numpy and qemu."""
 
 
 @cache
@@ -80,35 +79,28 @@ def _cpu_seconds(pid: int) -> float:
 
 
 class EmulatedEngine:
-    """An ONNX file that ONNX Runtime runs on an emulated CPU, in a process of its own. Use it as a context manager.
+    """An engine that runs on an emulated CPU, in a process of its own. Use it as a context manager.
 
     Args:
-        graph: the ONNX file.
         cpu: the CPU to emulate.
-        half, saturating_session: as in `onnxruntime.engine.OnnxRuntimeEngine`.
+        target: whose engine it is, one that can be `emulated` there.
+        opening: the engine; it gets one thread.
 
     Raises:
-        TargetUnavailableError: the emulator is not installed, Python or ONNX Runtime does not start in it, or the
-            graph cannot be run exactly on this CPU.
-        BadInputError: ONNX Runtime does not load the file.
+        TargetUnavailableError: the emulator is not installed, Python or the target's library does not start in it, or
+            the graph cannot be run exactly on this CPU.
+        BadInputError: the library does not load the file.
     """
 
     _stuck = False
 
-    def __init__(
-        self,
-        graph: Path,
-        cpu: Cpu,
-        *,
-        half: bool = False,
-        saturating_session: Mapping[str, str] = EXACT_SESSION,
-    ) -> None:
-        how = launch(cpu)
-        session = json.dumps({"half": half, "saturating_session": dict(saturating_session)})
-        self._cpu = cpu
+    def __init__(self, cpu: Cpu, target: Target, opening: Opening) -> None:
+        how, worker = launch(cpu), target.worker(opening)
+        self._cpu, self._library = cpu, worker.distribution
+        file = str(opening.file.absolute())
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - close() closes it
         self._process = subprocess.Popen(
-            [*how.command, "-m", "export_zoo.engines.emulation.worker", str(graph.absolute()), session],
+            [*how.command, "-m", "export_zoo.engines.emulation.worker", file, json.dumps(asdict(worker))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -154,9 +146,9 @@ class EmulatedEngine:
         if self._stuck:
             what, said = "is stuck", f"it computed nothing for {STUCK_SECONDS:g} s, and was killed; {said}"
         return TargetUnavailableError(
-            f"--cpu {self._cpu.name}: ONNX Runtime {what} under qemu {qemu_version(self._cpu)}, exit code {code}: "
+            f"--cpu {self._cpu.name}: {self._library} {what} under qemu {qemu_version(self._cpu)}, exit code {code}: "
             f"{said}",
-            hint="try another version of qemu-user or of ONNX Runtime; docs/cpu.md lists versions that were tried",
+            hint=f"try another version of qemu-user or of {self._library}; docs/cpu.md lists versions that were tried",
         )
 
     @contextmanager

@@ -62,9 +62,9 @@ class _Beside:
         return found
 
 
-def runnable(manifest: m.Manifest) -> list[m.Engine]:
-    """Engines of the bundle that can be emulated."""
-    return [engine for engine in manifest.artifacts.engines if TARGETS[engine.target].emulated]
+def runnable(manifest: m.Manifest, cpu: Cpu) -> list[m.Engine]:
+    """Engines of the bundle that a CPU can be emulated for."""
+    return [engine for engine in manifest.artifacts.engines if cpu.machine in TARGETS[engine.target].emulated]
 
 
 def _count(engine: m.Engine, images: int) -> int:
@@ -72,10 +72,10 @@ def _count(engine: m.Engine, images: int) -> int:
     return images if PRECISIONS[engine.precision].integer_sums else min(images, FLOAT_IMAGES)
 
 
-def images_run(manifest: m.Manifest, images: int) -> int:
+def images_run(manifest: m.Manifest, cpu: Cpu, images: int) -> int:
     """Total number of images that `verify_on` runs, for a progress bar."""
     held = manifest.artifacts.held_out.count
-    return sum(_count(engine, min(images, held)) for engine in runnable(manifest))
+    return sum(_count(engine, min(images, held)) for engine in runnable(manifest, cpu))
 
 
 def _first(held: HeldOut, images: int) -> HeldOut:
@@ -104,7 +104,7 @@ def _tolerances(engine: m.Engine, images: int) -> dict[str, float]:
 def verify_on(
     bundle: Path | str, cpu: Cpu, *, images: int = IMAGES, progress: Progress = lambda _: None
 ) -> tuple[m.Attestation, Path | None]:
-    """Run ONNX Runtime's engines of a bundle on an emulated CPU and on this machine, and compare both with eager.
+    """Run engines of a bundle on an emulated CPU and on this machine, and compare both with eager.
 
     Each engine runs the first held-out images, at batch opt or less. No engine becomes verified by this: the
     attestation says that the CPU was emulated, and has no states.
@@ -118,15 +118,16 @@ def verify_on(
 
     Raises:
         BadInputError: `bundle` is not a bundle, or is damaged.
-        TargetUnavailableError: the CPU cannot be emulated here, or the bundle has no engine of ONNX Runtime.
+        TargetUnavailableError: the CPU cannot be emulated here, or the bundle has no engine that it can run.
     """
     root = Path(bundle)
     manifest = read_manifest(root)
     recipe = manifest.recipe
-    engines = runnable(manifest)
+    engines = runnable(manifest, cpu)
     if not engines:
+        names = " or ".join(name for name, target in TARGETS.items() if cpu.machine in target.emulated)
         raise TargetUnavailableError(
-            f"{root}: --cpu {cpu.name}: the bundle has no engine of onnxruntime",
+            f"{root}: --cpu {cpu.name}: the bundle has no engine of {names}",
             hint="export with --target onnxruntime",
         )
     check_files(root, manifest)
@@ -140,7 +141,8 @@ def verify_on(
         path = root / engine.file.path
         precision = PRECISIONS[engine.precision]
         session = engine.session_where_saturating()
-        here = TARGETS[engine.target].open(Opening(path, precision, saturating_session=session))
+        target, opening = TARGETS[engine.target], Opening(path, precision, saturating_session=session)
+        here = target.open(opening)
         half = precision.float16
         unfused = plain_outputs(path, recipe, half=half) if engine.gate.reference != "eager" else None
         gate = partial(
@@ -154,7 +156,7 @@ def verify_on(
             tolerances=_tolerances(engine, len(held.pixels)),
             unfused=unfused,
         )
-        with EmulatedEngine(path, cpu, half=half, saturating_session=session) as there:
+        with EmulatedEngine(cpu, target, opening) as there:
             emulated = there.emulated
             both = _Beside(there, here)
             gates[engine.name] = with_claim(gate(both, progress=progress), engine, path)

@@ -1,8 +1,8 @@
-"""The program that qemu-user runs: one ONNX Runtime engine, driven through pipes. Needs numpy and ONNX Runtime only.
+"""The program that qemu-user runs: one engine, driven through pipes. Needs numpy, ONNX Runtime and its library.
 
-    python -m export_zoo.engines.emulation.worker GRAPH SESSION
+    python -m export_zoo.engines.emulation.worker FILE WORKER
 
-SESSION is JSON with `half` and `saturating_session`, as in `onnxruntime.engine`. The program first writes one line of
+WORKER is a `targets.base.Worker` as JSON. The program first writes one line of
 JSON: what it runs, or why it cannot run. Then it answers each batch with all outputs. Arrays are sent as .npy. A
 message is the number of arrays, and for each array its length in bytes and its bytes.
 """
@@ -14,6 +14,7 @@ import json
 import os
 import struct
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import BinaryIO
 
@@ -57,21 +58,14 @@ def main() -> None:
     # Output that libraries print must not mix with the messages.
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    import onnxruntime
-
     from export_zoo.base.errors import ExportZooError
-    from export_zoo.base.machine import instruction_set
+    from export_zoo.base.machine import instruction_set, library_versions
     from export_zoo.engines.precision.int8.saturation.probe import saturates
-    from export_zoo.engines.targets.onnxruntime.engine import OnnxRuntimeEngine
 
-    session = json.loads(sys.argv[2])
+    worker = json.loads(sys.argv[2])
+    module, _, name = worker["engine"].partition(":")
     try:
-        engine = OnnxRuntimeEngine(
-            Path(sys.argv[1]),
-            threads=1,
-            half=session["half"],
-            saturating_session=session["saturating_session"],
-        )
+        engine = getattr(import_module(module), name)(Path(sys.argv[1]), **worker["arguments"])
     except ExportZooError as error:
         said = {"error": error.message, "hint": error.hint, "exit_code": error.exit_code}
         answers.write(json.dumps(said).encode() + b"\n")
@@ -79,8 +73,8 @@ def main() -> None:
     described = {
         "instruction_set": instruction_set(),
         "saturates": saturates(),
-        "session_config": engine.session_config,
-        "versions": {"onnxruntime": onnxruntime.__version__, "numpy": np.__version__},
+        "session_config": getattr(engine, "session_config", {}),
+        "versions": library_versions("onnxruntime", worker["distribution"], "numpy"),
     }
     answers.write(json.dumps(described).encode() + b"\n")
     answers.flush()

@@ -56,6 +56,18 @@ class Opening:
 
 
 @dataclass(frozen=True)
+class Worker:
+    """What opens an engine in a process that has few packages, on one thread: `engines.emulation.worker`."""
+
+    engine: str
+    """The class, as `module:Class`. Its first argument is the engine's file."""
+    arguments: Mapping[str, Any]
+    """Further arguments, as JSON can hold them."""
+    distribution: str
+    """The package that runs the engine."""
+
+
+@dataclass(frozen=True)
 class BuildRequest:
     """A request to compile an engine. Batch and sizes are (min, opt, max). `sizes` is None if the graph fixes them."""
 
@@ -90,14 +102,16 @@ class Target(ABC):
     device: Literal["cpu", "gpu"]
     compiled: bool = False
     """Whether an engine is a file compiled from its precision graph. Otherwise, that graph is the engine."""
+    may_refuse: bool = False
+    """Whether there are FP32 graphs that it does not take: `check_graph` finds out."""
     build_options: frozenset[str] = frozenset()
     """Fields of BuildOptions that the target supports."""
     preferred: str | None = None
     """Target that `auto` chooses instead, if it is available."""
     unsupported: Mapping[str, str] = {}
     """Precisions that the target cannot build, each with the reason."""
-    emulated: bool = False
-    """Whether its engines can run on an emulated CPU."""
+    emulated: frozenset[str] = frozenset()
+    """Machines, `x86_64` or `aarch64`, whose CPUs can be emulated to run its engines."""
     saturating_session: Mapping[str, str] | None = None
     """Session configuration in a new engine's manifest, for CPUs where sums saturate; None if there are no sessions."""
     triton: TritonBackend | None = None
@@ -157,13 +171,17 @@ class Target(ABC):
             EnvironmentFailureError: the device reports an error.
         """
 
+    def worker(self, opening: Opening) -> Worker:
+        """What opens an engine on an emulated CPU. Only for targets that can be `emulated`."""
+        raise NotImplementedError(self.name)
+
     def node_times(self, opening: Opening, batch: npt.NDArray[np.float32]) -> Mapping[str, float]:
         """Time of each node of an engine, in milliseconds for one batch; {} if the target cannot tell."""
         del opening, batch
         return {}
 
     def check_graph(self, graph: Path) -> None:
-        """Find out quickly whether the target takes an FP32 graph, before INT8 is tuned. Only for `compiled` targets.
+        """Find out quickly whether the target takes an FP32 graph, before INT8 is tuned. Only where it `may_refuse`.
 
         Raises:
             TargetRefusalError: it does not; the message names node and module.

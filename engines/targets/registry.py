@@ -9,6 +9,7 @@ from export_zoo.base.errors import TargetUnavailableError, UsageError
 from export_zoo.engines.precision.registry import PRECISIONS
 from export_zoo.engines.targets.base import Target
 from export_zoo.engines.targets.onnxruntime.target import OnnxRuntime
+from export_zoo.engines.targets.openvino.target import OpenVino
 from export_zoo.engines.targets.options import BuildOptions
 from export_zoo.engines.targets.tensorrt.target import TensorRT, TensorRTRTX
 
@@ -19,6 +20,7 @@ TARGETS: Mapping[str, Target] = {
     target.name: target
     for target in (
         OnnxRuntime(),
+        OpenVino(),
         TensorRT(),
         TensorRTRTX(),
     )

@@ -152,7 +152,7 @@ def verify(
             session
             and TARGETS[engine.target].int8.sums_in_16_bits
             and saturates()
-            and can_saturate(root / engine.file.path)
+            and can_saturate(root / engine.file.path, engine.target)
         ):
             warnings.append(
                 f"{engine.name}: sums of INT8 saturate on this CPU; it runs with "
@@ -210,7 +210,7 @@ def with_claim(gate: m.Gate, engine: m.Engine, graph: Path) -> m.Gate:
     """
     integer_sums = PRECISIONS[engine.precision].integer_sums and TARGETS[engine.target].int8.sums_in_16_bits
     claims = integer_sums and engine.saturating_cpu_session == {}
-    if not claims or not can_saturate(graph):
+    if not claims or not can_saturate(graph, engine.target):
         return gate
     failure = (
         "the manifest says that sums of INT8 cannot saturate, but these weights can: export the bundle again"
@@ -218,9 +218,10 @@ def with_claim(gate: m.Gate, engine: m.Engine, graph: Path) -> m.Gate:
     return gate.model_copy(update={"failures": [*gate.failures, failure]})
 
 
-def can_saturate(graph: Path) -> bool:
+def can_saturate(graph: Path, target: str) -> bool:
     """Whether a graph has weights whose products overflow 16 bits; 7-bit weights of earlier versions do not."""
-    return bool(saturating_layers(graph_io.load(graph).graph))
+    by_pixel = TARGETS[target].int8.pairs_by_pixel
+    return bool(saturating_layers(graph_io.load(graph).graph, by_pixel=by_pixel))
 
 
 def attested(

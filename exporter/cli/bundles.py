@@ -173,10 +173,10 @@ def _verify_emulated(
         cpus.launch(cpu)  # reports missing tools before anything is run
     manifest = _manifest(bundle, reporter)
     count = emulation.IMAGES if images is None else images
-    total = emulation.images_run(manifest, count)
     found, failures, saturating = [], [], False
     for cpu in chosen:
         with reporter.stage("emulate") as stage:
+            total = emulation.images_run(manifest, cpu, count)
             with reporter.bar(f"verify on {cpu.name}", total) as progress:
                 attestation, path = emulation.verify_on(bundle, cpu, images=count, progress=progress)
             stage.detail = f"{bundle}: {len(attestation.engines)} engine(s) on {attestation.machine}"
@@ -199,8 +199,9 @@ def _verify_emulated(
             for text in gate.failures
         ]
         saturating |= any(
-            attestation.engines[engine.name].failures and can_saturate(bundle / engine.file.path)
-            for engine in emulation.runnable(manifest)
+            attestation.engines[engine.name].failures
+            and can_saturate(bundle / engine.file.path, engine.target)
+            for engine in emulation.runnable(manifest, cpu)
             if PRECISIONS[engine.precision].integer_sums
         )
     if failures:

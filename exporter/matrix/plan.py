@@ -147,9 +147,10 @@ class Cell:
     @property
     def skipped(self) -> str:
         """Reason why an emulated CPU does not run this engine, else empty."""
-        if self.cpu == HOST or TARGETS[self.target].emulated:
+        if self.cpu == HOST or CPUS[self.cpu].machine in TARGETS[self.target].emulated:
             return ""
-        names = " and ".join(target.name for target in TARGETS.values() if target.emulated)
+        machine = CPUS[self.cpu].machine
+        names = " and ".join(target.name for target in TARGETS.values() if machine in target.emulated)
         return f"not run on {self.cpu}: emulation runs engines of {names} only"
 
 

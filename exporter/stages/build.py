@@ -157,7 +157,7 @@ def build(
 
 
 def check_graph(context: Context, graph: Path, target: Target) -> None:
-    """Let a compiled target's parser read the FP32 graph. Raises TargetRefusalError."""
+    """Let a target's parser read the FP32 graph. Raises TargetRefusalError."""
 
     def make(_: Path) -> str:
         try:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import pytest
+from support.emulated import emulated_cpu, emulated_engine
 from support.paths import ROOT
 
 import export_zoo
@@ -29,7 +30,7 @@ from export_zoo.engines.bundle.manifest import Attestation, HostFigures
 from export_zoo.engines.bundle.reader import attestations, held_out, read_manifest
 from export_zoo.engines.emulation import arm64, arm64_root
 from export_zoo.engines.emulation.cpus import CPUS, launch
-from export_zoo.engines.emulation.engine import EmulatedEngine, qemu_version
+from export_zoo.engines.emulation.engine import qemu_version
 from export_zoo.engines.emulation.verify import FLOAT_IMAGES, IMAGES, _Beside, verify_on
 from export_zoo.engines.emulation.worker import receive, send
 from export_zoo.engines.parity.metrics import compare
@@ -43,15 +44,6 @@ x86 = pytest.mark.skipif(
     platform.machine().lower() not in ("x86_64", "amd64"),
     reason="runs this machine's Python as an x86-64 CPU",
 )
-
-
-def emulated_cpu(name: str):
-    """An emulated CPU; skips the test where it cannot be emulated."""
-    try:
-        launch(CPUS[name])
-    except TargetUnavailableError as error:
-        pytest.skip(error.message)
-    return CPUS[name]
 
 
 def edit(bundle: Path, change) -> None:
@@ -359,7 +351,7 @@ def test_an_onnx_runtime_that_does_not_start_ends_with_4_and_its_last_words(digi
     done = cli("verify", digits_bundle, "--cpu", "haswell")
     assert done.code == 4
     assert done.json["error"]["message"] == (
-        "--cpu haswell: ONNX Runtime does not start under qemu 9.8.7, exit code 132: Illegal instruction: vpdpbusd"
+        "--cpu haswell: onnxruntime does not start under qemu 9.8.7, exit code 132: Illegal instruction: vpdpbusd"
     )
     assert done.json["error"]["hint"]
     assert not (digits_bundle / "attestations").exists()
@@ -621,7 +613,7 @@ def int8_graph(digits_bundle: Path) -> Path:
 def test_an_engine_in_a_process_of_its_own_gives_what_it_gives_here(int8_graph, qemu):
     qemu(HOST)
     here = OnnxRuntimeEngine(int8_graph)
-    with EmulatedEngine(int8_graph, CPUS["haswell"]) as engine:
+    with emulated_engine(int8_graph, CPUS["haswell"]) as engine:
         assert engine.emulated.session_config == here.session_config
         assert engine.emulated.versions["qemu"] == "9.8.7"
         for count in (1, 3):
@@ -637,7 +629,7 @@ def test_the_process_imports_this_package_wherever_the_user_is(int8_graph, qemu,
     (tmp_path / "engines" / "__init__.py").write_text("raise ImportError('of the current directory')")
     shutil.copy(int8_graph, tmp_path / "int8.onnx")
     monkeypatch.chdir(tmp_path)
-    with EmulatedEngine(Path("int8.onnx"), CPUS["haswell"]) as engine:
+    with emulated_engine(Path("int8.onnx"), CPUS["haswell"]) as engine:
         assert engine.run_all(np.zeros((1, 3, 32, 32), np.float32))[0].shape == (1, 10)
 
 
@@ -654,7 +646,7 @@ def test_what_the_process_prints_does_not_get_between_its_messages(int8_graph, q
         "import onnxruntime; sys.modules[__name__] = onnxruntime\n"
     )
     qemu(f'export PYTHONPATH="{noisy.parent}:$PYTHONPATH"; {HOST}')
-    with EmulatedEngine(int8_graph, CPUS["haswell"]) as engine:
+    with emulated_engine(int8_graph, CPUS["haswell"]) as engine:
         (found,) = engine.run_all(np.zeros((1, 3, 32, 32), np.float32))
         engine._errors.seek(0)
         assert b"a library says hello" in engine._errors.read()
@@ -666,7 +658,7 @@ def test_a_file_that_onnx_runtime_does_not_load_is_bad_input(qemu, tmp_path):
     qemu(HOST)
     (tmp_path / "graph.onnx").write_text("not a graph")
     with pytest.raises(BadInputError, match=r"--cpu haswell: .*graph\.onnx: is no ONNX file") as raised:
-        EmulatedEngine(tmp_path / "graph.onnx", CPUS["haswell"])
+        emulated_engine(tmp_path / "graph.onnx", CPUS["haswell"])
     assert raised.value.hint
 
 
@@ -677,7 +669,7 @@ def test_a_graph_that_cannot_run_exactly_there_is_unavailable(qemu, tmp_path):
     with pytest.raises(
         TargetUnavailableError, match=r"^--cpu haswell: x\.onnx: int8 sums saturate"
     ) as raised:
-        EmulatedEngine(tmp_path / "x.onnx", CPUS["haswell"])
+        emulated_engine(tmp_path / "x.onnx", CPUS["haswell"])
     assert raised.value.hint == "export again"
 
 
@@ -688,7 +680,7 @@ def test_an_emulator_that_computes_nothing_any_more_is_killed(digits_bundle, cli
     done = cli("verify", digits_bundle, "--cpu", "haswell")
     assert done.code == 4
     assert done.json["error"]["message"].startswith(
-        "--cpu haswell: ONNX Runtime is stuck under qemu 9.8.7, exit code -9"
+        "--cpu haswell: onnxruntime is stuck under qemu 9.8.7, exit code -9"
     )
     assert "computed nothing for 0.5 s, and was killed; waiting for a lock" in done.json["error"]["message"]
 
@@ -725,12 +717,12 @@ def test_a_process_that_ends_while_it_is_fed_is_unavailable_with_its_last_words(
     qemu(SAYS_AND_ENDS)
 
     def feed() -> None:
-        with EmulatedEngine(tmp_path / "graph.onnx", CPUS["haswell"]) as engine:
+        with emulated_engine(tmp_path / "graph.onnx", CPUS["haswell"]) as engine:
             engine._process.wait()
             engine.run_all(np.zeros((count, 3, 32, 32), np.float32))
 
     with pytest.raises(
-        TargetUnavailableError, match=r"ONNX Runtime ended .*exit code 139: .*Segmentation fault"
+        TargetUnavailableError, match=r"onnxruntime ended .*exit code 139: .*Segmentation fault"
     ):
         feed()
 
@@ -738,7 +730,7 @@ def test_a_process_that_ends_while_it_is_fed_is_unavailable_with_its_last_words(
 @x86
 def test_the_process_ends_with_its_engine(int8_graph, qemu):
     qemu(HOST)
-    with EmulatedEngine(int8_graph, CPUS["haswell"]) as engine:
+    with emulated_engine(int8_graph, CPUS["haswell"]) as engine:
         process = engine._process
         assert process.poll() is None
     assert process.poll() is not None

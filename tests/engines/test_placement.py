@@ -707,7 +707,7 @@ def _with_and_without_blocks(graph: Path, monkeypatch) -> tuple[Path, Path]:
     quantize(graph, ranges, blocked, rules=rules)
     with monkeypatch.context() as patch:
         # Its weights are made for the pairs of the blocked convolution; sessions are exact all the same.
-        patch.setattr(qdq, "saturating_layers", lambda _: [])
+        patch.setattr(qdq, "saturating_layers", lambda *_, **__: [])
         quantize(graph, ranges, plain, rules=replace(rules, finish=None))
     return blocked, plain
 

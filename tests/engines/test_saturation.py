@@ -18,6 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, compose, helper, numpy_helper
+from support.emulated import emulated_cpu, emulated_engine
 from support.ranges import ranges_with
 from support.weights import awkward_weights
 
@@ -28,7 +29,6 @@ from export_zoo.base.graph_io import sha256_of
 from export_zoo.base.machine import instruction_set
 from export_zoo.calibration.preprocess import Preprocess
 from export_zoo.calibration.ranges import Ranges, TensorRange
-from export_zoo.engines.emulation.cpus import CPUS, launch
 from export_zoo.engines.emulation.engine import Emulated, EmulatedEngine
 from export_zoo.engines.precision.int8 import qdq
 from export_zoo.engines.precision.int8.first_conv import blocked_weight, blocks_of
@@ -63,15 +63,6 @@ FULL = 2.55
 x86 = pytest.mark.skipif(
     platform.machine().lower() not in ("x86_64", "amd64"), reason="the option is of ONNX Runtime for x86-64"
 )
-
-
-def emulated_cpu(name: str):
-    """An emulated CPU; skips the test where it cannot be emulated."""
-    try:
-        launch(CPUS[name])
-    except TargetUnavailableError as error:
-        pytest.skip(error.message)
-    return CPUS[name]
 
 
 # -- layers ----------------------------------------------------------------------------------------------------
@@ -266,6 +257,20 @@ def pairs_of(partners: np.ndarray) -> set[tuple[int, ...]]:
     for index, partner in enumerate(partners):
         assert partner == NONE or (partner != index and partners[partner] == index)
     return {tuple(sorted((index, int(p)))) for index, p in enumerate(partners) if p != NONE}
+
+
+def test_pairs_of_an_odd_number_of_channels_may_end_at_each_pixel():
+    """OpenVINO's do; ONNX Runtime's go on at the next pixel of the kernel."""
+    weight = ir.Value(
+        name="w", shape=ir.Shape([1, 3, 1, 2]), const_value=ir.tensor(np.zeros((1, 3, 1, 2), np.float32))
+    )
+    x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT))
+    layer = ir.node("Conv", [x, weight], name="layer")
+    graph = ir.Graph([x], [layer.outputs[0]], nodes=[layer], initializers=[weight], name="g")
+    rule = weight_of(layer)
+    # Stored as [channel, column]: channel c of column k is element 2 c + k.
+    assert pairs_of(partners_of(graph, layer, rule)) == {(0, 2), (1, 4), (3, 5)}
+    assert pairs_of(partners_of(graph, layer, rule, by_pixel=True)) == {(0, 2), (1, 3)}
 
 
 @pytest.mark.parametrize(
@@ -581,7 +586,7 @@ def saturating(request: pytest.FixtureRequest, every_layer: tuple[Path, list[str
         return Runs(outputs_of(plain, names), outputs_of(exact, names))
     cpu, runs, emulated = emulated_cpu("haswell"), [], {}
     for session in ({}, EXACT_SESSION):
-        with EmulatedEngine(graph, cpu, saturating_session=session) as engine:
+        with emulated_engine(graph, cpu, saturating_session=session) as engine:
             runs.append(outputs_of(engine, names))
             emulated["exact" if session else "plain"] = engine.emulated
     return Runs(*runs, emulated)
@@ -591,7 +596,7 @@ def saturating(request: pytest.FixtureRequest, every_layer: tuple[Path, list[str
 def nehalem(every_layer: tuple[Path, list[str]]) -> tuple[Outputs, Emulated]:
     """All layers on a CPU that does not saturate."""
     graph, names = every_layer
-    with EmulatedEngine(graph, emulated_cpu("nehalem")) as engine:
+    with emulated_engine(graph, emulated_cpu("nehalem")) as engine:
         return outputs_of(engine, names), engine.emulated
 
 
@@ -862,7 +867,7 @@ def test_a_graph_that_onnx_runtime_refuses_to_compute_exactly_is_no_damaged_file
 def test_layers_that_share_an_int8_constant_run_exactly_on_haswell(tmp_path):
     shared, own = shared_and_own(tmp_path)
     exact = OnnxRuntimeEngine(own)
-    with EmulatedEngine(shared, emulated_cpu("haswell")) as engine:
+    with emulated_engine(shared, emulated_cpu("haswell")) as engine:
         assert engine.emulated.session_config == dict(EXACT_SESSION)
         for batch in BATCHES.values():
             assert np.array_equal(engine.run_all(batch)[0], exact.run(batch))

@@ -368,12 +368,13 @@ def test_what_rtx_does_on_a_gpu_only_is_refused_without_one(option, cli, tmp_pat
 # -- targets ---------------------------------------------------------------------------------------
 
 
-def test_auto_is_onnxruntime_and_rtx_where_there_is_no_gpu(monkeypatch):
+def test_auto_is_both_cpu_targets_and_rtx_where_there_is_no_gpu(monkeypatch):
     from export_zoo.engines.targets import registry
 
     monkeypatch.setattr(registry, "AUTOMATIC", tuple(TARGETS))
     names = [t.name for t in choose(("auto",))]
-    assert names == ["onnxruntime", "tensorrt" if not TARGETS["tensorrt"].unavailable else "tensorrt-rtx"]
+    gpu = "tensorrt" if not TARGETS["tensorrt"].unavailable else "tensorrt-rtx"
+    assert names == ["onnxruntime", "openvino", gpu]
 
 
 @pytest.mark.skipif(has_cuda_device(), reason="there is a GPU here")

@@ -297,7 +297,7 @@ def quantize(
     partners: Mapping[str, IndexArray] = {}
     if rules.sums_in_16_bits:
         order = choose_order(model.graph) if order is None else order
-        partners = layers_with_partners(model.graph, order.read)
+        partners = layers_with_partners(model.graph, order.read, by_pixel=rules.pairs_by_pixel)
     with one_blas_thread():
         _Quantizer(
             model.graph, placement, ranges, rules, method, means or {}, rounding or {}, clipped, partners
@@ -305,9 +305,12 @@ def quantize(
     if rules.half:
         halve(model.graph, ranges)
     _finish(model.graph, rules, order)
-    if rules.sums_in_16_bits and (layers := saturating_layers(model.graph)):
+    saturating = (
+        saturating_layers(model.graph, by_pixel=rules.pairs_by_pixel) if rules.sums_in_16_bits else []
+    )
+    if saturating:
         raise ExportDefectError(
-            f"INT8: sums of {layers[0]} can saturate on CPUs without VNNI", hint="please report it"
+            f"INT8: sums of {saturating[0]} can saturate on CPUs without VNNI", hint="please report it"
         )
     return graph_io.save(model, out)
 

@@ -194,7 +194,8 @@ def rounding(
     nodes = {str(node.name): node for node in graph}
     partners: dict[str, IndexArray] = {}
     if rules.sums_in_16_bits:
-        partners = layers_with_partners(graph, (order or choose_order(graph)).read)
+        read = (order or choose_order(graph)).read
+        partners = layers_with_partners(graph, read, by_pixel=rules.pairs_by_pixel)
 
     def steps(name: str, matrices: Float64Array) -> Int8Array:
         rule = weight_of(nodes[name])

@@ -25,9 +25,11 @@ class Int8Rules:
     sums_in_16_bits: bool
     """Whether some CPUs add two products in 16 bits. These sums must not overflow: see `saturation.pairs`.
 
-    This is true of ONNX Runtime's kernels only, which read a first convolution in blocks. So `finish` must then begin
-    with `block_first_convolution`.
+    A first convolution is read in blocks then: `finish` must begin with `block_first_convolution`.
     """
+    pairs_by_pixel: bool = False
+    """Whether 16-bit sums are of channels of one pixel only. Otherwise, those of an odd number of channels go on at the
+    next pixel of the kernel."""
     finish: Callable[[ir.Graph], object] | None = None
     """Last rewrite of the finished graph."""
     plain: Callable[[ir.Graph], object] | None = None

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from export_zoo.engines.targets.base import OpenEngine, Opening, Target, TritonBackend
+from export_zoo.engines.targets.base import OpenEngine, Opening, Target, TritonBackend, Worker
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,7 +23,7 @@ class OnnxRuntime(Target):
     name = distribution = "onnxruntime"
     install = "install onnxruntime or onnxruntime-gpu"
     device: Literal["cpu", "gpu"] = "cpu"
-    emulated = True
+    emulated = frozenset({"x86_64", "aarch64"})
     # `quantize` refuses to write an INT8 graph that can saturate.
     saturating_session: Mapping[str, str] | None = {}
     triton = TritonBackend("onnxruntime_onnx", "model.onnx", "KIND_CPU")
@@ -57,6 +57,17 @@ class OnnxRuntime(Target):
             threads=opening.threads,
             half=opening.precision.float16,
             saturating_session=opening.saturating_session,
+        )
+
+    def worker(self, opening: Opening) -> Worker:
+        return Worker(
+            "export_zoo.engines.targets.onnxruntime.engine:OnnxRuntimeEngine",
+            {
+                "threads": 1,
+                "half": opening.precision.float16,
+                "saturating_session": dict(opening.saturating_session),
+            },
+            self.distribution,
         )
 
     def node_times(self, opening: Opening, batch: npt.NDArray[np.float32]) -> Mapping[str, float]:

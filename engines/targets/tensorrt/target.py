@@ -38,7 +38,7 @@ class _Plans(Target):
     """Base class of both targets."""
 
     device: Literal["cpu", "gpu"] = "gpu"
-    compiled = True
+    compiled = may_refuse = True
 
     @property
     def int8(self) -> Int8Rules:

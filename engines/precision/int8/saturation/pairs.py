@@ -46,12 +46,18 @@ def depthwise(shape: tuple[int, ...], groups: int) -> bool:
 
 
 def partners_of(
-    graph: ir.Graph, node: ir.Node, rule: QuantizedWeight, order: IndexArray | None = None
+    graph: ir.Graph,
+    node: ir.Node,
+    rule: QuantizedWeight,
+    order: IndexArray | None = None,
+    *,
+    by_pixel: bool = False,
 ) -> IndexArray:
     """Partner of each weight of a layer's filters in 16-bit sums, once the FP32 graph is an INT8 graph for the CPU.
 
     Args:
         order: new order of the layer's input channels, as the old index of each; by default unchanged.
+        by_pixel: see `Int8Rules.pairs_by_pixel`.
 
     Returns int [K], indices into a filter flattened in storage order (C, kH, kW for a Conv). NONE for a weight that is
     added alone.
@@ -72,7 +78,18 @@ def partners_of(
     if (blocks := blocks_of(graph)) is not None and blocks.conv is node:
         # 0 marks a block's place without a weight, so places count from 1.
         places = blocked_weight(places + 1, blocks.top_left) - 1
-    return _partners_in_order(np.moveaxis(places, 1, 3).reshape(-1), size)
+    return _partners_in_order(_read(np.moveaxis(places, 1, 3), by_pixel), size)
+
+
+def _read(places: IndexArray, by_pixel: bool) -> IndexArray:
+    """Places of a filter's weights [..., C] in the order in which a kernel reads them, flat; NONE where it reads none.
+
+    Args:
+        by_pixel: see `Int8Rules.pairs_by_pixel`.
+    """
+    if by_pixel and places.shape[-1] % 2 == 1:
+        places = np.pad(places, [*[(0, 0)] * (places.ndim - 1), (0, 1)], constant_values=NONE)
+    return places.reshape(-1)
 
 
 def within_pairs(integers: Float64Array, partners: IndexArray) -> Float64Array:
@@ -129,10 +146,13 @@ def quantized_weights(graph: ir.Graph) -> list[tuple[ir.Node, ir.Node, ir.Value]
     return found
 
 
-def saturating_layers(graph: ir.Graph) -> list[str]:
+def saturating_layers(graph: ir.Graph, *, by_pixel: bool = False) -> list[str]:
     """Names of the layers of a finished Q/DQ graph that can saturate.
 
     An empty list proves that the graph cannot saturate. Layers whose activations are int8 (TensorRT's) count, too.
+
+    Args:
+        by_pixel: see `Int8Rules.pairs_by_pixel`.
     """
     found = []
     products = ((node, node.inputs[1]) for node in graph if node.op_type == "MatMulIntegerToFloat")
@@ -144,26 +164,31 @@ def saturating_layers(graph: ir.Graph) -> list[str]:
         if node.op_type == "Conv":
             if depthwise(integers.shape, node.attributes.get_int("group", 1)):
                 continue
-            rows = np.moveaxis(integers, 1, -1).reshape(len(integers), -1)
+            filters = np.moveaxis(integers, 1, -1)
+            rows = filters.reshape(len(integers), -1)
+            order = _read(np.arange(rows.shape[1]).reshape(filters.shape[1:]), by_pixel)
         elif node.op_type == "Gemm" and node.attributes.get_int("transB", 0) != 0:
-            rows = integers
+            rows, order = integers, np.arange(integers.shape[1])
         else:
             rows = np.moveaxis(integers, -2, -1).reshape(-1, integers.shape[-2])
-        size = rows.shape[1]
-        if overflowing(rows, _partners_in_order(np.arange(size), size)).any():
+            order = np.arange(rows.shape[1])
+        if overflowing(rows, _partners_in_order(order, rows.shape[1])).any():
             found.append(str(node.name))
     return found
 
 
-def layers_with_partners(graph: ir.Graph, orders: Mapping[str, IndexArray]) -> dict[str, IndexArray]:
+def layers_with_partners(
+    graph: ir.Graph, orders: Mapping[str, IndexArray], *, by_pixel: bool = False
+) -> dict[str, IndexArray]:
     """Result of `partners_of` for each layer of an FP32 graph that can have an int8 weight, by node name.
 
     Args:
         orders: new orders of layers' input channels, by node name, see `saturation.channel_order`.
+        by_pixel: see `Int8Rules.pairs_by_pixel`.
     """
     rules = ((node, weight_of(node)) for node in graph)
     return {
-        str(node.name): partners_of(graph, node, rule, orders.get(str(node.name)))
+        str(node.name): partners_of(graph, node, rule, orders.get(str(node.name)), by_pixel=by_pixel)
         for node, rule in rules
         if rule is not None
     }

@@ -1,0 +1,61 @@
+"""OpenVINO as a target: its engine is the precision graph, which it compiles when it loads it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from export_zoo.engines.targets.base import OpenEngine, Opening, Target, Worker
+
+if TYPE_CHECKING:
+    from export_zoo.engines.precision.int8.rules import Int8Rules
+
+
+OLDEST = (2025, 4)
+"""The oldest version that is known to take our graphs."""
+
+
+class OpenVino(Target):
+    """OpenVINO on the CPU."""
+
+    name = distribution = "openvino"
+    install = "install it with `pip install 'export-zoo[openvino]'`"
+    device: Literal["cpu", "gpu"] = "cpu"
+    # `quantize` refuses to write an INT8 graph that can saturate. OpenVINO has no option against it.
+    saturating_session: Mapping[str, str] | None = {}
+
+    may_refuse = True
+    emulated = frozenset({"x86_64"})
+
+    @property
+    def unavailable(self) -> str:
+        if reason := super().unavailable:
+            return reason
+        numbers = tuple(map(int, re.findall(r"\d+", self.version)[:2]))
+        if numbers < OLDEST:
+            return (
+                f"openvino {self.version} is too old, {'.'.join(map(str, OLDEST))} is needed: {self.install}"
+            )
+        return ""
+
+    @property
+    def int8(self) -> Int8Rules:
+        from export_zoo.engines.targets.openvino.placement import INT8_RULES
+
+        return INT8_RULES
+
+    def open(self, opening: Opening) -> OpenEngine:
+        from export_zoo.engines.targets.openvino.engine import OpenVinoEngine
+
+        return OpenVinoEngine(opening.file, threads=opening.threads)
+
+    def worker(self, opening: Opening) -> Worker:
+        engine = "export_zoo.engines.targets.openvino.engine:OpenVinoEngine"
+        return Worker(engine, {"threads": 1}, self.distribution)
+
+    def check_graph(self, graph: Path) -> None:
+        from export_zoo.engines.targets.openvino.engine import check_graph
+
+        check_graph(graph)

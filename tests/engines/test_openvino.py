@@ -1,0 +1,177 @@
+"""OpenVINO as a target: its engines are verified, and what it cannot do is said."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from support.emulated import emulated_cpu
+from support.options import PREPROCESS_FILE, UNTUNED
+
+import export_zoo
+from export_zoo.base import graph_io
+from export_zoo.base.errors import BadInputError, TargetRefusalError, TargetUnavailableError
+from export_zoo.engines.bundle.reader import held_out, read_manifest
+from export_zoo.engines.precision.int8.saturation.pairs import saturating_layers
+from export_zoo.engines.targets import registry
+from export_zoo.engines.targets.openvino import target as openvino_target
+from export_zoo.engines.targets.openvino.engine import OpenVinoEngine, check_graph
+from export_zoo.engines.targets.registry import TARGETS
+from export_zoo.exporter.cli.app import main
+
+OPENVINO = TARGETS["openvino"]
+
+
+@pytest.fixture(scope="module", params=["resnet18", "mobilenet_v2", "squeezenet1_1"])
+def bundle(request, digits, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("openvino") / request.param
+    arguments = [*digits.arguments(request.param), "--calib", digits.images, *UNTUNED, "--target", "openvino"]
+    arguments += ["--precision", "fp32", "--precision", "fp16", "--precision", "int8", "--batch", "1:4:8"]
+    assert main([*map(str, arguments), "--out", str(out), "--quiet"]) == 0
+    return out
+
+
+def test_all_precisions_are_verified(bundle):
+    engines = {engine.name: engine for engine in read_manifest(bundle).artifacts.engines}
+    assert [engine.state for engine in engines.values()] == ["verified"] * 3
+    sqnr = {name: engine.gate.eager_metrics["sqnr"] for name, engine in engines.items()}
+    assert sqnr["openvino-fp32"] > 100, "no bfloat16"
+    assert sqnr["openvino-fp16"] > 50
+    assert sqnr["openvino-int8"] > 20
+    assert all(engine.latency is not None for engine in engines.values())
+    assert engines["openvino-fp32"].file == read_manifest(bundle).recipe.graph, "stored once"
+
+
+def test_sums_of_its_int8_engine_cannot_saturate(bundle):
+    manifest = read_manifest(bundle)
+    engine = next(e for e in manifest.artifacts.engines if e.precision == "int8")
+    assert engine.saturating_cpu_session == {}
+    assert saturating_layers(graph_io.load(bundle / engine.file.path).graph, by_pixel=True) == []
+
+
+def test_a_loaded_engine_is_shared_by_threads(bundle):
+    manifest = read_manifest(bundle)
+    engine = export_zoo.load(bundle, engine="openvino-int8", threads=1)
+    batch = np.random.default_rng(0).standard_normal((4, 3, 32, 32), dtype=np.float32)
+    wanted, found = engine.run(batch), dict[int, np.ndarray]()
+
+    def run(index: int) -> None:
+        for _ in range(5):
+            found[index] = engine.run(batch)
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(np.array_equal(wanted, found[index]) for index in range(4))
+    first = wanted.copy()
+    engine.run(np.zeros_like(batch))
+    assert np.array_equal(wanted, first), "outputs are copies"
+    assert held_out(bundle, manifest).pixels.shape[1:3] == (32, 32)
+
+
+def test_a_bundle_of_both_cpu_targets_is_loaded_by_speed(digits, tmp_path):
+    arguments = [*digits.arguments(), "--calib", digits.images, *UNTUNED, "--precision", "int8"]
+    arguments += ["--target", "onnxruntime", "--target", "openvino", "--out", tmp_path / "out", "--quiet"]
+    assert main([*map(str, arguments)]) == 0
+    engines = read_manifest(tmp_path / "out").artifacts.engines
+    fastest = max(engines, key=lambda e: e.latency.speedup)
+    loaded = export_zoo.load(tmp_path / "out")
+    assert loaded.name == fastest.name
+    assert "fastest verified engine" in loaded.why
+
+
+DETERMINANT = """
+import torch
+from torch import nn
+
+class Determinant(nn.Module):
+    def __init__(self, num_classes=4):
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 9, 3, 2, 1), nn.Linear(2, num_classes)
+
+    def forward(self, x):
+        y = self.conv(x).mean((2, 3)).reshape(-1, 3, 3)
+        return self.fc(torch.stack([torch.linalg.det(y), y.sum((1, 2))], 1))
+"""
+
+
+def test_a_graph_that_it_does_not_take_is_refused_by_node(cli, tmp_path):
+    (tmp_path / "preprocess.json").write_text(json.dumps(PREPROCESS_FILE))
+    (tmp_path / "det.py").write_text(DETERMINANT)
+    arguments = [f"{tmp_path}/det.py:Determinant", "--preprocess", tmp_path / "preprocess.json"]
+    done = cli(*arguments, "--target", "onnxruntime", "--target", "openvino", "--out", tmp_path / "out")
+    assert done.code == 6
+    assert "does not take the graph: it has no Det, which node" in done.err
+    assert [engine["name"] for engine in done.json["engines"]] == ["onnxruntime-fp32"]
+    assert [refused["name"] for refused in done.json["refused"]] == ["openvino-fp32"]
+
+
+def test_a_file_that_is_no_graph_is_said(tmp_path):
+    (tmp_path / "a.onnx").write_bytes(b"nothing")
+    with pytest.raises(BadInputError, match="cannot load it"):
+        OpenVinoEngine(tmp_path / "a.onnx")
+    with pytest.raises(TargetRefusalError, match="does not take the graph"):
+        check_graph(tmp_path / "a.onnx")
+
+
+@pytest.mark.parametrize(
+    ("batch", "says"),
+    [
+        (np.zeros((1, 3, 32, 32), np.float64), "input float64"),
+        (np.zeros((1, 3, 31, 32), np.float32), "expected float32"),
+        (np.zeros((0, 3, 32, 32), np.float32), "expected float32"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused(bundle, batch, says):
+    engine = OpenVinoEngine(bundle / read_manifest(bundle).recipe.graph.path, threads=1)
+    with pytest.raises(BadInputError, match=says):
+        engine.run_all(batch)
+
+
+@pytest.mark.parametrize("version", ["absent", "2024.6.0"])
+def test_an_absent_or_old_package_says_what_to_install(monkeypatch, cli, version):
+    monkeypatch.setattr(type(OPENVINO), "version", version)
+    done = cli("resnet18", "--weights", "none", "--target", "openvino")
+    assert done.code == 4
+    assert "pip install 'export-zoo[openvino]'" in done.err
+    monkeypatch.setattr(registry, "AUTOMATIC", ("onnxruntime", "openvino"))
+    assert [target.name for target in registry.choose(("auto",))] == ["onnxruntime"]
+    assert openvino_target.OLDEST > (2024, 6)
+    with pytest.raises(TargetUnavailableError):
+        registry.choose(("openvino",))
+
+
+def test_its_graph_has_standard_operators_only(bundle):
+    manifest = read_manifest(bundle)
+    engine = next(e for e in manifest.artifacts.engines if e.precision == "int8")
+    nodes: list[ir.Node] = list(graph_io.load(bundle / engine.file.path).graph)
+    assert {node.domain for node in nodes} == {""}
+
+
+@pytest.mark.parametrize("cpu", ["haswell", "nehalem"])
+def test_logits_on_another_cpu_are_those_here(bundle, cli, cpu):
+    """haswell saturates; OpenVINO has no option against it, so the graph must not saturate."""
+    emulated_cpu(cpu)
+    if bundle.name != "mobilenet_v2":
+        pytest.skip("one network is enough: depthwise convolutions, dense ones and a linear layer")
+    done = cli("verify", bundle, "--cpu", cpu, "--images", "8")
+    assert done.code == 0, done.err
+    (found,) = done.json["emulated"]
+    assert found["emulation"]["saturates"] == (cpu == "haswell")
+    assert found["versions"]["openvino"]
+    assert found["emulation"]["host"]["openvino-int8"]["max_difference"] < (1e-6 if cpu == "haswell" else 1)
+
+
+def test_no_arm_cpu_is_emulated_for_it(bundle, cli):
+    if bundle.name != "resnet18":
+        pytest.skip("one network is enough")
+    emulated_cpu("cortex-a53")
+    done = cli("verify", bundle, "--cpu", "cortex-a53")
+    assert done.code == 4
+    assert "the bundle has no engine of onnxruntime" in done.err
