@@ -11,14 +11,16 @@ trap 'rm -rf "$work"' EXIT
 import pathlib, sys
 import export_zoo
 from export_zoo import ExportOptions, export, load, verify
-from export_zoo.exporter.matrix import report
+from export_zoo.exporter.matrix import slurm
+from export_zoo.exporter.page import templates
 folder = pathlib.Path(export_zoo.__file__).parent
 assert folder.parent == pathlib.Path(sys.argv[1]), folder
 assert (folder / "py.typed").is_file(), folder
 for name in ("exporter", "engines", "calibration"):
     assert (folder / name / "__init__.py").is_file() and not (folder / name).is_symlink(), name
     assert not (folder.parent / name).exists(), name
-assert pathlib.Path(report.__file__).with_name("matrix.html.jinja").is_file()
+assert pathlib.Path(slurm.__file__).with_name("slurm.sh.jinja").is_file()
+assert len([*pathlib.Path(templates.__file__).parent.glob("*.jinja")]) >= 6
 print("wheel: complete")
 PY
 )
@@ -42,4 +44,7 @@ cd "$work"
 "$bin/python" run.py "$bundle" --torch >expected
 diff served expected
 "$work/runtime/bin/export-zoo" verify "$bundle" --quiet
+"$work/runtime/bin/export-zoo" inspect "$bundle" >/dev/null
+"$work/runtime/bin/export-zoo" report "$bundle" >card.md
+"$work/runtime/bin/export-zoo" bench "$bundle" --seconds 0.05 --batch 1 --quiet
 du -sh "$work/runtime" | cut -f1 | xargs echo "runtime: the same logits without PyTorch;"

@@ -53,6 +53,16 @@ def described(metrics: Mapping[str, float | int | None]) -> str:
     return f" ({100 * low:.1f} to {100 * high:.1f})"
 
 
+def accuracy(metrics: Mapping[str, float | int | None]) -> str:
+    """The accuracy, its interval and how it differs from eager's, `84.0 % (76.6 to 89.4), -0.8 to eager`; or empty."""
+    share, images = metrics.get("accuracy"), _of_images(metrics)
+    if share is None or not images:
+        return ""
+    low, high = interval(float(share), images)
+    difference = 0.0 - 100 * (metrics.get("accuracy_drop") or 0.0)
+    return f"{100 * share:.1f} % ({100 * low:.1f} to {100 * high:.1f}), {difference:+.1f} to eager"
+
+
 def unsettled(metrics: Mapping[str, float | int | None], tolerances: Mapping[str, float]) -> list[str]:
     """Texts about limits that lie in the interval of their metric: more images might change the verdict."""
     images, found = _of_images(metrics), list[str]()

@@ -232,7 +232,7 @@ def inspect(bundle: Path, json_path: Path | None, quiet: bool, verbose: bool) ->
     """Show what a bundle holds, from its manifest. Runs nothing."""
     del json_path, verbose
     from export_zoo.engines.bundle import reader
-    from export_zoo.exporter.page.card import facts
+    from export_zoo.exporter.page.facts import facts
     from export_zoo.exporter.run.report import print_table
 
     manifest = reader.read_manifest(bundle)

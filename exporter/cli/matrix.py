@@ -173,12 +173,12 @@ def matrix(
     A failing cell does not stop the others. Exit code 3 if any parity gate failed, else 5 if any cell failed.
     """
     del json_path, verbose
-    from export_zoo.exporter.matrix import plan, report, run
+    from export_zoo.exporter.matrix import BUNDLES, RESULTS, plan, report, run
     from export_zoo.exporter.matrix import slurm as slurm_script
     from export_zoo.exporter.matrix.cell import arguments
     from export_zoo.exporter.matrix.results import CellResult
     from export_zoo.exporter.matrix.results import stored as stored_results
-    from export_zoo.exporter.matrix.storage import BUNDLES, RESULTS, Storage
+    from export_zoo.exporter.matrix.storage import Storage
     from export_zoo.exporter.models.sources import torchvision_zoo
     from export_zoo.exporter.page.files import write
 

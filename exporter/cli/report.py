@@ -41,9 +41,7 @@ def report(
     now = outcome.current()
     now.reporter = reporter = ConsoleReporter(quiet=quiet)
     from export_zoo.base.errors import BadInputError
-    from export_zoo.exporter.matrix import report as matrix_report
-    from export_zoo.exporter.matrix.results import stored, unreadable
-    from export_zoo.exporter.matrix.storage import BUNDLES, RESULTS
+    from export_zoo.exporter.matrix import BUNDLES, RESULTS
     from export_zoo.exporter.page import card as page
     from export_zoo.exporter.page import plots
     from export_zoo.exporter.page.files import check_writable, write
@@ -54,6 +52,9 @@ def report(
             if path is not None:
                 check_writable(path, option, kept, [json_path, markdown if path is html else None])
     if is_matrix:
+        from export_zoo.exporter.matrix import report as matrix_report
+        from export_zoo.exporter.matrix.results import stored, unreadable
+
         read = stored(place / RESULTS)
         for name in unreadable(place / RESULTS, read):
             reporter.warn(f"{place / RESULTS / name}: cannot be read, and is left out")

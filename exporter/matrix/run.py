@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import TypeGuard
 
 from export_zoo.base.errors import EnvironmentFailureError
+from export_zoo.exporter.matrix import BUNDLES, RESULTS
 from export_zoo.exporter.matrix.cell import Limits, inputs_on_cpu
 from export_zoo.exporter.matrix.inputs import fingerprints
 from export_zoo.exporter.matrix.machine import Machine
 from export_zoo.exporter.matrix.place import Place
 from export_zoo.exporter.matrix.plan import HOST, Cell, by_bundle
 from export_zoo.exporter.matrix.results import CellResult, store, stored
-from export_zoo.exporter.matrix.storage import BUNDLES, RESULTS, Storage
+from export_zoo.exporter.matrix.storage import Storage
 from export_zoo.exporter.publish import failed_place
 from export_zoo.exporter.run.at_once import run_at_once
 

@@ -14,10 +14,9 @@ import fsspec
 from export_zoo.base.errors import EnvironmentFailureError, UsageError
 from export_zoo.base.files import replacing
 from export_zoo.engines.bundle.reader import MANIFEST
+from export_zoo.exporter.matrix import BUNDLES, RESULTS
 from export_zoo.exporter.matrix.results import stored
 from export_zoo.exporter.publish import failed_place
-
-RESULTS, BUNDLES = "results", "bundles"
 
 
 class Storage:

@@ -13,12 +13,13 @@ from pathlib import Path
 import numpy as np
 
 from export_zoo.engines.bundle import reader
-from export_zoo.engines.bundle.manifest import Attestation, Engine, Gate, Latency, Manifest, Port
-from export_zoo.engines.parity.intervals import described, interval
+from export_zoo.engines.bundle.manifest import Attestation, Engine, Latency, Manifest
+from export_zoo.engines.parity.intervals import accuracy, described
 from export_zoo.engines.parity.limits import limits_of
 from export_zoo.engines.parity.tasks import headline
 from export_zoo.engines.precision.registry import BASELINE, PRECISIONS
 from export_zoo.exporter.page import plots, preprocessing
+from export_zoo.exporter.page.facts import facts
 from export_zoo.exporter.page.templates import render, thumbnail
 from export_zoo.exporter.run.report import RANDOM
 
@@ -48,45 +49,6 @@ class Card:
     """Code that loads it and runs an image, by language."""
     preprocessing: list[str]
     tables: list[Table]
-
-
-def facts(bundle: Path, manifest: Manifest) -> dict[str, str]:
-    """What a bundle holds, by the name of each fact."""
-    recipe, p = manifest.recipe, manifest.recipe.preprocess
-    trained, held = recipe.source.weights, manifest.artifacts.held_out
-    found = {
-        "bundle": f"{bundle} ({manifest.status}, by {manifest.tool}, {manifest.artifacts.created})",
-        "model": f"{recipe.source.name}, {recipe.output.head.described}",
-        "weights": trained.name + (f" (SHA-256 {trained.sha256[:16]}...)" if trained.sha256 else ""),
-        "input": f"{recipe.input.name}: float32 {_shape(recipe.input)} {recipe.input.layout}",
-        "output": "; ".join(
-            f"{port.name}: float32 {_shape(port)}, {port.head.task}"
-            + (f" ({port.head.scores})" if port.head.scores != "values" else "")
-            for port in recipe.outputs
-        ),
-        "batch": f"{recipe.batch.min} to {recipe.batch.max}, best at {recipe.batch.opt}",
-        "preprocess": f"{p.mode}, resize {p.resize_size} {p.interpolation} antialiased"
-        f"{' to the proportions of the crop' if p.crop_mode == 'squash' else ''}, "
-        f"crop {p.crop_height}x{p.crop_width}, /{p.scale:g}, mean {list(p.mean)}, std {list(p.std)} ({p.source})",
-        "labels": f"{len(recipe.labels)} names" if recipe.labels else "names are not known",
-        "calibration": f"{recipe.calibration.method}, {recipe.calibration.images} images"
-        if recipe.calibration
-        else "none",
-        "held out": f"{held.count} {'synthetic ' if held.synthetic else ''}images with eager logits",
-        "made on": recipe.instruction_set,
-    }
-    if (sizes := recipe.input_size) is not None:
-        low, opt, high = (f"{height}x{width}" for height, width in (sizes.min, sizes.opt, sizes.max))
-        found["input"] += f", {low} to {high}, best at {opt}"
-        found["held out"] += "".join(f", {part.count} at {part.height}x{part.width}" for part in held.sizes)
-    for engine in manifest.artifacts.engines:
-        if engine.float_for_speed is not None and engine.float_for_speed.layers:
-            found["float"] = f"{', '.join(engine.float_for_speed.layers)} ({engine.name}: faster in float)"
-    return found
-
-
-def _shape(port: Port) -> str:
-    return f"[{', '.join(map(str, port.shape))}]"
 
 
 def card_of(bundle: Path) -> Card:
@@ -204,7 +166,7 @@ def _parity(manifest: Manifest) -> Table:
                 "FAILED" if engine.gate.failures else engine.state,
                 _figure(engine.gate.eager_metrics.get("sqnr"), ".1f"),
                 headline(engine.gate.eager_metrics)[1] + described(engine.gate.eager_metrics),
-                _accuracy(engine.gate),
+                accuracy(engine.gate.eager_metrics) or "-",
                 "-" if random else _figure(min(engine.gate.patterns.values(), default=None), ".1f"),
             )
             for engine in engines
@@ -235,15 +197,6 @@ def _gates(engines: Sequence[Engine]) -> Table:
 
 def _figure(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
-
-
-def _accuracy(gate: Gate) -> str:
-    metrics = gate.eager_metrics
-    accuracy, drop = metrics.get("accuracy"), metrics.get("accuracy_drop") or 0.0
-    if accuracy is None:
-        return "-"
-    low, high = interval(float(accuracy), int(metrics.get("images") or 1))
-    return f"{100 * accuracy:.1f} % ({100 * low:.1f} to {100 * high:.1f}), {0.0 - 100 * drop:+.1f} to eager"
 
 
 def _speed(manifest: Manifest, attested: dict[str, Attestation]) -> Table:

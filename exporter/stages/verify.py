@@ -15,7 +15,7 @@ from export_zoo.base.machine import cpu_model, instruction_set
 from export_zoo.calibration.preprocess import normalize
 from export_zoo.engines.bundle.manifest import Gate, Latency, Recipe
 from export_zoo.engines.bundle.reader import HeldOut
-from export_zoo.engines.parity.intervals import described, unsettled
+from export_zoo.engines.parity.intervals import accuracy, described, unsettled
 from export_zoo.engines.parity.limits import MIN_UNFUSED_COSINE, Limit, fitting
 from export_zoo.engines.parity.metrics import relative_errors
 from export_zoo.engines.parity.outputs import sampled
@@ -248,6 +248,8 @@ def describe_gate(gate: Gate) -> str:
         )
         + f", batches {', '.join(map(str, gate.batches))}"
     )
+    if right := accuracy(gate.eager_metrics):
+        text += f"; accuracy {right}"
     for name, figures in gate.further.items():
         text += f"; output {name} {figures.eager_metrics['sqnr'] or 0.0:.1f} dB"
     if gate.sizes:

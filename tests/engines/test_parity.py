@@ -677,3 +677,6 @@ def test_shares_of_pixels_and_clear_cases_say_nothing():
     assert intervals.unsettled({"images": 4, "pixels": 900, "top1": 0.91}, {"top1": 0.9}) == []
     assert intervals.described({"images": 4, "pixels": 900, "top1": 0.91}) == ""
     assert intervals.described({"images": 125, "top1": 0.992}) == " (95.6 to 99.9)"
+    right = {"images": 125, "accuracy": 0.84, "accuracy_drop": 0.008}
+    assert intervals.accuracy(right) == "84.0 % (76.6 to 89.4), -0.8 to eager"
+    assert intervals.accuracy({"images": 125, "accuracy": None}) == ""
