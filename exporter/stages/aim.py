@@ -154,6 +154,23 @@ class HalfGraphs:
         return {"ranges": digest, "kept": sorted(self._given)}
 
 
+@dataclasses.dataclass(frozen=True)
+class _Tried:
+    """An engine with some layers in float.
+
+    Attributes:
+        value: the metric on the select images; an SQNR less the margin for other images.
+        holds: whether the aim and the gate's limits hold.
+        bytes: size of its graph.
+        added_ms: see `_Clock`; None if the target cannot tell.
+    """
+
+    value: float
+    holds: bool
+    bytes: int
+    added_ms: float | None
+
+
 class _Search:
     """Engines of a target with some more layers in float, judged on the select images."""
 
@@ -180,11 +197,8 @@ class _Search:
         """The aim, and the gate's own limits: it has to pass those, too."""
         self._reference = self._outputs(OnnxRuntimeEngine(graph, saturating_session={}))
         self._clock = _Clock(graph, normalize(pixels[:1], preprocess))
-        self.known: dict[frozenset[str], float] = {}
-        self._holding: set[frozenset[str]] = set()
-        self.bytes: dict[frozenset[str], int] = {}
-        self.added_ms: dict[frozenset[str], float | None] = {}
-        """By layers in float, like all of these."""
+        self.tried: dict[frozenset[str], _Tried] = {}
+        """By the layers in float."""
         self.ends = time.monotonic() + options.aim_seconds
 
     @property
@@ -194,34 +208,36 @@ class _Search:
     def _outputs(self, engine: Runner) -> Float32Array:
         return run_in_batches(engine, self.pixels, self._preprocess, IMAGE_BATCH)[0]
 
-    def value(self, layers: frozenset[str]) -> float:
-        """The metric with these layers in float, too; an SQNR less the margin for other images."""
-        if layers not in self.known:
-            with tempfile.TemporaryDirectory(prefix="export-zoo-") as directory:
-                graph = Path(directory) / "rounded.onnx"
-                self.graphs.write(graph, layers)
-                self.bytes[layers] = graph.stat().st_size
-                self.added_ms[layers] = None
-                engine: Runner
-                if self._target.compiled:
-                    engine = OnnxRuntimeEngine(write_twin(graph, graph.with_name("twin.onnx")), fused=False)
-                else:
-                    engine = self._target.open(Opening(graph, self.graphs.precision))
-                    timed = self._target.open(Opening(graph, self.graphs.precision, threads=1))
-                    self.added_ms[layers] = self._clock.added_ms(timed)
-                found = self._outputs(engine)
-            rows = self._head.rows
-            metrics = compare(rows(self._reference), rows(found), self._labels, self._head)
-            margin = _margin(effect(self._reference, found).noise, self._verified)
-            metrics = dataclasses.replace(metrics, sqnr=metrics.sqnr - margin)
-            self.known[layers] = float(getattr(metrics, self.limit.metric))
-            if all(limit.holds(metrics) is not False for limit in self._limits):
-                self._holding.add(layers)
-        return self.known[layers]
+    def __getitem__(self, layers: frozenset[str]) -> _Tried:
+        """The engine with these layers in float, too."""
+        if layers not in self.tried:
+            self.tried[layers] = self._try(layers)
+        return self.tried[layers]
 
-    def holds(self, layers: frozenset[str]) -> bool:
-        self.value(layers)
-        return layers in self._holding
+    def _try(self, layers: frozenset[str]) -> _Tried:
+        added_ms = None
+        with tempfile.TemporaryDirectory(prefix="export-zoo-") as directory:
+            graph = Path(directory) / "rounded.onnx"
+            self.graphs.write(graph, layers)
+            size = graph.stat().st_size
+            engine: Runner
+            if self._target.compiled:
+                engine = OnnxRuntimeEngine(write_twin(graph, graph.with_name("twin.onnx")), fused=False)
+            else:
+                engine = self._target.open(Opening(graph, self.graphs.precision))
+                timed = self._target.open(Opening(graph, self.graphs.precision, threads=1))
+                added_ms = self._clock.added_ms(timed)
+            found = self._outputs(engine)
+        rows = self._head.rows
+        metrics = compare(rows(self._reference), rows(found), self._labels, self._head)
+        margin = _margin(effect(self._reference, found).noise, self._verified)
+        metrics = dataclasses.replace(metrics, sqnr=metrics.sqnr - margin)
+        return _Tried(
+            value=float(getattr(metrics, self.limit.metric)),
+            holds=all(limit.holds(metrics) is not False for limit in self._limits),
+            bytes=size,
+            added_ms=added_ms,
+        )
 
     @property
     def ms(self) -> tuple[float | None, float | None]:
@@ -230,10 +246,14 @@ class _Search:
 
     def cheapest(self) -> frozenset[str] | None:
         """Of what was tried and holds, the fewest layers among those that add least time; None if nothing holds."""
-        holding = [layers for layers in self.known if layers in self._holding]
-        added = {layers: self.added_ms[layers] or 0.0 for layers in holding}
+        added = {layers: one.added_ms or 0.0 for layers, one in self.tried.items() if one.holds}
         most = min(added.values(), default=0.0) + SAME_TIME * (self.ms[0] or 0.0)
-        return min((x for x in holding if added[x] <= most), key=lambda x: (len(x), added[x]), default=None)
+        return min((x for x in added if added[x] <= most), key=lambda x: (len(x), added[x]), default=None)
+
+    def nearest(self) -> frozenset[str]:
+        """Of what was tried, the layers with which the metric is nearest to the aim."""
+        sign = 1 if self.limit.at_least else -1
+        return max(self.tried, key=lambda layers: sign * self.tried[layers].value)
 
 
 class _Clock:
@@ -389,19 +409,19 @@ def _aim(
             layers=[node for layer in ordered for node in sorted(nodes[layer])],
             modules=[modules[layer] for layer in ordered],
             reached=reached,
-            select=search.value(layers),
+            select=search[layers].value,
             images=len(search.pixels),
             ms=ms,
             fp32_ms=fp32_ms,
-            added_ms=search.added_ms[layers],
-            added_bytes=search.bytes[layers] - search.bytes[nothing],
+            added_ms=search[layers].added_ms,
+            added_bytes=search[layers].bytes - search[nothing].bytes,
             tried=[
-                AimStep(layers=len(tried), added_ms=search.added_ms[tried], value=value)
-                for tried, value in sorted(search.known.items(), key=lambda item: len(item[0]))
+                AimStep(layers=len(floats), added_ms=one.added_ms, value=one.value)
+                for floats, one in sorted(search.tried.items(), key=lambda item: len(item[0]))
             ],
         )
 
-    if search.holds(nothing):
+    if search[nothing].holds:
         return chosen_as(nothing, reached=True)
     batches = [few[i : i + IMAGE_BATCH] for i in range(0, len(few), IMAGE_BATCH)]
     exact, noise = outputs(mixtures.open(()), batches), dict[str, float]()
@@ -428,7 +448,7 @@ def _aim(
             _bisect(search, order)
     found = search.cheapest()
     if found is None:
-        return chosen_as(max(search.known, key=lambda layers: _nearness(search, layers)), reached=False)
+        return chosen_as(search.nearest(), reached=False)
     return chosen_as(found, reached=True)
 
 
@@ -439,11 +459,11 @@ def _bisect(search: _Search, order: Sequence[Sequence[str]]) -> None:
         return frozenset(layer for group in order[:count] for layer in group)
 
     low, high = 0, len(order) - 1
-    if not search.holds(first(high)):
+    if not search[first(high)].holds:
         return
     while low + 1 < high and not search.late:
         middle = (low + high) // 2
-        low, high = (low, middle) if search.holds(first(middle)) else (middle, high)
+        low, high = (low, middle) if search[first(middle)].holds else (middle, high)
 
 
 def _blocks(modules: Mapping[str, str]) -> list[list[str]]:
@@ -461,11 +481,6 @@ def _blocks(modules: Mapping[str, str]) -> list[list[str]]:
         if 2 * len(found) <= len(paths):
             break
     return list(found.values())
-
-
-def _nearness(search: _Search, layers: frozenset[str]) -> float:
-    value = search.value(layers)
-    return value if search.limit.at_least else -value
 
 
 def _costs(
