@@ -14,6 +14,7 @@ from onnxruntime.capi.onnxruntime_pybind11_state import InvalidProtobuf
 from export_zoo.base.errors import BadInputError, TargetUnavailableError
 from export_zoo.base.machine import session_threads
 from export_zoo.engines.precision.int8.saturation.probe import EXACT_SESSION, saturates
+from export_zoo.engines.targets.batch import checked_batch
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -96,16 +97,7 @@ class OnnxRuntimeEngine:
         Raises:
             BadInputError: wrong dtype or shape.
         """
-        batch = np.asarray(batch)
-        expected = self.input_shape
-        fits = batch.ndim == len(expected) and all(
-            isinstance(want, str) or want == have for want, have in zip(expected, batch.shape, strict=True)
-        )
-        if batch.dtype != np.float32 or not fits or batch.shape[0] < 1:
-            raise BadInputError(
-                f"input {batch.dtype} {list(batch.shape)}, expected float32 {list(expected)}",
-                hint="use the bundle's preprocess() to make the input",
-            )
+        batch = checked_batch(batch, self.input_shape)
         try:
             outputs = self._session.run(None, {self.input_name: batch})
         except Exception as error:

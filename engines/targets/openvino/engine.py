@@ -14,6 +14,7 @@ import openvino as ov
 from export_zoo.base import graph_io
 from export_zoo.base.errors import BadInputError, TargetRefusalError
 from export_zoo.base.machine import library_versions, session_threads
+from export_zoo.engines.targets.batch import checked_batch
 
 Float32Array = npt.NDArray[np.float32]
 
@@ -95,16 +96,7 @@ class OpenVinoEngine:
         Raises:
             BadInputError: wrong dtype or shape.
         """
-        batch = np.asarray(batch)
-        expected = self.input_shape
-        fits = batch.ndim == len(expected) and all(
-            isinstance(want, str) or want == have for want, have in zip(expected, batch.shape, strict=True)
-        )
-        if batch.dtype != np.float32 or not fits or batch.shape[0] < 1:
-            raise BadInputError(
-                f"input {batch.dtype} {list(batch.shape)}, expected float32 {list(expected)}",
-                hint="use the bundle's preprocess() to make the input",
-            )
+        batch = checked_batch(batch, self.input_shape)
         request = getattr(self._requests, "request", None)
         if request is None:
             request = self._requests.request = self._compiled.create_infer_request()
