@@ -229,22 +229,22 @@ def _later(document, index=1):
     for number, engine in enumerate(document["artifacts"]["engines"]):
         engine["gate"]["further_figure"] = 1.0
         if number == index:
-            engine.update(name="openvino-int8", target="openvino", cache={"what": "ever"})
+            engine.update(name="coreml-int8", target="coreml", cache={"what": "ever"})
 
 
 def test_engines_and_fields_of_a_later_version_are_left_out_and_why_says_so(bundle):
     _edit(bundle, _later)
-    assert read_manifest(bundle).unknown_engines == ("openvino-int8",)
+    assert read_manifest(bundle).unknown_engines == ("coreml-int8",)
     found = export_zoo.load(bundle)
     assert found.name == "onnxruntime-fp32"
-    assert "; openvino-int8 was left out: this version does not know it" in found.why
+    assert "; coreml-int8 was left out: this version does not know it" in found.why
     with pytest.raises(
-        BadInputError, match="'openvino-int8' is of a target or precision that this version does not"
+        BadInputError, match="'coreml-int8' is of a target or precision that this version does not"
     ):
-        export_zoo.load(bundle, engine="openvino-int8")
+        export_zoo.load(bundle, engine="coreml-int8")
     attestation, _ = verify(bundle)
     assert attestation.states == {"onnxruntime-fp32": "verified"}
-    assert attestation.warnings == ["openvino-int8: not run, this version does not know it"]
+    assert attestation.warnings == ["coreml-int8: not run, this version does not know it"]
 
 
 def test_a_precision_of_a_later_version_is_left_out(bundle):
@@ -258,7 +258,7 @@ def test_a_bundle_of_which_no_engine_is_known_says_to_update(bundle):
     _edit(bundle, lambda document: document["artifacts"]["engines"].pop(0))
     _edit(bundle, lambda document: _later(document, 0))
     with pytest.raises(
-        BadInputError, match="this version knows none of its engines: openvino-int8"
+        BadInputError, match="this version knows none of its engines: coreml-int8"
     ) as raised:
         export_zoo.load(bundle)
     assert "update export-zoo" in raised.value.hint

@@ -166,7 +166,7 @@ def test_cpus_are_off_by_default_and_follow_the_cell_that_exports(tmp_path):
         (MINIMAL + "memory: much", "memory"),
         (MINIMAL + "colour: red", "colour: Extra inputs"),
         (MINIMAL.replace("fp32", "fp8"), "precisions: unknown 'fp8'"),
-        (MINIMAL.replace("onnxruntime", "openvino"), "targets: unknown 'openvino'"),
+        (MINIMAL.replace("onnxruntime", "coreml"), "targets: unknown 'coreml'"),
         (MINIMAL.replace("resnet18", "resnet19"), "'resnet19' matches no model"),
         (MINIMAL + "exclude: [{models: alexnet9, reason: x}]", "'alexnet9' matches no model"),
         (MINIMAL + "exclude: [{models: resnet18}]", "exclude.0.reason: Field required"),
@@ -451,7 +451,7 @@ def test_a_cpu_that_cannot_be_emulated_here_fails_as_a_target_that_is_not_availa
     skipped = matrix_run.left_out(on_haswell(target))
     assert (skipped.status, skipped.reason) == (
         "skipped",
-        "not run on haswell: emulation runs engines of onnxruntime only",
+        "not run on haswell: emulation runs engines of onnxruntime and openvino only",
     )
 
 
