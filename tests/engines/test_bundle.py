@@ -257,9 +257,7 @@ def test_a_precision_of_a_later_version_is_left_out(bundle):
 def test_a_bundle_of_which_no_engine_is_known_says_to_update(bundle):
     _edit(bundle, lambda document: document["artifacts"]["engines"].pop(0))
     _edit(bundle, lambda document: _later(document, 0))
-    with pytest.raises(
-        BadInputError, match="this version knows none of its engines: coreml-int8"
-    ) as raised:
+    with pytest.raises(BadInputError, match="this version knows none of its engines: coreml-int8") as raised:
         export_zoo.load(bundle)
     assert "update export-zoo" in raised.value.hint
 
