@@ -120,6 +120,13 @@ def test_a_file_that_is_no_graph_is_said(tmp_path):
         check_graph(tmp_path / "a.onnx")
 
 
+def test_engines_are_not_bound_to_cores(bundle):
+    """Bound to cores, two engines of one thread each share the first one."""
+    engine = OpenVinoEngine(bundle / read_manifest(bundle).recipe.graph.path, threads=1)
+    wanted = {"ENABLE_CPU_PINNING": False, "INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": 1}
+    assert {name: engine._compiled.get_property(name) for name in wanted} == wanted
+
+
 @pytest.mark.parametrize(
     ("batch", "says"),
     [

@@ -75,6 +75,8 @@ class OpenVinoEngine:
             "INFERENCE_PRECISION_HINT": "f32",
             "PERFORMANCE_HINT": "LATENCY",
             "NUM_STREAMS": 1,
+            # Otherwise two engines of one thread each are bound to the same core.
+            "ENABLE_CPU_PINNING": False,
             "INFERENCE_NUM_THREADS": session_threads(threads),
         }
         try:
