@@ -167,7 +167,7 @@ def on_photographs(folder: Path, nncf: str | None, sqnr: float, names: list[str]
 
 
 def curve(tried: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What no cheaper step surpasses, from the cheapest on."""
+    """The steps that no cheaper one surpasses, from the cheapest on."""
     found: list[dict[str, Any]] = []
     for step in sorted(tried, key=lambda step: step["added_ms"]):
         if not found or step["value"] > found[-1]["value"]:

@@ -32,6 +32,11 @@ DEFAULT_VERIFY_IMAGES = 128
 DEFAULT_AIM_SECONDS: float = 300
 
 
+def keep_float_option(*, quantized: bool) -> str:
+    """The option that names layers of an INT8 engine, or nodes of an FP16 engine, to leave float."""
+    return "--keep-float" if quantized else "--keep-float-fp16"
+
+
 @dataclass(frozen=True)
 class ExportOptions:
     """Options of an export: model, engines, and how strictly they are checked. Defaults and reasons: docs/usage.md.

@@ -33,14 +33,14 @@ from export_zoo.exporter import publish
 from export_zoo.exporter.cluster.ray_cluster import RayCluster
 from export_zoo.exporter.contents import Contents, describe_engine, describe_held_out, describe_recipe
 from export_zoo.exporter.models.spec import ModelSpec
-from export_zoo.exporter.options import ExportOptions
+from export_zoo.exporter.options import ExportOptions, keep_float_option
 from export_zoo.exporter.run.cache import StageCache, StageResult
 from export_zoo.exporter.run.context import Context
 from export_zoo.exporter.run.report import Reporter
 from export_zoo.exporter.stages import network
 from export_zoo.exporter.stages import ranges as ranges_stage
 from export_zoo.exporter.stages.aim import HalfGraphs, Int8Graphs, Rounded, aim, check_aim
-from export_zoo.exporter.stages.build import build, check_graph
+from export_zoo.exporter.stages.build import build, check_graph, float32_nodes
 from export_zoo.exporter.stages.evaluate import evaluate
 from export_zoo.exporter.stages.images import ChosenImages, choose_images
 from export_zoo.exporter.stages.network import Exported, Reference, Simplified
@@ -168,7 +168,7 @@ def _mending(context: Context, place: Path, result: manifest.Manifest) -> str:
             "images say)"
         )
         if found.layers <= MOST_NAMED:
-            option = "--keep-float" if PRECISIONS[engine.precision].quantized else "--keep-float-fp16"
+            option = keep_float_option(quantized=PRECISIONS[engine.precision].quantized)
             text += ": " + " ".join(f"{option} {layer}" for layer in found.worst[: found.layers])
     return f"{text}; `export-zoo diagnose {place}` says more; "
 
@@ -250,7 +250,7 @@ def _aims(
             graphs: Rounded = (
                 Int8Graphs(context.options, target, tuned[target.name])
                 if precision.quantized
-                else HalfGraphs(graph, ranges, context.options.keep_float_fp16)
+                else HalfGraphs(graph, ranges, float32_nodes(graph, context.options))
             )
             found[target.name, name] = aim(context, graph, chosen, spec.preprocess, spec.head, target, graphs)
     return found

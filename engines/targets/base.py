@@ -57,7 +57,7 @@ class Opening:
 
 @dataclass(frozen=True)
 class Worker:
-    """What opens an engine in a process that has few packages, on one thread: `engines.emulation.worker`."""
+    """A class that opens an engine in a process that has few packages, on one thread: `engines.emulation.worker`."""
 
     engine: str
     """The class, as `module:Class`. Its first argument is the engine's file."""
@@ -172,7 +172,7 @@ class Target(ABC):
         """
 
     def worker(self, opening: Opening) -> Worker:
-        """What opens an engine on an emulated CPU. Only for targets that can be `emulated`."""
+        """The class that opens an engine on an emulated CPU. Only for targets that can be `emulated`."""
         raise NotImplementedError(self.name)
 
     def node_times(self, opening: Opening, batch: npt.NDArray[np.float32]) -> Mapping[str, float]:

@@ -15,7 +15,7 @@ from export_zoo.exporter.cli.common_options import EXIT_CODES, json_option, quie
 from export_zoo.exporter.run.report import RANDOM, ConsoleReporter, show_log
 
 if TYPE_CHECKING:
-    from export_zoo.engines.bundle.manifest import Attestation, Manifest
+    from export_zoo.engines.bundle.manifest import Manifest
     from export_zoo.engines.bundle.triton import CpuGraph
 
 
@@ -214,15 +214,6 @@ def _verify_emulated(
     _check_status(bundle, manifest)
 
 
-def _results(attestation: Attestation) -> str:
-    """State of each engine in an attestation, as text."""
-    passed = "ok" if attestation.emulation is not None else None
-    return ", ".join(
-        f"{name} {'FAILED' if gate.failures else passed or attestation.states.get(name, 'ok')}"
-        for name, gate in attestation.engines.items()
-    )
-
-
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @json_option
@@ -232,7 +223,7 @@ def inspect(bundle: Path, json_path: Path | None, quiet: bool, verbose: bool) ->
     """Show what a bundle holds, from its manifest. Runs nothing."""
     del json_path, verbose
     from export_zoo.engines.bundle import reader
-    from export_zoo.exporter.page.facts import facts
+    from export_zoo.exporter.page.facts import facts, results
     from export_zoo.exporter.run.report import print_table
 
     manifest = reader.read_manifest(bundle)
@@ -248,7 +239,7 @@ def inspect(bundle: Path, json_path: Path | None, quiet: bool, verbose: bool) ->
     for name, text in facts(bundle, manifest).items():
         click.echo(f"{name:<12} {text}")
     for name, attestation in attested.by_file.items():
-        click.echo(f"{'attestation':<12} {name}, {attestation.machine}: {_results(attestation)}")
+        click.echo(f"{'attestation':<12} {name}, {attestation.machine}: {results(attestation)}")
     for warning in (
         *manifest.warnings,
         *(f"{name} is left out: this version does not know it" for name in manifest.unknown_engines),

@@ -20,6 +20,7 @@ from export_zoo.exporter.cli.common_options import (
     verbose_option,
 )
 from export_zoo.exporter.cli.option_table import OPTIONS, SectionedCommand, add, export_options
+from export_zoo.exporter.options import keep_float_option
 from export_zoo.exporter.run.report import ConsoleReporter, make_console, show_log
 
 if TYPE_CHECKING:
@@ -179,6 +180,6 @@ def _print(found: Diagnosis) -> None:
     curve = ", ".join(f"{step.layers}: {step.sqnr:.1f} dB" for step in found.mended[1:-1])
     if curve:
         click.echo(f"with the first of these layers in float: {curve}")
-    option = "--keep-float" if found.quantized else "--keep-float-fp16"
+    option = keep_float_option(quantized=found.quantized)
     click.echo(f"to leave the first one float, too: {option} {layers[found.worst[0]].module}")
     click.echo("to leave float as many as an accuracy needs: export-zoo ... --aim METRIC=VALUE")

@@ -18,8 +18,9 @@ from export_zoo.engines.parity.intervals import accuracy, described
 from export_zoo.engines.parity.limits import limits_of
 from export_zoo.engines.parity.tasks import headline
 from export_zoo.engines.precision.registry import BASELINE, PRECISIONS
+from export_zoo.exporter.options import keep_float_option
 from export_zoo.exporter.page import plots, preprocessing
-from export_zoo.exporter.page.facts import facts
+from export_zoo.exporter.page.facts import facts, results
 from export_zoo.exporter.page.templates import render, thumbnail
 from export_zoo.exporter.run.report import RANDOM
 
@@ -40,7 +41,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Card:
-    """What a bundle is, in texts."""
+    """The contents of a card, as texts."""
 
     title: str
     facts: dict[str, str]
@@ -223,11 +224,10 @@ def _layers_in_float(manifest: Manifest) -> Table:
     recipe, engines = manifest.recipe, manifest.artifacts.engines
 
     def reasons(engine: Engine) -> Iterator[tuple[str, Sequence[str]]]:
-        precision = PRECISIONS[engine.precision]
-        if precision.quantized:
-            yield "asked for (--keep-float)", recipe.keep_float
-        elif precision is not BASELINE:
-            yield "asked for (--keep-float-fp16)", recipe.keep_float_fp16
+        if engine.precision != BASELINE.name:
+            quantized = PRECISIONS[engine.precision].quantized
+            patterns = recipe.keep_float if quantized else recipe.keep_float_fp16
+            yield f"asked for ({keep_float_option(quantized=quantized)})", patterns
         if engine.float_for_speed is not None:
             yield "faster in float", engine.float_for_speed.layers
         for step in engine.tuning.steps if engine.tuning is not None else []:
@@ -306,10 +306,7 @@ def _attestations(attested: dict[str, Attestation]) -> Table:
                 one.machine,
                 one.created,
                 one.status,
-                ", ".join(
-                    f"{name} {'FAILED' if gate.failures else one.states.get(name, 'ok')}"
-                    for name, gate in one.engines.items()
-                ),
+                results(one),
             )
             for one in attested.values()
         ],

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from export_zoo.engines.bundle import reader
 from export_zoo.engines.diagnosis.diagnose import Diagnosis
+from export_zoo.exporter.options import keep_float_option
 from export_zoo.exporter.page import plots
 from export_zoo.exporter.page.templates import render, thumbnail
 
@@ -36,6 +37,7 @@ def html(found: Diagnosis, bundle: Path) -> str:
         "diagnosis.html.jinja",
         title=f"{manifest.recipe.source.name}, {found.engine}: which layers cost accuracy",
         found=found,
+        option=keep_float_option(quantized=found.quantized),
         rows=rows,
         largest=max(layer.share for layer in found.layers) or 1.0,
         curve=plots.curve(found),

@@ -1,14 +1,14 @@
-"""What a bundle is, in a line for each fact."""
+"""Facts about a bundle, a line each."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from export_zoo.engines.bundle.manifest import Manifest, Port
+from export_zoo.engines.bundle.manifest import Attestation, Manifest, Port
 
 
 def facts(bundle: Path, manifest: Manifest) -> dict[str, str]:
-    """What a bundle holds, by the name of each fact."""
+    """Facts about a bundle, by name."""
     recipe, p = manifest.recipe, manifest.recipe.preprocess
     trained, held = recipe.source.weights, manifest.artifacts.held_out
     found = {
@@ -44,3 +44,12 @@ def facts(bundle: Path, manifest: Manifest) -> dict[str, str]:
 
 def _shape(port: Port) -> str:
     return f"[{', '.join(map(str, port.shape))}]"
+
+
+def results(attestation: Attestation) -> str:
+    """State of each engine in an attestation, as text."""
+    passed = "ok" if attestation.emulation is not None else None
+    return ", ".join(
+        f"{name} {'FAILED' if gate.failures else passed or attestation.states.get(name, 'ok')}"
+        for name, gate in attestation.engines.items()
+    )

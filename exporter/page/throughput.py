@@ -22,7 +22,7 @@ def row(point: Point) -> tuple[str, ...]:
 
 
 def answers(found: Throughput) -> list[str]:
-    """What the figures say: for each engine that is not FP32, whether it is faster here."""
+    """A sentence about each engine, which says whether it is faster than FP32 here."""
     texts = []
     for engine in dict.fromkeys(point.engine for point in found.points):
         own = [point for point in found.points if point.engine == engine]

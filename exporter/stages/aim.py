@@ -35,14 +35,13 @@ from export_zoo.engines.precision.base import Precision
 from export_zoo.engines.precision.fp16.precision import FP16
 from export_zoo.engines.precision.int8.precision import INT8
 from export_zoo.engines.precision.int8.saturation.channel_order import ChannelOrder, choose_order
-from export_zoo.engines.precision.patterns import nodes_named
 from export_zoo.engines.precision.registry import BASELINE
 from export_zoo.engines.precision.twin import write_twin
 from export_zoo.engines.targets.base import Opening, Runner, Target
 from export_zoo.engines.targets.onnxruntime.engine import OnnxRuntimeEngine
 from export_zoo.engines.verification.gate import run_in_batches
 from export_zoo.exporter import option_values
-from export_zoo.exporter.options import ExportOptions
+from export_zoo.exporter.options import ExportOptions, keep_float_option
 from export_zoo.exporter.run.context import IMAGE_BATCH, Context
 from export_zoo.exporter.stages.images import ChosenImages
 from export_zoo.exporter.stages.tuning.tune import MAX_SELECT, Tuned
@@ -132,9 +131,8 @@ class HalfGraphs:
 
     precision: Precision = FP16
 
-    def __init__(self, graph: Path, ranges: Ranges | None, keep_float: Sequence[str]) -> None:
-        self._graph, self._ranges = graph, ranges
-        self._given = nodes_named(graph_io.load(graph).graph, keep_float, "--keep-float-fp16")
+    def __init__(self, graph: Path, ranges: Ranges | None, kept: frozenset[str]) -> None:
+        self._graph, self._ranges, self._given = graph, ranges, kept
         self.nodes: Mapping[str, frozenset[str]] = {}
         """Names of the nodes of each layer."""
 
@@ -351,7 +349,7 @@ def aim(
         )
         result = context.cache.run("aim", key, make, Aim)
         found, stage.cached = result.data, result.cached
-        option = "--keep-float" if graphs.precision.quantized else "--keep-float-fp16"
+        option = keep_float_option(quantized=graphs.precision.quantized)
         stage.detail = f"{name}: {_described(found, option)}"
     if found.slower_than_fp32:
         context.reporter.warn(
@@ -393,12 +391,8 @@ def _aim(
     wanted: option_values.Aim,
 ) -> Aim:
     nothing = frozenset[str]()
-    rounded = context.cache.scratch() / "rounded.onnx"  # mixtures read it later
-    search.graphs.write(rounded, nothing)
-    mixtures, which = search.graphs.layers(rounded)
-    modules = {layer.name: layer.module for layer in which.layers}
-    nodes = which.nodes
-    costs, timed = _costs(target, search.graphs.precision, graph, rounded, few[:1], nodes)
+    modules: dict[str, str] = {}
+    nodes: dict[str, frozenset[str]] = {}  # of layers; profiled below, if any has to be float
 
     def chosen_as(layers: frozenset[str], *, reached: bool) -> Aim:
         ordered = [layer for layer in modules if layer in layers]
@@ -423,6 +417,12 @@ def _aim(
 
     if search[nothing].holds:
         return chosen_as(nothing, reached=True)
+    rounded = context.cache.scratch() / "rounded.onnx"  # mixtures read it later
+    search.graphs.write(rounded, nothing)
+    mixtures, which = search.graphs.layers(rounded)
+    modules |= {layer.name: layer.module for layer in which.layers}
+    nodes |= which.nodes
+    costs, timed = _costs(target, search.graphs.precision, graph, rounded, few[:1], nodes)
     batches = [few[i : i + IMAGE_BATCH] for i in range(0, len(few), IMAGE_BATCH)]
     exact, noise = outputs(mixtures.open(()), batches), dict[str, float]()
     with context.reporter.bar("aim", len(modules)) as progress:

@@ -18,6 +18,7 @@ from export_zoo.engines.targets.base import BuildRequest, Target
 from export_zoo.engines.targets.float_for_speed import FloatForSpeed
 from export_zoo.engines.targets.plan import Compiled, Plan
 from export_zoo.engines.targets.registry import BASELINE_TARGET, TARGETS
+from export_zoo.exporter.options import ExportOptions, keep_float_option
 from export_zoo.exporter.run.cache import StageResult
 from export_zoo.exporter.run.context import Context
 from export_zoo.exporter.stages.tuning.tune import Tuned
@@ -61,6 +62,15 @@ class EngineFiles:
         return not TARGETS[self.target].why_not_run(self.plan)
 
 
+def float32_nodes(graph: Path, options: ExportOptions) -> frozenset[str]:
+    """Names of the nodes of an FP32 graph that --keep-float-fp16 names. Raises UsageError."""
+    if not options.keep_float_fp16:  # large graphs take seconds to load
+        return frozenset()
+    return nodes_named(
+        graph_io.load(graph).graph, options.keep_float_fp16, keep_float_option(quantized=False)
+    )
+
+
 def _precision_graph(
     context: Context,
     graph: Path,
@@ -82,8 +92,7 @@ def _precision_graph(
 
         inputs = parts.key(target, context.options)
     else:
-        given = nodes_named(graph_io.load(graph).graph, context.options.keep_float_fp16, "--keep-float-fp16")
-        kept = given | frozenset(aim.layers if aim is not None else ())
+        kept = float32_nodes(graph, context.options) | frozenset(aim.layers if aim is not None else ())
 
         def make(directory: Path) -> None:
             precision.write(graph, directory / GRAPH, ranges, kept)

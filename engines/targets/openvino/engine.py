@@ -46,7 +46,7 @@ _UNKNOWN = re.compile(r"No conversion rule found for operations: (.+)")
 
 
 def _reason(text: str, graph: Path) -> str:
-    """What OpenVINO says of a graph, with the node and its module where it names operators only."""
+    """OpenVINO's reason to refuse a graph, with the node and its module where it names operators only."""
     if (found := _UNKNOWN.search(text)) is None:
         return " ".join(text.split())[:500]
     # `Det-20` of the ONNX standard, or `domain.Operator`.
