@@ -7,6 +7,7 @@ bash ci/cpp-packages.sh
 bash ci/onnxruntime-headers.sh
 python="$PWD/.venv/bin/python"
 onnxruntime=$("$python" -c 'import pathlib, onnxruntime; print(next(pathlib.Path(onnxruntime.__file__).parent.glob("capi/libonnxruntime.so.*")))')
+openvino=$("$python" -c 'import pathlib, openvino; print(pathlib.Path(openvino.__file__).parent)')
 # Another version, for a test of programs that have their own.
 other=$PWD/engines/cpp/.deps/onnxruntime-1.22.1/libonnxruntime.so.1
 if [ ! -f "$other" ]; then
@@ -19,6 +20,7 @@ if [ ! -f "$other" ]; then
 fi
 cd engines/cpp
 cmake --preset "$preset" -DEXPORT_ZOO_PYTHON="$python" -DEXPORT_ZOO_TEST_ONNXRUNTIME="$onnxruntime" \
-  -DEXPORT_ZOO_TEST_OTHER_ONNXRUNTIME="$other" "${@:2}"
+  -DEXPORT_ZOO_TEST_OTHER_ONNXRUNTIME="$other" -DEXPORT_ZOO_OPENVINO_INCLUDE="$openvino/include" \
+  -DEXPORT_ZOO_TEST_OPENVINO="$openvino/libs" "${@:2}"
 cmake --build --preset "$preset"
 ctest --preset "$preset"

@@ -434,7 +434,10 @@ def _peaks(graph: Path, folder: Path, *counts: int) -> list[int]:
     """Peak memory in KiB of a process of its own, after calibrating on so many images in turn."""
     command = [sys.executable, "-c", MEASURE, str(graph), str(folder), *map(str, counts)]
     # Freed blocks go back at once: the tests' own tunables keep them, and glibc's defaults keep up to a pass's memory.
-    environment = {**os.environ, "GLIBC_TUNABLES": f"glibc.malloc.arena_max=2:glibc.malloc.mmap_threshold={1 << 16}"}
+    environment = {
+        **os.environ,
+        "GLIBC_TUNABLES": f"glibc.malloc.arena_max=2:glibc.malloc.mmap_threshold={1 << 16}",
+    }
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return [int(line) for line in done.stdout.split()]

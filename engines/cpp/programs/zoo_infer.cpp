@@ -186,7 +186,7 @@ int main(int argc, char** argv) {
   app.add_option("bundle", arguments.bundle, "Directory that `export-zoo export` wrote")->required();
   app.add_option("images", arguments.images, "JPEG or PNG files")->required();
   app.add_option("--engine", arguments.options.engine, "Name, such as onnxruntime-int8 (default: the fastest)");
-  app.add_option("--threads", arguments.options.threads, "Threads of ONNX Runtime (default: all cores)")
+  app.add_option("--threads", arguments.options.threads, "Threads of ONNX Runtime and OpenVINO (default: all cores)")
       ->check(CLI::Range(0, 1024));
   app.add_option("--batch", arguments.batch, "Images at once (default: the bundle's optimum)")
       ->check(CLI::Range(1, 1 << 20));
@@ -198,6 +198,7 @@ int main(int argc, char** argv) {
       {"built", ez::State::built}, {"graph", ez::State::graph_verified}, {"verified", ez::State::verified}};
   app.add_option("--state", arguments.options.least, "Weakest state to load: built, graph (default) or verified")
       ->transform(CLI::CheckedTransformer(states));
+  app.add_option("--openvino", arguments.options.openvino, "libopenvino_c.so to load, or its directory");
   app.add_option("--tensorrt", arguments.options.tensorrt, "libnvinfer or libtensorrt_rtx to load");
   app.add_option("--onnxruntime", arguments.options.onnxruntime, "libonnxruntime.so.1 to load");
   app.add_flag("!--no-measure", arguments.options.measure, "Do not time engines that no machine like this one timed");

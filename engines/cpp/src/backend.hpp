@@ -1,24 +1,34 @@
-// Backends that run an engine file: ONNX Runtime and TensorRT, each loaded with dlopen.
+// Backends that run an engine file: ONNX Runtime, OpenVINO and TensorRT, each loaded with dlopen.
 #pragma once
 
 #include <cstdint>
 #include <filesystem>
+#include <functional>
 #include <memory>
+#include <numeric>
 #include <optional>
 #include <span>
 #include <string>
+#include <vector>
 
 #include <export_zoo/engine.hpp>
 
 namespace export_zoo::detail {
 
+// A port's shape for a batch of images of this size.
+inline std::vector<std::int64_t> shape_of(const Port& port, std::int64_t batch, InputSize size) {
+  auto shape = port.shape;
+  shape[0] = batch;
+  for (std::size_t i = 1; i < shape.size(); ++i) {
+    if (shape[i] == -1) shape[i] = i == 2 ? size.height : size.width;
+  }
+  return shape;
+}
+
 // Number of values of one image in a port, for an input of this size.
 inline std::size_t values_of_image(const Port& port, InputSize size) {
-  std::int64_t values = 1;
-  for (std::size_t i = 1; i < port.shape.size(); ++i) {
-    values *= port.shape[i] != -1 ? port.shape[i] : i == 2 ? size.height : size.width;
-  }
-  return static_cast<std::size_t>(values);
+  const auto shape = shape_of(port, 1, size);
+  return static_cast<std::size_t>(std::accumulate(shape.begin(), shape.end(), std::int64_t{1}, std::multiplies<>()));
 }
 
 // Buffers, stream and execution context of one thread.
@@ -48,6 +58,10 @@ class Backend {
 // Throws Error: backend_missing, backend_version, runtime, cpu.
 std::unique_ptr<Backend> open_onnxruntime(const std::filesystem::path& engine, const EngineInfo& info,
                                           const Metadata& metadata, const Options& options);
+
+// Exists only where EXPORT_ZOO_WITH_OPENVINO is defined. Throws Error: backend_missing, backend_version, runtime.
+std::unique_ptr<Backend> open_openvino(const std::filesystem::path& engine, const EngineInfo& info,
+                                       const Metadata& metadata, const Options& options);
 
 // The functions below exist only where EXPORT_ZOO_WITH_TENSORRT is defined.
 //

@@ -43,6 +43,8 @@ class ContextState {
 
 namespace {
 
+constexpr int kMostThreads = 1024;
+
 // Why an engine cannot be loaded, judged by its description alone; empty if it can. `source` is the attestation that
 // its state comes from; empty if the state is the manifest's. `capability` is the compute capability of the GPU here.
 std::string why_not(const EngineInfo& info, const std::string& source, const std::optional<std::string>& capability,
@@ -252,6 +254,10 @@ std::string why_chosen(const EngineInfo& info, const std::string& measured, cons
 Engine::Engine(std::shared_ptr<const detail::EngineState> state) : state_(std::move(state)) {}
 
 Engine Engine::load(const std::filesystem::path& bundle, const Options& options) {
+  if (options.threads < 0 || options.threads > kMostThreads) {
+    throw Error(ErrorCode::runtime, "Options::threads is " + std::to_string(options.threads) + ": give 0 (all cores) to " +
+                                        std::to_string(kMostThreads));
+  }
   auto manifest = detail::read_manifest(bundle);
   if (!manifest.metadata.ok && !options.allow_failed) {
     throw Error(ErrorCode::state, bundle.string() +

@@ -1,12 +1,44 @@
 #include "library.hpp"
 
 #include <cstdlib>
+#include <string_view>
 
 #include <dlfcn.h>
 
 #include <export_zoo/error.hpp>
 
 namespace export_zoo::detail {
+
+namespace {
+
+namespace fs = std::filesystem;
+
+// The library that is meant: in a directory, the file whose name begins with `name`. Of several, the first in order of
+// their names, so that a link without a version comes before what it points to.
+fs::path library_at(const fs::path& given, std::string_view name) {
+  std::error_code error;
+  fs::path found;
+  for (auto entry = fs::directory_iterator(given, error); !error && entry != fs::end(entry); entry.increment(error)) {
+    const auto& path = entry->path();
+    if (path.filename().string().starts_with(name) && (found.empty() || path < found)) found = path;
+  }
+  if (!found.empty()) return fs::absolute(found);
+  // dlopen looks up a bare name among the system's libraries only.
+  return fs::exists(given, error) ? fs::absolute(given) : given;
+}
+
+}  // namespace
+
+void refuse_another(const fs::path& given, const std::string& loaded, const std::string& what) {
+  std::error_code unknown;
+  if (given.empty() || given == fs::path(loaded) || fs::equivalent(given, loaded, unknown) ||
+      fs::equivalent(given, fs::path(loaded).parent_path(), unknown)) {
+    return;
+  }
+  throw Error(ErrorCode::backend_version, "this process already runs " + what + " from " + loaded +
+                                              ", and cannot load " + given.string() +
+                                              " beside it: give the same path everywhere");
+}
 
 Library::Library(const std::filesystem::path& given, const char* variable, std::span<const char* const> names,
                  const std::string& what) {
@@ -20,11 +52,9 @@ Library::Library(const std::filesystem::path& given, const char* variable, std::
     return handle_ != nullptr;
   };
   if (!given.empty()) {
-    // dlopen looks up a bare name among the system's libraries only.
-    std::error_code error;
-    attempt((std::filesystem::exists(given, error) ? std::filesystem::absolute(given) : given).string());
+    attempt(library_at(given, names.back()));
   } else if (named != nullptr && *named != '\0') {
-    attempt(named);
+    attempt(library_at(named, names.back()));
   } else {
     for (const char* candidate : names) {
       if (attempt(candidate)) break;

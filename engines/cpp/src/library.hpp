@@ -10,7 +10,8 @@ namespace export_zoo::detail {
 class Library {
  public:
   // Loads the library at `given`. If that is empty, loads the one that the environment variable names. Otherwise, loads
-  // the first of `names` that the system's loader finds. Throws Error (backend_missing) with what was tried.
+  // the first of `names` that the system's loader finds. Instead of a library, its directory may be given: the file in
+  // it then begins with the last of `names`. Throws Error (backend_missing) with what was tried.
   Library(const std::filesystem::path& given, const char* variable, std::span<const char* const> names,
           const std::string& what);
 
@@ -23,5 +24,9 @@ class Library {
   void* handle_ = nullptr;
   std::string path_;
 };
+
+// Throws Error (backend_version) if `given` is not empty and is another library than the `loaded` one: a process keeps
+// the first one.
+void refuse_another(const std::filesystem::path& given, const std::string& loaded, const std::string& what);
 
 }  // namespace export_zoo::detail

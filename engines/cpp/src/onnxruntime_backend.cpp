@@ -17,7 +17,6 @@ namespace export_zoo::detail {
 
 namespace {
 
-constexpr int kMostThreads = 1024;
 constexpr std::array<const char*, 2> kNames{"libonnxruntime.so.1", "libonnxruntime.so"};
 constexpr const char* kExactEntry = "session.x64quantprecision";  // INT8 weights become uint8, on x86-64
 
@@ -34,13 +33,7 @@ const Runtime& runtime(const std::filesystem::path& given) {
   static const Runtime* loaded = nullptr;
   const std::lock_guard lock(mutex);
   if (loaded != nullptr) {
-    std::error_code unknown;
-    if (!given.empty() && std::filesystem::path(loaded->path) != given &&
-        !std::filesystem::equivalent(loaded->path, given, unknown)) {
-      throw Error(ErrorCode::backend_version, "this process already runs ONNX Runtime from " + loaded->path +
-                                                  ", and cannot load " + given.string() +
-                                                  " beside it: give the same path everywhere");
-    }
+    refuse_another(given, loaded->path, "ONNX Runtime");
     return *loaded;
   }
   const Library library(given, "EXPORT_ZOO_ONNXRUNTIME", kNames, "ONNX Runtime");
@@ -109,28 +102,20 @@ class OnnxRuntimeRunner final : public Runner {
   OnnxRuntimeRunner(Ort::Session& session, const Metadata& metadata)
       : session_(session),
         memory_(cpu_memory()),
-        input_name_(metadata.input.name),
-        output_name_(metadata.output.name),
-        input_shape_(metadata.input.shape),
-        output_shape_(metadata.output.shape),
-        open_output_(output_shape_.size() == 4 && output_shape_[2] == -1) {}
+        input_(metadata.input),
+        output_(metadata.output) {}
 
   void run(std::span<const float> input, std::int64_t batch, InputSize size, std::span<float> output) override {
-    input_shape_[0] = output_shape_[0] = batch;
-    input_shape_[2] = size.height;
-    input_shape_[3] = size.width;
-    if (open_output_) {
-      output_shape_[2] = size.height;
-      output_shape_[3] = size.width;
-    }
+    const auto input_shape = shape_of(input_, batch, size);
+    const auto output_shape = shape_of(output_, batch, size);
     try {
       // ONNX Runtime takes inputs as mutable, and does not write to them.
       const auto in = Ort::Value::CreateTensor<float>(memory_, const_cast<float*>(input.data()), input.size(),
-                                                      input_shape_.data(), input_shape_.size());
-      auto out = Ort::Value::CreateTensor<float>(memory_, output.data(), output.size(), output_shape_.data(),
-                                                 output_shape_.size());
-      const char* input_name = input_name_.c_str();
-      const char* output_name = output_name_.c_str();
+                                                      input_shape.data(), input_shape.size());
+      auto out = Ort::Value::CreateTensor<float>(memory_, output.data(), output.size(), output_shape.data(),
+                                                 output_shape.size());
+      const char* input_name = input_.name.c_str();
+      const char* output_name = output_.name.c_str();
       session_.Run(Ort::RunOptions{nullptr}, &input_name, &in, 1, &output_name, &out, 1);
     } catch (const Ort::Exception& error) {
       throw Error(ErrorCode::runtime, std::string("ONNX Runtime failed at batch ") + std::to_string(batch) + ": " +
@@ -141,11 +126,8 @@ class OnnxRuntimeRunner final : public Runner {
  private:
   Ort::Session& session_;
   Ort::MemoryInfo memory_;
-  std::string input_name_;
-  std::string output_name_;
-  std::vector<std::int64_t> input_shape_;
-  std::vector<std::int64_t> output_shape_;
-  bool open_output_;
+  Port input_;
+  Port output_;
 };
 
 class OnnxRuntimeBackend final : public Backend {
@@ -155,10 +137,6 @@ class OnnxRuntimeBackend final : public Backend {
       : metadata_(metadata) {
     const auto& here = runtime(options.onnxruntime);
     description_ = "ONNX Runtime " + here.version;
-    if (options.threads < 0 || options.threads > kMostThreads) {
-      throw Error(ErrorCode::runtime, "Options::threads is " + std::to_string(options.threads) + ": give 0 (all cores) to " +
-                                          std::to_string(kMostThreads));
-    }
     const auto entries = entries_here(info, here.env);
     const auto found = entries.find(kExactEntry);
     const bool exact = found != entries.end() && found->second == "1";

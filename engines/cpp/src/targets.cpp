@@ -8,6 +8,11 @@ namespace export_zoo::detail {
 
 namespace {
 
+#ifdef EXPORT_ZOO_WITH_OPENVINO
+constexpr Target::Open* kOpenOpenVino = open_openvino;
+#else
+constexpr Target::Open* kOpenOpenVino = nullptr;
+#endif
 #ifdef EXPORT_ZOO_WITH_TENSORRT
 constexpr Target::Open* kOpenTensorRT = open_tensorrt;
 #else
@@ -16,6 +21,7 @@ constexpr Target::Open* kOpenTensorRT = nullptr;
 
 constexpr std::array kTargets{
     Target{"onnxruntime", "ONNX Runtime", false, open_onnxruntime},
+    Target{"openvino", "OpenVINO", false, kOpenOpenVino},
     Target{"tensorrt", "TensorRT", true, kOpenTensorRT},
     Target{"tensorrt-rtx", "TensorRT", true, kOpenTensorRT},
 };

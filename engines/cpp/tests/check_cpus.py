@@ -129,6 +129,12 @@ def check_logits(program: str, bundles: Path, folder: Path) -> None:
     print(f"resnet18.bundle, CPU {HASWELL}: {said['backend']}")
     assert np.array_equal(native, emulated), np.abs(native - emulated).max()
 
+    # OpenVINO's INT8 engines cannot saturate.
+    mobilenet, asked = bundles / "mobilenet_v2.bundle", ("--engine", "openvino-int8")
+    emulated, said = here.infer(HASWELL, mobilenet, images, *asked)
+    print(f"mobilenet_v2.bundle, CPU {HASWELL}: {said['backend']}")
+    assert np.array_equal(np.load(bundles / "mobilenet_v2-openvino-int8.npy")[: len(images)], emulated)
+
 
 def main() -> None:
     emulator()

@@ -68,15 +68,15 @@ class Engine : public support::WithBundles {
   support::Temporary directory_;
 };
 
-class EveryEngine : public Engine, public testing::WithParamInterface<std::tuple<const char*, const char*>> {};
+class EveryEngine : public Engine, public testing::WithParamInterface<std::tuple<const char*, const char*, const char*>> {};
 
 TEST_P(EveryEngine, GivesTheLogitsOfPythonToTheBit) {
-  const auto [model, name] = GetParam();
+  const auto [model, name, backend] = GetParam();
   ez::Options options;
   options.engine = name;
   const auto engine = ez::Engine::load(bundles() / (std::string(model) + ".bundle"), options);
   EXPECT_EQ(engine.info().name, name);
-  EXPECT_THAT(engine.backend(), HasSubstr("ONNX Runtime 1."));
+  EXPECT_THAT(engine.backend(), testing::StartsWith(backend));
   const ez::Preprocessor preprocess(engine.metadata().preprocess);
   const auto files = images();
   std::vector<float> inputs(files.size() * preprocess.size());
@@ -99,9 +99,20 @@ TEST_P(EveryEngine, GivesTheLogitsOfPythonToTheBit) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(OnTheCpu, EveryEngine,
+INSTANTIATE_TEST_SUITE_P(OfOnnxRuntime, EveryEngine,
                          testing::Combine(testing::Values("resnet18", "mobilenet_v2", "squeezenet1_1", "Pixels"),
-                                          testing::Values("onnxruntime-fp32", "onnxruntime-int8")));
+                                          testing::Values("onnxruntime-fp32", "onnxruntime-int8"),
+                                          testing::Values("ONNX Runtime 1.")));
+
+#ifdef EXPORT_ZOO_TEST_OPENVINO
+INSTANTIATE_TEST_SUITE_P(OfOpenVino, EveryEngine,
+                         testing::Combine(testing::Values("mobilenet_v2", "Pixels"),
+                                          testing::Values("openvino-fp32", "openvino-int8"),
+                                          testing::Values("OpenVINO 20")));
+const std::vector<std::string> kTargets{"onnxruntime", "openvino"};
+#else
+const std::vector<std::string> kTargets{"onnxruntime"};
+#endif
 
 TEST_F(Engine, TakesTheFastestVerifiedOneUnlessOneIsAskedFor) {
   const auto bundle = copy();
@@ -243,16 +254,16 @@ TEST_F(Engine, OfEarlierVersionsGivesItsLogits) {
 
 TEST_F(Engine, OfALaterVersionIsLeftOutAndWhySaysSo) {
   const auto bundle = copy();
-  change(bundle, "/artifacts/engines/1/target", "openvino");
-  change(bundle, "/artifacts/engines/1/name", "openvino-int8");
+  change(bundle, "/artifacts/engines/1/target", "coreml");
+  change(bundle, "/artifacts/engines/1/name", "coreml-int8");
   const auto engine = ez::Engine::load(bundle);
   EXPECT_EQ(engine.info().name, "onnxruntime-fp32");
-  EXPECT_THAT(engine.why(), HasSubstr("; openvino-int8 was left out: this version does not know it"));
+  EXPECT_THAT(engine.why(), HasSubstr("; coreml-int8 was left out: this version does not know it"));
   ez::Options options;
-  options.engine = "openvino-int8";
+  options.engine = "coreml-int8";
   const auto [code, message] = error_of([&] { static_cast<void>(ez::Engine::load(bundle, options)); });
   EXPECT_EQ(code, ez::ErrorCode::bundle);
-  EXPECT_THAT(message, HasSubstr("'openvino-int8' is of a target or precision that this version does not know"));
+  EXPECT_THAT(message, HasSubstr("'coreml-int8' is of a target or precision that this version does not know"));
 }
 
 TEST_F(Engine, ThatIsNotVerifiedIsLoadedOnlyWhenAskedFor) {
@@ -480,6 +491,40 @@ TEST_F(Engine, OfTensorRTIsLeftOutWithoutADevice) {
   EXPECT_THAT(message, HasSubstr("tensorrt-int8: "));
 }
 
+#ifdef EXPORT_ZOO_TEST_OPENVINO
+TEST_F(Engine, OfOpenVinoWithoutItsLibraryIsLeftOut) {
+  const auto bundle = copy("mobilenet_v2");
+  change(bundle, "/artifacts/engines/3/latency/speedup", 99);
+  const auto load = [&](const std::string& engine, const std::string& library) {
+    ez::Options options;
+    options.engine = engine;
+    options.openvino = library;
+    return ez::Engine::load(bundle, options);
+  };
+  const auto error = [&](const std::string& library) {
+    return error_of([&] { static_cast<void>(load("openvino-int8", library)); });
+  };
+  const Variable variable("EXPORT_ZOO_OPENVINO", "/nowhere/libopenvino_c.so");
+  auto [code, message] = error("");
+  EXPECT_EQ(code, ez::ErrorCode::backend_missing);
+  EXPECT_THAT(message, testing::AllOf(HasSubstr("/nowhere/libopenvino_c.so"), HasSubstr("EXPORT_ZOO_OPENVINO")));
+  const auto fallback = load("", "");
+  EXPECT_THAT(fallback.info().name, testing::StartsWith("onnxruntime-"));
+  EXPECT_THAT(fallback.why(), HasSubstr("; openvino-int8 was left out: OpenVINO cannot be loaded"));
+
+  std::tie(code, message) = error("libm.so.6");  // a library, but another one
+  EXPECT_EQ(code, ez::ErrorCode::backend_version);
+  EXPECT_THAT(message, HasSubstr("no symbol ov_get_openvino_version"));
+  std::tie(code, message) = error(EXPORT_ZOO_TEST_OLD_OPENVINO);
+  EXPECT_EQ(code, ez::ErrorCode::backend_version);
+  EXPECT_THAT(message, HasSubstr("OpenVINO 2025.3.0 is too old, 2025.4 or newer is needed"));
+
+  EXPECT_THAT(load("openvino-int8", EXPORT_ZOO_TEST_OPENVINO).backend(), testing::StartsWith("OpenVINO 20")) << "a directory";
+  std::tie(code, message) = error("/elsewhere/libopenvino_c.so");
+  EXPECT_EQ(code, ez::ErrorCode::backend_version) << "two in one process";
+}
+#endif
+
 #ifdef EXPORT_ZOO_TEST_TENSORRT  // built with TensorRT: fake_tensorrt.cpp, which is CUDA with one device, too
 TEST_F(Engine, OfTensorRTIsTriedFirstAndLeftOutWithoutItsLibrary) {
   const auto bundle = copy();
@@ -582,11 +627,15 @@ TEST_F(FakeTensorRT, MayRunHostCodeOnlyOfAVersionCompatiblePlan) {
 TEST_F(Engine, WhosePortsAreNotThoseOfTheManifestIsRefused) {
   for (const auto& [pointer, value] : std::vector<std::pair<const char*, nlohmann::json>>{
            {"/recipe/output/shape", {"batch", 999}}, {"/recipe/input/name", "image"}, {"/recipe/output/name", "scores"}}) {
-    const auto bundle = copy();
+    const auto bundle = copy("mobilenet_v2");
     change(bundle, pointer, value);
-    const auto [code, message] = error_of([&] { static_cast<void>(ez::Engine::load(bundle)); });
-    EXPECT_EQ(code, ez::ErrorCode::bundle) << pointer;
-    EXPECT_THAT(message, HasSubstr("not those of the manifest"));
+    for (const auto& target : kTargets) {
+      ez::Options options;
+      options.engine = target + "-fp32";
+      const auto [code, message] = error_of([&] { static_cast<void>(ez::Engine::load(bundle, options)); });
+      EXPECT_EQ(code, ez::ErrorCode::bundle) << target << pointer;
+      EXPECT_THAT(message, HasSubstr("not those of the manifest"));
+    }
     fs::remove_all(bundle);
   }
 }
@@ -597,9 +646,14 @@ TEST_F(Engine, WhoseGraphHasAFixedBatchIsRefused) {
   fs::copy(graph, bundle / "files/fixed.onnx");
   change(bundle, "/artifacts/engines/0/file",
          {{"path", "files/fixed.onnx"}, {"sha256", support::sha256(graph)}, {"size_bytes", fs::file_size(graph)}});
-  const auto [code, message] = error_of([&] { static_cast<void>(ez::Engine::load(bundle)); });
-  EXPECT_EQ(code, ez::ErrorCode::bundle);
-  EXPECT_THAT(message, HasSubstr("not those of the manifest"));
+  for (const auto& target : kTargets) {
+    change(bundle, "/artifacts/engines/0/target", target);
+    change(bundle, "/artifacts/engines/0/name", target + "-fp32");
+    change(bundle, "/artifacts/engines/0/built_by", {{target, "1"}});
+    const auto [code, message] = error_of([&] { static_cast<void>(ez::Engine::load(bundle)); });
+    EXPECT_EQ(code, ez::ErrorCode::bundle) << target;
+    EXPECT_THAT(message, HasSubstr("not those of the manifest"));
+  }
 }
 
 TEST_F(Engine, TakesWeightsOnlyFromFilesOfTheManifest) {
@@ -665,7 +719,9 @@ TEST_F(Engine, RefusesWrongSizesAndBatchesBeforeItRuns) {
 }
 
 TEST_F(Engine, WithDynamicSizesGivesTheLogitsOfPythonToTheBitAtAnySizeInTheRange) {
-  for (const std::string name : {"onnxruntime-fp32", "onnxruntime-int8"}) {
+  std::vector<std::string> names;
+  for (const auto& target : kTargets) names.insert(names.end(), {target + "-fp32", target + "-int8"});
+  for (const auto& name : names) {
     ez::Options options;
     options.engine = name;
     const auto engine = ez::Engine::load(bundles() / "dynamic.bundle", options);
@@ -725,16 +781,16 @@ TEST_F(Engine, WhoseGraphIsOfOneSizeIsNoEngineOfADynamicManifest) {
 }
 
 TEST_F(Engine, IsSharedByManyThreadsAndOutlivedByItsContexts) {
-  const auto want = support::read_npy(bundles() / "resnet18-onnxruntime-int8.npy");
-  const auto inputs = support::read_npy(bundles() / "resnet18-inputs.npy");
-  std::vector<std::thread> threads;
-  std::vector<int> wrong(8);
-  {
+  const auto inputs = support::read_npy(bundles() / "mobilenet_v2-inputs.npy");
+  for (const auto& target : kTargets) {
     ez::Options options;
-    options.engine = "onnxruntime-int8";
-    const auto engine = ez::Engine::load(bundles() / "resnet18.bundle", options);
+    options.engine = target + "-int8";
+    const auto want = support::read_npy(bundles() / ("mobilenet_v2-" + options.engine + ".npy"));
+    std::vector<std::thread> threads;
+    std::vector<int> wrong(8);
+    std::optional engine = ez::Engine::load(bundles() / "mobilenet_v2.bundle", options);
     for (std::size_t t = 0; t < wrong.size(); ++t) {
-      threads.emplace_back([&, t, context = engine.context()]() mutable {
+      threads.emplace_back([&, t, context = engine->context()]() mutable {
         const std::size_t size = std::size_t{3} * 64 * 64;
         for (std::size_t i = 0; i < 20; ++i) {
           const auto start = (t + i) % 12;
@@ -745,9 +801,10 @@ TEST_F(Engine, IsSharedByManyThreadsAndOutlivedByItsContexts) {
         }
       });
     }
+    engine.reset();
+    for (auto& thread : threads) thread.join();
+    EXPECT_THAT(wrong, testing::Each(0)) << target;
   }
-  for (auto& thread : threads) thread.join();
-  EXPECT_THAT(wrong, testing::Each(0));
 }
 
 }  // namespace

@@ -31,7 +31,14 @@ from export_zoo.engines.verification.verify import verify  # noqa: E402
 from export_zoo.exporter.option_values import BatchRange, SizeRange, Tolerance  # noqa: E402
 
 OWN = str(ROOT / "tests" / "own_networks.py")
-MODELS = ("resnet18", "mobilenet_v2", "squeezenet1_1", f"{OWN}:Pixels")
+BOTH = ("onnxruntime", "openvino")
+MODELS = {
+    "resnet18": ("onnxruntime",),
+    "mobilenet_v2": BOTH,
+    "squeezenet1_1": ("onnxruntime",),
+    f"{OWN}:Pixels": BOTH,
+}
+"""Targets, by model."""
 PREPROCESS = {
     "resize_size": 72,
     "crop_height": 64,
@@ -94,12 +101,13 @@ def turned(orientation: int) -> Image.Exif:
     return exif
 
 
-def export(out: Path, model: str, bundle: Path, **more: Any) -> None:
+def export(out: Path, model: str, bundle: Path, targets: tuple[str, ...], **more: Any) -> list[str]:
+    """Export FP32 and INT8, and return the engines' names."""
     export_zoo.export(
         export_zoo.ExportOptions(
             model,
             precisions=("fp32", "int8"),
-            targets=("onnxruntime",),
+            targets=targets,
             calib=out / "calibration",
             weights="none",
             batch=BatchRange.parse("1:4:8"),
@@ -109,6 +117,7 @@ def export(out: Path, model: str, bundle: Path, **more: Any) -> None:
             **more,
         )
     )
+    return [f"{target}-{precision}" for target in targets for precision in ("fp32", "int8")]
 
 
 def write_heads(out: Path, paths: list[Path]) -> None:
@@ -160,8 +169,7 @@ def write_external_weights(out: Path) -> None:
 
 def write_dynamic(out: Path, paths: list[Path]) -> None:
     bundle = out / "dynamic.bundle"
-    export(out, "squeezenet1_1", bundle, dynamic_size=SizeRange.parse("48:64:96"))
-    for name in ("onnxruntime-fp32", "onnxruntime-int8"):
+    for name in export(out, "squeezenet1_1", bundle, BOTH, dynamic_size=SizeRange.parse("48:64:96")):
         engine = export_zoo.load(bundle, engine=name)
         for height, width in SIZES:
             inputs = engine.preprocess(paths[:8], size=(height, width))
@@ -176,11 +184,11 @@ def main() -> None:
     photos.write(out / "calibration", 80)
     preprocess = out / "preprocess.json"
     preprocess.write_text(json.dumps(PREPROCESS))
-    for network in MODELS:
+    for network, targets in MODELS.items():
         model = network.rpartition(":")[2]
         bundle = out / f"{model}.bundle"
-        export(out, network, bundle, input_size=(64, 64), preprocess=preprocess if ":" in network else None)
-        for name in ("onnxruntime-fp32", "onnxruntime-int8"):
+        more = {"input_size": (64, 64), "preprocess": preprocess if ":" in network else None}
+        for name in export(out, network, bundle, targets, **more):
             engine = export_zoo.load(bundle, engine=name)
             inputs = engine.preprocess(paths)
             np.save(out / f"{model}-inputs.npy", inputs)
@@ -191,11 +199,11 @@ def main() -> None:
     write_heads(out, paths)
     write_fixed_batch(out)
     write_external_weights(out)
-    _, attestation = verify(out / f"{MODELS[0]}.bundle")
+    _, attestation = verify(out / "resnet18.bundle")
     assert attestation is not None
     attestation.replace(out / "attestation.json")
     attestation.parent.rmdir()
-    saturating_bundles.write(out, template=out / f"{MODELS[0]}.bundle")
+    saturating_bundles.write(out, template=out / "resnet18.bundle")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-// A process of its own: once ONNX Runtime is loaded, it stays.
+// Each test is a process of its own: once a runtime is loaded, it stays.
 
 #include <gmock/gmock.h>
 
@@ -9,6 +9,7 @@
 namespace {
 
 namespace ez = export_zoo;
+namespace fs = std::filesystem;
 using testing::HasSubstr;
 
 class MissingRuntime : public support::WithBundles {};
@@ -33,6 +34,18 @@ TEST_F(MissingRuntime, IsToldWithWhatWasTriedAndCanBeGivenAfterwards) {
   options.onnxruntime = "/elsewhere/libonnxruntime.so";
   std::tie(code, message) = support::error_of([&] { static_cast<void>(ez::Engine::load(bundle, options)); });
   EXPECT_EQ(code, ez::ErrorCode::backend_version) << "two in one process";
+}
+
+TEST_F(MissingRuntime, IsFoundByItsDirectory) {
+  ez::Options options;
+  options.onnxruntime = fs::path(std::getenv("EXPORT_ZOO_ONNXRUNTIME")).parent_path();
+  const auto bundle = support::bundles() / "resnet18.bundle";
+  EXPECT_NO_THROW(static_cast<void>(ez::Engine::load(bundle, options)));
+  EXPECT_NO_THROW(static_cast<void>(ez::Engine::load(bundle, options))) << "the same one again";
+  options.onnxruntime = support::bundles();  // a directory without it
+  const auto [code, message] = support::error_of([&] { static_cast<void>(ez::Engine::load(bundle, options)); });
+  EXPECT_EQ(code, ez::ErrorCode::backend_version);
+  EXPECT_THAT(message, HasSubstr("already runs ONNX Runtime"));
 }
 
 }  // namespace

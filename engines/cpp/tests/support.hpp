@@ -91,7 +91,12 @@ std::pair<export_zoo::ErrorCode, std::string> error_of(Call call) {
 // Tests with bundles; the fixtures of ctest make them.
 class WithBundles : public testing::Test {
  protected:
-  void SetUp() override { ASSERT_TRUE(fs::is_directory(bundles())) << "make_bundles.py has not run: run ctest"; }
+  void SetUp() override {
+#ifdef EXPORT_ZOO_TEST_OPENVINO  // built with OpenVINO
+    setenv("EXPORT_ZOO_OPENVINO", EXPORT_ZOO_TEST_OPENVINO, 0);
+#endif
+    ASSERT_TRUE(fs::is_directory(bundles())) << "make_bundles.py has not run: run ctest";
+  }
 };
 
 }  // namespace support

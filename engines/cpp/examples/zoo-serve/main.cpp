@@ -467,12 +467,13 @@ int main(int argc, char** argv) {
   app.add_option("--engine", settings.engine.engine, "Name, such as onnxruntime-int8 (default: the fastest verified)");
   app.set_version_flag("--version", EXPORT_ZOO_VERSION);
   app.add_option("--onnxruntime", settings.engine.onnxruntime, "libonnxruntime.so.1 to load (or $EXPORT_ZOO_ONNXRUNTIME)");
+  app.add_option("--openvino", settings.engine.openvino, "libopenvino_c.so to load (or $EXPORT_ZOO_OPENVINO)");
   app.add_option("--tensorrt", settings.engine.tensorrt, "libnvinfer or libtensorrt_rtx to load");
   const std::map<std::string, ez::State> states{
       {"built", ez::State::built}, {"graph", ez::State::graph_verified}, {"verified", ez::State::verified}};
   app.add_option("--state", settings.engine.least, "Weakest state to load: built, graph (default) or verified")
       ->transform(CLI::CheckedTransformer(states));
-  app.add_option("--ort-threads", settings.engine.threads, "Threads of ONNX Runtime (default: all cores)")
+  app.add_option("--engine-threads,--ort-threads", settings.engine.threads, "Threads of ONNX Runtime and OpenVINO (default: all cores)")
       ->check(CLI::Range(0, 1024));
   app.add_flag("!--no-measure", settings.engine.measure, "Do not time engines that no machine like this one timed");
   app.add_option("--max-batch", settings.batch, "Maximum batch size (default: the bundle's optimum)")

@@ -11,14 +11,16 @@
 
 namespace export_zoo {
 
+/// Instead of a library, its directory may be given.
 struct Options {
   std::string engine;  ///< engine name; empty: the fastest engine in the strongest state that may be loaded here
   State least = State::graph_verified;  ///< weakest state that may be loaded
   bool allow_failed = false;       ///< load from a bundle that failed its parity gate, for inspection
   bool measure = true;             ///< time the engines here, in a few runs, if no machine like this one timed them
-  int threads = 0;                 ///< threads of ONNX Runtime; 0: all cores
+  int threads = 0;                 ///< threads of ONNX Runtime and OpenVINO; 0: all cores
   int device = 0;                  ///< CUDA device of TensorRT
   std::filesystem::path onnxruntime;  ///< libonnxruntime.so.1; empty: $EXPORT_ZOO_ONNXRUNTIME, then the system's
+  std::filesystem::path openvino;     ///< libopenvino_c.so; empty: $EXPORT_ZOO_OPENVINO, then the system's
   std::filesystem::path tensorrt;     ///< libnvinfer or libtensorrt_rtx; empty: $EXPORT_ZOO_TENSORRT, then the system's
 };
 
