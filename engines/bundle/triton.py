@@ -9,25 +9,24 @@ Source: NVIDIA Triton Inference Server, "Model Repository" and "Model Configurat
 
 from __future__ import annotations
 
-import re
-import shutil
-import uuid
 from pathlib import Path
 from typing import Literal
 
 import onnx_ir as ir
 
 from export_zoo.base import graph_io
-from export_zoo.base.errors import (
-    BadInputError,
-    EnvironmentFailureError,
-    ParityError,
-    TargetUnavailableError,
-    UsageError,
-)
+from export_zoo.base.errors import TargetUnavailableError, UsageError
 from export_zoo.engines.bundle import manifest as m
-from export_zoo.engines.bundle.reader import attestations, check_weights, checked, named, read_manifest
-from export_zoo.engines.bundle.selection import fastest_first, not_verified, speeds, standing
+from export_zoo.engines.bundle.model_repository import (
+    Server,
+    add_version,
+    check_version,
+    checked_files,
+    checked_name,
+    chosen,
+    copied,
+    servable,
+)
 from export_zoo.engines.precision.int8.saturation.pairs import saturating_layers
 from export_zoo.engines.precision.int8.saturation.unsigned import unsigned_weights
 from export_zoo.engines.precision.registry import PRECISIONS
@@ -38,8 +37,7 @@ CpuGraph = Literal["safe", "exact", "vnni"]
 QUEUE_DELAY_US = 1000
 """Microseconds that a request waits for other requests to form a batch."""
 
-_MAX_VERSION = 2**63 - 1
-"""Largest version number; Triton stores it in 64 bits."""
+TRITON = Server("Triton", lambda target: target.triton is not None)
 
 
 def _quoted(text: str) -> str:
@@ -76,51 +74,6 @@ def config(manifest: m.Manifest, engine: m.Engine, name: str, *, delay_us: int =
             f"  max_queue_delay_microseconds: {delay_us}\n}}\n"
         )
     return text
-
-
-def _served() -> str:
-    """Names of the targets whose engines Triton can run, for messages."""
-    return " or ".join(target.name for target in TARGETS.values() if target.triton)
-
-
-def _chosen(bundle: Path, manifest: m.Manifest, wanted: str | None) -> m.Engine:
-    """The engine named `wanted`. Without a name, the fastest verified engine that Triton can run."""
-    batch = manifest.recipe.batch
-    if batch.min > 1:
-        raise TargetUnavailableError(
-            f"{bundle}: verified at batches {batch.min} to {batch.max}, but Triton runs a single request at batch 1",
-            hint=f"export with --batch 1:{batch.opt}:{batch.max}",
-        )
-    if wanted is not None:
-        try:
-            engine = named(bundle, manifest, wanted)
-        except BadInputError as error:
-            raise UsageError(
-                f"--engine {wanted}: {bundle} has no engine of that name", hint=error.hint
-            ) from error
-        if TARGETS[engine.target].triton is None:
-            raise TargetUnavailableError(
-                f"--engine {wanted}: Triton has no backend for {engine.target}",
-                hint=f"use an engine of {_served()}",
-            )
-        if engine.without_weights:
-            raise TargetUnavailableError(
-                f"--engine {wanted}: its plan has no weights, and Triton does not refit plans",
-                hint="export without --strip-weights, or use an engine of onnxruntime",
-            )
-        return engine
-    attested = attestations(bundle)
-    served = [e for e in manifest.artifacts.engines if TARGETS[e.target].triton and not e.without_weights]
-    standings = {e.name: standing(e, attested) for e in served}
-    verified = [e for e in served if standings[e.name].state == "verified"]
-    if not verified:
-        listed = "; ".join(f"{name}: {not_verified(found)}" for name, found in standings.items())
-        raise TargetUnavailableError(
-            f"{bundle}: no verified engine of {_served()} that contains its weights"
-            + (f": {listed}" if listed else ""),
-            hint="choose an engine with --engine, or export with --target onnxruntime",
-        )
-    return fastest_first(verified, speeds(verified, attested))[0]
 
 
 def _for_cpus(bundle: Path, engine: m.Engine, graph: Path, cpu_graph: CpuGraph) -> ir.Model | None:
@@ -179,67 +132,30 @@ def write_repository(
         TargetUnavailableError: Triton can serve no engine of the bundle, or the engine can saturate.
         EnvironmentFailureError: the repository cannot be written to.
     """
-    manifest = read_manifest(bundle)
-    if manifest.status != "ok":
-        raise ParityError(f"{bundle}: this bundle failed its parity gate", hint="export it again")
-    chosen = _chosen(bundle, manifest, engine)
-    name = name if name is not None else manifest.recipe.source.name
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{,199}", name):
-        raise UsageError(
-            f"--name {name!r}: must be 1 to 200 letters, digits, _, - and ., and not begin with - or .",
-            hint="use a name such as resnet50-int8",
+    manifest = servable(bundle)
+    batch = manifest.recipe.batch
+    if batch.min > 1:
+        raise TargetUnavailableError(
+            f"{bundle}: verified at batches {batch.min} to {batch.max}, but Triton runs a single request at batch 1",
+            hint=f"export with --batch 1:{batch.opt}:{batch.max}",
         )
-    if not 1 <= version <= _MAX_VERSION:
-        raise UsageError(
-            f"--version {version}: must be 1 to {_MAX_VERSION}", hint="leave out --version to use 1"
-        )
-    backend = TARGETS[chosen.target].triton
+    served = chosen(bundle, manifest, engine, TRITON)
+    name = checked_name(name, manifest)
+    check_version(version)
+    backend = TARGETS[served.target].triton
     assert backend is not None
-    model_file = backend.file
-    files = {model_file: checked(bundle, chosen.file)}
-    # External weights of an ONNX file keep their file name, because the ONNX file refers to it.
-    files |= {Path(file.path).name: checked(bundle, file) for file in chosen.external_data}
-    if chosen.graph is None:
-        check_weights(bundle, *chosen.precision_graph())
-    rewritten = _for_cpus(bundle, chosen, files[model_file], cpu_graph)
-    described = {"config.pbtxt": config(manifest, chosen, name, delay_us=delay_us)}
+    files = checked_files(bundle, served, backend.file)
+    rewritten = _for_cpus(bundle, served, files[backend.file], cpu_graph)
+    described = {"config.pbtxt": config(manifest, served, name, delay_us=delay_us)}
     if manifest.recipe.labels:
         described["labels.txt"] = "".join(f"{label}\n" for label in manifest.recipe.labels)
-    model = repository / name
-    _refuse_other(model, described, version)
-    temporary = repository / f".{name}.{uuid.uuid4().hex}"
-    try:
-        (temporary / str(version)).mkdir(parents=True)
+
+    def write(folder: Path) -> None:
         if rewritten is not None:
-            graph_io.save(rewritten, temporary / str(version) / model_file)
+            graph_io.save(rewritten, folder / backend.file)
         else:
-            for file, path in files.items():
-                shutil.copyfile(path, temporary / str(version) / file)
-        if model.exists():
-            (temporary / str(version)).rename(model / str(version))
-        else:
-            for file, text in described.items():
-                (temporary / file).write_text(text, encoding="utf-8")
-            temporary.rename(model)
-    except OSError as error:
-        raise EnvironmentFailureError(
-            f"{repository}: cannot be written: {error.strerror}", hint="give a writable directory"
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            copied(files)(folder)
+
+    model = repository / name
+    add_version(model, version, write, described=described, server=TRITON)
     return model
-
-
-def _refuse_other(model: Path, described: dict[str, str], version: int) -> None:
-    if not model.exists():
-        return
-    if (model / str(version)).exists():
-        raise UsageError(f"{model}/{version}: already exists", hint="give another --version or --name")
-    if not (model / "config.pbtxt").is_file():
-        raise UsageError(f"{model}: exists, but is not a Triton model", hint="give another --name")
-    for file, text in described.items():
-        if not (model / file).is_file() or (model / file).read_text(encoding="utf-8") != text:
-            raise UsageError(
-                f"{model}/{file}: differs from this engine's configuration",
-                hint="give another --name: all versions of a model share one configuration",
-            )

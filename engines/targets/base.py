@@ -115,6 +115,8 @@ class Target(ABC):
     saturating_session: Mapping[str, str] | None = None
     """Session configuration in a new engine's manifest, for CPUs where sums saturate; None if there are no sessions."""
     triton: TritonBackend | None = None
+    ovms: bool = False
+    """Whether OpenVINO Model Server can run its engines."""
 
     @property
     def unavailable(self) -> str:

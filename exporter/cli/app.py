@@ -15,7 +15,7 @@ from export_zoo.base.errors import UsageError
 from export_zoo.base.package import __version__
 from export_zoo.exporter.cli import outcome
 from export_zoo.exporter.cli.bench import bench
-from export_zoo.exporter.cli.bundles import inspect, triton, verify
+from export_zoo.exporter.cli.bundles import inspect, ovms, triton, verify
 from export_zoo.exporter.cli.calibrate import calibrate
 from export_zoo.exporter.cli.common_options import EXIT_CODES, json_option, quiet_option, verbose_option
 from export_zoo.exporter.cli.costs import costs
@@ -93,7 +93,7 @@ def list_models(pattern: str, json_path: Path | None, quiet: bool, verbose: bool
         listing.print_models(found)
 
 
-for command in (export, matrix, calibrate, costs, diagnose, bench, report, verify, inspect, triton):
+for command in (export, matrix, calibrate, costs, diagnose, bench, report, verify, inspect, triton, ovms):
     app.add_command(command)
 
 

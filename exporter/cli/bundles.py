@@ -1,11 +1,11 @@
-"""`export-zoo verify`, `inspect` and `triton`: commands that take a bundle. Never import PyTorch."""
+"""`export-zoo verify`, `inspect`, `triton` and `ovms`: commands that take a bundle. Never import PyTorch."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -17,6 +17,8 @@ from export_zoo.exporter.run.report import RANDOM, ConsoleReporter, show_log
 if TYPE_CHECKING:
     from export_zoo.engines.bundle.manifest import Manifest
     from export_zoo.engines.bundle.triton import CpuGraph
+
+Command = Callable[..., Any]
 
 
 @click.command(epilog=EXIT_CODES)
@@ -251,23 +253,41 @@ def inspect(bundle: Path, json_path: Path | None, quiet: bool, verbose: bool) ->
     )
 
 
+def _repository_options(served: str) -> Callable[[Command], Command]:
+    """Arguments and options of the commands that write a model repository.
+
+    Args:
+        served: the targets that the server can run, for the help.
+    """
+    options = (
+        click.argument("bundle", type=click.Path(path_type=Path)),
+        click.argument("repository", type=click.Path(path_type=Path, file_okay=False)),
+        click.option(
+            "--engine",
+            metavar="NAME",
+            help=f"Engine to serve. Default: the fastest verified one of {served}.",
+        ),
+        click.option("--name", metavar="NAME", help="Name of the model. Default: the network's."),
+        click.option(
+            "--version",
+            type=int,
+            default=1,
+            show_default=True,
+            metavar="N",
+            help="Version of the model: the name of its folder.",
+        ),
+    )
+
+    def add(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
 @click.command(epilog=EXIT_CODES)
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.argument("repository", type=click.Path(path_type=Path, file_okay=False))
-@click.option(
-    "--engine",
-    metavar="NAME",
-    help="Engine to serve. Default: the fastest verified one of onnxruntime and tensorrt.",
-)
-@click.option("--name", metavar="NAME", help="Name of the model. Default: the network's.")
-@click.option(
-    "--version",
-    type=int,
-    default=1,
-    show_default=True,
-    metavar="N",
-    help="Version of the model: the name of its folder.",
-)
+@_repository_options("onnxruntime and tensorrt")
 @click.option(
     "--queue-delay",
     "delay_us",
@@ -318,3 +338,28 @@ def triton(
         click.echo(
             f"{model}: version {version}; serve it with `tritonserver --model-repository {repository}`"
         )
+
+
+@click.command(epilog=EXIT_CODES)
+@_repository_options("openvino")
+@json_option
+@quiet_option
+@verbose_option
+def ovms(
+    bundle: Path,
+    repository: Path,
+    engine: str | None,
+    name: str | None,
+    version: int,
+    json_path: Path | None,
+    quiet: bool,
+    verbose: bool,
+) -> None:
+    """Add a bundle's engine to a model repository of OpenVINO Model Server."""
+    del json_path, verbose
+    from export_zoo.engines.bundle.ovms import write_repository
+
+    model = write_repository(bundle, repository, engine=engine, name=name, version=version)
+    outcome.current().document |= {"bundle": str(bundle), "model": str(model), "version": version}
+    if not quiet:
+        click.echo(f"{model}: version {version}; serve it with `ovms --config_path {repository}/config.json`")

@@ -146,7 +146,7 @@ def test_a_folder_that_is_no_model_is_left_alone(cli, digits_bundle, tmp_path):
     (tmp_path / "models" / "resnet18").mkdir(parents=True)
     done = cli("triton", digits_bundle, tmp_path / "models")
     assert done.code == 2
-    assert "exists, but is not a Triton model" in done.json["error"]["message"]
+    assert "exists, but is not a model of Triton" in done.json["error"]["message"]
     assert not list((tmp_path / "models" / "resnet18").iterdir())
 
 

@@ -25,7 +25,7 @@ class OpenVino(Target):
     device: Literal["cpu", "gpu"] = "cpu"
     # `quantize` refuses to write an INT8 graph that can saturate. OpenVINO has no option against it.
     saturating_session: Mapping[str, str] | None = {}
-
+    ovms = True
     may_refuse = True
     emulated = frozenset({"x86_64"})
 
