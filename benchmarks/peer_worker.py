@@ -1,9 +1,9 @@
 """Quantizes one graph with a peer, in the peer's own environment, and runs the result.
 
-    peer_worker.py PEER OPTION GRAPH CALIBRATE HELD_OUT LOGITS
+    peer_worker.py PEER OPTION GRAPH CALIBRATE HELD_OUT LOGITS [FOLDER]
 
-CALIBRATE and HELD_OUT are float32 [N, 3, H, W] (.npy); LOGITS is written. Prints a JSON line: `seconds` of quantizing,
-without imports, and `peak_mib` of the process until then.
+CALIBRATE and HELD_OUT are float32 [N, 3, H, W] (.npy); LOGITS is written. The quantized model is left in FOLDER.
+Prints a JSON line: `seconds` of quantizing, without imports, and `peak_mib` of the process until then.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ def _onnxruntime(graph: str) -> Run:
 
 
 def nncf(option: str, graph: str, images: np.ndarray, folder: Path) -> Run:
-    """`onnx` or `openvino`, the back end; `+bias` for the slower bias correction. Otherwise, defaults."""
+    """`onnx` or `openvino`, the back end; `+bias` for the slower bias correction, `+transformer` for its scheme for
+    transformers. Otherwise, defaults.
+    """
     import nncf
     import onnx
     import openvino as ov
@@ -41,11 +43,16 @@ def nncf(option: str, graph: str, images: np.ndarray, folder: Path) -> Run:
     model = onnx.load(graph) if backend == "onnx" else core.read_model(graph)
     dataset = nncf.Dataset([image[None] for image in images], lambda image: {NAME: image})
     quantized = nncf.quantize(
-        model, dataset, subset_size=len(images), fast_bias_correction="bias" not in more
+        model,
+        dataset,
+        subset_size=len(images),
+        fast_bias_correction="bias" not in more,
+        model_type=nncf.ModelType.TRANSFORMER if "transformer" in more else None,
     )
     if backend == "onnx":
         onnx.save(quantized, folder / "out.onnx")
         return _onnxruntime(str(folder / "out.onnx"))
+    ov.save_model(quantized, folder / "out.xml", compress_to_fp16=False)
     compiled = core.compile_model(quantized, "CPU")
     return lambda image: compiled({NAME: image})[0]
 
@@ -112,11 +119,11 @@ PEERS: dict[str, Callable[[str, str, np.ndarray, Path], Run]] = {
 
 
 def main() -> None:
-    peer, option, graph, calibrate, held_out, logits = sys.argv[1:]
+    peer, option, graph, calibrate, held_out, logits, *left = sys.argv[1:]
     images: Any = np.load(calibrate)
     with tempfile.TemporaryDirectory() as folder:
         began = time.monotonic()
-        run = PEERS[peer](option, graph, images, Path(folder))
+        run = PEERS[peer](option, graph, images, Path(left[0] if left else folder))
         seconds = time.monotonic() - began
         # The peak is that of this program alone: getrusage would begin with the peak of the process that started it.
         status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())

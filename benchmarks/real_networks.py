@@ -93,19 +93,24 @@ class Row(NamedTuple):
     peak_mib: float | None = None
 
 
-def ours(name: str, folder: Path, targets: list[str], effort: str, out: Path) -> Iterator[Row]:
-    """Our engines' rows; the bundle stays at `out`."""
+def source(name: str, out: Path) -> list[str]:
+    """Words of the command line that name a network and its preprocessing, which is written beside `out`."""
     network = NETWORKS[name]
     preprocess = out.with_suffix(".preprocess.json")
     sizes = {"resize_size": network.crop + 32, "crop_height": network.crop, "crop_width": network.crop}
     preprocess.write_text(json.dumps({**network.preprocess, **sizes}))
-    source = f"{Path(__file__).with_name('real_weights.py')}:{name}"
-    command = [sys.executable, "-m", "export_zoo", source, "--preprocess", str(preprocess), *network.options]
+    function = f"{Path(__file__).with_name('real_weights.py')}:{name}"
+    return [function, "--preprocess", str(preprocess), *network.options]
+
+
+def ours(name: str, folder: Path, targets: list[str], effort: str, out: Path) -> Iterator[Row]:
+    """Our engines' rows; the bundle stays at `out`."""
+    command = [sys.executable, "-m", "export_zoo", *source(name, out)]
     command += ["--precision", "int8", "--calib", str(folder), "--out", str(out), "--no-cache", "--quiet"]
     command += ["--effort", effort]
     command += [word for target in targets for word in ("--target", target)]
     # A miss is a figure here, too.
-    command += [word for limit in network.limits for word in ("--tolerance", limit)]
+    command += [word for limit in NETWORKS[name].limits for word in ("--tolerance", limit)]
     log = out.with_suffix(".log")
     with log.open("w") as stderr:
         process = subprocess.Popen([*command, "--json", str(out.with_suffix(".json"))], stderr=stderr)
@@ -181,23 +186,31 @@ def environment(packages: Sequence[str]) -> Iterator[str]:
         yield python
 
 
-def in_environment(peer: str, python: str, bundle: Bundle) -> Iterator[Row]:
-    """Rows of one of PEERS on our graph and our images."""
+def quantize_with(
+    peer: str, option: str, python: str, bundle: Bundle, *left: Path
+) -> tuple[subprocess.CompletedProcess[str], Path]:
+    """Run peer_worker.py on our graph and our images. Returns the process and the file of its logits.
+
+    Args:
+        left: the folder to leave the quantized model in, if any.
+    """
     arrays = {"calibrate.npy": bundle.calibrate().all(), "held-out.npy": bundle.held_out.pixels}
     for file, pixels in arrays.items():
         np.save(bundle.place.with_name(file), normalize(pixels, bundle.preprocess))
     logits = bundle.place.with_name("logits.npy")
-    files = [bundle.graph, *map(bundle.place.with_name, arrays), logits]
+    files = [bundle.graph, *map(bundle.place.with_name, arrays), logits, *left]
+    worker = [str(Path(python).absolute()), str(Path(__file__).with_name("peer_worker.py")), peer, option]
+    # Some peers leave files in the working directory.
+    done = subprocess.run(
+        [*worker, *map(str, files)], capture_output=True, text=True, check=False, cwd=bundle.place.parent
+    )
+    return done, logits
+
+
+def in_environment(peer: str, python: str, bundle: Bundle) -> Iterator[Row]:
+    """Rows of one of PEERS on our graph and our images."""
     for option in PEERS[peer].options:
-        worker = [str(Path(python).absolute()), str(Path(__file__).with_name("peer_worker.py")), peer, option]
-        # Some peers leave files in the working directory.
-        done = subprocess.run(
-            [*worker, *map(str, files)],
-            capture_output=True,
-            text=True,
-            check=False,
-            cwd=bundle.place.parent,
-        )
+        done, logits = quantize_with(peer, option, python, bundle)
         if done.returncode:
             print(
                 f"{peer} {option} on {bundle.name}: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr

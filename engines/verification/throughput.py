@@ -146,7 +146,7 @@ def measure(
                 name: [target.open(opening) for _ in range(setting.streams)]
                 for name, (target, opening) in openings.items()
             }
-            points += _points(running, batch, setting, seconds)
+            points += in_turn(running, batch, setting, seconds)
         except (MemoryError, RuntimeError) as error:  # RuntimeError: a thread cannot be started
             raise EnvironmentFailureError(
                 f"{bundle}: {setting}: memory or threads do not suffice: {error}",
@@ -161,13 +161,16 @@ def measure(
 _FP32 = f"{BASELINE_TARGET.name}-{BASELINE.name}"
 
 
-def _points(
+def in_turn(
     running: Mapping[str, Sequence[Timed]], batch: Float32Array, setting: Setting, seconds: float
 ) -> list[Point]:
     """Measure engines in turn.
 
     Args:
-        running: copies of each engine.
+        running: copies of each engine, as many as the setting has streams. One is the FP32 graph in ONNX Runtime,
+            under the name of such an engine.
+        batch: preprocessed images, float32 [N, C, H, W].
+        seconds: for each engine.
     """
     times: dict[str, list[float]] = {name: [] for name in running}
     rates: dict[str, list[float]] = {name: [] for name in running}

@@ -60,7 +60,7 @@ class _Sleeping:
 def test_streams_run_at_once_and_their_throughput_adds_up():
     sleeping, batch = _Sleeping(), np.zeros((4, 3, 8, 8), np.float32)
     running = {"onnxruntime-fp32": [sleeping], "three": [sleeping] * 3}
-    first, second = throughput._points(running, batch, Setting(4, 1, 3), 0.5)
+    first, second = throughput.in_turn(running, batch, Setting(4, 1, 3), 0.5)
     assert sleeping.most == 3
     assert 10 <= first.p50_ms < 20
     assert first.images_per_second == pytest.approx(400, rel=0.4)

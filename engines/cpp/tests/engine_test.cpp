@@ -49,6 +49,21 @@ class Engine : public support::WithBundles {
             {"version_compatible", false}, {"refittable", false}, {"strip_weights", false}, {"workspace_mb", nullptr}});
   }
 
+  // A bundle with one engine, FP32, of a target, whose graph is another one.
+  fs::path with_graph(const std::string& name, const std::string& target) const {
+    fs::remove_all(directory_.path() / "head-logit.bundle");
+    const auto bundle = copy("head-logit");
+    const auto graph = bundles() / name;
+    fs::copy(graph, bundle / "files" / name);
+    const nlohmann::json file{
+        {"path", "files/" + name}, {"sha256", support::sha256(graph)}, {"size_bytes", fs::file_size(graph)}};
+    change(bundle, "/artifacts/engines/0/file", file);
+    change(bundle, "/artifacts/engines/0/target", target);
+    change(bundle, "/artifacts/engines/0/name", target + "-fp32");
+    change(bundle, "/artifacts/engines/0/built_by", {{target, "1"}});
+    return bundle;
+  }
+
   // The file of the CPU's latencies that the library keeps, whose directory is made.
   static fs::path latencies_file(const fs::path& bundle) {
     const auto attestation = nlohmann::json::parse(support::read(bundles() / "attestation.json"));
@@ -641,18 +656,18 @@ TEST_F(Engine, WhosePortsAreNotThoseOfTheManifestIsRefused) {
 }
 
 TEST_F(Engine, WhoseGraphHasAFixedBatchIsRefused) {
-  const auto bundle = copy("head-logit");
-  const auto graph = bundles() / "fixed-batch.onnx";
-  fs::copy(graph, bundle / "files/fixed.onnx");
-  change(bundle, "/artifacts/engines/0/file",
-         {{"path", "files/fixed.onnx"}, {"sha256", support::sha256(graph)}, {"size_bytes", fs::file_size(graph)}});
   for (const auto& target : kTargets) {
-    change(bundle, "/artifacts/engines/0/target", target);
-    change(bundle, "/artifacts/engines/0/name", target + "-fp32");
-    change(bundle, "/artifacts/engines/0/built_by", {{target, "1"}});
-    const auto [code, message] = error_of([&] { static_cast<void>(ez::Engine::load(bundle)); });
+    const auto [code, message] = error_of([&] { static_cast<void>(ez::Engine::load(with_graph("fixed-batch.onnx", target))); });
     EXPECT_EQ(code, ez::ErrorCode::bundle) << target;
     EXPECT_THAT(message, HasSubstr("not those of the manifest"));
+  }
+}
+
+TEST_F(Engine, WhoseGraphItsRuntimeDoesNotTakeIsRefusedWithTheReason) {
+  for (const auto& target : kTargets) {
+    const auto [code, message] = error_of([&] { static_cast<void>(ez::Engine::load(with_graph("unknown.onnx", target))); });
+    EXPECT_EQ(code, ez::ErrorCode::runtime) << target;
+    EXPECT_THAT(message, testing::AllOf(HasSubstr(" cannot load it: "), HasSubstr("NoSuchOperator")));
   }
 }
 

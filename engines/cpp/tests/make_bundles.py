@@ -160,6 +160,13 @@ def write_fixed_batch(out: Path) -> None:
     onnx.save(model, out / "fixed-batch.onnx")
 
 
+def write_unknown_operator(out: Path) -> None:
+    """DIR/unknown.onnx: the FP32 engine of DIR/head-logit.bundle, with an operator that no runtime has."""
+    model = onnx.load(fp32_graph(out / "head-logit.bundle"))
+    model.graph.node[0].op_type = "NoSuchOperator"
+    onnx.save(model, out / "unknown.onnx")
+
+
 def write_external_weights(out: Path) -> None:
     """DIR/external.onnx: the FP32 engine of DIR/resnet18.bundle, with its weights in DIR/external.bin."""
     model = onnx.load(fp32_graph(out / "resnet18.bundle"))
@@ -198,6 +205,7 @@ def main() -> None:
     write_dynamic(out, paths)
     write_heads(out, paths)
     write_fixed_batch(out)
+    write_unknown_operator(out)
     write_external_weights(out)
     _, attestation = verify(out / "resnet18.bundle")
     assert attestation is not None

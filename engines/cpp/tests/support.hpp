@@ -94,6 +94,7 @@ class WithBundles : public testing::Test {
   void SetUp() override {
 #ifdef EXPORT_ZOO_TEST_OPENVINO  // built with OpenVINO
     setenv("EXPORT_ZOO_OPENVINO", EXPORT_ZOO_TEST_OPENVINO, 0);
+    setenv("TBB_ENABLE_SANITIZERS", "1", 0);  // otherwise TBB loads a library in a way that they refuse
 #endif
     ASSERT_TRUE(fs::is_directory(bundles())) << "make_bundles.py has not run: run ctest";
   }
