@@ -796,14 +796,15 @@ TEST_F(Engine, WhoseGraphIsOfOneSizeIsNoEngineOfADynamicManifest) {
 }
 
 TEST_F(Engine, IsSharedByManyThreadsAndOutlivedByItsContexts) {
-  const auto inputs = support::read_npy(bundles() / "mobilenet_v2-inputs.npy");
   for (const auto& target : kTargets) {
+    const std::string model = target == "onnxruntime" ? "resnet18" : "mobilenet_v2";
     ez::Options options;
     options.engine = target + "-int8";
-    const auto want = support::read_npy(bundles() / ("mobilenet_v2-" + options.engine + ".npy"));
+    const auto inputs = support::read_npy(bundles() / (model + "-inputs.npy"));
+    const auto want = support::read_npy(bundles() / (model + "-" + options.engine + ".npy"));
     std::vector<std::thread> threads;
     std::vector<int> wrong(8);
-    std::optional engine = ez::Engine::load(bundles() / "mobilenet_v2.bundle", options);
+    std::optional engine = ez::Engine::load(bundles() / (model + ".bundle"), options);
     for (std::size_t t = 0; t < wrong.size(); ++t) {
       threads.emplace_back([&, t, context = engine->context()]() mutable {
         const std::size_t size = std::size_t{3} * 64 * 64;

@@ -1,11 +1,7 @@
-// What sanitizers leave out: OpenVINO and TBB, which are not built for them, and leave threads behind.
+// What the leak sanitizer leaves out: OpenVINO and TBB, which leave threads behind.
 
 extern "C" {
-// NOLINTBEGIN
-const char* __lsan_default_suppressions() { return "leak:libopenvino.so\nleak:libopenvino_intel\nleak:libtbb\n"; }
-const char* __tsan_default_suppressions() {
-  return "called_from_lib:libopenvino.so\ncalled_from_lib:libopenvino_intel\ncalled_from_lib:libtbb.so\n"
-         "race:libopenvino.so\nrace:libopenvino_intel\nrace:libtbb.so\n";
+const char* __lsan_default_suppressions() {  // NOLINT
+  return "leak:libopenvino.so\nleak:libopenvino_intel\nleak:libtbb\n";
 }
-// NOLINTEND
 }

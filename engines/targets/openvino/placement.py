@@ -1,13 +1,13 @@
-"""Where Q/DQ pairs go for OpenVINO on a CPU: where they go for ONNX Runtime on a CPU."""
+"""Where Q/DQ pairs go for OpenVINO on a CPU."""
 
 from __future__ import annotations
 
+from export_zoo.engines.precision.input_placement import place_at_inputs
 from export_zoo.engines.precision.int8.first_conv import block_first_convolution
 from export_zoo.engines.precision.int8.rules import Int8Rules
-from export_zoo.engines.targets.onnxruntime.placement import place_onnxruntime
 
 INT8_RULES = Int8Rules(
-    place_onnxruntime,
+    place_at_inputs,
     symmetric=False,
     int32_bias=False,
     half=False,
