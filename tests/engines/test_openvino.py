@@ -15,6 +15,7 @@ from support.options import PREPROCESS_FILE, UNTUNED
 import export_zoo
 from export_zoo.base import graph_io
 from export_zoo.base.errors import BadInputError, TargetRefusalError, TargetUnavailableError
+from export_zoo.engines.bundle.opening import opening_of
 from export_zoo.engines.bundle.reader import held_out, read_manifest
 from export_zoo.engines.precision.int8.saturation.pairs import saturating_layers
 from export_zoo.engines.targets import registry
@@ -73,6 +74,19 @@ def test_a_loaded_engine_is_shared_by_threads(bundle):
     engine.run(np.zeros_like(batch))
     assert np.array_equal(wanted, first), "outputs are copies"
     assert held_out(bundle, manifest).pixels.shape[1:3] == (32, 32)
+
+
+def test_each_layer_has_its_time(bundle):
+    manifest = read_manifest(bundle)
+    batch = np.random.default_rng(0).standard_normal((8, 3, 32, 32), dtype=np.float32)
+    for engine in manifest.artifacts.engines:
+        opening = opening_of(bundle, engine)
+        times = OPENVINO.node_times(opening, batch)
+        nodes = graph_io.load(opening.file).graph
+        layers = {node.name for node in nodes if node.op_type in ("Conv", "Gemm")}
+        assert layers <= times.keys(), engine.name
+        assert all(times[layer] > 0 for layer in layers)
+        assert len(times.keys() - {node.name for node in nodes}) < 6, "OpenVINO's own conversions"
 
 
 def test_a_bundle_of_both_cpu_targets_is_loaded_by_speed(digits, tmp_path):

@@ -64,7 +64,7 @@ def arguments(digits, spoilt) -> list[str]:
     return [str(one) for one in given]
 
 
-@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt-rtx"])
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino", "tensorrt-rtx"])
 def test_the_layers_that_spoil_the_engine_are_left_float(arguments, cli, tmp_path, target):
     missed = cli(*arguments, "--target", target, "--out", tmp_path / "missed")
     assert missed.json["engines"][0]["gate"]["eager_metrics"]["sqnr"] < 25
@@ -77,10 +77,10 @@ def test_the_layers_that_spoil_the_engine_are_left_float(arguments, cli, tmp_pat
     assert {"layer2.0.conv2", "layer4.1.conv2"} <= set(aim["modules"])
     assert len(aim["layers"]) <= 6, "of 21"
     assert aim["added_bytes"] > 0
-    assert (aim["added_ms"] is not None) == (target == "onnxruntime")
+    assert (aim["added_ms"] is not None) == (target != "tensorrt-rtx"), "timed where it runs"
     assert [step["layers"] for step in aim["tried"]] == sorted(step["layers"] for step in aim["tried"])
     assert "sqnr on the select images: " in done.out
-    if target == "onnxruntime":
+    if target != "tensorrt-rtx":
         assert aim["ms"] > 0
         assert aim["fp32_ms"] > 0
     for module in aim["modules"]:

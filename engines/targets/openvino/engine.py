@@ -58,6 +58,35 @@ def _reason(text: str, graph: Path) -> str:
     return f"it has no {node.op_type}, which node {node.name} is" + (f" (module {module})" if module else "")
 
 
+def compiled(graph: Path, *, threads: int, profiled: bool = False) -> ov.CompiledModel:
+    """An ONNX graph, compiled for this CPU.
+
+    Args:
+        threads: number of threads, 0 for all usable cores.
+        profiled: whether requests tell the time of each node.
+
+    Raises:
+        BadInputError: OpenVINO cannot load the file.
+    """
+    options = {
+        # Otherwise floats are computed in bfloat16 on CPUs with AMX.
+        "INFERENCE_PRECISION_HINT": "f32",
+        "PERFORMANCE_HINT": "LATENCY",
+        "NUM_STREAMS": 1,
+        # Otherwise two engines of one thread each are bound to the same core.
+        "ENABLE_CPU_PINNING": False,
+        "INFERENCE_NUM_THREADS": session_threads(threads),
+        "PERF_COUNT": profiled,
+    }
+    try:
+        return _core().compile_model(_core().read_model(graph), "CPU", options)
+    except RuntimeError as error:
+        raise BadInputError(
+            f"{graph}: OpenVINO {_VERSION} cannot load it: {' '.join(str(error).split())[:500]}",
+            hint="export it again: the file is damaged, or was made for another version",
+        ) from error
+
+
 class OpenVinoEngine:
     """An ONNX graph that OpenVINO compiled for this CPU. Safe to share between threads: each has a request of its own.
 
@@ -70,26 +99,10 @@ class OpenVinoEngine:
     """
 
     def __init__(self, graph: Path, *, threads: int = 0) -> None:
-        options = {
-            # Otherwise floats are computed in bfloat16 on CPUs with AMX.
-            "INFERENCE_PRECISION_HINT": "f32",
-            "PERFORMANCE_HINT": "LATENCY",
-            "NUM_STREAMS": 1,
-            # Otherwise two engines of one thread each are bound to the same core.
-            "ENABLE_CPU_PINNING": False,
-            "INFERENCE_NUM_THREADS": session_threads(threads),
-        }
-        try:
-            model = _core().read_model(graph)
-            self._compiled = _core().compile_model(model, "CPU", options)
-        except RuntimeError as error:
-            raise BadInputError(
-                f"{graph}: OpenVINO {_VERSION} cannot load it: {' '.join(str(error).split())[:500]}",
-                hint="export it again: the file is damaged, or was made for another version",
-            ) from error
-        (feed,) = model.inputs
+        self._compiled = compiled(graph, threads=threads)
+        (feed,) = self._compiled.inputs
         self.input_shape = tuple(d.get_length() if d.is_static else str(d) for d in feed.get_partial_shape())
-        self.output_names = [port.get_any_name() for port in model.outputs]
+        self.output_names = [port.get_any_name() for port in self._compiled.outputs]
         self._requests = threading.local()
 
     def run_all(self, batch: Float32Array) -> tuple[Float32Array, ...]:

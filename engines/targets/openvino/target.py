@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Literal
 from export_zoo.engines.targets.base import OpenEngine, Opening, Target, Worker
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from export_zoo.engines.precision.int8.rules import Int8Rules
 
 
@@ -54,6 +57,11 @@ class OpenVino(Target):
     def worker(self, opening: Opening) -> Worker:
         engine = "export_zoo.engines.targets.openvino.engine:OpenVinoEngine"
         return Worker(engine, {"threads": 1}, self.distribution)
+
+    def node_times(self, opening: Opening, batch: npt.NDArray[np.float32]) -> Mapping[str, float]:
+        from export_zoo.engines.targets.openvino.profiling import node_times
+
+        return node_times(opening.file, batch)
 
     def check_graph(self, graph: Path) -> None:
         from export_zoo.engines.targets.openvino.engine import check_graph
