@@ -47,7 +47,11 @@ Library::Library(const std::filesystem::path& given, const char* variable, std::
   const auto attempt = [&](const std::string& path) {
     // Never unloaded: runtimes leave threads and thread-local destructors behind.
     handle_ = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
-    if (handle_ == nullptr) tried += std::string(tried.empty() ? "" : "; ") + dlerror();
+    std::error_code unknown;
+    if (handle_ == nullptr) {
+      const auto why = fs::is_directory(path, unknown) ? path + ": there is no " + names.back() + " in it" : dlerror();
+      tried += (tried.empty() ? "" : "; ") + why;
+    }
     path_ = path;
     return handle_ != nullptr;
   };

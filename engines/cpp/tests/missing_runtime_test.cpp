@@ -38,6 +38,10 @@ TEST_F(MissingRuntime, IsToldWithWhatWasTriedAndCanBeGivenAfterwards) {
 
 TEST_F(MissingRuntime, IsFoundByItsDirectory) {
   ez::Options options;
+  options.onnxruntime = support::bundles();
+  const auto absent = support::error_of([&] { static_cast<void>(ez::Engine::load(support::bundles() / "resnet18.bundle", options)); });
+  EXPECT_EQ(absent.first, ez::ErrorCode::backend_missing);
+  EXPECT_THAT(absent.second, HasSubstr("there is no libonnxruntime.so in it"));
   options.onnxruntime = fs::path(std::getenv("EXPORT_ZOO_ONNXRUNTIME")).parent_path();
   const auto bundle = support::bundles() / "resnet18.bundle";
   EXPECT_NO_THROW(static_cast<void>(ez::Engine::load(bundle, options)));
