@@ -30,9 +30,14 @@ class Contents:
     """Files of the future bundle: maps each bundle path to the file that now holds its bytes."""
 
     sources: dict[str, Path] = field(default_factory=dict)
+    _named: dict[str, manifest.File] = field(default_factory=dict)
+    """Files that have a stem, by their hash."""
 
     def add(self, path: Path, stem: str = "") -> manifest.File:
+        """Add a file, unless one with the same bytes is there: FP16 graphs of both CPU targets are the same."""
         file = publish.describe(path, stem)
+        if stem:  # weight files keep the names by which graphs refer to them
+            file = self._named.setdefault(file.sha256, file)
         self.sources[file.path] = path
         return file
 

@@ -12,12 +12,12 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from export_zoo.base.errors import UsageError
-from export_zoo.base.files import replacing
+from export_zoo.base.files import locked, replacing
 from export_zoo.base.graph_io import sha256_of
 from export_zoo.engines.bundle.manifest import File, Manifest
 from export_zoo.engines.bundle.reader import ATTESTATIONS, MANIFEST
@@ -97,22 +97,6 @@ def _manifest(directory: Path) -> dict[str, Any] | None:
     return document if ours else None
 
 
-@contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Allow one publisher at a time in a directory. The lock ends with the process."""
-    try:
-        import fcntl
-    except ImportError:  # Windows has no fcntl: the last publisher wins
-        yield
-        return
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -184,7 +168,7 @@ def publish(out: Path, manifest: Manifest, sources: dict[str, Path]) -> None:
     """
     out = Path(os.path.realpath(out))  # a link to a directory stays a link
     out.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(out.parent):
+    with locked(out.parent):
         for abandoned in out.parent.glob(f"{_STAGING}*"):
             shutil.rmtree(abandoned, ignore_errors=True)
         if (out / MANIFEST).is_file():

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from export_zoo.base.errors import BadInputError, UsageError
-from export_zoo.base.files import replacing
+from export_zoo.base.files import locked, replacing
 from export_zoo.engines.bundle import manifest as m
 from export_zoo.engines.bundle.model_repository import (
     Server,
@@ -100,13 +100,14 @@ def write_repository(
     name = checked_name(name, manifest)
     check_version(version)
     files = checked_files(bundle, served, "model.onnx")
-    configuration = _configuration(repository, entry(manifest, name))
     model = repository / name
-    add_version(model, version, copied(files), described={}, server=OVMS)
-    # Last: a server that watches the file finds the model complete.
     try:
-        with replacing(repository / "config.json") as temporary:
+        repository.mkdir(parents=True, exist_ok=True)
+        # config.json is replaced at the end: a server that watches it finds the model complete.
+        with locked(repository), replacing(repository / "config.json") as temporary:
+            configuration = _configuration(repository, entry(manifest, name))
             temporary.write_text(json.dumps(configuration, indent=1) + "\n", encoding="utf-8")
+            add_version(model, version, copied(files), described={}, server=OVMS)
     except OSError as error:
         raise cannot_be_written(repository, error) from error
     return model

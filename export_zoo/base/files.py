@@ -1,4 +1,4 @@
-"""Atomic file replacement: a file is complete or absent."""
+"""Files that are complete or absent, and written by one process at a time."""
 
 from __future__ import annotations
 
@@ -34,3 +34,19 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Allow one writer at a time in a directory. The lock ends with the process."""
+    try:
+        import fcntl
+    except ImportError:  # Windows has no fcntl: the last writer wins
+        yield
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

@@ -91,9 +91,14 @@ def test_each_layer_has_its_time(bundle):
 
 def test_a_bundle_of_both_cpu_targets_is_loaded_by_speed(digits, tmp_path):
     arguments = [*digits.arguments(), "--calib", digits.images, *UNTUNED, "--precision", "int8"]
+    arguments += ["--precision", "fp32", "--precision", "fp16"]
     arguments += ["--target", "onnxruntime", "--target", "openvino", "--out", tmp_path / "out", "--quiet"]
     assert main([*map(str, arguments)]) == 0
     engines = read_manifest(tmp_path / "out").artifacts.engines
+    files = {engine.name: engine.file for engine in engines}
+    for precision in ("fp32", "fp16"):
+        assert files[f"onnxruntime-{precision}"] == files[f"openvino-{precision}"], "stored once"
+    assert len({file.path for file in files.values()}) == 4
     fastest = max(engines, key=lambda e: e.latency.speedup)
     loaded = export_zoo.load(tmp_path / "out")
     assert loaded.name == fastest.name

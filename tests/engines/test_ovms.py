@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jsonschema
@@ -14,7 +15,7 @@ from support.options import UNTUNED
 
 from export_zoo.engines.bundle.loading import load
 from export_zoo.engines.bundle.manifest import SizeRange
-from export_zoo.engines.bundle.ovms import entry
+from export_zoo.engines.bundle.ovms import entry, write_repository
 from export_zoo.engines.bundle.reader import read_manifest
 from export_zoo.exporter.cli.app import main
 
@@ -134,6 +135,13 @@ def test_models_and_versions_are_added_and_the_rest_of_the_configuration_is_kept
     assert other.code == 2
     assert "its model resnet18 differs" in other.json["error"]["message"]
     assert not (models / "resnet18" / "3").exists()
+
+
+def test_models_that_are_added_at_once_are_all_there(bundle, tmp_path):
+    names = [f"model-{index}" for index in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda name: write_repository(bundle, tmp_path / "models", name=name), names))
+    assert read(tmp_path / "models").keys() == set(names)
 
 
 @pytest.mark.parametrize(
