@@ -183,7 +183,7 @@ def load(
     Args:
         bundle: the directory that `export-zoo export` wrote.
         engine: name of an engine, for example `onnxruntime-int8`.
-        threads: number of intra-op threads of ONNX Runtime; 0 means all cores.
+        threads: number of threads of ONNX Runtime and OpenVINO, at most 1024; 0 means all cores.
         allow_failed: whether to load from a bundle whose parity gate failed, for inspection.
         runtime_cache: file in which TensorRT-RTX keeps the kernels that it compiles for this GPU. The file is created
             if it does not exist. Without it, each process compiles the kernels again.
@@ -194,6 +194,7 @@ def load(
         BadInputError: `bundle` is not a bundle or is damaged, or it has no such engine.
         ParityError: the bundle failed its parity gate.
         TargetUnavailableError: no engine of the bundle can run here.
+        UsageError: `threads` is negative, or too many.
     """
     root = Path(bundle)
     manifest = read_manifest(root)

@@ -10,6 +10,8 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 
+from export_zoo.base.errors import UsageError
+
 _DISTRIBUTIONS = {"onnxruntime": ("onnxruntime-gpu", "onnxruntime")}
 
 
@@ -87,12 +89,21 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+MOST_THREADS = 1024
+"""As in C++. A runtime that is asked for a million begins to start them, until memory is full."""
+
+
 def session_threads(threads: int) -> int:
-    """Number of intra-op threads for ONNX Runtime; `threads` 0 means all cores that this process may run on.
+    """Number of intra-op threads for a runtime; `threads` 0 means all cores that this process may run on.
 
     By default, ONNX Runtime starts a thread for each core of the machine and binds it to that core, even where taskset
     or a container limits the process to fewer cores.
+
+    Raises:
+        UsageError: `threads` is negative, or more than MOST_THREADS.
     """
+    if not 0 <= threads <= MOST_THREADS:
+        raise UsageError(f"threads={threads}: must be 0 to {MOST_THREADS}", hint="give 0 for all cores")
     usable = usable_cores()
     return threads or (usable if usable < (os.cpu_count() or 1) else 0)
 

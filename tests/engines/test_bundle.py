@@ -1263,3 +1263,9 @@ def test_something_else_where_a_failed_bundle_would_go_is_refused(digits_bundle,
     failed.write_text("theirs")
     with pytest.raises(UsageError, match=r"out\.failed.*is a file"):
         check_destination(tmp_path / "out")
+
+
+@pytest.mark.parametrize("threads", [-1, 1025])
+def test_threads_that_cannot_be_are_refused(digits_bundle, threads):
+    with pytest.raises(UsageError, match=f"threads={threads}: must be 0 to 1024"):
+        export_zoo.load(digits_bundle, engine="onnxruntime-fp32", threads=threads)

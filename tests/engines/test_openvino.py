@@ -14,7 +14,7 @@ from support.options import PREPROCESS_FILE, UNTUNED
 
 import export_zoo
 from export_zoo.base import graph_io
-from export_zoo.base.errors import BadInputError, TargetRefusalError, TargetUnavailableError
+from export_zoo.base.errors import BadInputError, TargetRefusalError, TargetUnavailableError, UsageError
 from export_zoo.engines.bundle.opening import opening_of
 from export_zoo.engines.bundle.reader import held_out, read_manifest
 from export_zoo.engines.precision.int8.saturation.pairs import saturating_layers
@@ -74,6 +74,11 @@ def test_a_loaded_engine_is_shared_by_threads(bundle):
     engine.run(np.zeros_like(batch))
     assert np.array_equal(wanted, first), "outputs are copies"
     assert held_out(bundle, manifest).pixels.shape[1:3] == (32, 32)
+
+
+def test_threads_that_cannot_be_are_refused(bundle):
+    with pytest.raises(UsageError, match="threads=-1: must be 0 to 1024"):
+        export_zoo.load(bundle, engine="openvino-fp32", threads=-1)
 
 
 def test_each_layer_has_its_time(bundle):
