@@ -89,10 +89,11 @@ def chosen(bundle: Path, manifest: m.Manifest, wanted: str | None, server: Serve
     verified = [e for e in known if standings[e.name].state == "verified"]
     if not verified:
         listed = "; ".join(f"{name}: {not_verified(found)}" for name, found in standings.items())
+        other = "choose an engine with --engine, or " if known else ""
         raise TargetUnavailableError(
             f"{bundle}: no verified engine of {served} that contains its weights"
             + (f": {listed}" if listed else ""),
-            hint=f"choose an engine with --engine, or export with --target {server.targets()[0]}",
+            hint=f"{other}export with --target {server.targets()[0]}",
         )
     return fastest_first(verified, speeds(verified, attested))[0]
 
@@ -180,9 +181,11 @@ def add_version(
 
 
 def cannot_be_written(repository: Path, error: OSError) -> EnvironmentFailureError:
-    """The error of a repository that cannot be written to."""
+    """The error of a repository that cannot be written to, or has something else in the way."""
+    path = error.filename2 or error.filename or repository
     return EnvironmentFailureError(
-        f"{repository}: cannot be written: {error.strerror}", hint="give a writable directory"
+        f"{repository}: {path} cannot be written: {error.strerror}",
+        hint="give a writable directory, with nothing in the way",
     )
 
 

@@ -31,6 +31,8 @@ from export_zoo.engines.bundle.model_repository import (
 
 OVMS = Server("OpenVINO Model Server", lambda target: target.ovms)
 
+CONFIG = "config.json"
+
 _PLUGIN = {"INFERENCE_PRECISION_HINT": "f32"}
 """Options that the logits depend on: those of `engines.targets.openvino.engine`."""
 
@@ -50,29 +52,35 @@ def entry(manifest: m.Manifest, name: str) -> dict[str, Any]:
     return {"name": name, "base_path": name, "target_device": "CPU", "shape": shape, "plugin_config": _PLUGIN}
 
 
-def _configuration(repository: Path, model: dict[str, Any]) -> dict[str, Any]:
-    """What config.json should have: what it has, and the model."""
-    path = repository / "config.json"
+def _configuration(repository: Path, model: dict[str, Any]) -> str:
+    """The text that config.json should have: what it has, and the model."""
+    path, name = repository / CONFIG, model["name"]
     try:
         document = (
             json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"model_config_list": []}
         )
-        known = {entry["config"]["name"]: entry["config"] for entry in document["model_config_list"]}
-    except OSError as error:
-        raise cannot_be_written(repository, error) from error
-    except (ValueError, LookupError, TypeError) as error:
+        models = document["model_config_list"]
+        if not isinstance(models, list):
+            raise TypeError("model_config_list is no list")
+        known = {entry["config"]["name"]: entry["config"] for entry in models}
+        if name not in known:
+            models.append({"config": model})
+        text = json.dumps(document, indent=1, allow_nan=False)
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise BadInputError(
             f"{path}: not a configuration of OpenVINO Model Server: {error}", hint="give another repository"
         ) from error
-    name = model["name"]
-    if name not in known:
-        document["model_config_list"].append({"config": model})
-    elif known[name] != model:
+    if known.get(name, model) != model:
         raise UsageError(
-            f"{path}: its model {name} differs from this engine's configuration",
+            f"{path}: its model {name} differs from this engine's configuration, which is {json.dumps(model)}",
             hint="give another --name: all versions of a model share one configuration",
         )
-    return document
+    place = repository / name
+    if name not in known and (place.exists() or place.is_symlink()):
+        raise UsageError(
+            f"{place}: exists, but {path} has no model of that name", hint="give another --name, or remove it"
+        )
+    return text + "\n"
 
 
 def write_repository(
@@ -98,15 +106,18 @@ def write_repository(
     manifest = servable(bundle)
     served = chosen(bundle, manifest, engine, OVMS)
     name = checked_name(name, manifest)
+    if name == CONFIG:
+        raise UsageError(
+            f"--name {name}: is the server's configuration", hint="use a name such as resnet50-int8"
+        )
     check_version(version)
     files = checked_files(bundle, served, "model.onnx")
     model = repository / name
     try:
         repository.mkdir(parents=True, exist_ok=True)
         # config.json is replaced at the end: a server that watches it finds the model complete.
-        with locked(repository), replacing(repository / "config.json") as temporary:
-            configuration = _configuration(repository, entry(manifest, name))
-            temporary.write_text(json.dumps(configuration, indent=1) + "\n", encoding="utf-8")
+        with locked(repository), replacing((repository / CONFIG).resolve()) as temporary:
+            temporary.write_text(_configuration(repository, entry(manifest, name)), encoding="utf-8")
             add_version(model, version, copied(files), described={}, server=OVMS)
     except OSError as error:
         raise cannot_be_written(repository, error) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -253,6 +254,10 @@ def inspect(bundle: Path, json_path: Path | None, quiet: bool, verbose: bool) ->
     )
 
 
+def _echo_served(model: Path, version: int, server: str, path: Path) -> None:
+    click.echo(f"{model}: version {version}; serve it with `{server} {shlex.quote(str(path))}`")
+
+
 def _repository_options(served: str) -> Callable[[Command], Command]:
     """Arguments and options of the commands that write a model repository.
 
@@ -335,9 +340,7 @@ def triton(
     )
     outcome.current().document |= {"bundle": str(bundle), "model": str(model), "version": version}
     if not quiet:
-        click.echo(
-            f"{model}: version {version}; serve it with `tritonserver --model-repository {repository}`"
-        )
+        _echo_served(model, version, "tritonserver --model-repository", repository)
 
 
 @click.command(epilog=EXIT_CODES)
@@ -362,4 +365,4 @@ def ovms(
     model = write_repository(bundle, repository, engine=engine, name=name, version=version)
     outcome.current().document |= {"bundle": str(bundle), "model": str(model), "version": version}
     if not quiet:
-        click.echo(f"{model}: version {version}; serve it with `ovms --config_path {repository}/config.json`")
+        _echo_served(model, version, "ovms --config_path", repository / "config.json")

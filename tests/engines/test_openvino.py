@@ -110,6 +110,35 @@ def test_a_bundle_of_both_cpu_targets_is_loaded_by_speed(digits, tmp_path):
     assert "fastest verified engine" in loaded.why
 
 
+TWICE = """
+from torch import nn
+
+class Twice(nn.Module):
+    def __init__(self, num_classes=4):
+        super().__init__()
+        self.conv = nn.Conv2d(3, num_classes, 3, 2, 1)
+
+    def forward(self, x):
+        y = self.conv(x).mean((2, 3))
+        return {"logits": y, "a": y}
+"""
+
+
+def test_outputs_that_are_one_tensor_keep_their_names(cli, tmp_path):
+    (tmp_path / "preprocess.json").write_text(json.dumps(PREPROCESS_FILE))
+    (tmp_path / "twice.py").write_text(TWICE)
+    arguments = [
+        f"{tmp_path}/twice.py:Twice",
+        "--preprocess",
+        tmp_path / "preprocess.json",
+        "--target",
+        "openvino",
+    ]
+    done = cli(*arguments, "--precision", "fp16", "--out", tmp_path / "out")
+    assert done.code == 0, done.err
+    assert export_zoo.load(tmp_path / "out").name == "openvino-fp16"
+
+
 DETERMINANT = """
 import torch
 from torch import nn

@@ -149,6 +149,7 @@ def test_models_that_are_added_at_once_are_all_there(bundle, tmp_path):
     [
         (["--engine", "openvino-fp64"], 2, "--engine openvino-fp64: "),
         (["--name", "../evil"], 2, "--name"),
+        (["--name", "config.json"], 2, "--name config.json: is the server's configuration"),
         (["--version", "0"], 2, "--version 0"),
     ],
 )
@@ -163,14 +164,26 @@ def test_a_bundle_without_an_engine_of_openvino_is_refused(cli, digits_bundle, t
     done = cli("ovms", digits_bundle, tmp_path / "models")
     assert done.code == 4
     assert "no verified engine of openvino" in done.json["error"]["message"]
-    assert "--target openvino" in done.json["error"]["hint"]
+    assert done.json["error"]["hint"] == "export with --target openvino"
     done = cli("ovms", digits_bundle, tmp_path / "models", "--engine", "onnxruntime-int8")
     assert done.code == 4
     assert "OpenVINO Model Server cannot run engines of onnxruntime" in done.json["error"]["message"]
     assert not (tmp_path / "models").exists()
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"model_config_list": 3}', '{"model_config_list": [{}]}', "{}"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        "{}",
+        '{"model_config_list": 3}',
+        '{"model_config_list": {}}',
+        '{"model_config_list": [{}]}',
+        '{"model_config_list": [], "monitoring": 1e400}',
+        pytest.param("[" * 100_000, id="deep"),
+    ],
+)
 def test_a_file_that_is_no_configuration_is_left_alone(cli, bundle, tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     done = cli("ovms", bundle, tmp_path)
@@ -178,6 +191,35 @@ def test_a_file_that_is_no_configuration_is_left_alone(cli, bundle, tmp_path, te
     assert f"{tmp_path / 'config.json'}: not a configuration" in done.json["error"]["message"]
     assert (tmp_path / "config.json").read_text() == text
     assert not (tmp_path / "resnet18").exists()
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "link"])
+def test_what_is_no_model_of_the_configuration_is_left_alone(cli, bundle, tmp_path, kind):
+    place = tmp_path / "models" / "resnet18"
+    place.parent.mkdir()
+    if kind == "folder":  # such as a model of Triton
+        place.mkdir()
+    elif kind == "file":
+        place.write_text("")
+    else:
+        place.symlink_to(tmp_path / "absent")
+    done = cli("ovms", bundle, tmp_path / "models")
+    assert done.code == 2
+    assert (
+        f"{place}: exists, but {tmp_path / 'models' / 'config.json'} has no model"
+        in done.json["error"]["message"]
+    )
+    assert [*(tmp_path / "models").iterdir()] == [place]
+
+
+def test_a_linked_configuration_stays_a_link(cli, bundle, tmp_path):
+    (tmp_path / "models").mkdir()
+    (tmp_path / "real.json").write_text('{"model_config_list": []}')
+    (tmp_path / "models" / "config.json").symlink_to(tmp_path / "real.json")
+    assert cli("ovms", bundle, tmp_path / "models").code == 0
+    assert (tmp_path / "models" / "config.json").is_symlink()
+    assert read(tmp_path / "models").keys() == {"resnet18"}
+    assert '"resnet18"' in (tmp_path / "real.json").read_text()
 
 
 def test_a_damaged_engine_and_a_place_that_cannot_be_written_leave_nothing(cli, bundle, tmp_path):

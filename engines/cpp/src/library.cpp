@@ -20,7 +20,8 @@ fs::path library_at(const fs::path& given, std::string_view name) {
   fs::path found;
   for (auto entry = fs::directory_iterator(given, error); !error && entry != fs::end(entry); entry.increment(error)) {
     const auto& path = entry->path();
-    if (path.filename().string().starts_with(name) && (found.empty() || path < found)) found = path;
+    const bool fits = path.filename().string().starts_with(name) && fs::is_regular_file(path, error);
+    if (fits && (found.empty() || path < found)) found = path;
   }
   if (!found.empty()) return fs::absolute(found);
   // dlopen looks up a bare name among the system's libraries only.

@@ -58,8 +58,8 @@ def _reason(text: str, graph: Path) -> str:
     return f"it has no {node.op_type}, which node {node.name} is" + (f" (module {module})" if module else "")
 
 
-def compiled(graph: Path, *, threads: int, profiled: bool = False) -> ov.CompiledModel:
-    """An ONNX graph, compiled for this CPU.
+def compiled(graph: Path, *, threads: int, profiled: bool = False) -> tuple[ov.Model, ov.CompiledModel]:
+    """An ONNX graph, as it was read and as it was compiled for this CPU.
 
     Args:
         threads: number of threads, 0 for all usable cores.
@@ -79,7 +79,8 @@ def compiled(graph: Path, *, threads: int, profiled: bool = False) -> ov.Compile
         "PERF_COUNT": profiled,
     }
     try:
-        return _core().compile_model(_core().read_model(graph), "CPU", options)
+        model = _core().read_model(graph)
+        return model, _core().compile_model(model, "CPU", options)
     except RuntimeError as error:
         raise BadInputError(
             f"{graph}: OpenVINO {_VERSION} cannot load it: {' '.join(str(error).split())[:500]}",
@@ -99,10 +100,11 @@ class OpenVinoEngine:
     """
 
     def __init__(self, graph: Path, *, threads: int = 0) -> None:
-        self._compiled = compiled(graph, threads=threads)
-        (feed,) = self._compiled.inputs
-        self.input_shape = tuple(d.get_length() if d.is_static else str(d) for d in feed.get_partial_shape())
-        self.output_names = [port.get_any_name() for port in self._compiled.outputs]
+        model, self._compiled = compiled(graph, threads=threads)
+        (feed,) = model.inputs
+        self.input_shape = tuple(d.get_length() if d.is_static else "any" for d in feed.get_partial_shape())
+        # Names as read: outputs that are the same tensor share all their names when they are compiled.
+        self.output_names = [port.get_any_name() for port in model.outputs]
         self._requests = threading.local()
 
     def run_all(self, batch: Float32Array) -> tuple[Float32Array, ...]:

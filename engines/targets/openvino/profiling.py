@@ -25,7 +25,8 @@ def node_times(graph: Path, batch: npt.NDArray[np.float32]) -> dict[str, float]:
 
     A fused node has the name of its layer's node. Nodes that OpenVINO adds have names of its own.
     """
-    request = compiled(graph, threads=1, profiled=True).create_infer_request()
+    _, model = compiled(graph, threads=1, profiled=True)
+    request = model.create_infer_request()
     before = _means(request, batch, WARM_UP)
     after = _means(request, batch, RUNS)
     names, found = _by_output(graph), defaultdict[str, float](float)

@@ -467,7 +467,7 @@ int main(int argc, char** argv) {
   app.add_option("--engine", settings.engine.engine, "Name, such as onnxruntime-int8 (default: the fastest verified)");
   app.set_version_flag("--version", EXPORT_ZOO_VERSION);
   app.add_option("--onnxruntime", settings.engine.onnxruntime, "libonnxruntime.so.1 to load (or $EXPORT_ZOO_ONNXRUNTIME)");
-  app.add_option("--openvino", settings.engine.openvino, "libopenvino_c.so to load (or $EXPORT_ZOO_OPENVINO)");
+  app.add_option("--openvino", settings.engine.openvino, "libopenvino_c.so to load, or its directory (or $EXPORT_ZOO_OPENVINO)");
   app.add_option("--tensorrt", settings.engine.tensorrt, "libnvinfer or libtensorrt_rtx to load");
   const std::map<std::string, ez::State> states{
       {"built", ez::State::built}, {"graph", ez::State::graph_verified}, {"verified", ez::State::verified}};
