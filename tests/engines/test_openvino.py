@@ -120,7 +120,7 @@ class Twice(nn.Module):
 
     def forward(self, x):
         y = self.conv(x).mean((2, 3))
-        return {"logits": y, "a": y}
+        return {"logits": y, "scores": y}
 """
 
 
