@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +20,12 @@ from export_zoo.calibration.collect import collect
 from export_zoo.calibration.preprocess import normalize
 from export_zoo.calibration.synthetic import SyntheticStream, synthetic_images
 from export_zoo.engines.precision.int8.qdq import quantize
+from export_zoo.engines.targets.base import OpenEngine
 from export_zoo.engines.targets.onnxruntime.engine import OnnxRuntimeEngine
 from export_zoo.engines.targets.onnxruntime.placement import place_onnxruntime
 from export_zoo.engines.targets.openvino.engine import OpenVinoEngine
 from export_zoo.engines.targets.openvino.placement import INT8_RULES
+from export_zoo.engines.verification.throughput import Setting, in_turn
 
 RULES = {
     "at inputs": INT8_RULES,
@@ -50,15 +51,11 @@ def measure(
         name: float(10 * np.log10(signal / ((engines[name].run_all(held_out)[0] - exact) ** 2).sum()))
         for name in RULES
     }
-    times: dict[str, list[float]] = {name: [] for name in engines}
-    begin, images = time.perf_counter(), held_out[:batch]
-    while time.perf_counter() - begin < seconds or len(times["FP32"]) < 5:
-        for name, engine in engines.items():
-            engine.run_all(images)
-            start = time.perf_counter()
-            engine.run_all(images)
-            times[name].append(time.perf_counter() - start)
-    return {name: 1e3 * float(np.median(found)) for name, found in times.items()}, sqnr
+    # The code of `export-zoo bench`, which compares with FP32 in ONNX Runtime.
+    running: dict[str, list[OpenEngine]] = {"onnxruntime-fp32": [OnnxRuntimeEngine(fp32, threads=1)]}
+    running |= {name: [engine] for name, engine in engines.items()}
+    points = in_turn(running, held_out[:batch], Setting(batch, 1, 1), seconds)
+    return {point.engine: point.p50_ms for point in points}, sqnr
 
 
 def main() -> None:
@@ -67,7 +64,7 @@ def main() -> None:
     )
     parser.add_argument("--models", nargs="+", default=["resnet18", "efficientnet_b0"])
     parser.add_argument("--batch", type=int, choices=range(1, 9), default=1)
-    parser.add_argument("--seconds", type=float, default=5.0, help="for each model")
+    parser.add_argument("--seconds", type=float, default=5.0, help="for each engine")
     given = parser.parse_args()
     print(f"{cpu_model()}, {instruction_set()}, {library_versions('openvino')}\n")
     print(

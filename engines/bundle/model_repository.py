@@ -1,4 +1,4 @@
-"""What the model repositories of inference servers have in common: which engine, and a folder for each version.
+"""Model repositories of inference servers: this module chooses the engine and adds a folder for each version.
 
 REPOSITORY/<name>/<version>/<files of the engine>
 """
