@@ -79,9 +79,8 @@ def export(model: str, images: Path, out: Path) -> None:
         "openvino",
     ]
     # A miss is a figure here.
-    command += [
-        word for limit in ("sqnr=-100", "top1=0", "cosine=-1") for word in ("--tolerance", f"int8:{limit}")
-    ]
+    limits = NETWORKS[model].limits if model in NETWORKS else ("sqnr=-100", "top1=0", "cosine=-1")
+    command += [word for limit in limits for word in ("--tolerance", f"int8:{limit}")]
     subprocess.run(command, check=True)
 
 

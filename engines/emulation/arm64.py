@@ -37,7 +37,7 @@ def default_root() -> Path:
 
 
 def versions(root: Path) -> dict[str, str]:
-    """Versions of Debian, Python, numpy and ONNX Runtime in a root; empty if the root is missing or damaged."""
+    """Versions of Debian, Python and the libraries in a root; empty if the root is missing or damaged."""
     try:
         found = json.loads((root / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -56,7 +56,7 @@ def usable(root: Path) -> bool:
 
 
 def site(root: Path) -> Path:
-    """The folder of numpy and ONNX Runtime in a root."""
+    """The folder of the libraries in a root."""
     return root / "site"
 
 

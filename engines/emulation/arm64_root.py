@@ -1,13 +1,13 @@
-"""Makes an ARM64 root for qemu-aarch64: a folder with Debian's Python, numpy and ONNX Runtime.
+"""Makes an ARM64 root for qemu-aarch64: a folder with Debian's Python, numpy, ONNX Runtime and OpenVINO.
 
     python -m export_zoo.engines.emulation.arm64_root [DIR]
 
 Nothing is installed on this machine. apt-get reads and writes separate folders, dpkg-deb unpacks the packages, and the
-wheels of numpy and ONNX Runtime are unzipped. The folder holds:
+wheels are unzipped. OpenVINO is in the root if it is installed here. The folder holds:
 
     root/          Debian 12: libc, libstdc++, Python 3.11
     cpu/NAME/      the `/` of qemu-aarch64 for `-cpu NAME`: links into root/, and a /proc/cpuinfo of that CPU
-    site/          numpy and ONNX Runtime
+    site/          numpy, ONNX Runtime and OpenVINO
     root.json      the versions; written last
 
 qemu-user 7.2 shows programs the /proc/cpuinfo of this machine. If this machine's CPU is not ARM, ONNX Runtime 1.28 and
@@ -55,7 +55,7 @@ PACKAGES = (
     f"libpython{arm64.PYTHON}-minimal",
     f"libpython{arm64.PYTHON}-stdlib",
 )
-"""Packages that Python, numpy and ONNX Runtime need.
+"""Packages that Python and the wheels need.
 
 OpenSSL, SQLite, bzip2 and xz are left out; hashlib still works.
 """
@@ -74,14 +74,20 @@ ONNXRUNTIME = "1.32.0"
 """
 NUMPY = "2.4.6"
 """Version of numpy: the last one for Python 3.11."""
-PLATFORMS = ("manylinux_2_28_aarch64", "manylinux_2_27_aarch64", "manylinux_2_17_aarch64")
+PLATFORMS = (
+    "manylinux_2_35_aarch64",
+    "manylinux_2_31_aarch64",
+    "manylinux_2_28_aarch64",
+    "manylinux_2_27_aarch64",
+    "manylinux_2_17_aarch64",
+)
 """Platform tags of wheels that run with Debian 12's glibc 2.36."""
 _PROCESSORS = 512
 """Number of processors in /proc/cpuinfo.
 
 At least this machine's number is needed: processors that are not listed get no kernels of their own.
 """
-_NEEDED_BYTES = 500_000_000
+_NEEDED_BYTES = 700_000_000
 """Free disk space needed to make the root, in bytes: downloads and unpacked files together."""
 _CHECK = """
 import hashlib, platform, sys
@@ -127,12 +133,19 @@ def make(root: Path, *, onnxruntime: str | None = None, mirror: str | None = Non
         TargetUnavailableError: a program, Debian's keys or a Debian mirror is missing.
         EnvironmentFailureError: the network or the disk failed, or the root does not run.
     """
+    openvino = _installed("openvino")
     if arm64.usable(root):
-        have = arm64.versions(root)["onnxruntime"]
-        if (wanted := onnxruntime or _installed() or have) != have:
+        have = arm64.versions(root)
+        if (wanted := onnxruntime or _installed("onnxruntime") or have["onnxruntime"]) != have["onnxruntime"]:
             raise UsageError(
-                f"{root}: has ONNX Runtime {have}, not {wanted}",
-                hint=f"remove it, give another folder, or keep it with --onnxruntime {have}",
+                f"{root}: has ONNX Runtime {have['onnxruntime']}, not {wanted}",
+                hint=f"remove it, give another folder, or keep it with --onnxruntime {have['onnxruntime']}",
+            )
+        if openvino and openvino != have.get("openvino"):
+            raise UsageError(
+                f"{root}: has {'OpenVINO ' + have['openvino'] if 'openvino' in have else 'no OpenVINO'}, not "
+                f"{openvino} as here",
+                hint="remove it, or give another folder",
             )
         return False
     if root.is_symlink() or (root.exists() and not (root.is_dir() and not any(root.iterdir()))):
@@ -140,7 +153,9 @@ def make(root: Path, *, onnxruntime: str | None = None, mirror: str | None = Non
             f"{root}: exists, and is not a usable ARM64 root", hint="remove it, or give another folder"
         )
     programs = _programs()
-    onnxruntime = onnxruntime or _installed() or ONNXRUNTIME
+    wheels = {"numpy": NUMPY, "onnxruntime": onnxruntime or _installed("onnxruntime") or ONNXRUNTIME}
+    if openvino:
+        wheels["openvino"] = openvino
     try:
         root.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(root.parent).free
@@ -152,7 +167,7 @@ def make(root: Path, *, onnxruntime: str | None = None, mirror: str | None = Non
             made.mkdir()
             work.mkdir()
             _unpack_debian(made / "root", work, mirror or mirror_of_apt(), programs)
-            _unpack_wheels(made / "site", work, onnxruntime)
+            _unpack_wheels(made / "site", work, wheels)
             _add_cpus(made)
             for name in UNUSED:
                 shutil.rmtree(made / name, ignore_errors=True)
@@ -164,12 +179,7 @@ def make(root: Path, *, onnxruntime: str | None = None, mirror: str | None = Non
             _write_convolution(work / "convolution.onnx")
             for cpu in arm64.CPUS:
                 _check(made, cpu, work / "convolution.onnx")
-            record = {
-                "debian": RELEASE,
-                "python": arm64.PYTHON,
-                "numpy": NUMPY,
-                "onnxruntime": onnxruntime,
-            }
+            record = {"debian": RELEASE, "python": arm64.PYTHON, **wheels}
             (made / arm64.RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
             return _put(made, root)
     except OSError as error:
@@ -180,9 +190,9 @@ def make(root: Path, *, onnxruntime: str | None = None, mirror: str | None = Non
         raise EnvironmentFailureError(f"{root}: the ARM64 root was not made: {reason}", hint=hint) from error
 
 
-def _installed() -> str | None:
-    """Version of ONNX Runtime that is installed here; None without it."""
-    version = library_versions("onnxruntime")["onnxruntime"]
+def _installed(name: str) -> str | None:
+    """Version of a library that is installed here; None without it."""
+    version = library_versions(name)[name]
     return None if version == "absent" else version
 
 
@@ -274,17 +284,17 @@ def _unpack_debian(target: Path, work: Path, mirror: str, programs: dict[str, st
         _run([programs["dpkg-deb"], "-x", str(package), str(target)], "dpkg-deb", "try again", cwd=work)
 
 
-def _unpack_wheels(site: Path, work: Path, onnxruntime: str) -> None:
-    """Download the ARM64 wheels of numpy and ONNX Runtime and unzip them to `site`."""
+def _unpack_wheels(site: Path, work: Path, versions: dict[str, str]) -> None:
+    """Download ARM64 wheels of these libraries and unzip them to `site`."""
     wheels = work / "wheels"
     arguments = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
     arguments += ["--python-version", arm64.PYTHON, "--implementation", "cp", "--dest", str(wheels)]
     for platform in PLATFORMS:
         arguments += ["--platform", platform]
     _run(
-        [*arguments, f"numpy=={NUMPY}", f"onnxruntime=={onnxruntime}"],
+        [*arguments, *(f"{name}=={version}" for name, version in versions.items())],
         "pip download",
-        f"check that the package index can be reached. If it has no onnxruntime {onnxruntime} for "
+        f"check that the package index can be reached. If it has no onnxruntime {versions['onnxruntime']} for "
         f"ARM64 and Python {arm64.PYTHON}, use --onnxruntime {ONNXRUNTIME}",
         cwd=work,
     )
@@ -338,7 +348,8 @@ def _check(made: Path, cpu: str, model: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m export_zoo.engines.emulation.arm64_root",
-        description="Make an ARM64 root for qemu-aarch64: Debian's Python, numpy and ONNX Runtime.",
+        description="Make an ARM64 root for qemu-aarch64: Debian's Python, numpy, ONNX Runtime, and OpenVINO if it is "
+        "installed here.",
     )
     parser.add_argument("root", nargs="?", type=Path, metavar="DIR", help=f"default: {arm64.default_root()}")
     parser.add_argument("--onnxruntime", metavar="VERSION", help="default: the version installed here")
@@ -354,7 +365,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.exit_code
     have = arm64.versions(root)
     print(f"{root}: {'made' if made else 'already there'}, ", end="")
-    print(f"Python {have['python']}, numpy {have['numpy']}, ONNX Runtime {have['onnxruntime']}")
+    print(", ".join(f"{name} {version}" for name, version in have.items()))
     return 0
 
 

@@ -97,7 +97,7 @@ def launch(cpu: Cpu) -> Launch:
         if not arm64.usable(root):
             raise TargetUnavailableError(
                 f"--cpu {cpu.name}: there is no ARM64 Python with ONNX Runtime in {root}",
-                hint="make one with `python -m export_zoo.engines.emulation.arm64_root` (a minute, 130 MB), or set "
+                hint="make one with `python -m export_zoo.engines.emulation.arm64_root` (a minute, 230 MB), or set "
                 f"{arm64.VARIABLE} to the folder of an existing one",
             )
         environment = _environment([arm64.site(root), IMPORT_ROOT])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -118,7 +119,8 @@ def verify_on(
 
     Raises:
         BadInputError: `bundle` is not a bundle, or is damaged.
-        TargetUnavailableError: the CPU cannot be emulated here, or the bundle has no engine that it can run.
+        TargetUnavailableError: the CPU cannot be emulated here, or the bundle has no engine that it can run. One of
+            several is left out, with a warning.
     """
     root = Path(bundle)
     manifest = read_manifest(root)
@@ -134,7 +136,8 @@ def verify_on(
     everything = held_out(root, manifest)
     gates: dict[str, m.Gate] = {}
     beside: dict[str, m.HostFigures] = {}
-    emulated: Emulated | None = None
+    emulated: dict[str, Emulated] = {}
+    not_run: dict[str, TargetUnavailableError] = {}
     for engine in engines:
         held = _first(everything, _count(engine, images))
         size = max(recipe.batch.min, min(recipe.batch.opt, len(held.pixels)))
@@ -156,35 +159,48 @@ def verify_on(
             tolerances=_tolerances(engine, len(held.pixels)),
             unfused=unfused,
         )
-        with EmulatedEngine(cpu, target, opening) as there:
-            emulated = there.emulated
-            both = _Beside(there, here)
-            gates[engine.name] = with_claim(gate(both, progress=progress), engine, path)
+        try:
+            with EmulatedEngine(cpu, target, opening) as there:
+                both = _Beside(there, here)
+                gates[engine.name] = with_claim(gate(both, progress=progress), engine, path)
+                emulated[engine.name] = there.emulated
+        except TargetUnavailableError as error:
+            not_run[engine.name] = error
+            continue
         sqnr = gate(here).eager_metrics["sqnr"]
         beside[engine.name] = m.HostFigures(sqnr=sqnr, max_difference=both.difference)
-    assert emulated is not None
+    if not emulated:
+        raise next(iter(not_run.values()))
+    one = next(iter(emulated.values()))
+    versions = {name: version for found in emulated.values() for name, version in found.versions.items()}
     attestation = attested(
         root,
         gates,
         states={},
-        machine=f"{cpu.name}, emulated by qemu {emulated.versions['qemu']} on {cpu_model()}",
-        instruction_set=emulated.instruction_set,
+        machine=f"{cpu.name}, emulated by qemu {versions['qemu']} on {cpu_model()}",
+        instruction_set=one.instruction_set,
         compute_capability=None,
-        versions=emulated.versions,
-        warnings=_warnings(cpu, emulated),
-        emulation=m.Emulation(cpu=cpu.name, saturates=emulated.saturates, host=beside),
+        versions=versions,
+        warnings=[
+            *(f"{name}: not run: {error.message}" for name, error in not_run.items()),
+            *_warnings(cpu, versions),
+        ],
+        emulation=m.Emulation(cpu=cpu.name, saturates=one.saturates, host=beside),
     )
     return attestation, write_attestation(root, attestation)
 
 
-def _warnings(cpu: Cpu, emulated: Emulated) -> list[str]:
-    """A warning if the emulated ONNX Runtime has another version than this machine's: then not only the CPU differs."""
-    there, here = emulated.versions["onnxruntime"], library_versions("onnxruntime")["onnxruntime"]
-    if there == here:
-        return []
+def _warnings(cpu: Cpu, versions: Mapping[str, str]) -> list[str]:
+    """A warning for each emulated library of another version than this machine's: then not only the CPU differs."""
+    libraries = dict.fromkeys(
+        target.distribution for target in TARGETS.values() if target.distribution in versions
+    )
+    here = library_versions(*libraries)
     return [
-        f"--cpu {cpu.name}: the emulated CPU ran ONNX Runtime {there}, this machine ran {here}, so the CPU is not the "
-        "only difference: make the ARM64 root again with `python -m export_zoo.engines.emulation.arm64_root`"
+        f"--cpu {cpu.name}: the emulated CPU ran {name} {versions[name]}, this machine ran {here[name]}, so the CPU is "
+        "not the only difference: make the ARM64 root again with `python -m export_zoo.engines.emulation.arm64_root`"
+        for name in libraries
+        if versions[name] != here[name]
     ]
 
 

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from export_zoo.base import graph_io
 from export_zoo.base.cuda import device_capability
+from export_zoo.base.errors import TargetUnavailableError
 from export_zoo.base.files import replacing
 from export_zoo.base.graph_io import sha256_of
 from export_zoo.base.machine import cpu_model, instruction_set, library_versions
@@ -137,7 +138,8 @@ def verify(
 
     Raises:
         BadInputError: not a bundle, or damaged.
-        TargetUnavailableError: an INT8 engine of an earlier version saturates on this CPU and cannot be run exactly.
+        TargetUnavailableError: this machine can run none of the engines. One of several is left out, with a warning:
+            for example, INT8 of an earlier version that saturates on this CPU and cannot be run exactly.
     """
     root = Path(bundle)
     manifest = read_manifest(root)
@@ -146,6 +148,7 @@ def verify(
     warnings = [f"{name}: not run, this version does not know it" for name in manifest.unknown_engines]
     gates: dict[str, m.Gate] = {}
     states: dict[str, m.State] = {}
+    not_run: list[TargetUnavailableError] = []
     for engine in manifest.artifacts.engines:
         session = engine.session_where_saturating()
         if (
@@ -159,22 +162,29 @@ def verify(
                 f"{', '.join(f'{key}={value}' for key, value in session.items())}, which is exact but slower than a "
                 "graph that cannot saturate: export the bundle again"
             )
-        gate = judge_engine(
-            root / engine.file.path,
-            root / (engine.graph or engine.file).path,
-            target=engine.target,
-            precision=engine.precision,
-            plan=engine.plan,
-            saturating_session=session,
-            unfused=engine.gate.reference != "eager",
-            recipe=manifest.recipe,
-            held=held,
-            tolerances=_tolerances(engine.gate, manifest.recipe.output.head, len(held.pixels)),
-            progress=progress,
-        )
+        try:
+            gate = judge_engine(
+                root / engine.file.path,
+                root / (engine.graph or engine.file).path,
+                target=engine.target,
+                precision=engine.precision,
+                plan=engine.plan,
+                saturating_session=session,
+                unfused=engine.gate.reference != "eager",
+                recipe=manifest.recipe,
+                held=held,
+                tolerances=_tolerances(engine.gate, manifest.recipe.output.head, len(held.pixels)),
+                progress=progress,
+            )
+        except TargetUnavailableError as error:
+            warnings.append(f"{engine.name}: not run: {error.message}")
+            not_run.append(error)
+            continue
         gates[engine.name] = gate = with_claim(gate, engine, root / engine.file.path)
         states[engine.name] = m.state_after(gate)
-    ran = [engine for engine in manifest.artifacts.engines if gates[engine.name].ran == "engine"]
+    if not_run and not gates:
+        raise not_run[0]
+    ran = [e for e in manifest.artifacts.engines if e.name in gates and gates[e.name].ran == "engine"]
     timed = {engine.name: TimedEngine(engine.target, opening_of(root, engine)) for engine in ran}
     graph, recipe = root / manifest.recipe.graph.path, manifest.recipe
     attestation = attested(

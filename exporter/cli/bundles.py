@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from export_zoo.base.errors import ParityError, UsageError
+from export_zoo.base.errors import ParityError, TargetUnavailableError, UsageError
 from export_zoo.exporter.cli import outcome
 from export_zoo.exporter.cli.common_options import EXIT_CODES, json_option, quiet_option, verbose_option
 from export_zoo.exporter.run.report import RANDOM, ConsoleReporter, show_log
@@ -29,8 +29,8 @@ Command = Callable[..., Any]
     "cpus",
     multiple=True,
     metavar="NAME",
-    help="Run ONNX Runtime's engines on CPU NAME, emulated by qemu-user, and on this machine's CPU. Repeatable. "
-    "`--cpu list`, without BUNDLE, lists the CPUs.",
+    help="Run engines of ONNX Runtime and OpenVINO on CPU NAME, emulated by qemu-user, and on this machine's CPU. "
+    "Repeatable. `--cpu list`, without BUNDLE, lists the CPUs.",
 )
 @click.option(
     "--images",
@@ -161,6 +161,16 @@ def _verify_here(bundle: Path, reporter: ConsoleReporter, *, latencies: bool, qu
             hint="the bundle failed when it was exported, or libraries differ: compare `versions` in the manifest",
         )
     _check_status(bundle, manifest)
+    _check_all_ran(bundle, [e.name for e in manifest.artifacts.engines if e.name not in attestation.engines])
+
+
+def _check_all_ran(bundle: Path, not_run: Sequence[str]) -> None:
+    """Raise TargetUnavailableError if engines could not be run. The others have their attestation by then."""
+    if not_run:
+        raise TargetUnavailableError(
+            f"{bundle}: {', '.join(not_run)} cannot be run: see the warning",
+            hint="the attestation has the other engines, which `load` takes instead; or verify on another CPU",
+        )
 
 
 def _verify_emulated(
@@ -176,7 +186,7 @@ def _verify_emulated(
         cpus.launch(cpu)  # reports missing tools before anything is run
     manifest = _manifest(bundle, reporter)
     count = emulation.IMAGES if images is None else images
-    found, failures, saturating = [], [], False
+    found, failures, not_run, saturating = [], [], [], False
     for cpu in chosen:
         with reporter.stage("emulate") as stage:
             total = emulation.images_run(manifest, cpu, count)
@@ -202,11 +212,17 @@ def _verify_emulated(
             for text in gate.failures
         ]
         saturating |= any(
-            attestation.engines[engine.name].failures
+            engine.name in attestation.engines
+            and attestation.engines[engine.name].failures
             and can_saturate(bundle / engine.file.path, engine.target)
             for engine in emulation.runnable(manifest, cpu)
             if PRECISIONS[engine.precision].integer_sums
         )
+        not_run += [
+            f"{engine.name} on {cpu.name}"
+            for engine in emulation.runnable(manifest, cpu)
+            if engine.name not in attestation.engines
+        ]
     if failures:
         raise ParityError(
             f"{bundle}: logits are outside the tolerance on an emulated CPU: {'; '.join(failures)}",
@@ -215,6 +231,7 @@ def _verify_emulated(
             else "compare with `export-zoo verify` without --cpu, and with more --images; see docs/cpu.md",
         )
     _check_status(bundle, manifest)
+    _check_all_ran(bundle, not_run)
 
 
 @click.command()

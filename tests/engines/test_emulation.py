@@ -367,14 +367,32 @@ def test_a_cpu_that_cannot_be_run_does_not_lose_what_was_found_on_another(int8_b
 
 
 @x86
+def test_an_engine_that_does_not_run_on_the_cpu_does_not_lose_what_was_found_of_another(
+    digits_bundle, bundle, cli, qemu
+):
+    qemu(f'case "$*" in *int8*) echo "no kernels" >&2; exit 9;; esac; {HOST}')
+    done = cli("verify", bundle, "--cpu", "haswell", "--images", "2")
+    assert done.code == 4
+    assert f"{INT8} on haswell cannot be run" in done.json["error"]["message"]
+    (found,) = done.json["emulated"]
+    assert [*found["engines"]] == ["onnxruntime-fp32"]
+    (warning,) = found["warnings"]
+    assert warning.startswith(f"{INT8}: not run: --cpu haswell: onnxruntime does not start")
+    assert warning.endswith("no kernels")
+    assert json.loads(Path(found["attestation"]).read_text())["engines"].keys() == {"onnxruntime-fp32"}
+
+
+@x86
 def test_another_version_of_onnx_runtime_is_warned_of(int8_bundle, cli, qemu, monkeypatch):
     qemu(HOST)
-    monkeypatch.setattr("export_zoo.engines.emulation.verify.library_versions", lambda name: {name: "1.99.0"})
+    monkeypatch.setattr(
+        "export_zoo.engines.emulation.verify.library_versions", lambda *names: dict.fromkeys(names, "1.99.0")
+    )
     done = cli("verify", int8_bundle, "--cpu", "haswell", "--images", "2")
     assert done.code == 0
     (warning,) = done.json["warnings"]
     assert warning.startswith(
-        f"--cpu haswell: the emulated CPU ran ONNX Runtime {ort.__version__}, this machine ran 1.99.0"
+        f"--cpu haswell: the emulated CPU ran onnxruntime {ort.__version__}, this machine ran 1.99.0"
     )
     assert done.json["emulated"][0]["warnings"] == [warning]
 
@@ -805,19 +823,37 @@ def test_the_place_of_the_root_is_the_variables_then_the_cache(monkeypatch, tmp_
     assert arm64.default_root() == Path.home() / ".cache" / "export-zoo" / "arm64-root"
 
 
+def installed(monkeypatch: pytest.MonkeyPatch, **versions: str) -> None:
+    """Let arm64_root find these libraries here."""
+    monkeypatch.setattr(arm64_root, "library_versions", lambda name: {name: versions.get(name, "absent")})
+
+
 def test_a_root_that_is_there_is_not_made_again(root, monkeypatch):
     monkeypatch.setenv("PATH", "")
-    monkeypatch.setattr(arm64_root, "library_versions", lambda name: {name: RECORD["onnxruntime"]})
+    installed(monkeypatch, onnxruntime=RECORD["onnxruntime"])
     assert not arm64_root.make(root)
     assert not arm64_root.make(root, onnxruntime="1.31.1")
     with pytest.raises(UsageError, match=r"has ONNX Runtime 1\.31\.1, not 1\.30\.0"):
         arm64_root.make(root, onnxruntime="1.30.0")
-    monkeypatch.setattr(arm64_root, "library_versions", lambda name: {name: "1.32.0"})
+    installed(monkeypatch, onnxruntime="1.32.0")
     with pytest.raises(UsageError, match=r"has ONNX Runtime 1\.31\.1, not 1\.32\.0") as raised:
         arm64_root.make(root)
     assert "--onnxruntime 1.31.1" in raised.value.hint
     assert not arm64_root.make(root, onnxruntime="1.31.1")
-    monkeypatch.setattr(arm64_root, "library_versions", lambda name: {name: "absent"})
+    installed(monkeypatch)
+    assert not arm64_root.make(root)
+
+
+@pytest.mark.parametrize(
+    ("has", "said"), [({}, "no OpenVINO"), ({"openvino": "2025.4.0"}, "OpenVINO 2025.4.0")]
+)
+def test_a_root_of_another_openvino_is_not_kept(has, said, root, monkeypatch):
+    (root / "root.json").write_text(json.dumps(RECORD | has))
+    installed(monkeypatch, onnxruntime=RECORD["onnxruntime"], openvino="2026.4.1")
+    with pytest.raises(UsageError, match=rf"has {said}, not 2026\.4\.1 as here") as raised:
+        arm64_root.make(root)
+    assert "remove it" in raised.value.hint
+    (root / "root.json").write_text(json.dumps(RECORD | {"openvino": "2026.4.1"}))
     assert not arm64_root.make(root)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
+from onnx import parser
 from support.emulated import emulated_cpu
 from support.options import PREPROCESS_FILE, UNTUNED
 
@@ -17,10 +18,13 @@ from export_zoo.base import graph_io
 from export_zoo.base.errors import BadInputError, TargetRefusalError, TargetUnavailableError, UsageError
 from export_zoo.engines.bundle.opening import opening_of
 from export_zoo.engines.bundle.reader import held_out, read_manifest
+from export_zoo.engines.emulation import arm64
+from export_zoo.engines.emulation.verify import verify_on
 from export_zoo.engines.precision.int8.saturation.pairs import saturating_layers
 from export_zoo.engines.targets import registry
 from export_zoo.engines.targets.openvino import target as openvino_target
-from export_zoo.engines.targets.openvino.engine import OpenVinoEngine, check_graph
+from export_zoo.engines.targets.openvino.engine import OpenVinoEngine
+from export_zoo.engines.targets.openvino.graph_check import check_graph
 from export_zoo.engines.targets.registry import TARGETS
 from export_zoo.exporter.cli.app import main
 
@@ -173,6 +177,36 @@ def test_a_file_that_is_no_graph_is_said(tmp_path):
         check_graph(tmp_path / "a.onnx")
 
 
+def test_an_arm_cpu_without_kernels_for_the_graph_is_said_where_it_is_loaded(tmp_path, monkeypatch, bundle):
+    """OpenVINO's INT8 on an ARM CPU without dot products: empty outputs, and no error."""
+    graph = tmp_path / "empty.onnx"
+    nothing = parser.parse_model("""
+        <ir_version: 8, opset_import: ["" : 17]>
+        nothing (float[N, 3, 8, 8] x) => (float[M, 3, 8, 8] y)
+        <int64[1] zero = {0}> { y = Slice(x, zero, zero, zero) }
+    """)
+    graph.write_bytes(nothing.SerializeToString())
+    assert OpenVinoEngine(graph).run_all(np.zeros((2, 3, 8, 8), np.float32))[0].shape == (0, 3, 8, 8)
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    with pytest.raises(
+        TargetUnavailableError, match="has no kernels for it on this CPU: its outputs are empty"
+    ):
+        OpenVinoEngine(graph)
+    OpenVinoEngine(bundle / read_manifest(bundle).recipe.graph.path)
+
+
+@pytest.mark.parametrize(("name", "left_out"), [("cortex-a53", ["openvino-int8"]), ("neoverse-n1", [])])
+def test_engines_are_verified_on_arm64_but_int8_needs_dot_products(name, left_out, bundle):
+    if bundle.name != "resnet18":
+        pytest.skip("one network is enough")
+    if "openvino" not in arm64.versions(root := arm64.default_root()):
+        pytest.skip(f"there is no ARM64 root with OpenVINO in {root}")
+    attestation, _ = verify_on(bundle, emulated_cpu(name), images=2)
+    assert attestation.status == "ok"
+    assert {"openvino-fp32", "openvino-fp16", "openvino-int8"} - attestation.engines.keys() == {*left_out}
+    assert [warning.partition(":")[0] for warning in attestation.warnings] == left_out
+
+
 def test_engines_are_not_bound_to_cores(bundle):
     """Bound to cores, two engines of one thread each share the first one."""
     engine = OpenVinoEngine(bundle / read_manifest(bundle).recipe.graph.path, threads=1)
@@ -226,12 +260,3 @@ def test_logits_on_another_cpu_are_those_here(bundle, cli, cpu):
     assert found["emulation"]["saturates"] == (cpu == "haswell")
     assert found["versions"]["openvino"]
     assert found["emulation"]["host"]["openvino-int8"]["max_difference"] < (1e-6 if cpu == "haswell" else 1)
-
-
-def test_no_arm_cpu_is_emulated_for_it(bundle, cli):
-    if bundle.name != "resnet18":
-        pytest.skip("one network is enough")
-    emulated_cpu("cortex-a53")
-    done = cli("verify", bundle, "--cpu", "cortex-a53")
-    assert done.code == 4
-    assert "the bundle has no engine of onnxruntime" in done.err

@@ -938,6 +938,18 @@ def test_fp32_is_loaded_and_why_is_said_where_int8_cannot_run_exactly(not_exact,
 
 
 @x86
+def test_what_cannot_run_exactly_does_not_lose_the_attestation_of_the_others(not_exact, monkeypatch, cli):
+    monkeypatch.setattr(onnxruntime_engine, "saturates", lambda: True)
+    done = cli("verify", not_exact)
+    assert done.code == 4
+    assert "onnxruntime-int8 cannot be run: see the warning" in done.json["error"]["message"]
+    assert [*done.json["engines"]] == ["onnxruntime-fp32"]
+    assert any(w.startswith("onnxruntime-int8: not run: ") and "saturate" in w for w in done.json["warnings"])
+    written = json.loads(Path(done.json["attestation"]).read_text())
+    assert written["engines"].keys() == written["states"].keys() == {"onnxruntime-fp32"}
+
+
+@x86
 def test_int8_that_cannot_run_exactly_is_refused_where_it_is_asked_for(not_exact, monkeypatch):
     monkeypatch.setattr(onnxruntime_engine, "saturates", lambda: True)
     with pytest.raises(TargetUnavailableError, match=r"old\.onnx"):

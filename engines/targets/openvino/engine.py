@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import platform
 import threading
 from functools import cache
 from pathlib import Path
@@ -11,51 +11,23 @@ import numpy as np
 import numpy.typing as npt
 import openvino as ov
 
-from export_zoo.base import graph_io
-from export_zoo.base.errors import BadInputError, TargetRefusalError
+from export_zoo.base.errors import BadInputError, TargetUnavailableError
 from export_zoo.base.machine import library_versions, session_threads
 from export_zoo.engines.targets.batch import checked_batch
 
 Float32Array = npt.NDArray[np.float32]
 
-
-_VERSION = library_versions("openvino")["openvino"]
+VERSION = library_versions("openvino")["openvino"]
 
 
 @cache
-def _core() -> ov.Core:
+def core() -> ov.Core:
+    """OpenVINO of this process."""
     return ov.Core()
 
 
-def check_graph(graph: Path) -> None:
-    """Let OpenVINO read an FP32 graph.
-
-    Raises:
-        TargetRefusalError: it does not take the graph; the message names node and module.
-    """
-    try:
-        _core().read_model(graph)
-    except RuntimeError as error:
-        raise TargetRefusalError(
-            f"openvino {_VERSION} does not take the graph: {_reason(str(error), graph)}",
-            hint="leave --target openvino out",
-        ) from error
-
-
-_UNKNOWN = re.compile(r"No conversion rule found for operations: (.+)")
-
-
-def _reason(text: str, graph: Path) -> str:
-    """OpenVINO's reason to refuse a graph, with the node and its module where it names operators only."""
-    if (found := _UNKNOWN.search(text)) is None:
-        return " ".join(text.split())[:500]
-    # `Det-20` of the ONNX standard, or `domain.Operator`.
-    names = {name.strip().rpartition(".")[2].partition("-")[0] for name in found[1].split(",")}
-    node = next((node for node in graph_io.load(graph).graph if node.op_type in names), None)
-    if node is None:
-        return f"it has no {', '.join(sorted(names))}"
-    module = graph_io.module_of(node)
-    return f"it has no {node.op_type}, which node {node.name} is" + (f" (module {module})" if module else "")
+_USUAL = (1, 3, 224, 224)
+"""Sizes of an input for the dimensions that are dynamic."""
 
 
 def compiled(graph: Path, *, threads: int, profiled: bool = False) -> tuple[ov.Model, ov.CompiledModel]:
@@ -79,11 +51,11 @@ def compiled(graph: Path, *, threads: int, profiled: bool = False) -> tuple[ov.M
         "PERF_COUNT": profiled,
     }
     try:
-        model = _core().read_model(graph)
-        return model, _core().compile_model(model, "CPU", options)
+        model = core().read_model(graph)
+        return model, core().compile_model(model, "CPU", options)
     except RuntimeError as error:
         raise BadInputError(
-            f"{graph}: OpenVINO {_VERSION} cannot load it: {' '.join(str(error).split())[:500]}",
+            f"{graph}: OpenVINO {VERSION} cannot load it: {' '.join(str(error).split())[:500]}",
             hint="export it again: the file is damaged, or was made for another version",
         ) from error
 
@@ -97,6 +69,7 @@ class OpenVinoEngine:
 
     Raises:
         BadInputError: OpenVINO cannot load the file.
+        TargetUnavailableError: it has no kernels for the graph on this CPU.
     """
 
     def __init__(self, graph: Path, *, threads: int = 0) -> None:
@@ -106,6 +79,25 @@ class OpenVinoEngine:
         # Names as read: outputs that are the same tensor share all their names when they are compiled.
         self.output_names = [port.get_any_name() for port in model.outputs]
         self._requests = threading.local()
+        if platform.machine().lower() not in ("x86_64", "amd64"):
+            self._check_kernels(graph)
+
+    def _check_kernels(self, graph: Path) -> None:
+        """Run one image: on ARM CPUs without dot products, OpenVINO 2026.4 takes INT8 and computes nothing."""
+        shape = [
+            size if isinstance(size, int) else usual
+            for size, usual in zip(self.input_shape, _USUAL, strict=True)
+        ]
+        try:
+            if all(map(len, self.run_all(np.zeros(shape, np.float32)))):
+                return
+            reason = "its outputs are empty"
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:500]
+        raise TargetUnavailableError(
+            f"{graph}: OpenVINO {VERSION} has no kernels for it on this CPU: {reason}",
+            hint="load another engine of the bundle",
+        )
 
     def run_all(self, batch: Float32Array) -> tuple[Float32Array, ...]:
         """All outputs, float32, of a preprocessed batch float32 [N, 3, H, W].

@@ -30,7 +30,7 @@ class OpenVino(Target):
     saturating_session: Mapping[str, str] | None = {}
     ovms = True
     may_refuse = True
-    emulated = frozenset({"x86_64"})
+    emulated = frozenset({"x86_64", "aarch64"})
 
     @property
     def unavailable(self) -> str:
@@ -64,6 +64,6 @@ class OpenVino(Target):
         return node_times(opening.file, batch)
 
     def check_graph(self, graph: Path) -> None:
-        from export_zoo.engines.targets.openvino.engine import check_graph
+        from export_zoo.engines.targets.openvino.graph_check import check_graph
 
         check_graph(graph)
