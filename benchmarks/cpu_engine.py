@@ -113,11 +113,11 @@ def engines(
     return openers, sqnr
 
 
-def settings() -> list[Setting]:
-    """One thread, all cores for one engine, and an engine of one thread for each core; batches of 1 and 8."""
+def settings(batches: list[int]) -> list[Setting]:
+    """One thread, all cores for one engine, and an engine of one thread for each core."""
     cores = usable_cores()
     ways = dict.fromkeys([(1, 1), (cores, 1), (1, cores)])
-    return [Setting(batch, threads, streams) for threads, streams in ways for batch in (1, 8)]
+    return [Setting(batch, threads, streams) for threads, streams in ways for batch in batches]
 
 
 def main() -> None:
@@ -127,6 +127,7 @@ def main() -> None:
     parser.add_argument("--images", type=Path, required=True, help="folder of photographs")
     parser.add_argument("--models", nargs="+", default=[*MODELS])
     parser.add_argument("--nncf", metavar="PYTHON", help="Python of an environment with nncf and openvino")
+    parser.add_argument("--batches", nargs="+", type=int, choices=range(1, 33), default=[1, 8])
     parser.add_argument("--seconds", type=float, default=5.0, help="for each engine in each row")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
@@ -147,7 +148,7 @@ def main() -> None:
                 names = [*openers]
                 print("| model | threads | streams | batch | " + " | ".join(names) + " | ours over peers |")
                 print("|---" * (len(names) + 5) + "|")
-                for setting in settings():
+                for setting in settings(given.batches):
                     batch = normalize(bundle.held_out.pixels[: setting.batch], bundle.preprocess)
                     running = {
                         name: [open_engine(setting.threads) for _ in range(setting.streams)]

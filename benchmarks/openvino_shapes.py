@@ -73,7 +73,7 @@ def main() -> None:
                 points = {p.engine: p for p in in_turn(running, images, Setting(batch, 1, 1), given.seconds)}
                 ratio = points["fixed"].images_per_second / points["dynamic"].images_per_second
                 print(
-                    f"| {manifest.recipe.source.model} | {engine.name} | {batch} | {ratio:.2f}x "
+                    f"| {place.stem} | {engine.name} | {batch} | {ratio:.2f}x "
                     f"| {'equal' if same else 'differ'} | {took:.1f} | {more:.0f} |",
                     flush=True,
                 )
