@@ -5,7 +5,8 @@
     sudo apt-get install wrk                                # asks both
     .venv/bin/python benchmarks/cpp.py --json bench-results/cpp.json
 
-Without --bundle, one of resnet18 (random weights: speed does not depend on them) is exported first.
+Without --bundle, one of resnet18 (random weights: speed does not depend on them) is exported first. zoo-serve is
+compared with FastAPI on an otherwise idle machine and beside one busy process.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import io
+import itertools
 import json
 import os
 import signal
@@ -31,6 +33,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import overload as load
+import psutil
 import torch
 from PIL import Image, ImageOps
 from sklearn.datasets import load_sample_images
@@ -134,13 +137,6 @@ def preprocess(
 
 
 @contextmanager
-def serving(command: list[object], **environment: object) -> Iterator[int]:
-    """The port of a server that answers /healthz; it is stopped at the end."""
-    with running(command, **environment) as (port, _):
-        yield port
-
-
-@contextmanager
 def running(command: list[object], **environment: object) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
     """The port of a server that answers /healthz, and its process; it is stopped at the end."""
     with socket.socket() as free:
@@ -171,21 +167,38 @@ def running(command: list[object], **environment: object) -> Iterator[tuple[int,
 
 def ask(port: int, script: Path, files: list[Path], connections: int, seconds: int) -> dict[str, Any]:
     url = f"http://127.0.0.1:{port}/v1/predict"
-    for duration in (2, seconds):  # the first warms up
-        output = run(
-            *("wrk", "-t1", f"-c{connections}", f"-d{duration}s", "--timeout", "30s", "-s", script, url),
-            *("--", *files),
-        )
+    output = run(
+        *("wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "30s", "-s", script, url),
+        *("--", *files),
+    )
     result: dict[str, Any] = json.loads(output.split("RESULT")[1].strip().splitlines()[0])
     if result["status"] or result["broken"]:
         raise SystemExit(f"{url}: {result}")
     return result
 
 
+def cpu_seconds(process: psutil.Process) -> float:
+    """CPU time of a process and its children, in seconds."""
+    times = [one.cpu_times() for one in (process, *process.children(recursive=True))]
+    return sum(one.user + one.system for one in times)
+
+
+@contextmanager
+def busy(is_busy: bool) -> Iterator[None]:
+    """A process that keeps one core busy, or none."""
+    process = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if is_busy else None
+    try:
+        yield
+    finally:
+        if process is not None:
+            process.kill()
+            process.wait()
+
+
 def serve(
     build: Path, bundle: Path, engine: dict[str, Any], files: list[Path], size: tuple[int, int], seconds: int
 ) -> Iterator[dict[str, Any]]:
-    """Requests a second with as many connections, zoo-serve and FastAPI in its better set-up."""
+    """zoo-serve over FastAPI in its better set-up: requests a second, and CPU time of each request."""
     resize, crop = size
     cores = os.cpu_count() or 1
     program = build / "examples" / "zoo-serve" / "zoo-serve"
@@ -208,18 +221,27 @@ def serve(
     with tempfile.TemporaryDirectory() as directory:
         script = Path(directory) / "post.lua"
         script.write_text(WRK)
-        for connections in (1, 16, 64):
+        for is_busy, connections in itertools.product((False, True), (1, 16, 64)):
+            rows = []
             for who, (command, environment) in ways.items():
-                with serving(command, **environment) as port:
+                with running(command, **environment) as (port, process), busy(is_busy):
+                    ask(port, script, files, connections, 2)  # warms up
+                    before = cpu_seconds(psutil.Process(process.pid))
                     found = ask(port, script, files, connections, seconds)
-                rate = found["requests"] / found["seconds"]
-                yield {
-                    "who": who,
-                    "engine": engine["name"],
-                    "connections": connections,
-                    "rate": rate,
-                    **found,
-                }
+                    used = cpu_seconds(psutil.Process(process.pid)) - before
+                    rate, cpu_ms = found["requests"] / found["seconds"], 1e3 * used / found["requests"]
+                rows.append({"who": who, "rate": rate, "cpu_ms": cpu_ms, **found})
+            ours, *peers = rows
+            best = max(peers, key=lambda row: row["rate"])
+            yield {
+                "model": bundle.stem,
+                "engine": engine["name"],
+                "machine": "busy" if is_busy else "idle",
+                "connections": connections,
+                "ratio": ours["rate"] / best["rate"],
+                "cpu_ratio": ours["cpu_ms"] / best["cpu_ms"],
+                "servers": rows,
+            }
 
 
 def overloaded(
@@ -255,6 +277,14 @@ def overloaded(
         }
 
 
+def of_bundle(bundle: Path) -> tuple[list[dict[str, Any]], tuple[int, int]]:
+    """Engines of ONNX Runtime in a bundle, and what it resizes and crops to."""
+    manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
+    engines = [engine for engine in manifest["artifacts"]["engines"] if engine["target"] == "onnxruntime"]
+    spec = manifest["recipe"]["preprocess"]
+    return engines, (spec["resize_size"], spec["crop_height"])
+
+
 def show(
     header: str, rows: Iterable[dict[str, Any]], line: Callable[[dict[str, Any]], str]
 ) -> list[dict[str, Any]]:
@@ -270,7 +300,9 @@ def show(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--build", type=Path, default=ROOT / "engines" / "cpp" / "build" / "release")
-    parser.add_argument("--bundle", type=Path)
+    parser.add_argument(
+        "--bundle", type=Path, action="append", help="repeatable; the first is for all but serving"
+    )
     parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--seconds", type=int, default=10, help="of each server")
     parser.add_argument(
@@ -287,18 +319,17 @@ def main() -> None:
     }
     print(f"{cpu_model()}, {instruction_set()}, {os.cpu_count()} cores; {result['versions']}")
     with tempfile.TemporaryDirectory() as directory:
-        bundle = options.bundle
-        if bundle is None:
+        bundles = options.bundle or []
+        if not bundles:
             bundle = Path(directory) / "resnet18.bundle"
+            bundles.append(bundle)
             calib = Path(directory) / "calib"
             run(sys.executable, ROOT / "examples" / "photos.py", "--out", calib, "--count", 64)
             command = "export resnet18 --weights none --precision fp32 --precision int8 --target onnxruntime"
             command += f" --calib {calib} --out {bundle}"
             subprocess.run([Path(sys.executable).with_name("export-zoo"), *command.split()], check=True)
-        manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
-        engines = [e for e in manifest["artifacts"]["engines"] if e["target"] == "onnxruntime"]
-        spec = manifest["recipe"]["preprocess"]
-        size = (spec["resize_size"], spec["crop_height"])
+        bundle = bundles[0]
+        engines, size = of_bundle(bundle)
         files = photographs(Path(directory))
         if "infer" in only:
             result["infer"] = show(
@@ -320,15 +351,20 @@ def main() -> None:
             )
         if "serve" in only:
             result["serve"] = show(
-                f"{'server':<34}{'engine':<20}{'connections':>12}{'a second':>10}{'p50 ms':>9}{'p99 ms':>9}",
+                f"{'zoo-serve over FastAPI':<24}{'engine':<20}{'machine':>8}{'connections':>12}{'rate':>8}{'CPU':>8}  "
+                f"a second and CPU ms of each",
                 (
                     row
-                    for engine in engines
-                    for row in serve(options.build, bundle, engine, files[640], size, options.seconds)
+                    for place in bundles
+                    for engine in of_bundle(place)[0]
+                    for row in serve(
+                        options.build, place, engine, files[640], of_bundle(place)[1], options.seconds
+                    )
                 ),
                 lambda row: (
-                    f"{row['who']:<34}{row['engine']:<20}{row['connections']:>12}{row['rate']:>10.1f}"
-                    f"{row['p50_ms']:>9.1f}{row['p99_ms']:>9.1f}"
+                    f"{row['model']:<24}{row['engine']:<20}{row['machine']:>8}{row['connections']:>12}"
+                    f"{row['ratio']:>7.2f}x{row['cpu_ratio']:>7.2f}x  "
+                    + ", ".join(f"{one['rate']:.1f} {one['cpu_ms']:.1f}" for one in row["servers"])
                 ),
             )
         if "overload" in only:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from export_zoo.base.cuda import device_capability
 from export_zoo.base.errors import BadInputError, ParityError, TargetUnavailableError
+from export_zoo.base.machine import session_threads
 from export_zoo.calibration.decode import UnreadableImageError, register_heif
 from export_zoo.calibration.preprocess import normalize, read_pixels
 from export_zoo.engines.bundle import local_latencies
@@ -37,6 +38,7 @@ class LoadedEngine:
         state: m.State,
         why: str,
         threads: int,
+        streams: int,
         runtime_cache: Path | str | None,
     ) -> None:
         path, graph = checked(bundle, engine.file), None
@@ -60,6 +62,7 @@ class LoadedEngine:
                 plan=engine.plan,
                 graph=graph,
                 threads=threads,
+                streams=streams,
                 runtime_cache=Path(runtime_cache) if runtime_cache is not None else None,
                 saturating_session=engine.session_where_saturating(),
             )
@@ -161,6 +164,7 @@ class LoadedEngine:
 
 class _Opening(TypedDict):
     threads: int
+    streams: int
     runtime_cache: Path | str | None
 
 
@@ -169,6 +173,7 @@ def load(
     *,
     engine: str | None = None,
     threads: int = 0,
+    streams: int = 1,
     allow_failed: bool = False,
     runtime_cache: Path | str | None = None,
     measure: bool = True,
@@ -183,7 +188,10 @@ def load(
     Args:
         bundle: the directory that `export-zoo export` wrote.
         engine: name of an engine, for example `onnxruntime-int8`.
-        threads: number of threads of ONNX Runtime and OpenVINO, at most 1024; 0 means all cores.
+        threads: number of threads of each stream of ONNX Runtime and OpenVINO; 0 means the cores that this process may
+            use, by affinity and the quota of its container, shared by the streams.
+        streams: batches that ONNX Runtime and OpenVINO compute at the same time, for callers in as many threads. One
+            stream with all threads answers one request soonest, a stream of one thread for each core the most.
         allow_failed: whether to load from a bundle whose parity gate failed, for inspection.
         runtime_cache: file in which TensorRT-RTX keeps the kernels that it compiles for this GPU. The file is created
             if it does not exist. Without it, each process compiles the kernels again.
@@ -194,7 +202,7 @@ def load(
         BadInputError: `bundle` is not a bundle or is damaged, or it has no such engine.
         ParityError: the bundle failed its parity gate.
         TargetUnavailableError: no engine of the bundle can run here.
-        UsageError: `threads` is negative, or too many.
+        UsageError: `threads` is negative, `streams` is below 1, or there are more than 1024 threads in all.
     """
     root = Path(bundle)
     manifest = read_manifest(root)
@@ -203,7 +211,7 @@ def load(
             f"{root}: this bundle failed its parity gate, or an engine did not reach the state asked for",
             hint="export again, or pass allow_failed=True to load it for inspection",
         )
-    opening: _Opening = {"threads": threads, "runtime_cache": runtime_cache}
+    opening: _Opening = {"threads": threads, "streams": streams, "runtime_cache": runtime_cache}
     engines = {e.name: e for e in manifest.artifacts.engines}
     attested = attestations(root)
     standings = {name: standing(e, attested) for name, e in engines.items()}
@@ -235,7 +243,8 @@ def load(
     measured = speeds(runnable, attested)
     if measure and len(runnable) > 1 and not measured.like_here:
         gpu = device_capability() if any(TARGETS[e.target].device == "gpu" for e in runnable) else None
-        measured = _measured_here(opener, runnable, local_latencies.file_for(root, gpu, threads))
+        each = threads if streams == 1 else session_threads(threads, streams)
+        measured = _measured_here(opener, runnable, local_latencies.file_for(root, gpu, each))
     best_here = next(filter(None, map(opener.open, fastest_first(runnable, measured))), None)
     if best_here is None:
         raise next(iter(opener.left_out.values()))

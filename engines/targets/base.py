@@ -48,7 +48,9 @@ class Opening:
     graph: Path | None = None
     """The precision graph that was compiled. An engine without weights gets its weights from it."""
     threads: int = 0
-    """Number of threads; 0 for all cores."""
+    """Number of threads of each stream; 0 for all cores, shared by the streams."""
+    streams: int = 1
+    """Number of batches that ONNX Runtime and OpenVINO compute at the same time."""
     runtime_cache: Path | None = None
     """File for kernels that are compiled at run time."""
     saturating_session: Mapping[str, str] = field(default_factory=dict)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -85,27 +86,79 @@ def one_blas_thread() -> AbstractContextManager[object]:
 
 
 def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that this process may run on, at most its container's quota of CPU time, rounded up. As in C++."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, math.ceil(min(cores, cpu_quota())))
+
+
+def cpu_quota(cgroups: Path = Path("/sys/fs/cgroup"), process: Path = Path("/proc/self/cgroup")) -> float:
+    """Cores' worth of CPU time that this process's control groups allow; infinite without a limit.
+
+    cpu.max and cpu.cfs_quota_us of Linux's "Control Group v2" and "CFS Bandwidth Control", of the process's own group
+    and of all groups above it.
+
+    Args:
+        cgroups: where the groups are mounted.
+        process: which groups the process is in.
+    """
+    least = math.inf
+    try:
+        lines = process.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
+        return least
+    for _, controllers, path in (line.split(":", 2) for line in lines if line.count(":") >= 2):
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        mount = cgroups / "cpu" if controllers else cgroups
+        group = mount / path.lstrip("/")
+        # In a container, the path may be that of the host; the mount is then the process's own group.
+        for place in (group, *group.parents):
+            least = min(least, _quota(place))
+            if place == mount:
+                break
+    return least
+
+
+def _quota(group: Path) -> float:
+    """Cores' worth of CPU time that one control group allows; infinite without a limit."""
+    for files in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
+        with suppress(OSError, ValueError):
+            quota, period = (
+                int(n) for file in files for n in (group / file).read_text(encoding="ascii").split()
+            )
+            if quota > 0 and period > 0:
+                return quota / period
+    return math.inf
 
 
 MOST_THREADS = 1024
 """As in C++. A runtime that is asked for a million begins to start them, until memory is full."""
 
 
-def session_threads(threads: int) -> int:
+def session_threads(threads: int, streams: int = 1) -> int:
     """Number of intra-op threads for a runtime; `threads` 0 means all cores that this process may run on.
 
     By default, ONNX Runtime starts a thread for each core of the machine and binds it to that core, even where taskset
     or a container limits the process to fewer cores.
 
+    Args:
+        streams: batches that are computed at the same time, each by as many threads. They share the cores if `threads`
+            is 0.
+
     Raises:
-        UsageError: `threads` is negative, or more than MOST_THREADS.
+        UsageError: `threads` is negative, `streams` is below 1, or there are more than MOST_THREADS in all.
     """
     if not 0 <= threads <= MOST_THREADS:
         raise UsageError(f"threads={threads}: must be 0 to {MOST_THREADS}", hint="give 0 for all cores")
+    if not 1 <= streams <= MOST_THREADS // max(1, threads):
+        raise UsageError(
+            f"streams={streams}: must be 1 or more, with at most {MOST_THREADS} threads in all",
+            hint="give one for each core, with threads=1",
+        )
     usable = usable_cores()
-    return threads or (usable if usable < (os.cpu_count() or 1) else 0)
+    if threads or (streams == 1 and usable >= (os.cpu_count() or 1)):
+        return threads
+    return max(1, usable // streams)
 
 
 def cpu_model() -> str:

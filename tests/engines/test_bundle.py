@@ -387,8 +387,9 @@ def test_input_that_is_a_view_gives_the_same_logits(digits_bundle):
     np.testing.assert_array_equal(engine.run(view), engine.run(np.ascontiguousarray(view)))
 
 
-def test_one_engine_can_be_shared_by_threads(digits_bundle):
-    engine = export_zoo.load(digits_bundle, threads=1)
+@pytest.mark.parametrize(("threads", "streams"), [(1, 1), (1, 2), (2, 2), (0, 3)])
+def test_one_engine_can_be_shared_by_threads(digits_bundle, threads, streams):
+    engine = export_zoo.load(digits_bundle, threads=threads, streams=streams)
     batches = np.random.default_rng(0).normal(size=(24, 3, 3, 32, 32)).astype(np.float32)
     want = [engine.run(batch) for batch in batches]
     with ThreadPoolExecutor(6) as pool:
@@ -1269,3 +1270,9 @@ def test_something_else_where_a_failed_bundle_would_go_is_refused(digits_bundle,
 def test_threads_that_cannot_be_are_refused(digits_bundle, threads):
     with pytest.raises(UsageError, match=f"threads={threads}: must be 0 to 1024"):
         export_zoo.load(digits_bundle, engine="onnxruntime-fp32", threads=threads)
+
+
+@pytest.mark.parametrize(("threads", "streams"), [(0, 0), (0, 1025), (2, 513), (1, -1)])
+def test_streams_that_cannot_be_are_refused(digits_bundle, threads, streams):
+    with pytest.raises(UsageError, match=f"streams={streams}: must be 1 or more, with at most 1024 threads"):
+        export_zoo.load(digits_bundle, engine="onnxruntime-fp32", threads=threads, streams=streams)

@@ -58,9 +58,10 @@ def test_sums_of_its_int8_engine_cannot_saturate(bundle):
     assert saturating_layers(graph_io.load(bundle / engine.file.path).graph, by_pixel=True) == []
 
 
-def test_a_loaded_engine_is_shared_by_threads(bundle):
+@pytest.mark.parametrize(("threads", "streams"), [(1, 1), (1, 2)])
+def test_a_loaded_engine_is_shared_by_threads(bundle, threads, streams):
     manifest = read_manifest(bundle)
-    engine = export_zoo.load(bundle, engine="openvino-int8", threads=1)
+    engine = export_zoo.load(bundle, engine="openvino-int8", threads=threads, streams=streams)
     batch = np.random.default_rng(0).standard_normal((4, 3, 32, 32), dtype=np.float32)
     wanted, found = engine.run(batch), dict[int, np.ndarray]()
 
@@ -211,6 +212,9 @@ def test_engines_are_not_bound_to_cores(bundle):
     """Bound to cores, two engines of one thread each share the first one."""
     engine = OpenVinoEngine(bundle / read_manifest(bundle).recipe.graph.path, threads=1)
     wanted = {"ENABLE_CPU_PINNING": False, "INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": 1}
+    assert {name: engine._compiled.get_property(name) for name in wanted} == wanted
+    engine = OpenVinoEngine(bundle / read_manifest(bundle).recipe.graph.path, threads=1, streams=2)
+    wanted |= {"INFERENCE_NUM_THREADS": 2, "NUM_STREAMS": 2}
     assert {name: engine._compiled.get_property(name) for name in wanted} == wanted
 
 

@@ -14,6 +14,7 @@
 
 #include "attestation.hpp"
 #include "backend.hpp"
+#include "cores.hpp"
 #include "local_latencies.hpp"
 #include "manifest.hpp"
 #include "onnx_weights.hpp"
@@ -258,6 +259,10 @@ Engine Engine::load(const std::filesystem::path& bundle, const Options& options)
     throw Error(ErrorCode::runtime, "Options::threads is " + std::to_string(options.threads) + ": give 0 (all cores) to " +
                                         std::to_string(kMostThreads));
   }
+  if (options.streams < 1 || options.streams > kMostThreads / std::max(1, options.threads)) {
+    throw Error(ErrorCode::runtime, "Options::streams is " + std::to_string(options.streams) + ": give 1 or more, with at most " +
+                                        std::to_string(kMostThreads) + " threads in all");
+  }
   auto manifest = detail::read_manifest(bundle);
   if (!manifest.metadata.ok && !options.allow_failed) {
     throw Error(ErrorCode::state, bundle.string() +
@@ -298,7 +303,9 @@ Engine Engine::load(const std::filesystem::path& bundle, const Options& options)
     if (options.measure && engines.size() > 1 && !measured.like_here) {
       const auto on_gpu = [](const EngineInfo& info) { return detail::target_of(info).on_gpu; };
       const auto gpu = std::any_of(engines.begin(), engines.end(), on_gpu) ? capability : std::nullopt;
-      measured = measured_here(opener, indices, metadata, detail::latencies_file(bundle, gpu, options.threads));
+      const int threads =
+          options.streams == 1 ? options.threads : detail::threads_of_stream(options.threads, options.streams);
+      measured = measured_here(opener, indices, metadata, detail::latencies_file(bundle, gpu, threads));
     }
     for (const auto i : detail::fastest_first(engines, measured)) {
       const auto index = indices[i];
@@ -336,8 +343,27 @@ std::span<const float> Context::infer(std::span<const float> input, std::int64_t
 }
 
 std::span<const float> Context::infer(std::span<const float> input, std::int64_t batch, InputSize size) {
-  const auto& engine = *state_->engine;
-  const auto& metadata = engine.metadata;
+  state_->logits.resize(checked(input, batch, size));
+  state_->runner->run(input, batch, size, state_->logits);
+  return state_->logits;
+}
+
+void Context::infer_into(std::span<float> logits, std::span<const float> input, std::int64_t batch) {
+  infer_into(logits, input, batch, state_->engine->metadata.size_opt);
+}
+
+void Context::infer_into(std::span<float> logits, std::span<const float> input, std::int64_t batch, InputSize size) {
+  const auto wanted = checked(input, batch, size);
+  if (logits.size() != wanted) {
+    throw Error(ErrorCode::shape, "logits has space for " + std::to_string(logits.size()) + " values, batch " +
+                                      std::to_string(batch) + " gives " + std::to_string(wanted));
+  }
+  state_->runner->run(input, batch, size, logits);
+}
+
+// Number of values that the input gives. Throws Error (shape).
+std::size_t Context::checked(std::span<const float> input, std::int64_t batch, InputSize size) const {
+  const auto& metadata = state_->engine->metadata;
   if (batch < metadata.batch_min || batch > metadata.batch_max) {
     throw Error(ErrorCode::shape, "batch " + std::to_string(batch) + " is outside this bundle's range " +
                                       std::to_string(metadata.batch_min) + " to " +
@@ -356,9 +382,7 @@ std::span<const float> Context::infer(std::span<const float> input, std::int64_t
     throw Error(ErrorCode::shape, "input has " + std::to_string(input.size()) + " values, batch " +
                                       std::to_string(batch) + " of " + text(size) + " needs " + std::to_string(wanted));
   }
-  state_->logits.resize(count * detail::values_of_image(metadata.output, size));
-  state_->runner->run(input, batch, size, state_->logits);
-  return state_->logits;
+  return count * detail::values_of_image(metadata.output, size);
 }
 
 }  // namespace export_zoo

@@ -72,8 +72,10 @@ Library::Library(const std::filesystem::path& given, const char* variable, std::
   }
 }
 
+void* Library::find(const char* name) const noexcept { return dlsym(handle_, name); }
+
 void* Library::symbol(const char* name) const {
-  void* found = dlsym(handle_, name);
+  void* found = find(name);
   if (found == nullptr) {
     throw Error(ErrorCode::backend_version, path_ + ": has no symbol " + name +
                                                 ", so it is not the expected library: give the right path");

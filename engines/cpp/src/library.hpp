@@ -18,6 +18,9 @@ class Library {
   // Throws Error (backend_version) if the library lacks the symbol.
   [[nodiscard]] void* symbol(const char* name) const;
 
+  // nullptr if the library lacks the symbol.
+  [[nodiscard]] void* find(const char* name) const noexcept;
+
   [[nodiscard]] const std::string& path() const noexcept { return path_; }
 
  private:

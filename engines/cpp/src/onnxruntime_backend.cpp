@@ -1,5 +1,7 @@
 #include <algorithm>
 #include <array>
+#include <atomic>
+#include <cstddef>
 #include <map>
 #include <mutex>
 #include <string_view>
@@ -8,8 +10,10 @@
 #include <export_zoo/error.hpp>
 
 #include "backend.hpp"
+#include "cores.hpp"
 #include "kernel_probe.hpp"
 #include "library.hpp"
+#include "log.hpp"
 #include "onnxruntime.hpp"
 #include "targets.hpp"
 
@@ -19,6 +23,10 @@ namespace {
 
 constexpr std::array<const char*, 2> kNames{"libonnxruntime.so.1", "libonnxruntime.so"};
 constexpr const char* kExactEntry = "session.x64quantprecision";  // INT8 weights become uint8, on x86-64
+
+void ORT_API_CALL to_log(void*, OrtLoggingLevel level, const char*, const char*, const char*, const char* message) {
+  log(level >= ORT_LOGGING_LEVEL_ERROR ? Severity::error : Severity::warning, "ONNX Runtime", message);
+}
 
 // One ONNX Runtime for the whole process: its C++ API keeps the function table in a global.
 struct Runtime {
@@ -49,7 +57,7 @@ const Runtime& runtime(const std::filesystem::path& given) {
   Ort::InitApi(api);
   auto fresh = std::make_unique<Runtime>();
   try {
-    fresh->env = Ort::Env(ORT_LOGGING_LEVEL_ERROR, "export_zoo");
+    fresh->env = Ort::Env(ORT_LOGGING_LEVEL_WARNING, "export_zoo", to_log, nullptr);
   } catch (const Ort::Exception& error) {
     throw Error(ErrorCode::runtime, library.path() + ": ONNX Runtime does not start: " + error.what() +
                                         ": reinstall it, or give another library");
@@ -142,7 +150,8 @@ class OnnxRuntimeBackend final : public Backend {
     const bool exact = found != entries.end() && found->second == "1";
     try {
       Ort::SessionOptions session;
-      session.SetIntraOpNumThreads(options.threads);
+      const int threads = threads_of_stream(options.threads, options.streams);
+      session.SetIntraOpNumThreads(threads);
       // Otherwise, idle threads of one engine spin on the cores that the next one needs.
       session.AddConfigEntry("session.force_spinning_stop", "1");
       // The FP16 layout pass of ONNX Runtime 1.31 crashes on transformers; Python disables it, too.
@@ -151,7 +160,11 @@ class OnnxRuntimeBackend final : public Backend {
       }
       for (const auto& [key, value] : entries) session.AddConfigEntry(key.c_str(), value.c_str());
       if (exact) session.SetLogSeverityLevel(ORT_LOGGING_LEVEL_FATAL);  // a refusal is thrown, not logged
-      session_ = std::make_unique<Ort::Session>(here.env, engine.c_str(), session);
+      // A session of one thread computes in the thread that calls it. Another one has threads that its callers share.
+      const int sessions = threads == 1 ? 1 : options.streams;
+      for (int i = 0; i < sessions; ++i) {
+        sessions_.push_back(std::make_unique<Ort::Session>(here.env, engine.c_str(), session));
+      }
     } catch (const Ort::Exception& error) {
       if (exact && refuses_shared_tensor(error.what())) {
         throw Error(ErrorCode::cpu, not_exact(engine, description_, metadata, options));
@@ -166,7 +179,7 @@ class OnnxRuntimeBackend final : public Backend {
 
   std::unique_ptr<Runner> runner() const override {
     // Ort::Session::Run is safe to call from several threads, though not const.
-    return std::make_unique<OnnxRuntimeRunner>(*session_, metadata_);
+    return std::make_unique<OnnxRuntimeRunner>(*sessions_[next_++ % sessions_.size()], metadata_);
   }
 
   const std::string& description() const noexcept override { return description_; }
@@ -183,12 +196,13 @@ class OnnxRuntimeBackend final : public Backend {
     };
     bool good = false;
     try {
+      const Ort::Session& session = *sessions_.front();
       Ort::AllocatorWithDefaultOptions allocator;
-      good = session_->GetInputCount() == 1 && session_->GetOutputCount() == 1 + metadata_.further_outputs.size() &&
-             session_->GetInputNameAllocated(0, allocator).get() == metadata_.input.name &&
-             session_->GetOutputNameAllocated(0, allocator).get() == metadata_.output.name &&
-             same(session_->GetInputTypeInfo(0), metadata_.input) &&
-             same(session_->GetOutputTypeInfo(0), metadata_.output);
+      good = session.GetInputCount() == 1 && session.GetOutputCount() == 1 + metadata_.further_outputs.size() &&
+             session.GetInputNameAllocated(0, allocator).get() == metadata_.input.name &&
+             session.GetOutputNameAllocated(0, allocator).get() == metadata_.output.name &&
+             same(session.GetInputTypeInfo(0), metadata_.input) &&
+             same(session.GetOutputTypeInfo(0), metadata_.output);
     } catch (const Ort::Exception&) {
     }
     if (!good) {
@@ -199,7 +213,8 @@ class OnnxRuntimeBackend final : public Backend {
 
   Metadata metadata_;
   std::string description_;
-  std::unique_ptr<Ort::Session> session_;  // destroying even an empty Ort::Session needs the library
+  std::vector<std::unique_ptr<Ort::Session>> sessions_;  // destroying even an empty Ort::Session needs the library
+  mutable std::atomic<std::size_t> next_{0};             // session of the next context
 };
 
 }  // namespace

@@ -15,7 +15,9 @@
 #include <export_zoo/error.hpp>
 
 #include "backend.hpp"
+#include "cores.hpp"
 #include "library.hpp"
+#include "log.hpp"
 
 namespace export_zoo::detail {
 
@@ -71,6 +73,9 @@ struct Functions {
   }
 };
 
+// OpenVINO does not say how severe a message is. By default, it only logs errors.
+void to_log(const char* message) { log(Severity::error, "OpenVINO", message); }
+
 // What OpenVINO's functions return, with the function that frees it.
 template <typename Item>
 using Owned = std::unique_ptr<Item, void (*)(Item*)>;
@@ -107,6 +112,10 @@ struct Runtime {
 
   explicit Runtime(const std::filesystem::path& given)
       : library(given, "EXPORT_ZOO_OPENVINO", kNames, "OpenVINO"), version(checked_version(library)), call(library) {
+    // Of 2026 and later; earlier versions write to the standard output.
+    if (auto* set_callback = library.find("ov_util_set_log_callback")) {
+      reinterpret_cast<void (*)(void (*)(const char*))>(set_callback)(to_log);
+    }
     call.check(call.ov_core_create(&core), "it does not start");
   }
 };
@@ -178,12 +187,13 @@ class OpenVinoBackend final : public Backend {
     check_ports(engine, model.get());
     // As in Python (engines/targets/openvino/engine.py). Without the first entry, CPUs with AMX compute floats in
     // bfloat16. Without the last one, two engines of one thread each are bound to the same core.
-    const auto threads = std::to_string(options.threads);
+    const auto streams = std::to_string(options.streams);
+    const auto threads = std::to_string(threads_of_stream(options.threads, options.streams) * options.streams);
     ov_compiled_model_t* compiled = nullptr;
     loaded(call.ov_core_compile_model(runtime_.core, model.get(), "CPU", 10, &compiled,  //
                                       "INFERENCE_PRECISION_HINT", "f32",                 //
                                       "PERFORMANCE_HINT", "LATENCY",                     //
-                                      "NUM_STREAMS", "1",                                //
+                                      "NUM_STREAMS", streams.c_str(),                    //
                                       "INFERENCE_NUM_THREADS", threads.c_str(),          //
                                       "ENABLE_CPU_PINNING", "NO"));
     compiled_.reset(compiled);

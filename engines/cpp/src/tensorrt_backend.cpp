@@ -16,6 +16,7 @@
 
 #include "backend.hpp"
 #include "library.hpp"
+#include "log.hpp"
 
 namespace export_zoo::detail {
 
@@ -72,7 +73,10 @@ std::string capability_of(const Cuda& cuda, int device) {
 class Logger final : public nvinfer1::ILogger {
  public:
   void log(Severity severity, const char* message) noexcept override {
-    if (severity > Severity::kERROR) return;
+    if (severity > Severity::kWARNING) return;
+    const bool is_error = severity <= Severity::kERROR;
+    detail::log(is_error ? export_zoo::Severity::error : export_zoo::Severity::warning, "TensorRT", message);
+    if (!is_error) return;
     const std::lock_guard lock(mutex_);
     last_ = message;
   }

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <map>
+#include <mutex>
 #include <optional>
 #include <thread>
 
@@ -12,6 +13,7 @@
 #include <nlohmann/json.hpp>
 
 #include <export_zoo/engine.hpp>
+#include <export_zoo/log.hpp>
 #include <export_zoo/preprocess.hpp>
 
 #include "support.hpp"
@@ -697,6 +699,12 @@ TEST_F(Engine, RefusesThreadsThatCannotBe) {
     EXPECT_THAT(error_of([&] { static_cast<void>(ez::Engine::load(bundles() / "resnet18.bundle", options)); }).second,
                 HasSubstr("Options::threads"));
   }
+  options.threads = 2;
+  for (const int streams : {-1, 0, 513, 2147483647}) {
+    options.streams = streams;
+    EXPECT_THAT(error_of([&] { static_cast<void>(ez::Engine::load(bundles() / "resnet18.bundle", options)); }).second,
+                HasSubstr("Options::streams"));
+  }
 }
 
 TEST_F(Engine, WhoseFileWasChangedIsRefused) {
@@ -795,11 +803,62 @@ TEST_F(Engine, WhoseGraphIsOfOneSizeIsNoEngineOfADynamicManifest) {
   EXPECT_THAT(message, HasSubstr("not those of the manifest"));
 }
 
-TEST_F(Engine, IsSharedByManyThreadsAndOutlivedByItsContexts) {
+TEST_F(Engine, LogsToTheProgram) {
+  std::mutex mutex;
+  std::vector<std::string> lines;
+  ez::set_log([&](ez::Severity severity, std::string_view runtime, std::string_view message) {
+    const std::lock_guard lock(mutex);
+    lines.push_back((severity == ez::Severity::error ? "error: " : "warning: ") + std::string(runtime) + ": " +
+                    std::string(message));
+    throw std::runtime_error("dropped");
+  });
+  const auto bundle = with_graph("unused.onnx", "onnxruntime");
+  testing::internal::CaptureStderr();
+  static_cast<void>(ez::Engine::load(bundle));
+  ez::set_log({});
+  EXPECT_THAT(lines, testing::Contains(testing::AllOf(testing::StartsWith("warning: ONNX Runtime: "),
+                                                      HasSubstr("unused_weight"))));
+  lines.clear();
+  static_cast<void>(ez::Engine::load(bundle));
+  EXPECT_EQ(testing::internal::GetCapturedStderr(), "") << "warnings are dropped by default";
+  EXPECT_THAT(lines, testing::IsEmpty());
+}
+
+TEST_F(Engine, WritesLogitsToTheCallersMemory) {
+  for (const auto& target : kTargets) {
+    for (const auto* precision : {"-fp32", "-int8"}) {
+      ez::Options options;
+      options.engine = target + precision;
+      auto context = ez::Engine::load(bundles() / "mobilenet_v2.bundle", options).context();
+      const auto inputs = support::read_npy(bundles() / "mobilenet_v2-inputs.npy");
+      const auto want = support::read_npy(bundles() / ("mobilenet_v2-" + options.engine + ".npy"));
+      const auto three = std::span(inputs).first(std::size_t{3} * 3 * 64 * 64);
+      std::vector<float> memory(1 + 3000 + 1, -7);
+      // Not where a vector begins: a part of it, such as a row of shared memory.
+      const auto logits = std::span(memory).subspan(1, 3000);
+      const auto [code, message] = error_of([&] { context.infer_into(logits.first(2999), three, 3); });
+      EXPECT_EQ(code, ez::ErrorCode::shape);
+      EXPECT_THAT(message, HasSubstr("space for 2999 values, batch 3 gives 3000"));
+      EXPECT_THAT(memory, testing::Each(-7));
+      context.infer_into(logits, three, 3);
+      EXPECT_TRUE(std::equal(logits.begin(), logits.end(), want.begin())) << options.engine;
+      EXPECT_EQ(memory.front(), -7);
+      EXPECT_EQ(memory.back(), -7);
+    }
+  }
+}
+
+// Streams, and threads of each.
+class Streams : public Engine, public testing::WithParamInterface<std::pair<int, int>> {};
+
+TEST_P(Streams, AreSharedByManyThreadsAndOutlivedByTheirContexts) {
+  const auto [streams, threads_of_stream] = GetParam();
   for (const auto& target : kTargets) {
     const std::string model = target == "onnxruntime" ? "resnet18" : "mobilenet_v2";
     ez::Options options;
     options.engine = target + "-int8";
+    options.streams = streams;
+    options.threads = threads_of_stream;
     const auto inputs = support::read_npy(bundles() / (model + "-inputs.npy"));
     const auto want = support::read_npy(bundles() / (model + "-" + options.engine + ".npy"));
     std::vector<std::thread> threads;
@@ -822,5 +881,8 @@ TEST_F(Engine, IsSharedByManyThreadsAndOutlivedByItsContexts) {
     EXPECT_THAT(wrong, testing::Each(0)) << target;
   }
 }
+
+INSTANTIATE_TEST_SUITE_P(OfAllKinds, Streams,
+                         testing::Values(std::pair(1, 0), std::pair(2, 1), std::pair(2, 2), std::pair(3, 0)));
 
 }  // namespace

@@ -160,6 +160,13 @@ def write_fixed_batch(out: Path) -> None:
     onnx.save(model, out / "fixed-batch.onnx")
 
 
+def write_unused(out: Path) -> None:
+    """DIR/unused.onnx: the FP32 engine of DIR/head-logit.bundle, with a weight that nothing reads: a warning."""
+    model = onnx.load(fp32_graph(out / "head-logit.bundle"))
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros(4, np.float32), "unused_weight"))
+    onnx.save(model, out / "unused.onnx")
+
+
 def write_unknown_operator(out: Path) -> None:
     """DIR/unknown.onnx: the FP32 engine of DIR/head-logit.bundle, with an operator that no runtime has."""
     model = onnx.load(fp32_graph(out / "head-logit.bundle"))
@@ -205,6 +212,7 @@ def main() -> None:
     write_dynamic(out, paths)
     write_heads(out, paths)
     write_fixed_batch(out)
+    write_unused(out)
     write_unknown_operator(out)
     write_external_weights(out)
     _, attestation = verify(out / "resnet18.bundle")

@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import os
 import random
+import re
 import resource
 import signal
 import socket
@@ -360,6 +362,38 @@ def ended_early(command: list[str]) -> list[str]:
     return wrong
 
 
+def set_ups(command: list[str], port: int, image: bytes) -> list[str]:
+    """Streams and threads are as asked for, or what was measured on the cores that the server may use."""
+    cores = len(os.sched_getaffinity(0))
+    measured = (
+        r"\d+ streams? of \d+ threads?: .* images per second at batch 4"
+        if cores > 1
+        else "1 stream of 1 thread"
+    )
+    wanted = {
+        (): measured + "|1 stream of .* which is fastest here",
+        ("--no-measure",): f"1 stream of {cores} thread",
+        ("--streams", "3", "--engine-threads", "1"): "3 streams of 1 thread$",
+        ("--streams", "2", "--engine-threads", "2"): "2 streams of 2 threads$",
+        ("--engine-threads", "1"): "1 stream of 1 thread$",
+    }
+    wrong = []
+    runs = [(command, options, setup) for options, setup in wanted.items()]
+    runs.append((["taskset", "-c", str(min(os.sched_getaffinity(0))), *command], (), "1 stream of 1 thread$"))
+    for words, options, setup in runs:
+        server = subprocess.Popen([*words, *options], stdout=subprocess.DEVNULL)
+        try:
+            serving_engine(server, port)
+            found = json.loads(get(port, "/healthz"))["setup"]
+            status, _ = asyncio.run(post(port, image))
+            if not re.match(setup, found) or status != 200:
+                wrong.append(f"{words[0]} {options}: {found!r}, {status}")
+        finally:
+            server.terminate()
+            server.wait(20)
+    return wrong
+
+
 def get(port: int, path: str) -> str:
     with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=10) as answer:
         return answer.read().decode()
@@ -405,7 +439,7 @@ def main() -> int:
     finally:
         server.send_signal(signal.SIGTERM)
         code = server.wait(60)
-    wrong += ended_early(command)
+    wrong += ended_early(command) + set_ups(command, port, image)
     wrong += after_a_pause(command, port, image) + waited_for_a_thread(command, port, image)
     wrong += same_signal(command, port) + second_signal(command, port, image)
     print(*(f"{kind} {status}: {n}" for (kind, status), n in sorted(seen.items())), sep="\n")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +33,8 @@ class OnnxRuntimeEngine:
 
     Args:
         graph: the ONNX file.
-        threads: intra-op threads, 0 for all usable cores.
+        threads: intra-op threads of each stream, 0 for all usable cores.
+        streams: batches that are computed at the same time, each with threads of its own.
         fused: if False, graph optimization is off: Q/DQ pairs are computed one by one, in float.
         half: the graph computes in FP16. The layout optimizer crashes on FP16 transformers, so it is disabled.
         saturating_session: session configuration that is added if int8 sums saturate and the graph is fused, see
@@ -47,12 +50,13 @@ class OnnxRuntimeEngine:
         graph: Path,
         *,
         threads: int = 0,
+        streams: int = 1,
         fused: bool = True,
         half: bool = False,
         saturating_session: Mapping[str, str] = EXACT_SESSION,
     ) -> None:
         options = ort.SessionOptions()
-        options.intra_op_num_threads = session_threads(threads)
+        options.intra_op_num_threads = session_threads(threads, streams)
         options.log_severity_level = 3
         # Otherwise, idle threads of one engine spin on the next one's cores: three engines in turn are up to 4x slower.
         options.add_session_config_entry("session.force_spinning_stop", "1")
@@ -66,7 +70,9 @@ class OnnxRuntimeEngine:
             options.add_session_config_entry(key, value)
         disabled = CRASHING if half else []
         try:
-            self._session = _session(graph, options, disabled)
+            # A session of one thread computes in the thread that calls it. Another one has threads that callers share.
+            sessions = 1 if options.intra_op_num_threads == 1 else streams
+            self._sessions = [_session(graph, options, disabled) for _ in range(sessions)]
         except TargetUnavailableError:
             raise
         except InvalidProtobuf as error:
@@ -78,9 +84,11 @@ class OnnxRuntimeEngine:
                 f"{graph}: ONNX Runtime {ort.__version__} cannot load it: {error}",
                 hint="export it again: the file is damaged, or was made for another version",
             ) from error
-        (feed,) = self._session.get_inputs()
+        self._turns = itertools.cycle(self._sessions)
+        self._thread = threading.local()
+        (feed,) = self._sessions[0].get_inputs()
         self.input_name: str = feed.name
-        self.output_names = [output.name for output in self._session.get_outputs()]
+        self.output_names = [output.name for output in self._sessions[0].get_outputs()]
         self.input_shape: tuple[int | str, ...] = tuple(feed.shape)
 
     def run(self, batch: Float32Array) -> Float32Array:
@@ -99,12 +107,18 @@ class OnnxRuntimeEngine:
         """
         batch = checked_batch(batch, self.input_shape)
         try:
-            outputs = self._session.run(None, {self.input_name: batch})
+            outputs = self._of_this_thread().run(None, {self.input_name: batch})
         except Exception as error:
             if not _of_memory(error):
                 raise
             raise MemoryError(f"ONNX Runtime at batch {batch.shape[0]}") from error
         return tuple(np.asarray(output, dtype=np.float32) for output in outputs)
+
+    def _of_this_thread(self) -> ort.InferenceSession:
+        session: ort.InferenceSession | None = getattr(self._thread, "session", None)
+        if session is None:
+            session = self._thread.session = next(self._turns)
+        return session
 
 
 def _of_memory(error: Exception) -> bool:

@@ -55,6 +55,7 @@ class OnnxRuntime(Target):
         return OnnxRuntimeEngine(
             opening.file,
             threads=opening.threads,
+            streams=opening.streams,
             half=opening.precision.float16,
             saturating_session=opening.saturating_session,
         )

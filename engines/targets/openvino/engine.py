@@ -30,11 +30,14 @@ _USUAL = (1, 3, 224, 224)
 """Sizes of an input for the dimensions that are dynamic."""
 
 
-def compiled(graph: Path, *, threads: int, profiled: bool = False) -> tuple[ov.Model, ov.CompiledModel]:
+def compiled(
+    graph: Path, *, threads: int, streams: int = 1, profiled: bool = False
+) -> tuple[ov.Model, ov.CompiledModel]:
     """An ONNX graph, as it was read and as it was compiled for this CPU.
 
     Args:
-        threads: number of threads, 0 for all usable cores.
+        threads: number of threads of each stream, 0 for all usable cores.
+        streams: batches that are computed at the same time.
         profiled: whether requests tell the time of each node.
 
     Raises:
@@ -44,10 +47,10 @@ def compiled(graph: Path, *, threads: int, profiled: bool = False) -> tuple[ov.M
         # Otherwise floats are computed in bfloat16 on CPUs with AMX.
         "INFERENCE_PRECISION_HINT": "f32",
         "PERFORMANCE_HINT": "LATENCY",
-        "NUM_STREAMS": 1,
+        "NUM_STREAMS": streams,
         # Otherwise two engines of one thread each are bound to the same core.
         "ENABLE_CPU_PINNING": False,
-        "INFERENCE_NUM_THREADS": session_threads(threads),
+        "INFERENCE_NUM_THREADS": streams * session_threads(threads, streams),
         "PERF_COUNT": profiled,
     }
     try:
@@ -65,15 +68,16 @@ class OpenVinoEngine:
 
     Args:
         graph: the ONNX file.
-        threads: number of threads, 0 for all usable cores.
+        threads: number of threads of each stream, 0 for all usable cores.
+        streams: batches that are computed at the same time. Further ones wait.
 
     Raises:
         BadInputError: OpenVINO cannot load the file.
         TargetUnavailableError: it has no kernels for the graph on this CPU.
     """
 
-    def __init__(self, graph: Path, *, threads: int = 0) -> None:
-        model, self._compiled = compiled(graph, threads=threads)
+    def __init__(self, graph: Path, *, threads: int = 0, streams: int = 1) -> None:
+        model, self._compiled = compiled(graph, threads=threads, streams=streams)
         (feed,) = model.inputs
         self.input_shape = tuple(d.get_length() if d.is_static else "any" for d in feed.get_partial_shape())
         # Names as read: outputs that are the same tensor share all their names when they are compiled.

@@ -52,7 +52,7 @@ class OpenVino(Target):
     def open(self, opening: Opening) -> OpenEngine:
         from export_zoo.engines.targets.openvino.engine import OpenVinoEngine
 
-        return OpenVinoEngine(opening.file, threads=opening.threads)
+        return OpenVinoEngine(opening.file, threads=opening.threads, streams=opening.streams)
 
     def worker(self, opening: Opening) -> Worker:
         engine = "export_zoo.engines.targets.openvino.engine:OpenVinoEngine"

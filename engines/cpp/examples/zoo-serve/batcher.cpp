@@ -21,8 +21,9 @@ void Patience::check(Clock::duration more) const {
   if (gone && gone()) throw Late("the client is gone");
 }
 
-Batcher::Batcher(const export_zoo::Engine& engine, Limits limits)
-    : limits_(limits), context_(engine.context()), thread_([this] { work(); }) {}
+Batcher::Batcher(Contexts contexts, Limits limits) : limits_(limits), contexts_(std::move(contexts)) {
+  for (auto& stream : contexts_.streams) threads_.emplace_back([this, &stream] { work(stream); });
+}
 
 Batcher::~Batcher() {
   {
@@ -30,7 +31,7 @@ Batcher::~Batcher() {
     closing_ = true;
   }
   changed_.notify_all();
-  thread_.join();
+  for (auto& thread : threads_) thread.join();
 }
 
 Batcher::Coming::Coming(Batcher& batcher, Patience patience) : batcher_(batcher), patience_(std::move(patience)) {
@@ -82,76 +83,90 @@ Clock::duration Batcher::expected() const {
   return expected_of(queue_.size() + coming_ + 1);
 }
 
+double Batcher::seconds_per_image() const { return images_each_ == 0 ? 0 : seconds_ / images_each_; }
+
 Clock::duration Batcher::expected_of(std::size_t position) const {
-  return seconds(seconds_per_image_ * static_cast<double>(position + running_));
+  return seconds(seconds_per_image() * static_cast<double>(position + running_));
 }
 
-std::vector<Batcher::Item> Batcher::next() {
+Batcher::Batch Batcher::next() {
   std::unique_lock lock(mutex_);
-  running_ = 0;
   while (true) {
     changed_.wait(lock, [this] { return closing_ || !queue_.empty(); });
     if (queue_.empty()) return {};
     changed_.wait_for(lock, limits_.wait, [this] { return closing_ || coming_ == 0 || queue_.size() >= limits_.batch; });
-    std::vector<Item> batch;
-    batch.reserve(limits_.batch);
-    const auto takes = seconds(seconds_per_image_ * static_cast<double>(std::min(queue_.size(), limits_.batch)));
-    while (!queue_.empty() && batch.size() < limits_.batch) {
+    // Streams that do nothing share what waits.
+    const auto idle = contexts_.streams.size() - busy_;
+    Batch batch;
+    batch.alone = contexts_.whole && busy_ == 0 && queue_.size() < idle;
+    const auto most = std::min(limits_.batch, batch.alone ? queue_.size() : (queue_.size() + idle - 1) / idle);
+    batch.items.reserve(most);
+    const auto takes = seconds(seconds_per_image() * static_cast<double>(most * (busy_ + 1)));
+    while (!queue_.empty() && batch.items.size() < most) {
       auto item = std::move(queue_.front());
       queue_.pop_front();
       try {
         // The last one is tried whatever was expected: else, one slow batch would be the last for short deadlines.
-        item.patience.check(batch.empty() && queue_.empty() ? Clock::duration{} : takes);
-        batch.push_back(std::move(item));
+        item.patience.check(batch.items.empty() && queue_.empty() ? Clock::duration{} : takes);
+        batch.items.push_back(std::move(item));
       } catch (const Late&) {
         ++dropped_;
         item.logits.set_exception(std::current_exception());
       }
     }
-    if (batch.empty()) {
+    if (batch.items.empty()) {
       note_idle();
       continue;
     }
-    running_ = batch.size();
-    began_ = busy_since_.value_or(Clock::now());
+    running_ += batch.items.size();
+    ++busy_;
+    if (!busy_since_) busy_since_ = Clock::now();
+    if (!queue_.empty()) changed_.notify_one();  // for a stream that does nothing
     return batch;
   }
 }
 
 void Batcher::note_idle() {
-  if (queue_.empty() && coming_ == 0) busy_since_.reset();
+  if (queue_.empty() && coming_ == 0 && busy_ == 0) busy_since_.reset();
 }
 
 void Batcher::learn(std::size_t images) {
   const auto now = Clock::now();
-  const double found = std::chrono::duration<double>(now - began_).count() / static_cast<double>(images);
-  seconds_per_image_ = seconds_per_image_ == 0 ? found : (1 - kNewest) * seconds_per_image_ + kNewest * found;
+  const double took = std::chrono::duration<double>(now - *busy_since_).count();
+  const auto count = static_cast<double>(images);
+  const double weight = images_each_ == 0 ? 1 : kNewest;
+  seconds_ = (1 - weight) * seconds_ + weight * took;
+  images_each_ = (1 - weight) * images_each_ + weight * count;
+  running_ -= images;
+  --busy_;
   busy_since_ = now;
   note_idle();
 }
 
-void Batcher::work() {
+void Batcher::work(export_zoo::Context& stream) {
   std::vector<float> inputs;
-  for (auto batch = next(); !batch.empty(); batch = next()) {
+  for (auto batch = next(); !batch.items.empty(); batch = next()) {
+    auto& items = batch.items;
     std::size_t answered = 0;
     try {
       inputs.clear();
-      for (const auto& item : batch) inputs.insert(inputs.end(), item.input.begin(), item.input.end());
-      const auto logits = context_.infer(inputs, static_cast<std::int64_t>(batch.size()));
-      const auto classes = static_cast<std::ptrdiff_t>(logits.size() / batch.size());
+      for (const auto& item : items) inputs.insert(inputs.end(), item.input.begin(), item.input.end());
+      auto& context = batch.alone ? *contexts_.whole : stream;
+      const auto logits = context.infer(inputs, static_cast<std::int64_t>(items.size()));
+      const auto classes = static_cast<std::ptrdiff_t>(logits.size() / items.size());
       ++batches_;
-      images_ += batch.size();
+      images_ += items.size();
       auto from = logits.begin();
-      for (auto& item : batch) {
+      for (auto& item : items) {
         item.logits.set_value({from, from + classes});
         from += classes;
         ++answered;
       }
     } catch (...) {
-      for (; answered < batch.size(); ++answered) batch[answered].logits.set_exception(std::current_exception());
+      for (; answered < items.size(); ++answered) items[answered].logits.set_exception(std::current_exception());
     }
     const std::lock_guard lock(mutex_);
-    learn(batch.size());
+    learn(items.size());
   }
 }
 

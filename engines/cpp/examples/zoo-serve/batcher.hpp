@@ -1,4 +1,4 @@
-// Collects requests of many threads, and runs them in batches in one thread.
+// Collects requests of many threads, and runs them in batches, in as many threads as the engine has streams.
 #pragma once
 
 #include <atomic>
@@ -36,6 +36,13 @@ struct Limits {
   std::size_t queue = 256;                // maximum number of waiting requests
 };
 
+// What runs the batches.
+struct Contexts {
+  std::vector<export_zoo::Context> streams;  // of one engine, one for each stream
+  // Of an engine of one stream with all threads, for less work than there are streams. It runs alone.
+  std::optional<export_zoo::Context> whole;
+};
+
 // Until when a request is waited for.
 struct Patience {
   Clock::time_point deadline;
@@ -65,7 +72,7 @@ class Batcher {
     bool submitted_ = false;
   };
 
-  Batcher(const export_zoo::Engine& engine, Limits limits);
+  Batcher(Contexts contexts, Limits limits);
   Batcher(const Batcher&) = delete;
   Batcher& operator=(const Batcher&) = delete;
   // Answers all waiting requests, then stops.
@@ -85,30 +92,39 @@ class Batcher {
     Patience patience;
   };
 
-  // Waits for the next batch; empty when all is done. Drops requests that nobody waits for.
-  std::vector<Item> next();
-  void work();
-  // Both with the lock. Learns from a batch that ended: it began when the one before ended, or after a pause, when it was
-  // there.
+  struct Batch {
+    std::vector<Item> items;
+    bool alone = false;  // whether it is for `Contexts::whole`
+  };
+
+  // Waits for the next batch; without items when all is done. Drops requests that nobody waits for.
+  Batch next();
+  void work(export_zoo::Context& stream);
+  // All with the lock. Learns from a batch that ended: it took from the end of the one before, of any stream, or after a
+  // pause, from its own beginning.
   void learn(std::size_t images);
   void note_idle();
   [[nodiscard]] Clock::duration expected_of(std::size_t position) const;
+  [[nodiscard]] double seconds_per_image() const;
 
   Limits limits_;
-  export_zoo::Context context_;
+  Contexts contexts_;
   mutable std::mutex mutex_;
   std::condition_variable changed_;
   std::deque<Item> queue_;
   std::size_t coming_ = 0;
-  std::size_t running_ = 0;
-  std::optional<Clock::time_point> busy_since_;  // end of the last batch, if there has been a request ever since
-  Clock::time_point began_;                      // of the running batch
-  double seconds_per_image_ = 0;  // at which requests are answered under load; 0: not known yet
+  std::size_t running_ = 0;       // images
+  std::size_t busy_ = 0;          // streams that run them
+  // End of the last batch, if there has been a request ever since; or the beginning of the first one after a pause.
+  std::optional<Clock::time_point> busy_since_;
+  // Averages over batches, the newest with the largest weight: of the seconds that each took, and of its images.
+  double seconds_ = 0;
+  double images_each_ = 0;
   bool closing_ = false;
   std::atomic<std::uint64_t> batches_{0};
   std::atomic<std::uint64_t> images_{0};
   std::atomic<std::uint64_t> dropped_{0};
-  std::thread thread_;  // last: it uses all of the above
+  std::vector<std::thread> threads_;  // last: they use all of the above
 };
 
 }  // namespace zoo_serve

@@ -37,6 +37,7 @@
 #include "batcher.hpp"
 #include "connection.hpp"
 #include "prediction.hpp"
+#include "setup.hpp"
 
 namespace {
 
@@ -49,6 +50,7 @@ struct Settings {
   std::string host = "127.0.0.1";
   int port = 8080;
   ez::Options engine;
+  int streams = 0;
   std::size_t batch = 0;
   int wait_us = 2000;
   std::size_t queue = 256;
@@ -119,10 +121,12 @@ class Service {
  public:
   explicit Service(const Settings& settings)
       : settings_(settings),
-        engine_(ez::Engine::load(settings.bundle, settings.engine)),
+        limits_(limits()),
+        setup_(zoo_serve::set_up(settings.bundle, settings.engine, settings.streams, limits_.batch)),
+        engine_(setup_.engine),
         preprocess_(engine_.metadata().preprocess),
-        batcher_(engine_, limits()),
-        decoders_(std::max(1U, std::thread::hardware_concurrency())),
+        batcher_(std::move(setup_.contexts), limits_),
+        decoders_(ez::usable_cores()),
         server_(std::chrono::seconds(settings.timeout_s)),
         admin_(std::chrono::seconds(settings.timeout_s)) {
     if (!prediction::is_of_image(engine_.metadata().output)) {
@@ -212,8 +216,8 @@ class Service {
     }
     const auto& info = engine_.info();
     std::cout << "zoo-serve: " << engine_.metadata().model << ' ' << info.name << " (" << name(info.state) << ", "
-              << engine_.backend() << "; " << engine_.why() << ") on http://" << settings_.host << ':' << settings_.port
-              << std::endl;
+              << engine_.backend() << "; " << setup_.why << "; " << setup_.told << ") on http://" << settings_.host
+              << ':' << settings_.port << std::endl;
     const bool served = stopping_ || server_.listen_after_bind();
     if (admin.joinable()) {
       while (!admin_ended_) {
@@ -238,7 +242,8 @@ class Service {
                        {"engine", engine_.info().name},
                        {"state", name(engine_.info().state)},
                        {"backend", engine_.backend()},
-                       {"why", engine_.why()}});
+                       {"setup", setup_.told},
+                       {"why", setup_.why}});
     });
     server.Get("/metrics", [this](const auto&, auto& response) {
       response.set_content(metrics_.text(batcher_), "text/plain; version=0.0.4");
@@ -318,7 +323,7 @@ class Service {
   }
 
   zoo_serve::Limits limits() const {
-    const auto& metadata = engine_.metadata();
+    const auto metadata = ez::read_metadata(settings_.bundle);
     const auto most = static_cast<std::size_t>(metadata.batch_max);
     const auto wanted = settings_.batch > 0 ? settings_.batch : static_cast<std::size_t>(metadata.batch_opt);
     if (wanted > most || metadata.batch_min > 1) {
@@ -444,6 +449,8 @@ class Service {
   static constexpr const char* kTimeout = "X-Request-Timeout-Ms";
 
   Settings settings_;
+  zoo_serve::Limits limits_;
+  zoo_serve::Setup setup_;
   ez::Engine engine_;
   ez::Preprocessor preprocess_;
   Metrics metrics_;
@@ -473,9 +480,14 @@ int main(int argc, char** argv) {
       {"built", ez::State::built}, {"graph", ez::State::graph_verified}, {"verified", ez::State::verified}};
   app.add_option("--state", settings.engine.least, "Weakest state to load: built, graph (default) or verified")
       ->transform(CLI::CheckedTransformer(states));
-  app.add_option("--engine-threads,--ort-threads", settings.engine.threads, "Threads of ONNX Runtime and OpenVINO (default: all cores)")
+  app.add_option("--streams", settings.streams,
+                 "Batches that ONNX Runtime and OpenVINO compute at once (default: what is fastest here, if "
+                 "--engine-threads is not given, either)")
+      ->check(CLI::Range(1, 1024));
+  app.add_option("--engine-threads,--ort-threads", settings.engine.threads,
+                 "Threads of each stream (default: the cores that this process may use, shared by the streams)")
       ->check(CLI::Range(0, 1024));
-  app.add_flag("!--no-measure", settings.engine.measure, "Do not time engines that no machine like this one timed");
+  app.add_flag("!--no-measure", settings.engine.measure, "Time nothing at start: neither engines that no machine like this one timed, nor streams");
   app.add_option("--max-batch", settings.batch, "Maximum batch size (default: the bundle's optimum)")
       ->check(CLI::Range(1, 65536));
   app.add_option("--max-wait-us", settings.wait_us, "Maximum microseconds that a request waits for others")

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <filesystem>
 #include <memory>
@@ -17,12 +18,20 @@ struct Options {
   State least = State::graph_verified;  ///< weakest state that may be loaded
   bool allow_failed = false;       ///< load from a bundle that failed its parity gate, for inspection
   bool measure = true;             ///< time the engines here, in a few runs, if no machine like this one timed them
-  int threads = 0;                 ///< threads of ONNX Runtime and OpenVINO; 0: all cores
+  /// Threads of each stream of ONNX Runtime and OpenVINO. 0: the cores that this process may use, by affinity and the
+  /// quota of its container, shared by the streams.
+  int threads = 0;
+  /// Contexts that compute at the same time, each with threads of its own. One stream with all threads answers one
+  /// request soonest; a stream of one thread for each core answers the most. ONNX Runtime and OpenVINO only.
+  int streams = 1;
   int device = 0;                  ///< CUDA device of TensorRT
   std::filesystem::path onnxruntime;  ///< libonnxruntime.so.1; empty: $EXPORT_ZOO_ONNXRUNTIME, then the system's
   std::filesystem::path openvino;     ///< libopenvino_c.so; empty: $EXPORT_ZOO_OPENVINO, then the system's
   std::filesystem::path tensorrt;     ///< libnvinfer or libtensorrt_rtx; empty: $EXPORT_ZOO_TENSORRT, then the system's
 };
+
+/// Cores that this process may run on (taskset, cpuset), at most the quota of CPU time of its container, rounded up.
+[[nodiscard]] EXPORT_ZOO_API int usable_cores();
 
 namespace detail {
 class EngineState;
@@ -48,9 +57,15 @@ class EXPORT_ZOO_API Context {
   /// at_size(options, size).
   [[nodiscard]] std::span<const float> infer(std::span<const float> input, std::int64_t batch, InputSize size);
 
+  /// The same, into the caller's memory. `logits` holds as many values as the batch has; nothing is written if an Error
+  /// (shape) is thrown.
+  void infer_into(std::span<float> logits, std::span<const float> input, std::int64_t batch);
+  void infer_into(std::span<float> logits, std::span<const float> input, std::int64_t batch, InputSize size);
+
  private:
   friend class Engine;
   explicit Context(std::unique_ptr<detail::ContextState> state);
+  [[nodiscard]] std::size_t checked(std::span<const float> input, std::int64_t batch, InputSize size) const;
   std::unique_ptr<detail::ContextState> state_;
 };
 
