@@ -127,10 +127,12 @@ def main() -> None:
     parser.add_argument("--images", type=Path, required=True, help="folder of photographs")
     parser.add_argument("--models", nargs="+", default=[*MODELS])
     parser.add_argument("--nncf", metavar="PYTHON", help="Python of an environment with nncf and openvino")
-    parser.add_argument("--batches", nargs="+", type=int, choices=range(1, 33), default=[1, 8])
+    parser.add_argument("--batches", nargs="+", type=int, choices=range(1, 33), metavar="N", default=[1, 8])
     parser.add_argument("--seconds", type=float, default=5.0, help="for each engine in each row")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
+    if not given.images.is_dir():
+        parser.error(f"--images {given.images}: no such folder")
     print(
         f"{cpu_model()}, {instruction_set()}, {library_versions('onnxruntime', 'openvino')}; images per second\n"
     )

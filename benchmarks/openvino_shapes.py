@@ -41,9 +41,15 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("bundles", nargs="+", type=Path, metavar="BUNDLE")
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--batches", nargs="+", type=int, choices=range(1, 1025), metavar="N", default=[1, 8])
     parser.add_argument("--seconds", type=float, default=5.0, help="for each engine")
     given = parser.parse_args()
+    for place in given.bundles:
+        manifest = read_manifest(place)
+        if not any(engine.target == "openvino" for engine in manifest.artifacts.engines):
+            parser.error(f"{place}: has no engine of openvino: export with --target openvino")
+        if max(given.batches) > (most := min(manifest.artifacts.held_out.count, manifest.recipe.batch.max)):
+            parser.error(f"--batches {max(given.batches)}: {place} has {most} images for a batch")
     print(f"{cpu_model()}, {instruction_set()}, {library_versions('openvino')}\n")
     print(
         "| model | engine | batch | over dynamic | logits | compile s | MiB |\n|---|---|---|---|---|---|---|"

@@ -220,14 +220,14 @@ def load(
     if engine is not None:
         best, found = named(root, manifest, engine), standings[engine]
         why = f"asked for{f'; {found.state} ({found.source})' if found.source else ''}{unreadable}"
-        if reason := TARGETS[best.target].why_not_run(best.plan):
+        if reason := TARGETS[best.target].why_not_run(PRECISIONS[best.precision], best.plan):
             raise TargetUnavailableError(
                 f"{root}: {engine} cannot run here: {reason}",
                 hint="load another engine of the bundle, or export again on this machine",
             )
         return LoadedEngine(root, manifest, best, state=states[best.name], why=why, **opening)
     reasons = {
-        name: TARGETS[e.target].why_not_run(e.plan)
+        name: TARGETS[e.target].why_not_run(PRECISIONS[e.precision], e.plan)
         or ("" if states[name] == "verified" or allow_failed else not_verified(standings[name]))
         for name, e in engines.items()
     }

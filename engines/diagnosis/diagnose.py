@@ -383,7 +383,7 @@ def _along(subject: Subject, batches: Sequence[Float32Array]) -> dict[str, float
 
 def _times(subject: Subject) -> Mapping[str, float]:
     target, engine = TARGETS[subject.engine.target], subject.engine
-    if target.why_not_run(engine.plan):
+    if target.why_not_run(PRECISIONS[engine.precision], engine.plan):
         return {}
     return target.node_times(opening_of(subject.bundle, engine), subject.batches(0, 1)[0])
 

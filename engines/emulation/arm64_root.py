@@ -129,7 +129,7 @@ def make(root: Path, *, onnxruntime: str | None = None, mirror: str | None = Non
         mirror: URL of a Debian mirror. Default: that of `mirror_of_apt`.
 
     Raises:
-        UsageError: `root` is something else, or a root with another version of ONNX Runtime.
+        UsageError: `root` is something else, or a root with another version of ONNX Runtime or OpenVINO.
         TargetUnavailableError: a program, Debian's keys or a Debian mirror is missing.
         EnvironmentFailureError: the network or the disk failed, or the root does not run.
     """
@@ -141,11 +141,12 @@ def make(root: Path, *, onnxruntime: str | None = None, mirror: str | None = Non
                 f"{root}: has ONNX Runtime {have['onnxruntime']}, not {wanted}",
                 hint=f"remove it, give another folder, or keep it with --onnxruntime {have['onnxruntime']}",
             )
-        if openvino and openvino != have.get("openvino"):
+        if openvino and onnxruntime is None and openvino != have.get("openvino"):
             raise UsageError(
-                f"{root}: has {'OpenVINO ' + have['openvino'] if 'openvino' in have else 'no OpenVINO'}, not "
-                f"{openvino} as here",
-                hint="remove it, or give another folder",
+                f"{root}: has {'OpenVINO ' + have['openvino'] if 'openvino' in have else 'no OpenVINO'}; {openvino} is "
+                "installed here",
+                hint="remove it, give another folder, or keep it for engines of ONNX Runtime with "
+                f"--onnxruntime {have['onnxruntime']}",
             )
         return False
     if root.is_symlink() or (root.exists() and not (root.is_dir() and not any(root.iterdir()))):

@@ -82,14 +82,14 @@ def emulator(cpu: Cpu) -> str:
     return found
 
 
-def launch(cpu: Cpu) -> Launch:
-    """How to run Python, with numpy, ONNX Runtime and this package, on a CPU.
+def launch(cpu: Cpu, library: str = "onnxruntime") -> Launch:
+    """How to run Python, with numpy, ONNX Runtime, a target's library and this package, on a CPU.
 
     An x86-64 CPU runs this process's own Python and libraries. An ARM64 CPU runs those of `emulation.arm64_root`.
 
     Raises:
-        TargetUnavailableError: the emulator or the ARM64 root is missing, or this machine has no x86-64 Python for an
-            x86-64 CPU.
+        TargetUnavailableError: the emulator or the ARM64 root is missing, the root has no such library, or this machine
+            has no x86-64 Python for an x86-64 CPU.
     """
     qemu = emulator(cpu)
     if cpu.machine == "aarch64":
@@ -97,8 +97,14 @@ def launch(cpu: Cpu) -> Launch:
         if not arm64.usable(root):
             raise TargetUnavailableError(
                 f"--cpu {cpu.name}: there is no ARM64 Python with ONNX Runtime in {root}",
-                hint="make one with `python -m export_zoo.engines.emulation.arm64_root` (a minute, 230 MB), or set "
+                hint="make one with `python -m export_zoo.engines.emulation.arm64_root` (two minutes, 230 MB), or set "
                 f"{arm64.VARIABLE} to the folder of an existing one",
+            )
+        if library not in arm64.versions(root):
+            raise TargetUnavailableError(
+                f"--cpu {cpu.name}: the ARM64 root {root} has no {library}",
+                hint="remove it and make it again with `python -m export_zoo.engines.emulation.arm64_root`, by the "
+                f"Python that has {library}",
             )
         environment = _environment([arm64.site(root), IMPORT_ROOT])
         return Launch(arm64.command(root, cpu.model), {**arm64.environment(root), **environment}, IMPORT_ROOT)

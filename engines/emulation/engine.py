@@ -95,7 +95,8 @@ class EmulatedEngine:
     _stuck = False
 
     def __init__(self, cpu: Cpu, target: Target, opening: Opening) -> None:
-        how, worker = launch(cpu), target.worker(opening)
+        worker = target.worker(opening)
+        how = launch(cpu, worker.distribution)
         self._cpu, self._library = cpu, worker.distribution
         file = str(opening.file.absolute())
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - close() closes it

@@ -65,7 +65,12 @@ class _Beside:
 
 def runnable(manifest: m.Manifest, cpu: Cpu) -> list[m.Engine]:
     """Engines of the bundle that a CPU can be emulated for."""
-    return [engine for engine in manifest.artifacts.engines if cpu.machine in TARGETS[engine.target].emulated]
+    return [
+        engine
+        for engine in manifest.artifacts.engines
+        if cpu.machine in (target := TARGETS[engine.target]).emulated
+        and not target.why_not_on(cpu.machine, PRECISIONS[engine.precision])
+    ]
 
 
 def _count(engine: m.Engine, images: int) -> int:
@@ -128,8 +133,13 @@ def verify_on(
     engines = runnable(manifest, cpu)
     if not engines:
         names = " or ".join(name for name, target in TARGETS.items() if cpu.machine in target.emulated)
+        known = [
+            (TARGETS[engine.target], PRECISIONS[engine.precision]) for engine in manifest.artifacts.engines
+        ]
+        whys = dict.fromkeys(why for target, p in known if (why := target.why_not_on(cpu.machine, p)))
+        because = "".join(f"; {why}" for why in whys)
         raise TargetUnavailableError(
-            f"{root}: --cpu {cpu.name}: the bundle has no engine of {names}",
+            f"{root}: --cpu {cpu.name}: the bundle has no engine of {names} that runs there{because}",
             hint="export with --target onnxruntime",
         )
     check_files(root, manifest)
@@ -145,6 +155,11 @@ def verify_on(
         precision = PRECISIONS[engine.precision]
         session = engine.session_where_saturating()
         target, opening = TARGETS[engine.target], Opening(path, precision, saturating_session=session)
+        if why := target.why_not_run(precision, engine.plan):
+            not_run[engine.name] = TargetUnavailableError(
+                f"--cpu {cpu.name}: it is compared with this machine: {why}", hint=target.install
+            )
+            continue
         here = target.open(opening)
         half = precision.float16
         unfused = plain_outputs(path, recipe, half=half) if engine.gate.reference != "eager" else None

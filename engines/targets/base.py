@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
@@ -160,10 +161,17 @@ class Target(ABC):
         """The build options that the target supports, with the others at their default."""
         return options.only(self.build_options)
 
-    def why_not_run(self, plan: Plan | None) -> str:
+    def why_not_run(self, precision: Precision, plan: Plan | None) -> str:
         """Why an engine cannot run on this machine, judged by its description alone; empty if it can."""
         del plan
-        return f"the package {self.distribution} is not installed" if self.version == "absent" else ""
+        if self.version == "absent":
+            return f"the package {self.distribution} is not installed"
+        return self.why_not_on(platform.machine(), precision)
+
+    def why_not_on(self, machine: str, precision: Precision) -> str:
+        """Why engines of a precision do not run on CPUs of a machine, `x86_64` or `aarch64`; empty if they do."""
+        del machine, precision
+        return ""
 
     @abstractmethod
     def open(self, opening: Opening) -> OpenEngine:

@@ -20,7 +20,7 @@ from export_zoo.engines.bundle import manifest as m
 from export_zoo.engines.bundle import reader
 from export_zoo.engines.bundle.bench import Timed
 from export_zoo.engines.bundle.opening import opening_of
-from export_zoo.engines.precision.registry import BASELINE
+from export_zoo.engines.precision.registry import BASELINE, PRECISIONS
 from export_zoo.engines.targets.base import Opening, Target
 from export_zoo.engines.targets.registry import BASELINE_TARGET, TARGETS
 
@@ -122,7 +122,9 @@ def measure(
     pixels = reader.held_out(bundle, manifest).pixels
     wanted = [reader.named(bundle, manifest, name) for name in engines] or manifest.artifacts.engines
     left_out = {
-        engine.name: why for engine in wanted if (why := TARGETS[engine.target].why_not_run(engine.plan))
+        engine.name: why
+        for engine in wanted
+        if (why := TARGETS[engine.target].why_not_run(PRECISIONS[engine.precision], engine.plan))
     }
     here = [engine for engine in wanted if engine.name not in left_out]
     if not here:

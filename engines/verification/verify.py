@@ -94,7 +94,7 @@ def judge_engine(
         saturating_session: see `bundle.manifest.Engine.session_where_saturating`.
         unfused, whole: see `verification.gate.judge`.
     """
-    only_graph = bool(TARGETS[target].why_not_run(plan))
+    only_graph = bool(TARGETS[target].why_not_run(PRECISIONS[precision], plan))
     opening = Opening(file, PRECISIONS[precision], plan, graph, saturating_session=saturating_session)
     engine = opened(target, opening, only_graph=only_graph)
     return judge(

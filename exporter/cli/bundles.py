@@ -169,7 +169,7 @@ def _check_all_ran(bundle: Path, not_run: Sequence[str]) -> None:
     if not_run:
         raise TargetUnavailableError(
             f"{bundle}: {', '.join(not_run)} cannot be run: see the warning",
-            hint="the attestation has the other engines, which `load` takes instead; or verify on another CPU",
+            hint="export without it for such CPUs, or verify on another one",
         )
 
 

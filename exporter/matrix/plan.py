@@ -147,9 +147,12 @@ class Cell:
     @property
     def skipped(self) -> str:
         """Reason why an emulated CPU does not run this engine, else empty."""
-        if self.cpu == HOST or CPUS[self.cpu].machine in TARGETS[self.target].emulated:
+        if self.cpu == HOST:
             return ""
-        machine = CPUS[self.cpu].machine
+        machine, target = CPUS[self.cpu].machine, TARGETS[self.target]
+        if machine in target.emulated:
+            why = target.why_not_on(machine, PRECISIONS[self.precision])
+            return f"not run on {self.cpu}: {why}" if why else ""
         names = " and ".join(target.name for target in TARGETS.values() if machine in target.emulated)
         return f"not run on {self.cpu}: emulation runs engines of {names} only"
 

@@ -59,7 +59,7 @@ class EngineFiles:
     @property
     def runs_here(self) -> bool:
         """Whether the engine itself can be run, or only its graph."""
-        return not TARGETS[self.target].why_not_run(self.plan)
+        return not TARGETS[self.target].why_not_run(PRECISIONS[self.precision], self.plan)
 
 
 def float32_nodes(graph: Path, options: ExportOptions) -> frozenset[str]:

@@ -850,9 +850,10 @@ def test_a_root_that_is_there_is_not_made_again(root, monkeypatch):
 def test_a_root_of_another_openvino_is_not_kept(has, said, root, monkeypatch):
     (root / "root.json").write_text(json.dumps(RECORD | has))
     installed(monkeypatch, onnxruntime=RECORD["onnxruntime"], openvino="2026.4.1")
-    with pytest.raises(UsageError, match=rf"has {said}, not 2026\.4\.1 as here") as raised:
+    with pytest.raises(UsageError, match=rf"has {said}; 2026\.4\.1 is installed here") as raised:
         arm64_root.make(root)
-    assert "remove it" in raised.value.hint
+    assert "--onnxruntime 1.31.1" in raised.value.hint
+    assert not arm64_root.make(root, onnxruntime="1.31.1")
     (root / "root.json").write_text(json.dumps(RECORD | {"openvino": "2026.4.1"}))
     assert not arm64_root.make(root)
 
@@ -996,6 +997,9 @@ def test_the_roots_python_reads_its_own_files_whatever_this_machines_python_read
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     monkeypatch.setenv("PYTHONHOME", "/usr")
     monkeypatch.setenv("EXPORT_ZOO_ARM64_ROOT", str(root))
+    with pytest.raises(TargetUnavailableError, match="has no openvino") as raised:
+        launch(CPUS["neoverse-n1"], "openvino")
+    assert "remove it and make it again" in raised.value.hint
     environment = launch(CPUS["neoverse-n1"]).environment
     assert environment["PYTHONHOME"] == ""
     assert environment["PYTHONPATH"].split(":") == [str(root / "site"), str(ROOT)]

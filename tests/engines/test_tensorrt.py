@@ -24,6 +24,7 @@ from export_zoo.base.errors import (
     TargetUnavailableError,
 )
 from export_zoo.engines.bundle.reader import read_manifest
+from export_zoo.engines.precision.registry import PRECISIONS
 from export_zoo.engines.targets.options import BuildOptions
 from export_zoo.engines.targets.registry import TARGETS, choose
 from export_zoo.engines.targets.tensorrt import build
@@ -452,7 +453,7 @@ def test_a_bundle_built_elsewhere_is_promoted_by_verify_on_a_gpu(bundle, digits,
             engine["state"] = "graph verified"
     (copy / "manifest.json").write_text(json.dumps(document))
     engine = next(e for e in read_manifest(copy).artifacts.engines if e.name == "tensorrt-rtx-int8")
-    if why := TARGETS[engine.target].why_not_run(engine.plan):
+    if why := TARGETS[engine.target].why_not_run(PRECISIONS[engine.precision], engine.plan):
         pytest.skip(why)
     done = cli("verify", copy)
     assert done.code == 0, done.err
@@ -624,5 +625,5 @@ def test_plans_of_other_gpus_and_versions_are_told_before_they_are_loaded(
     monkeypatch.setattr(target, "device_capability", lambda: capability)  # there is no GPU to ask
     engine = next(e for e in read_manifest(bundle).artifacts.engines if e.name == "tensorrt-rtx-int8")
     plan = engine.plan.model_copy(update=change)
-    found = TARGETS[engine.target].why_not_run(plan)
+    found = TARGETS[engine.target].why_not_run(PRECISIONS[engine.precision], plan)
     assert found.startswith(says) if says else found == ""

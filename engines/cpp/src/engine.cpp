@@ -52,6 +52,11 @@ std::string why_not(const EngineInfo& info, const std::string& source, const std
                     const Options& options) {
   const auto& target = detail::target_of(info);
   if (target.open == nullptr) return "this library was built without " + std::string(target.library);
+#if !defined(__x86_64__)
+  if (target.int8_on_x86_only && detail::precision_of(info).integer_sums) {
+    return std::string(target.library) + "'s INT8 is wrong on this CPU: docs/cpu.md";
+  }
+#endif
   if (target.on_gpu) {
     if (!info.has_weights) return "its plan has no weights: refit it in Python";
     // An engine that was asked for by name is opened anyway: the error then says more.

@@ -20,10 +20,10 @@ constexpr Target::Open* kOpenTensorRT = nullptr;
 #endif
 
 constexpr std::array kTargets{
-    Target{"onnxruntime", "ONNX Runtime", false, open_onnxruntime},
-    Target{"openvino", "OpenVINO", false, kOpenOpenVino},
-    Target{"tensorrt", "TensorRT", true, kOpenTensorRT},
-    Target{"tensorrt-rtx", "TensorRT", true, kOpenTensorRT},
+    Target{"onnxruntime", "ONNX Runtime", false, false, open_onnxruntime},
+    Target{"openvino", "OpenVINO", false, true, kOpenOpenVino},
+    Target{"tensorrt", "TensorRT", true, false, kOpenTensorRT},
+    Target{"tensorrt-rtx", "TensorRT", true, false, kOpenTensorRT},
 };
 
 // The most exact first, as in Python.

@@ -21,6 +21,7 @@ struct Target {
   std::string_view name;
   std::string_view library;  // library that runs its engines
   bool on_gpu;  // engines are plans, compiled for GPUs, and attested by compute capability
+  bool int8_on_x86_only;  // on other CPUs, INT8 was wrong: docs/cpu.md
   Open* open;   // nullptr: this library was built without it
 };
 

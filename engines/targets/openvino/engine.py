@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import threading
 from functools import cache
 from pathlib import Path
@@ -11,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import openvino as ov
 
-from export_zoo.base.errors import BadInputError, TargetUnavailableError
+from export_zoo.base.errors import BadInputError
 from export_zoo.base.machine import library_versions, session_threads
 from export_zoo.engines.targets.batch import checked_batch
 
@@ -24,10 +23,6 @@ VERSION = library_versions("openvino")["openvino"]
 def core() -> ov.Core:
     """OpenVINO of this process."""
     return ov.Core()
-
-
-_USUAL = (1, 3, 224, 224)
-"""Sizes of an input for the dimensions that are dynamic."""
 
 
 def compiled(
@@ -73,7 +68,6 @@ class OpenVinoEngine:
 
     Raises:
         BadInputError: OpenVINO cannot load the file.
-        TargetUnavailableError: it has no kernels for the graph on this CPU.
     """
 
     def __init__(self, graph: Path, *, threads: int = 0, streams: int = 1) -> None:
@@ -83,25 +77,6 @@ class OpenVinoEngine:
         # Names as read: outputs that are the same tensor share all their names when they are compiled.
         self.output_names = [port.get_any_name() for port in model.outputs]
         self._requests = threading.local()
-        if platform.machine().lower() not in ("x86_64", "amd64"):
-            self._check_kernels(graph)
-
-    def _check_kernels(self, graph: Path) -> None:
-        """Run one image: on ARM CPUs without dot products, OpenVINO 2026.4 takes INT8 and computes nothing."""
-        shape = [
-            size if isinstance(size, int) else usual
-            for size, usual in zip(self.input_shape, _USUAL, strict=True)
-        ]
-        try:
-            if all(map(len, self.run_all(np.zeros(shape, np.float32)))):
-                return
-            reason = "its outputs are empty"
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())[:500]
-        raise TargetUnavailableError(
-            f"{graph}: OpenVINO {VERSION} has no kernels for it on this CPU: {reason}",
-            hint="load another engine of the bundle",
-        )
 
     def run_all(self, batch: Float32Array) -> tuple[Float32Array, ...]:
         """All outputs, float32, of a preprocessed batch float32 [N, 3, H, W].

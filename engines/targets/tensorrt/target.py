@@ -14,6 +14,7 @@ from export_zoo.engines.targets.base import BuildRequest, OpenEngine, Opening, T
 from export_zoo.engines.targets.options import CURRENT, BuildOptions
 
 if TYPE_CHECKING:
+    from export_zoo.engines.precision.base import Precision
     from export_zoo.engines.precision.int8.rules import Int8Rules
     from export_zoo.engines.targets.plan import Compiled, Plan
 
@@ -46,9 +47,9 @@ class _Plans(Target):
 
         return INT8_RULES
 
-    def why_not_run(self, plan: Plan | None) -> str:
+    def why_not_run(self, precision: Precision, plan: Plan | None) -> str:
         assert plan is not None
-        if absent := super().why_not_run(plan):
+        if absent := super().why_not_run(precision, plan):
             return absent
         package, version = self.distribution, self.version
         if version != plan.version and not plan.version_compatible:
