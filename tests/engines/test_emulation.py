@@ -965,15 +965,16 @@ def test_a_place_that_cannot_be_written_to_is_an_environment_failure(makers, tmp
     assert "can be written to" in raised.value.hint
 
 
-def test_the_program_ends_with_the_errors_exit_code_and_hint(root, tmp_path, capsys):
+def test_the_program_ends_with_the_errors_exit_code_and_hint(root, tmp_path, capsys, monkeypatch):
     (tmp_path / "file").write_text("mine")
     assert arm64_root.main([str(tmp_path / "file")]) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith(f"error: {tmp_path / 'file'}: exists")
     assert "\nhint: " in captured.err
+    installed(monkeypatch)
     assert arm64_root.main([str(root)]) == 0
     assert capsys.readouterr().out == (
-        f"{root}: already there, Python 3.11, numpy 2.4.6, ONNX Runtime 1.31.1\n"
+        f"{root}: already there, debian bookworm, python 3.11, numpy 2.4.6, onnxruntime 1.31.1\n"
     )
 
 
