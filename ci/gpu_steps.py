@@ -399,6 +399,7 @@ def _engine_contests(bundle: Path) -> Iterator[tuple[str, Contest | str]]:
     import numpy as np
 
     from export_zoo.base.cuda import has_cuda_device
+    from export_zoo.engines.bundle.opening import why_not_run
     from export_zoo.engines.bundle.reader import read_manifest
     from export_zoo.engines.precision.registry import PRECISIONS
     from export_zoo.engines.targets.base import Opening
@@ -410,7 +411,7 @@ def _engine_contests(bundle: Path) -> Iterator[tuple[str, Contest | str]]:
     for engine in manifest.artifacts.engines:
         path = bundle / engine.file.path
         if engine.plan is not None:
-            if TARGETS[engine.target].why_not_run(PRECISIONS[engine.precision], engine.plan):
+            if why_not_run(engine):
                 continue
             for graphs in (False, True):
                 name = f"{engine.name} with CUDA graphs" if graphs else engine.name
@@ -622,9 +623,8 @@ def _providers(visit: Visit) -> None:
 
 def _layers(visit: Visit) -> None:
     """Layers of each network as TensorRT-RTX compiled them: is INT8 run as INT8? All of them go to OUT/layers.json."""
+    from export_zoo.engines.bundle.opening import why_not_run
     from export_zoo.engines.bundle.reader import read_manifest
-    from export_zoo.engines.precision.registry import PRECISIONS
-    from export_zoo.engines.targets.registry import TARGETS
     from export_zoo.engines.targets.tensorrt.engine import TensorRTEngine
 
     everything = {}
@@ -635,7 +635,7 @@ def _layers(visit: Visit) -> None:
             if engine.plan is None or engine.precision == "fp32":
                 continue
             told = {"network": name, "engine": engine.name}
-            if why := TARGETS[engine.target].why_not_run(PRECISIONS[engine.precision], engine.plan):
+            if why := why_not_run(engine):
                 say(visit.out, "layers", **told, skipped=why)
                 continue
             text = TensorRTEngine(bundle / engine.file.path, target=engine.target).layers()

@@ -17,6 +17,7 @@ from export_zoo.calibration.preprocess import normalize, read_pixels
 from export_zoo.engines.bundle import local_latencies
 from export_zoo.engines.bundle import manifest as m
 from export_zoo.engines.bundle.bench import BRIEF, run_in_turn
+from export_zoo.engines.bundle.opening import why_not_run
 from export_zoo.engines.bundle.reader import attestations, check_weights, checked, named, read_manifest
 from export_zoo.engines.bundle.selection import Speeds, fastest_first, not_verified, speeds, standing
 from export_zoo.engines.precision.registry import PRECISIONS
@@ -220,14 +221,14 @@ def load(
     if engine is not None:
         best, found = named(root, manifest, engine), standings[engine]
         why = f"asked for{f'; {found.state} ({found.source})' if found.source else ''}{unreadable}"
-        if reason := TARGETS[best.target].why_not_run(PRECISIONS[best.precision], best.plan):
+        if reason := why_not_run(best):
             raise TargetUnavailableError(
                 f"{root}: {engine} cannot run here: {reason}",
                 hint="load another engine of the bundle, or export again on this machine",
             )
         return LoadedEngine(root, manifest, best, state=states[best.name], why=why, **opening)
     reasons = {
-        name: TARGETS[e.target].why_not_run(PRECISIONS[e.precision], e.plan)
+        name: why_not_run(e)
         or ("" if states[name] == "verified" or allow_failed else not_verified(standings[name]))
         for name, e in engines.items()
     }

@@ -19,7 +19,7 @@ from export_zoo.base.errors import BadInputError, UsageError
 from export_zoo.calibration.preprocess import normalize
 from export_zoo.engines.bundle import reader
 from export_zoo.engines.bundle.manifest import Engine, Manifest
-from export_zoo.engines.bundle.opening import opening_of
+from export_zoo.engines.bundle.opening import opening_of, why_not_run
 from export_zoo.engines.diagnosis import counterparts as graphs
 from export_zoo.engines.diagnosis.layers import PARTS, HalfLayers, Layer, Layers, QuantizedLayers
 from export_zoo.engines.diagnosis.local import Local, local_errors, rounding_of, roundings
@@ -383,7 +383,7 @@ def _along(subject: Subject, batches: Sequence[Float32Array]) -> dict[str, float
 
 def _times(subject: Subject) -> Mapping[str, float]:
     target, engine = TARGETS[subject.engine.target], subject.engine
-    if target.why_not_run(PRECISIONS[engine.precision], engine.plan):
+    if why_not_run(engine):
         return {}
     return target.node_times(opening_of(subject.bundle, engine), subject.batches(0, 1)[0])
 

@@ -19,8 +19,8 @@ from export_zoo.calibration.preprocess import normalize
 from export_zoo.engines.bundle import manifest as m
 from export_zoo.engines.bundle import reader
 from export_zoo.engines.bundle.bench import Timed
-from export_zoo.engines.bundle.opening import opening_of
-from export_zoo.engines.precision.registry import BASELINE, PRECISIONS
+from export_zoo.engines.bundle.opening import opening_of, why_not_run
+from export_zoo.engines.precision.registry import BASELINE
 from export_zoo.engines.targets.base import Opening, Target
 from export_zoo.engines.targets.registry import BASELINE_TARGET, TARGETS
 
@@ -121,11 +121,7 @@ def measure(
     recipe = manifest.recipe
     pixels = reader.held_out(bundle, manifest).pixels
     wanted = [reader.named(bundle, manifest, name) for name in engines] or manifest.artifacts.engines
-    left_out = {
-        engine.name: why
-        for engine in wanted
-        if (why := TARGETS[engine.target].why_not_run(PRECISIONS[engine.precision], engine.plan))
-    }
+    left_out = {engine.name: why for engine in wanted if (why := why_not_run(engine))}
     here = [engine for engine in wanted if engine.name not in left_out]
     if not here:
         listed = "; ".join(f"{name}: {why}" for name, why in left_out.items())

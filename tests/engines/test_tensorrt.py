@@ -23,6 +23,7 @@ from export_zoo.base.errors import (
     TargetRefusalError,
     TargetUnavailableError,
 )
+from export_zoo.engines.bundle.opening import why_not_run
 from export_zoo.engines.bundle.reader import read_manifest
 from export_zoo.engines.precision.registry import PRECISIONS
 from export_zoo.engines.targets.options import BuildOptions
@@ -453,7 +454,7 @@ def test_a_bundle_built_elsewhere_is_promoted_by_verify_on_a_gpu(bundle, digits,
             engine["state"] = "graph verified"
     (copy / "manifest.json").write_text(json.dumps(document))
     engine = next(e for e in read_manifest(copy).artifacts.engines if e.name == "tensorrt-rtx-int8")
-    if why := TARGETS[engine.target].why_not_run(PRECISIONS[engine.precision], engine.plan):
+    if why := why_not_run(engine):
         pytest.skip(why)
     done = cli("verify", copy)
     assert done.code == 0, done.err

@@ -112,7 +112,7 @@ struct Runtime {
 
   explicit Runtime(const std::filesystem::path& given)
       : library(given, "EXPORT_ZOO_OPENVINO", kNames, "OpenVINO"), version(checked_version(library)), call(library) {
-    // Of 2026 and later; earlier versions write to the standard output.
+    // OpenVINO 2026 and later has this function; earlier versions write to the standard output.
     if (auto* set_callback = library.find("ov_util_set_log_callback")) {
       reinterpret_cast<void (*)(void (*)(const char*))>(set_callback)(to_log);
     }

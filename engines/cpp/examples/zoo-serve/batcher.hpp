@@ -39,7 +39,7 @@ struct Limits {
 // What runs the batches.
 struct Contexts {
   std::vector<export_zoo::Context> streams;  // of one engine, one for each stream
-  // Of an engine of one stream with all threads, for less work than there are streams. It runs alone.
+  // The context of an engine of one stream with all threads. It runs, alone, where there is less work than streams.
   std::optional<export_zoo::Context> whole;
 };
 
