@@ -264,6 +264,11 @@ def inspect(bundle: Path, json_path: Path | None, quiet: bool, verbose: bool) ->
         *manifest.warnings,
         *(f"{name} is left out: this version does not know it" for name in manifest.unknown_engines),
         *(f"{name} cannot be read, and is not used" for name in attested.unreadable),
+        *(
+            f"{name}: {text}"
+            for name, attestation in attested.by_file.items()
+            for text in attestation.warnings
+        ),
     ):
         click.echo(f"{'warning':<12} {warning}")
     print_table(

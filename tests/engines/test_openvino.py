@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import threading
 from pathlib import Path
 
@@ -177,6 +178,30 @@ def test_a_file_that_is_no_graph_is_said(tmp_path):
         OpenVinoEngine(tmp_path / "a.onnx")
     with pytest.raises(TargetRefusalError, match="does not take the graph"):
         check_graph(tmp_path / "a.onnx")
+
+
+def test_a_broken_installation_is_no_defect_and_others_engines_run(bundle, monkeypatch, tmp_path, cli):
+    if bundle.name != "resnet18":
+        pytest.skip("one network is enough")
+    for name in [name for name in sys.modules if name.startswith("export_zoo.engines.targets.openvino.")]:
+        if not name.endswith((".target", ".placement")):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "openvino", None)  # as if its library were missing
+    with pytest.raises(TargetUnavailableError, match="is installed, but cannot be imported") as raised:
+        export_zoo.load(bundle)
+    assert "install it again" in raised.value.hint
+    copy = shutil.copytree(bundle, tmp_path / "copy")
+    document = json.loads((copy / "manifest.json").read_text())
+    fp32 = document["artifacts"]["engines"][0]
+    other = {**fp32, "name": "onnxruntime-fp32", "target": "onnxruntime", "saturating_cpu_session": None}
+    document["artifacts"]["engines"].append(other)
+    (copy / "manifest.json").write_text(json.dumps(document))
+    loaded = export_zoo.load(copy)
+    assert loaded.name == "onnxruntime-fp32"
+    assert "openvino-fp32 was left out: openvino" in loaded.why
+    done = cli("verify", copy, "--no-latency")
+    assert done.code == 4
+    assert [*done.json["engines"]] == ["onnxruntime-fp32"]
 
 
 def test_int8_is_left_out_on_other_cpus_than_x86(bundle, monkeypatch, cli, tmp_path):

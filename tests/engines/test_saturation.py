@@ -947,6 +947,7 @@ def test_what_cannot_run_exactly_does_not_lose_the_attestation_of_the_others(not
     assert any(w.startswith("onnxruntime-int8: not run: ") and "saturate" in w for w in done.json["warnings"])
     written = json.loads(Path(done.json["attestation"]).read_text())
     assert written["engines"].keys() == written["states"].keys() == {"onnxruntime-fp32"}
+    assert "json: onnxruntime-int8: not run: " in cli("inspect", not_exact).out
 
 
 @x86

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from export_zoo.base.errors import TargetUnavailableError
 from export_zoo.engines.targets.base import OpenEngine, Opening, Target, Worker
 
 if TYPE_CHECKING:
@@ -58,20 +60,28 @@ class OpenVino(Target):
         return ""
 
     def open(self, opening: Opening) -> OpenEngine:
-        from export_zoo.engines.targets.openvino.engine import OpenVinoEngine
-
-        return OpenVinoEngine(opening.file, threads=opening.threads, streams=opening.streams)
+        engine: OpenEngine = self._code("engine").OpenVinoEngine(
+            opening.file, threads=opening.threads, streams=opening.streams
+        )
+        return engine
 
     def worker(self, opening: Opening) -> Worker:
         engine = "export_zoo.engines.targets.openvino.engine:OpenVinoEngine"
         return Worker(engine, {"threads": 1}, self.distribution)
 
     def node_times(self, opening: Opening, batch: npt.NDArray[np.float32]) -> Mapping[str, float]:
-        from export_zoo.engines.targets.openvino.profiling import node_times
-
-        return node_times(opening.file, batch)
+        times: Mapping[str, float] = self._code("profiling").node_times(opening.file, batch)
+        return times
 
     def check_graph(self, graph: Path) -> None:
-        from export_zoo.engines.targets.openvino.graph_check import check_graph
+        self._code("graph_check").check_graph(graph)
 
-        check_graph(graph)
+    def _code(self, module: str) -> Any:
+        """A module of this folder that imports OpenVINO, which may be installed and broken."""
+        try:
+            return import_module(f"export_zoo.engines.targets.openvino.{module}")
+        except ImportError as error:
+            raise TargetUnavailableError(
+                f"{self.distribution} {self.version} is installed, but cannot be imported: {error}",
+                hint=f"install it again: {self.install}",
+            ) from error
