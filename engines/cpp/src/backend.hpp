@@ -31,6 +31,15 @@ inline std::size_t values_of_image(const Port& port, InputSize size) {
   return static_cast<std::size_t>(std::accumulate(shape.begin(), shape.end(), std::int64_t{1}, std::multiplies<>()));
 }
 
+using Outputs = std::span<const std::span<float>>;
+
+// All outputs of the network, the first one first.
+inline std::vector<Port> outputs_of(const Metadata& metadata) {
+  std::vector<Port> ports{metadata.output};
+  ports.insert(ports.end(), metadata.further_outputs.begin(), metadata.further_outputs.end());
+  return ports;
+}
+
 // Buffers, stream and execution context of one thread.
 class Runner {
  public:
@@ -39,9 +48,15 @@ class Runner {
   Runner& operator=(const Runner&) = delete;
   virtual ~Runner() = default;
 
-  // `input` holds `batch` images of `size`. `output` has space for their first output. The caller has checked all of
-  // them. Throws Error.
-  virtual void run(std::span<const float> input, std::int64_t batch, InputSize size, std::span<float> output) = 0;
+  // `input` holds `batch` images of `size`. `outputs` has space for what they give in the network's first output, or in
+  // each. The caller has checked all of them. Throws Error.
+  virtual void run(std::span<const float> input, std::int64_t batch, InputSize size, Outputs outputs) = 0;
+
+  // From another thread: the run that is on, or about to begin, ends as soon as the library allows it, and may throw.
+  virtual void cancel() noexcept {}
+
+  // After a run that was cancelled has ended: the next one runs.
+  virtual void renew() noexcept {}
 };
 
 class Backend {

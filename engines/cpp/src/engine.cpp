@@ -1,6 +1,7 @@
 #include <export_zoo/engine.hpp>
 
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <map>
 #include <optional>
@@ -14,6 +15,7 @@
 
 #include "attestation.hpp"
 #include "backend.hpp"
+#include "context.hpp"
 #include "cores.hpp"
 #include "local_latencies.hpp"
 #include "manifest.hpp"
@@ -22,25 +24,6 @@
 #include "targets.hpp"
 
 namespace export_zoo {
-
-namespace detail {
-
-class EngineState {
- public:
-  Metadata metadata;
-  EngineInfo info;
-  std::string why;
-  std::unique_ptr<Backend> backend;
-};
-
-class ContextState {
- public:
-  std::shared_ptr<const EngineState> engine;
-  std::unique_ptr<Runner> runner;
-  std::vector<float> logits;
-};
-
-}  // namespace detail
 
 namespace {
 
@@ -73,8 +56,6 @@ std::string why_not(const EngineInfo& info, const std::string& source, const std
   }
   return {};
 }
-
-std::string text(InputSize size) { return std::to_string(size.height) + "x" + std::to_string(size.width); }
 
 // An engine that cannot be loaded here.
 struct LeftOut {
@@ -198,6 +179,7 @@ detail::Medians time_in_turn(const std::map<std::string, const detail::Backend*>
   std::normal_distribution<float> normal;  // as normalized images have
   for (auto& value : input) value = normal(random);
   std::vector<float> output(static_cast<std::size_t>(batch) * detail::values_of_image(metadata.output, size));
+  const std::array outputs{std::span(output)};
   std::map<std::string, std::unique_ptr<detail::Runner>> runners;
   for (const auto& [name, backend] : engines) runners.emplace(name, backend->runner());
   std::map<std::string, std::vector<double>> times;
@@ -205,9 +187,9 @@ detail::Medians time_in_turn(const std::map<std::string, const detail::Backend*>
   const auto limit = std::chrono::duration<double>(0.3 * static_cast<double>(engines.size()));
   for (int round = 1; round <= 20 && (round <= 3 || Clock::now() - begin <= limit); ++round) {
     for (const auto& [name, runner] : runners) {
-      runner->run(input, batch, size, output);
+      runner->run(input, batch, size, outputs);
       const auto start = Clock::now();
-      runner->run(input, batch, size, output);
+      runner->run(input, batch, size, outputs);
       times[name].push_back(std::chrono::duration<double, std::milli>(Clock::now() - start).count());
     }
   }
@@ -284,6 +266,12 @@ Engine Engine::load(const std::filesystem::path& bundle, const Options& options)
   }
 #endif
   const auto attested = detail::apply_attestations(bundle, capability, manifest.metadata.engines);
+  // No engine was verified with another provider than the CPU's.
+  if (!options.onnxruntime_session.providers.empty()) {
+    for (auto& engine : manifest.metadata.engines) {
+      if (engine.target == "onnxruntime") engine.state = std::min(engine.state, State::graph_verified);
+    }
+  }
   std::vector<LeftOut> left_out;
   for (const auto& unknown : manifest.unknown) {
     if (unknown == options.engine) {
@@ -327,67 +315,12 @@ Engine Engine::load(const std::filesystem::path& bundle, const Options& options)
 }
 
 Context Engine::context() const {
-  auto context = std::make_unique<detail::ContextState>();
-  context->engine = state_;
-  context->runner = state_->backend->runner();
-  return Context(std::move(context));
+  return Context(std::make_unique<detail::ContextState>(state_));
 }
 
 const Metadata& Engine::metadata() const noexcept { return state_->metadata; }
 const EngineInfo& Engine::info() const noexcept { return state_->info; }
 const std::string& Engine::backend() const noexcept { return state_->backend->description(); }
 const std::string& Engine::why() const noexcept { return state_->why; }
-
-Context::Context(std::unique_ptr<detail::ContextState> state) : state_(std::move(state)) {}
-Context::Context(Context&&) noexcept = default;
-Context& Context::operator=(Context&&) noexcept = default;
-Context::~Context() = default;
-
-std::span<const float> Context::infer(std::span<const float> input, std::int64_t batch) {
-  return infer(input, batch, state_->engine->metadata.size_opt);
-}
-
-std::span<const float> Context::infer(std::span<const float> input, std::int64_t batch, InputSize size) {
-  state_->logits.resize(checked(input, batch, size));
-  state_->runner->run(input, batch, size, state_->logits);
-  return state_->logits;
-}
-
-void Context::infer_into(std::span<float> logits, std::span<const float> input, std::int64_t batch) {
-  infer_into(logits, input, batch, state_->engine->metadata.size_opt);
-}
-
-void Context::infer_into(std::span<float> logits, std::span<const float> input, std::int64_t batch, InputSize size) {
-  const auto wanted = checked(input, batch, size);
-  if (logits.size() != wanted) {
-    throw Error(ErrorCode::shape, "logits has space for " + std::to_string(logits.size()) + " values, batch " +
-                                      std::to_string(batch) + " gives " + std::to_string(wanted));
-  }
-  state_->runner->run(input, batch, size, logits);
-}
-
-// Number of values that the input gives. Throws Error (shape).
-std::size_t Context::checked(std::span<const float> input, std::int64_t batch, InputSize size) const {
-  const auto& metadata = state_->engine->metadata;
-  if (batch < metadata.batch_min || batch > metadata.batch_max) {
-    throw Error(ErrorCode::shape, "batch " + std::to_string(batch) + " is outside this bundle's range " +
-                                      std::to_string(metadata.batch_min) + " to " +
-                                      std::to_string(metadata.batch_max) +
-                                      ": split it, or export with a wider --batch MIN:OPT:MAX");
-  }
-  const auto& low = metadata.size_min;
-  const auto& high = metadata.size_max;
-  if (size.height < low.height || size.height > high.height || size.width < low.width || size.width > high.width) {
-    throw Error(ErrorCode::shape, "size " + text(size) + " is outside this bundle's range " + text(low) + " to " +
-                                      text(high) + ": resize, or export with a wider --dynamic-size MIN:OPT:MAX");
-  }
-  const auto count = static_cast<std::size_t>(batch);
-  const auto wanted = count * detail::values_of_image(metadata.input, size);
-  if (input.size() != wanted) {
-    throw Error(ErrorCode::shape, "input has " + std::to_string(input.size()) + " values, batch " +
-                                      std::to_string(batch) + " of " + text(size) + " needs " + std::to_string(wanted));
-  }
-  return count * detail::values_of_image(metadata.output, size);
-}
 
 }  // namespace export_zoo

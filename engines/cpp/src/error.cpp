@@ -28,6 +28,8 @@ const char* name(ErrorCode code) noexcept {
       return "runtime";
     case ErrorCode::cpu:
       return "cpu";
+    case ErrorCode::cancelled:
+      return "cancelled";
   }
   return "unknown";
 }

@@ -108,35 +108,71 @@ std::string not_exact(const std::filesystem::path& engine, const std::string& li
 class OnnxRuntimeRunner final : public Runner {
  public:
   OnnxRuntimeRunner(Ort::Session& session, const Metadata& metadata)
-      : session_(session),
-        memory_(cpu_memory()),
-        input_(metadata.input),
-        output_(metadata.output) {}
+      : session_(session), memory_(cpu_memory()), input_(metadata.input), outputs_(outputs_of(metadata)) {}
 
-  void run(std::span<const float> input, std::int64_t batch, InputSize size, std::span<float> output) override {
-    const auto input_shape = shape_of(input_, batch, size);
-    const auto output_shape = shape_of(output_, batch, size);
+  void run(std::span<const float> input, std::int64_t batch, InputSize size, Outputs outputs) override {
     try {
       // ONNX Runtime takes inputs as mutable, and does not write to them.
-      const auto in = Ort::Value::CreateTensor<float>(memory_, const_cast<float*>(input.data()), input.size(),
-                                                      input_shape.data(), input_shape.size());
-      auto out = Ort::Value::CreateTensor<float>(memory_, output.data(), output.size(), output_shape.data(),
-                                                 output_shape.size());
+      const auto in = tensor({const_cast<float*>(input.data()), input.size()}, shape_of(input_, batch, size));
+      std::vector<Ort::Value> out;
+      std::vector<const char*> names;
+      for (std::size_t i = 0; i < outputs.size(); ++i) {
+        out.push_back(tensor(outputs[i], shape_of(outputs_[i], batch, size)));
+        names.push_back(outputs_[i].name.c_str());
+      }
       const char* input_name = input_.name.c_str();
-      const char* output_name = output_.name.c_str();
-      session_.Run(Ort::RunOptions{nullptr}, &input_name, &in, 1, &output_name, &out, 1);
+      session_.Run(options_, &input_name, &in, 1, names.data(), out.data(), out.size());
     } catch (const Ort::Exception& error) {
       throw Error(ErrorCode::runtime, std::string("ONNX Runtime failed at batch ") + std::to_string(batch) + ": " +
                                           error.what() + ": is there memory for it? A smaller batch needs less");
     }
   }
 
+  void cancel() noexcept override { options_.SetTerminate(); }
+  void renew() noexcept override { options_.UnsetTerminate(); }
+
  private:
+  [[nodiscard]] Ort::Value tensor(std::span<float> values, const std::vector<std::int64_t>& shape) const {
+    return Ort::Value::CreateTensor<float>(memory_, values.data(), values.size(), shape.data(), shape.size());
+  }
+
   Ort::Session& session_;
   Ort::MemoryInfo memory_;
+  Ort::RunOptions options_;
   Port input_;
-  Port output_;
+  std::vector<Port> outputs_;
 };
+
+// Session entries of this library; Options give others.
+constexpr const char* kStopSpinning = "session.force_spinning_stop";
+constexpr const char* kSpinning = "session.intra_op.allow_spinning";
+constexpr const char* kDisabled = "optimization.disable_specified_optimizers";
+
+void set_up(Ort::SessionOptions& session, const OnnxRuntimeOptions& given) {
+  for (const auto& [key, value] : given.entries) {
+    for (const auto* own : {kStopSpinning, kSpinning, kDisabled, kExactEntry}) {
+      if (key == own) {
+        throw Error(ErrorCode::runtime, "OnnxRuntimeOptions::entries: " + key + " is set by this library: leave it out" +
+                                            (key == kSpinning ? ", and set OnnxRuntimeOptions::spinning" : ""));
+      }
+    }
+    session.AddConfigEntry(key.c_str(), value.c_str());
+  }
+  // Otherwise, idle threads of one engine spin on the cores that the next one needs.
+  session.AddConfigEntry(kStopSpinning, "1");
+  if (!given.spinning) session.AddConfigEntry(kSpinning, "0");
+  if (!given.arena) session.DisableCpuMemArena();
+  for (const auto& provider : given.providers) {
+    try {
+      session.AppendExecutionProvider(provider.name, {provider.options.begin(), provider.options.end()});
+    } catch (const Ort::Exception& error) {
+      std::string known;
+      for (const auto& name : Ort::GetAvailableProviders()) known += (known.empty() ? "" : ", ") + name;
+      throw Error(ErrorCode::backend_missing, "OnnxRuntimeOptions::providers: " + provider.name + ": " + error.what() +
+                                                  ": this ONNX Runtime has " + known);
+    }
+  }
+}
 
 class OnnxRuntimeBackend final : public Backend {
  public:
@@ -152,11 +188,10 @@ class OnnxRuntimeBackend final : public Backend {
       Ort::SessionOptions session;
       const int threads = threads_of_stream(options.threads, options.streams);
       session.SetIntraOpNumThreads(threads);
-      // Otherwise, idle threads of one engine spin on the cores that the next one needs.
-      session.AddConfigEntry("session.force_spinning_stop", "1");
+      set_up(session, options.onnxruntime_session);
       // The FP16 layout pass of ONNX Runtime 1.31 crashes on transformers; Python disables it, too.
       if (precision_of(info).float16) {
-        session.AddConfigEntry("optimization.disable_specified_optimizers", "NchwcTransformer");
+        session.AddConfigEntry(kDisabled, "NchwcTransformer");
       }
       for (const auto& [key, value] : entries) session.AddConfigEntry(key.c_str(), value.c_str());
       if (exact) session.SetLogSeverityLevel(ORT_LOGGING_LEVEL_FATAL);  // a refusal is thrown, not logged
@@ -174,6 +209,7 @@ class OnnxRuntimeBackend final : public Backend {
                                           ": use that version, or another engine of the bundle");
     }
     if (exact) description_ += std::string(", exact INT8 sums (") + kExactEntry + ")";
+    for (const auto& provider : options.onnxruntime_session.providers) description_ += ", " + provider.name;
     check_ports(engine);
   }
 
@@ -200,9 +236,12 @@ class OnnxRuntimeBackend final : public Backend {
       Ort::AllocatorWithDefaultOptions allocator;
       good = session.GetInputCount() == 1 && session.GetOutputCount() == 1 + metadata_.further_outputs.size() &&
              session.GetInputNameAllocated(0, allocator).get() == metadata_.input.name &&
-             session.GetOutputNameAllocated(0, allocator).get() == metadata_.output.name &&
-             same(session.GetInputTypeInfo(0), metadata_.input) &&
-             same(session.GetOutputTypeInfo(0), metadata_.output);
+             same(session.GetInputTypeInfo(0), metadata_.input);
+      const auto ports = outputs_of(metadata_);
+      for (std::size_t i = 0; good && i < ports.size(); ++i) {
+        good = session.GetOutputNameAllocated(i, allocator).get() == ports[i].name &&
+               same(session.GetOutputTypeInfo(i), ports[i]);
+      }
     } catch (const Ort::Exception&) {
     }
     if (!good) {

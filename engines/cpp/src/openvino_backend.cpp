@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <charconv>
 #include <cstdint>
 #include <mutex>
@@ -52,6 +53,7 @@ struct Functions {
   EXPORT_ZOO_OPENVINO(ov_infer_request_set_input_tensor_by_index);
   EXPORT_ZOO_OPENVINO(ov_infer_request_set_output_tensor_by_index);
   EXPORT_ZOO_OPENVINO(ov_infer_request_infer);
+  EXPORT_ZOO_OPENVINO(ov_infer_request_cancel);
   EXPORT_ZOO_OPENVINO(ov_tensor_create_from_host_ptr);
   EXPORT_ZOO_OPENVINO(ov_tensor_free);
 
@@ -135,21 +137,38 @@ const Runtime& runtime(const std::filesystem::path& given) {
 class OpenVinoRunner final : public Runner {
  public:
   OpenVinoRunner(const Functions& call, const ov_compiled_model_t* model, const Metadata& metadata)
-      : call_(call), input_(metadata.input), output_(metadata.output), request_(nullptr, call.ov_infer_request_free) {
+      : call_(call),
+        input_(metadata.input),
+        outputs_(outputs_of(metadata)),
+        spare_(outputs_.size()),
+        request_(nullptr, call.ov_infer_request_free) {
     ov_infer_request_t* request = nullptr;
     call.check(call.ov_compiled_model_create_infer_request(model, &request), "no request");
     request_.reset(request);
   }
 
-  void run(std::span<const float> input, std::int64_t batch, InputSize size, std::span<float> output) override {
+  void run(std::span<const float> input, std::int64_t batch, InputSize size, Outputs outputs) override {
+    const auto what = "batch " + std::to_string(batch) + " failed (a smaller one needs less memory)";
     // OpenVINO takes inputs as mutable, and does not write to them.
     const auto in = tensor(shape_of(input_, batch, size), const_cast<float*>(input.data()));
-    const auto out = tensor(shape_of(output_, batch, size), output.data());
-    const auto what = "batch " + std::to_string(batch) + " failed (a smaller one needs less memory)";
     call_.check(call_.ov_infer_request_set_input_tensor_by_index(request_.get(), 0, in.get()), what.c_str());
-    call_.check(call_.ov_infer_request_set_output_tensor_by_index(request_.get(), 0, out.get()), what.c_str());
+    for (std::size_t i = 0; i < outputs_.size(); ++i) {
+      const auto shape = shape_of(outputs_[i], batch, size);
+      // A request keeps the memory that it was given: an output that nobody wants must not go to that of another call.
+      if (i >= outputs.size()) spare_[i].resize(static_cast<std::size_t>(batch) * values_of_image(outputs_[i], size));
+      const auto out = tensor(shape, i < outputs.size() ? outputs[i].data() : spare_[i].data());
+      call_.check(call_.ov_infer_request_set_output_tensor_by_index(request_.get(), i, out.get()), what.c_str());
+    }
+    if (cancelled_) return;
     call_.check(call_.ov_infer_request_infer(request_.get()), what.c_str());
   }
+
+  void cancel() noexcept override {
+    cancelled_ = true;
+    static_cast<void>(call_.ov_infer_request_cancel(request_.get()));
+  }
+
+  void renew() noexcept override { cancelled_ = false; }
 
  private:
   // A tensor of memory that it does not own.
@@ -162,7 +181,9 @@ class OpenVinoRunner final : public Runner {
 
   const Functions& call_;
   Port input_;
-  Port output_;
+  std::vector<Port> outputs_;
+  std::vector<std::vector<float>> spare_;  // by output
+  std::atomic<bool> cancelled_{false};
   Owned<ov_infer_request_t> request_;
 };
 
@@ -213,21 +234,26 @@ class OpenVinoBackend final : public Backend {
     std::size_t outputs = 0;
     call.check(call.ov_model_inputs_size(model, &inputs), "inputs");
     call.check(call.ov_model_outputs_size(model, &outputs), "outputs");
-    if (inputs == 1 && outputs == 1 + metadata_.further_outputs.size()) {
+    bool good = inputs == 1 && outputs == 1 + metadata_.further_outputs.size();
+    if (good) {
       ov_output_const_port_t* in = nullptr;
       call.check(call.ov_model_const_input_by_index(model, 0, &in), "input");
-      const Owned<ov_output_const_port_t> input(in, call.ov_output_const_port_free);
-      ov_output_const_port_t* out = nullptr;
-      call.check(call.ov_model_const_output_by_index(model, 0, &out), "output");
-      const Owned<ov_output_const_port_t> output(out, call.ov_output_const_port_free);
-      if (is(input.get(), metadata_.input) && is(output.get(), metadata_.output)) return;
+      good = is({in, call.ov_output_const_port_free}, metadata_.input);
+      const auto ports = outputs_of(metadata_);
+      for (std::size_t i = 0; good && i < outputs; ++i) {
+        ov_output_const_port_t* out = nullptr;
+        call.check(call.ov_model_const_output_by_index(model, i, &out), "output");
+        good = is({out, call.ov_output_const_port_free}, ports[i]);
+      }
     }
+    if (good) return;
     throw Error(ErrorCode::bundle, engine.string() +
                                        ": its input and output are not those of the manifest: export the bundle again");
   }
 
-  bool is(const ov_output_const_port_t* port, const Port& wanted) const {
+  bool is(const Owned<ov_output_const_port_t>& owned, const Port& wanted) const {
     const auto& call = runtime_.call;
+    const auto* port = owned.get();
     char* name = nullptr;
     call.check(call.ov_port_get_any_name(port, &name), "name");
     const bool same_name = wanted.name == name;

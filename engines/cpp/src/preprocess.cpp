@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 
 #include <export_zoo/error.hpp>
 
@@ -16,13 +17,24 @@ constexpr std::int64_t kMaxSide = 65500;
 
 // The luma of each pixel as Pillow's convert("L") computes it (ITU-R 601-2, in 16-bit fixed point), in all three
 // channels: the resize treats channels alike, so that one of them is the resized gray image.
-Image luma(const Image& image) {
-  Image gray{image.width, image.height, std::vector<std::uint8_t>(image.rgb.size())};
-  for (std::size_t i = 0; i + 2 < image.rgb.size(); i += 3) {
-    const auto value = (19595U * image.rgb[i] + 38470U * image.rgb[i + 1] + 7471U * image.rgb[i + 2] + 0x8000U) >> 16U;
-    gray.rgb[i] = gray.rgb[i + 1] = gray.rgb[i + 2] = static_cast<std::uint8_t>(value);
+Image luma(const ImageView& image) {
+  const auto pixels = static_cast<std::size_t>(image.width) * static_cast<std::size_t>(image.height);
+  Image gray{image.width, image.height, std::vector<std::uint8_t>(3 * pixels)};
+  const int red = image.order == ImageView::Order::rgb ? 0 : 2;
+  auto* to = gray.rgb.data();
+  for (int y = 0; y < image.height; ++y) {
+    const auto* from = image.pixels + y * image.stride;
+    for (int x = 0; x < image.width; ++x, from += 3, to += 3) {
+      const auto value = (19595U * from[red] + 38470U * from[1] + 7471U * from[2 - red] + 0x8000U) >> 16U;
+      to[0] = to[1] = to[2] = static_cast<std::uint8_t>(value);
+    }
   }
   return gray;
+}
+
+// `image` outlives the view.
+ImageView view_of(const Image& image) {
+  return {image.rgb.data(), image.width, image.height, std::ptrdiff_t{3} * image.width, ImageView::Order::rgb};
 }
 
 }  // namespace
@@ -80,15 +92,28 @@ std::size_t Preprocessor::size() const noexcept {
 }
 
 void Preprocessor::operator()(const Image& image, std::span<float> out) const {
-  if (out.size() != size()) {
-    throw Error(ErrorCode::shape, "the output has space for " + std::to_string(out.size()) +
-                                      " values, one image needs " + std::to_string(size()));
-  }
   if (image.width < 1 || image.height < 1 ||
       image.rgb.size() != std::size_t{3} * static_cast<std::size_t>(image.width) *
                               static_cast<std::size_t>(image.height)) {
     throw Error(ErrorCode::image, "an image of " + std::to_string(image.width) + "x" + std::to_string(image.height) +
                                       " has " + std::to_string(image.rgb.size()) + " bytes, not 3 per pixel");
+  }
+  (*this)(view_of(image), out);
+}
+
+void Preprocessor::operator()(const ImageView& given, std::span<float> out) const {
+  if (out.size() != size()) {
+    throw Error(ErrorCode::shape, "the output has space for " + std::to_string(out.size()) +
+                                      " values, one image needs " + std::to_string(size()));
+  }
+  auto image = given;
+  const auto packed = std::ptrdiff_t{3} * image.width;
+  if (image.stride == 0) image.stride = packed;
+  if (image.pixels == nullptr || image.width < 1 || image.height < 1 || std::abs(image.stride) < packed) {
+    throw Error(ErrorCode::image, "a view of " + std::to_string(image.width) + "x" + std::to_string(image.height) +
+                                      " pixels whose rows are " + std::to_string(image.stride) +
+                                      " bytes apart: give pixels, a width and height of 1 or more, and a stride of at "
+                                      "least 3 bytes a pixel");
   }
   const std::int64_t longer = std::max(image.width, image.height);
   const std::int64_t shorter = std::min(image.width, image.height);
@@ -121,15 +146,18 @@ void Preprocessor::operator()(const Image& image, std::span<float> out) const {
   const int top = static_cast<int>(std::nearbyint((height - rows) / 2.0));
   const int left = static_cast<int>(std::nearbyint((width - columns) / 2.0));
   const bool gray = options_.mean.size() == 1;
-  const auto pixels =
-      detail::resize(gray ? luma(image) : image, width, height, top, left, rows, columns, options_.interpolation, options_.pillow);
+  const auto resized_to = [&](const ImageView& from) {
+    return detail::resize(from, width, height, top, left, rows, columns, options_.interpolation, options_.pillow);
+  };
+  const auto pixels = gray ? resized_to(view_of(luma(image))) : resized_to(image);
   const auto area = static_cast<std::size_t>(crop_height) * static_cast<std::size_t>(crop_width);
   for (std::size_t channel = 0; channel < options_.mean.size(); ++channel) {
     const float* table = table_.data() + channel * 256;
     float* plane = out.data() + channel * area;
+    const auto place = image.order == ImageView::Order::rgb || gray ? channel : 2 - channel;
     if (rows < crop_height || columns < crop_width) std::fill_n(plane, area, table[0]);
     for (int y = 0; y < rows; ++y) {
-      const auto* from = pixels.data() + (static_cast<std::size_t>(y) * static_cast<std::size_t>(columns)) * 3 + channel;
+      const auto* from = pixels.data() + (static_cast<std::size_t>(y) * static_cast<std::size_t>(columns)) * 3 + place;
       float* to = plane + static_cast<std::size_t>(above + y) * static_cast<std::size_t>(crop_width) +
                   static_cast<std::size_t>(before);
       for (int x = 0; x < columns; ++x) to[x] = table[from[static_cast<std::size_t>(x) * 3]];

@@ -71,17 +71,19 @@ std::uint8_t to_byte(std::int32_t sum) { return static_cast<std::uint8_t>(std::c
 struct Plane {
   std::vector<std::uint8_t> own;
   const std::uint8_t* data = nullptr;
+  std::ptrdiff_t stride = 0;  // bytes from row to row
   int first = 0;  // index of the first row (or column) that it holds
   std::size_t rows = 0;
   std::size_t columns = 0;
 
-  [[nodiscard]] const std::uint8_t* row(std::size_t i) const { return data + i * columns * kChannels; }
+  [[nodiscard]] const std::uint8_t* row(std::size_t i) const { return data + static_cast<std::ptrdiff_t>(i) * stride; }
 };
 
 Plane make(std::size_t rows, std::size_t columns) {
   Plane plane;
   plane.own.resize(rows * columns * kChannels);
   plane.data = plane.own.data();
+  plane.stride = static_cast<std::ptrdiff_t>(columns * kChannels);
   plane.rows = rows;
   plane.columns = columns;
   return plane;
@@ -138,10 +140,11 @@ Plane cut(const Plane& in, std::size_t begin, std::size_t columns) {
 
 }  // namespace
 
-std::vector<std::uint8_t> resize(const Image& image, int width, int height, int top, int left, int rows, int columns,
+std::vector<std::uint8_t> resize(const ImageView& image, int width, int height, int top, int left, int rows, int columns,
                                  PreprocessOptions::Interpolation interpolation, int pillow) {
   Plane plane;
-  plane.data = image.rgb.data();
+  plane.data = image.pixels;
+  plane.stride = image.stride;
   plane.rows = static_cast<std::size_t>(image.height);
   plane.columns = static_cast<std::size_t>(image.width);
   const bool horizontal = width != image.width;

@@ -144,46 +144,44 @@ class TensorRTRunner final : public Runner {
         device_(device),
         in_host_(cuda, bytes_of(metadata.input), true),
         in_(cuda, bytes_of(metadata.input), false),
-        out_host_(cuda, bytes_of(metadata.output), true),
-        out_(cuda, bytes_of(metadata.output), false),
+        ports_(outputs_of(metadata)),
         stream_(cuda),
         context_(engine.createExecutionContext()) {
     if (!context_) {
       throw Error(ErrorCode::runtime, "TensorRT: no execution context: " + logger.last() +
                                           ": check free memory with nvidia-smi, or create fewer contexts");
     }
-    if (!context_->setTensorAddress(metadata.input.name.c_str(), in_.data()) ||
-        !context_->setTensorAddress(metadata.output.name.c_str(), out_.data())) {
-      throw Error(ErrorCode::runtime, "TensorRT: the plan's tensors are not those of the manifest: " + logger.last() +
-                                          ": export the bundle again");
-    }
-    for (const auto& port : metadata.further_outputs) {  // nobody reads them, but TensorRT writes them
-      further_.push_back(std::make_unique<Buffer>(cuda, bytes_of(port), false));
-      if (!context_->setTensorAddress(port.name.c_str(), further_.back()->data())) {
-        throw Error(ErrorCode::runtime, "TensorRT: the plan has no output " + port.name + ": " + logger.last() +
-                                            ": export the bundle again");
-      }
+    address(metadata.input, in_);
+    for (const auto& port : ports_) {  // TensorRT writes all of them, also those that nobody reads
+      device_out_.push_back(std::make_unique<Buffer>(cuda, bytes_of(port), false));
+      address(port, *device_out_.back());
     }
   }
   TensorRTRunner(const TensorRTRunner&) = delete;
   TensorRTRunner& operator=(const TensorRTRunner&) = delete;
   ~TensorRTRunner() override { forget(); }
 
-  void run(std::span<const float> input, std::int64_t batch, InputSize size, std::span<float> output) override {
+  void run(std::span<const float> input, std::int64_t batch, InputSize size, Outputs outputs) override {
     cuda_.check(cuda_.cudaSetDevice(device_), "device", ErrorCode::device);
     std::copy(input.begin(), input.end(), static_cast<float*>(in_host_.data()));
     const Shape shape{batch, size.height, size.width};
-    if (shape != shape_) set(shape);
+    if (shape != shape_ || outputs.size() != wanted_) set(shape);
+    wanted_ = outputs.size();
+    while (host_out_.size() < outputs.size()) {
+      host_out_.push_back(std::make_unique<Buffer>(cuda_, bytes_of(ports_[host_out_.size()]), true));
+    }
     // The first run of a shape lets the library set up. The second run in a row is recorded, and replayed from then on.
-    if (runs_ == 1 && graph_ == nullptr) graph_ = capture(input.size_bytes(), output.size_bytes());
+    if (runs_ == 1 && graph_ == nullptr) graph_ = capture(input.size_bytes(), outputs);
     if (graph_ != nullptr) {
       cuda_.check(cuda_.cudaGraphLaunch(graph_, stream_.get()), "graph");
     } else {
-      enqueue(input.size_bytes(), output.size_bytes());
+      enqueue(input.size_bytes(), outputs);
     }
     cuda_.check(cuda_.cudaStreamSynchronize(stream_.get()), "run");
     ++runs_;
-    std::copy_n(static_cast<const float*>(out_host_.data()), output.size(), output.begin());
+    for (std::size_t i = 0; i < outputs.size(); ++i) {
+      std::copy_n(static_cast<const float*>(host_out_[i]->data()), outputs[i].size(), outputs[i].begin());
+    }
   }
 
  private:
@@ -193,7 +191,13 @@ class TensorRTRunner final : public Runner {
     return static_cast<std::size_t>(metadata_.batch_max) * values_of_image(port, metadata_.size_max) * sizeof(float);
   }
 
-  // A CUDA graph is valid for one shape. If it were replayed after the context was set to another shape, it might use
+  void address(const Port& port, Buffer& buffer) {
+    if (context_->setTensorAddress(port.name.c_str(), buffer.data())) return;
+    throw Error(ErrorCode::runtime, "TensorRT: the plan has no tensor " + port.name + ": " + logger_.last() +
+                                        ": export the bundle again");
+  }
+
+  // A CUDA graph is valid for one shape, and copies one number of outputs. If it were replayed after the context was set to another shape, it might use
   // that shape's state.
   void forget() {
     if (graph_ != nullptr) static_cast<void>(cuda_.cudaGraphExecDestroy(graph_));
@@ -217,8 +221,7 @@ class TensorRTRunner final : public Runner {
                                           ": export the bundle again");
     }
     // Dimensions that the plan left open until now must fit the buffers, too.
-    check_room(metadata_.output, shape);
-    for (const auto& port : metadata_.further_outputs) check_room(port, shape);
+    for (const auto& port : ports_) check_room(port, shape);
     shape_ = shape;
   }
 
@@ -235,25 +238,29 @@ class TensorRTRunner final : public Runner {
     }
   }
 
-  void enqueue(std::size_t in, std::size_t out) {
+  void enqueue(std::size_t in, Outputs outputs) {
     const auto stream = stream_.get();
     cuda_.check(cuda_.cudaMemcpyAsync(in_.data(), in_host_.data(), in, cudaMemcpyHostToDevice, stream), "copy");
     if (!context_->enqueueV3(stream)) {
       throw Error(ErrorCode::runtime, "TensorRT could not run the engine: " + logger_.last() +
                                           ": check nvidia-smi, or run an engine of onnxruntime");
     }
-    cuda_.check(cuda_.cudaMemcpyAsync(out_host_.data(), out_.data(), out, cudaMemcpyDeviceToHost, stream), "copy");
+    for (std::size_t i = 0; i < outputs.size(); ++i) {
+      cuda_.check(cuda_.cudaMemcpyAsync(host_out_[i]->data(), device_out_[i]->data(), outputs[i].size_bytes(),
+                                        cudaMemcpyDeviceToHost, stream),
+                  "copy");
+    }
   }
 
   // Records one run as a CUDA graph. Returns null if it cannot be recorded; then each run is enqueued.
-  cudaGraphExec_t capture(std::size_t in, std::size_t out) {
+  cudaGraphExec_t capture(std::size_t in, Outputs outputs) {
     const auto stream = stream_.get();
     cudaGraph_t graph = nullptr;
     cudaGraphExec_t executable = nullptr;
     if (cuda_.cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal) != cudaSuccess) return nullptr;
     bool good = true;
     try {
-      enqueue(in, out);
+      enqueue(in, outputs);
     } catch (const Error&) {
       good = false;
     }
@@ -269,12 +276,13 @@ class TensorRTRunner final : public Runner {
   int device_;
   Buffer in_host_;
   Buffer in_;
-  Buffer out_host_;
-  Buffer out_;
-  std::vector<std::unique_ptr<Buffer>> further_;
+  std::vector<Port> ports_;  // outputs
+  std::vector<std::unique_ptr<Buffer>> device_out_;  // by output
+  std::vector<std::unique_ptr<Buffer>> host_out_;    // of those that were wanted
   Stream stream_;
   std::unique_ptr<nvinfer1::IExecutionContext> context_;
   Shape shape_{};  // shape that the context is set to; zeros: none
+  std::size_t wanted_ = 0;  // number of outputs that are copied
   std::uint64_t runs_ = 0;  // number of runs of that shape in a row
   cudaGraphExec_t graph_ = nullptr;  // CUDA graph of that shape; null if it cannot be recorded
 };

@@ -24,6 +24,7 @@ namespace ez = export_zoo;
 namespace fs = std::filesystem;
 using support::bundles;
 using support::error_of;
+using support::kTargets;
 using testing::HasSubstr;
 
 class Engine : public support::WithBundles {
@@ -126,9 +127,6 @@ INSTANTIATE_TEST_SUITE_P(OfOpenVino, EveryEngine,
                          testing::Combine(testing::Values("mobilenet_v2", "Pixels"),
                                           testing::Values("openvino-fp32", "openvino-int8"),
                                           testing::Values("OpenVINO 20")));
-const std::vector<std::string> kTargets{"onnxruntime", "openvino"};
-#else
-const std::vector<std::string> kTargets{"onnxruntime"};
 #endif
 
 TEST_F(Engine, TakesTheFastestVerifiedOneUnlessOneIsAskedFor) {
@@ -822,30 +820,6 @@ TEST_F(Engine, LogsToTheProgram) {
   static_cast<void>(ez::Engine::load(bundle));
   EXPECT_EQ(testing::internal::GetCapturedStderr(), "") << "warnings are dropped by default";
   EXPECT_THAT(lines, testing::IsEmpty());
-}
-
-TEST_F(Engine, WritesLogitsToTheCallersMemory) {
-  for (const auto& target : kTargets) {
-    for (const auto* precision : {"-fp32", "-int8"}) {
-      ez::Options options;
-      options.engine = target + precision;
-      auto context = ez::Engine::load(bundles() / "mobilenet_v2.bundle", options).context();
-      const auto inputs = support::read_npy(bundles() / "mobilenet_v2-inputs.npy");
-      const auto want = support::read_npy(bundles() / ("mobilenet_v2-" + options.engine + ".npy"));
-      const auto three = std::span(inputs).first(std::size_t{3} * 3 * 64 * 64);
-      std::vector<float> memory(1 + 3000 + 1, -7);
-      // Not where a vector begins: a part of it, such as a row of shared memory.
-      const auto logits = std::span(memory).subspan(1, 3000);
-      const auto [code, message] = error_of([&] { context.infer_into(logits.first(2999), three, 3); });
-      EXPECT_EQ(code, ez::ErrorCode::shape);
-      EXPECT_THAT(message, HasSubstr("space for 2999 values, batch 3 gives 3000"));
-      EXPECT_THAT(memory, testing::Each(-7));
-      context.infer_into(logits, three, 3);
-      EXPECT_TRUE(std::equal(logits.begin(), logits.end(), want.begin())) << options.engine;
-      EXPECT_EQ(memory.front(), -7);
-      EXPECT_EQ(memory.back(), -7);
-    }
-  }
 }
 
 // Streams, and threads of each.

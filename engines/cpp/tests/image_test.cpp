@@ -235,6 +235,61 @@ TEST(Preprocess, RefusesRoomOfTheWrongSizeAndImagesThatAreNone) {
   EXPECT_THAT(error_of([&] { preprocess(image_of(1, 70000, 1), out); }).second, HasSubstr("too narrow"));
 }
 
+// Rows that are further apart than they are wide, from top to bottom or the other way round, as RGB and BGR, give what the
+// same image gives by itself, with each way of resizing (which one depends on the proportions), and in gray.
+TEST(Preprocess, TakesViewsOfOthersMemory) {
+  for (const auto& [width, height] : {std::pair(31, 23), {23, 31}, {8, 8}, {8, 20}, {20, 8}, {5, 6}, {200, 9}}) {
+    auto image = image_of(width, height, 0);
+    unsigned int state = 1;
+    for (auto& value : image.rgb) value = static_cast<std::uint8_t>((state = state * 1103515245U + 12345U) >> 16U);
+    for (const bool gray : {false, true}) {
+      auto options = options_of(8, 8, 8);
+      if (gray) options.mean = {0.5F}, options.std_dev = {0.25F};
+      for (const int pillow : {12, 13}) {
+        options.pillow = pillow;
+        const ez::Preprocessor preprocess(options);
+        std::vector<float> want(preprocess.size());
+        preprocess(image, want);
+        for (const auto order : {ez::ImageView::Order::rgb, ez::ImageView::Order::bgr}) {
+          for (const int direction : {1, -1}) {
+            const auto stride = static_cast<std::size_t>(3 * width + 5);
+            std::vector<std::uint8_t> memory(stride * static_cast<std::size_t>(height), 99);
+            const auto upper = direction > 0 ? 0 : stride * static_cast<std::size_t>(height - 1);
+            for (std::size_t i = 0; i < image.rgb.size(); ++i) {
+              const auto y = i / static_cast<std::size_t>(3 * width);
+              const auto x = i % static_cast<std::size_t>(3 * width);
+              const auto channel = order == ez::ImageView::Order::rgb ? x % 3 : 2 - x % 3;
+              memory[direction > 0 ? upper + y * stride + x / 3 * 3 + channel : upper - y * stride + x / 3 * 3 + channel] =
+                  image.rgb[i];
+            }
+            std::vector<float> found(preprocess.size());
+            preprocess(ez::ImageView{memory.data() + upper, width, height,
+                                     static_cast<std::ptrdiff_t>(stride) * direction, order},
+                       found);
+            EXPECT_EQ(found, want) << width << 'x' << height << " pillow " << pillow << " gray " << gray;
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST(Preprocess, RefusesViewsOfNothing) {
+  const ez::Preprocessor preprocess(options_of(8, 8, 8));
+  std::vector<float> out(preprocess.size());
+  const std::vector<std::uint8_t> memory(300);
+  for (const auto& view : {ez::ImageView{}, ez::ImageView{nullptr, 9, 9}, ez::ImageView{memory.data(), 0, 9},
+                           ez::ImageView{memory.data(), 9, -1}, ez::ImageView{memory.data(), 9, 9, 26},
+                           ez::ImageView{memory.data(), 9, 9, -26}}) {
+    const auto [code, message] = error_of([&] { preprocess(view, out); });
+    EXPECT_EQ(code, ez::ErrorCode::image);
+    EXPECT_THAT(message, HasSubstr("a stride of at least 3 bytes a pixel"));
+  }
+  preprocess(ez::ImageView{memory.data(), 9, 9}, out);
+  EXPECT_EQ(error_of([&] { preprocess(ez::ImageView{memory.data(), 9, 9}, std::span(out).first(9)); }).first,
+            ez::ErrorCode::shape);
+}
+
 TEST(Preprocess, PutsABlackBorderAroundSmallImages) {
   const ez::Preprocessor preprocess(options_of(2, 5, 4));
   std::vector<float> out(preprocess.size());

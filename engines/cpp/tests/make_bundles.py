@@ -3,7 +3,8 @@
 Writes DIR/<model>.bundle (FP32 and INT8 engines, random weights, 64x64), DIR/images, and for each engine
 DIR/<model>-<engine>.npy, the logits of all images, and DIR/<model>-inputs.npy. DIR/dynamic.bundle takes 48 to 96
 pixels, with inputs and logits of some sizes: DIR/dynamic-inputs-HxW.npy, DIR/dynamic-<engine>-HxW.npy.
-DIR/Pixels.bundle is of a network of our own with two outputs, the first for each pixel.
+DIR/Pixels.bundle is of a network of our own with two outputs, the first for each pixel; the second one's values are
+DIR/Pixels-<engine>-output1.npy.
 DIR/head-<kind>.bundle are of networks with other heads, or other inputs, and DIR/head-<kind>.npy their outputs.
 DIR/attestation.json is what `verify` says here of the first. saturating_bundles.py writes two more.
 """
@@ -206,8 +207,12 @@ def main() -> None:
             engine = export_zoo.load(bundle, engine=name)
             inputs = engine.preprocess(paths)
             np.save(out / f"{model}-inputs.npy", inputs)
-            logits = [engine.run(inputs[start : start + 4]) for start in range(0, len(inputs), 4)]
-            np.save(out / f"{model}-{name}.npy", np.concatenate(logits))
+            parts = [engine.run_all(inputs[start : start + 4]) for start in range(0, len(inputs), 4)]
+            for index, output in enumerate(parts[0]):
+                further = f"-output{index}" if index else ""
+                np.save(
+                    out / f"{model}-{name}{further}.npy", np.concatenate([part[output] for part in parts])
+                )
     write_fp32_graph(out)
     write_dynamic(out, paths)
     write_heads(out, paths)

@@ -20,6 +20,13 @@ namespace support {
 
 namespace fs = std::filesystem;
 
+// Targets whose engines the tests run.
+#ifdef EXPORT_ZOO_TEST_OPENVINO
+inline const std::vector<std::string> kTargets{"onnxruntime", "openvino"};
+#else
+inline const std::vector<std::string> kTargets{"onnxruntime"};
+#endif
+
 // The directory that make_bundles.py wrote.
 inline fs::path bundles() { return EXPORT_ZOO_TEST_BUNDLES; }
 

@@ -2,15 +2,39 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <exception>
 #include <filesystem>
+#include <functional>
+#include <future>
+#include <map>
 #include <memory>
 #include <span>
 #include <string>
+#include <vector>
 
 #include <export_zoo/metadata.hpp>
 #include <export_zoo/visibility.hpp>
 
 namespace export_zoo {
+
+/// What ONNX Runtime calls session options. None changes the logits, except `providers`.
+struct OnnxRuntimeOptions {
+  struct Provider {
+    std::string name;  ///< as ONNX Runtime's AppendExecutionProvider takes it, such as "XNNPACK"
+    std::map<std::string, std::string> options;
+  };
+
+  /// Whether threads that wait for work within a call keep their core busy. That saves microseconds for each layer, and
+  /// costs the CPU time of whatever else runs on the machine.
+  bool spinning = true;
+  /// Whether memory is kept for the next call. Without, large batches leave nothing behind, and calls are slower.
+  bool arena = true;
+  /// Session entries (onnxruntime_session_options_config_keys.h). Those that the library sets itself are refused.
+  std::map<std::string, std::string> entries;
+  /// Execution providers that go before the CPU's. Engines were not verified with them: none counts as more than
+  /// State::graph_verified, and their logits differ.
+  std::vector<Provider> providers;
+};
 
 /// Instead of a library, its directory may be given.
 struct Options {
@@ -25,6 +49,7 @@ struct Options {
   /// request soonest; a stream of one thread for each core answers the most. ONNX Runtime and OpenVINO only.
   int streams = 1;
   int device = 0;                  ///< CUDA device of TensorRT
+  OnnxRuntimeOptions onnxruntime_session;  ///< how ONNX Runtime uses threads and memory
   std::filesystem::path onnxruntime;  ///< libonnxruntime.so.1; empty: $EXPORT_ZOO_ONNXRUNTIME, then the system's
   std::filesystem::path openvino;     ///< libopenvino_c.so; empty: $EXPORT_ZOO_OPENVINO, then the system's
   std::filesystem::path tensorrt;     ///< libnvinfer or libtensorrt_rtx; empty: $EXPORT_ZOO_TENSORRT, then the system's
@@ -38,34 +63,64 @@ class EngineState;
 class ContextState;
 }  // namespace detail
 
-/// Execution context of one thread. It owns the buffers and, on a GPU, the stream. Do not share it between threads.
-/// A moved-from object may only be destroyed or assigned to. No thread may be in infer() when the process calls exit().
+/// Execution context of one thread. It owns the buffers and, on a GPU, the stream. Do not share it between threads; only
+/// cancel() may be called from any thread. A moved-from object may only be destroyed or assigned to. No thread may be in
+/// infer() when the process calls exit().
+///
+/// All calls take `batch` preprocessed images, `input`, which holds batch * channels * height * width values. They have the
+/// size that Metadata::preprocess produces, or another one from Metadata::size_min to size_max, `size`: preprocess them with
+/// at_size(options, size). All calls throw Error: shape, before anything runs or is written; runtime, if the backend fails
+/// or the context has an asynchronous call; cancelled.
 class EXPORT_ZOO_API Context {
  public:
+  /// Called in a thread of the context at the end of an asynchronous call, with what it threw or nullptr. It may start the
+  /// next call. It must not throw, nor destroy the context.
+  using Done = std::function<void(std::exception_ptr)>;
+
   Context(Context&&) noexcept;
   Context& operator=(Context&&) noexcept;
+  /// Cancels an asynchronous call, and waits for its end.
   ~Context();
 
-  /// Returns the logits of `batch` preprocessed images: batch * classes values, image by image. The images have the
-  /// size that Metadata::preprocess produces.
-  ///
-  /// `input` holds batch * 3 * height * width values. The result is valid until the next call, or until the context is
-  /// destroyed. Throws Error: shape, before anything runs; runtime, if the backend fails.
-  [[nodiscard]] std::span<const float> infer(std::span<const float> input, std::int64_t batch);
+  /// Returns the values of the first output, image by image: of a classification, batch * classes logits. The result is
+  /// valid until the next call, or until the context is destroyed.
+  [[nodiscard]] std::span<const float> infer(std::span<const float> input, std::int64_t batch, InputSize size = {});
 
-  /// The same for images of another size, from Metadata::size_min to size_max. Preprocess them with
-  /// at_size(options, size).
-  [[nodiscard]] std::span<const float> infer(std::span<const float> input, std::int64_t batch, InputSize size);
+  /// The same of all outputs: of Metadata::output, then of further_outputs.
+  [[nodiscard]] std::vector<std::span<const float>> infer_all(std::span<const float> input, std::int64_t batch,
+                                                              InputSize size = {});
 
-  /// The same, into the caller's memory. `logits` holds as many values as the batch has; nothing is written if an Error
-  /// (shape) is thrown.
-  void infer_into(std::span<float> logits, std::span<const float> input, std::int64_t batch);
-  void infer_into(std::span<float> logits, std::span<const float> input, std::int64_t batch, InputSize size);
+  /// The same, into the caller's memory: `logits` holds as many values as the batch has in the first output.
+  void infer_into(std::span<float> logits, std::span<const float> input, std::int64_t batch, InputSize size = {});
+
+  /// The same, of all outputs.
+  void infer_into(std::span<const std::span<float>> outputs, std::span<const float> input, std::int64_t batch,
+                  InputSize size = {});
+
+  /// The same, in a thread of the context. `input` and the memory of the outputs must stay as they are until `done` is
+  /// called. What is wrong with the arguments is thrown at once. The context takes one call at a time: for several at once,
+  /// use several contexts.
+  void infer_async(std::span<float> logits, std::span<const float> input, std::int64_t batch, Done done, InputSize size = {});
+  void infer_async(std::span<const std::span<float>> outputs, std::span<const float> input, std::int64_t batch, Done done,
+                   InputSize size = {});
+
+  /// The same, with a future that holds nothing, or what the call threw.
+  [[nodiscard]] std::future<void> infer_async(std::span<float> logits, std::span<const float> input, std::int64_t batch,
+                                              InputSize size = {});
+  [[nodiscard]] std::future<void> infer_async(std::span<const std::span<float>> outputs, std::span<const float> input,
+                                              std::int64_t batch, InputSize size = {});
+
+  /// Makes the call that runs now, if there is one, end soon and throw Error (cancelled); its outputs are then undefined.
+  /// ONNX Runtime and OpenVINO end after the layer that they compute, TensorRT after the batch.
+  void cancel() noexcept;
+
+  /// Runs zeros twice, so that later calls with this batch and size do not pay for what runtimes do in the first ones:
+  /// allocate, choose kernels, and record CUDA graphs.
+  void warm_up(std::int64_t batch, InputSize size = {});
 
  private:
   friend class Engine;
   explicit Context(std::unique_ptr<detail::ContextState> state);
-  [[nodiscard]] std::size_t checked(std::span<const float> input, std::int64_t batch, InputSize size) const;
   std::unique_ptr<detail::ContextState> state_;
 };
 

@@ -19,6 +19,7 @@ enum class ErrorCode {
   image,            ///< bytes that cannot be decoded to an 8-bit RGB image
   runtime,          ///< the runtime library failed
   cpu,              ///< on this CPU the INT8 engine's logits would differ from the verified ones
+  cancelled,        ///< Context::cancel() was called
 };
 
 /// The only exception that the library throws, std::bad_alloc aside.

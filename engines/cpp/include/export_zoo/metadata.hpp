@@ -20,7 +20,7 @@ enum class State {
 
 [[nodiscard]] EXPORT_ZOO_API const char* name(State state) noexcept;
 
-/// Height and width of an input, in pixels.
+/// Height and width of an input, in pixels. In calls that run an engine, zeros are Metadata::size_opt.
 struct InputSize {
   std::int64_t height = 0;
   std::int64_t width = 0;
@@ -82,9 +82,9 @@ struct Metadata {
   std::string model;  ///< "resnet50"
   bool ok = false;    ///< false: the bundle failed its parity gate and must not be served
   Port input;
-  /// Returned by Context::infer: [N], [N, classes], [N, tokens, classes], or for each pixel [N, classes, height, width].
+  /// The first output, which Context::infer returns: [N], [N, classes], [N, tokens, classes], or for each pixel [N, classes, height, width].
   Port output;
-  std::vector<Port> further_outputs;  ///< of networks with several outputs; Context::infer does not return them
+  std::vector<Port> further_outputs;  ///< of networks with several outputs, which Context::infer_all returns
   std::int64_t batch_min = 1;  ///< verified batch sizes
   std::int64_t batch_opt = 1;
   std::int64_t batch_max = 1;

@@ -18,6 +18,17 @@ struct Image {
   std::vector<std::uint8_t> rgb;
 };
 
+/// 8-bit pixels of 3 bytes in memory of others: a cv::Mat, a camera's buffer, shared memory. Nothing is copied.
+struct ImageView {
+  enum class Order { rgb, bgr };
+
+  const std::uint8_t* pixels = nullptr;  ///< first pixel of the upper row
+  int width = 0;
+  int height = 0;
+  std::ptrdiff_t stride = 0;  ///< bytes from a row to the one below, negative if that comes first; 0: 3 * width
+  Order order = Order::rgb;   ///< OpenCV's is bgr
+};
+
 /// Maximum number of pixels of an image. Pillow refuses larger files, too, as decompression bombs.
 inline constexpr std::uint64_t kMostPixels = 178'956'970;
 
@@ -46,6 +57,9 @@ class EXPORT_ZOO_API Preprocessor {
 
   /// Writes one image's values, NCHW float32, to `out`, which holds size() values. Throws Error (image, shape).
   void operator()(const Image& image, std::span<float> out) const;
+
+  /// The same from pixels in memory of others. The image must be upright.
+  void operator()(const ImageView& image, std::span<float> out) const;
 
   /// The same from JPEG or PNG bytes.
   void operator()(std::span<const std::byte> file, std::span<float> out) const;
