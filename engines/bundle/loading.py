@@ -251,9 +251,20 @@ def load(
         raise next(iter(opener.left_out.values()))
     reasons |= {name: error.message for name, error in opener.left_out.items()}
     fastest = ["fastest verified engine that may be loaded here", measured.told(best_here.name)]
-    left_out = [f"; {name} was left out: {reason}" for name, reason in reasons.items() if reason]
-    best_here.why = ", ".join(filter(None, fastest)) + "".join(left_out) + unreadable
+    best_here.why = ", ".join(filter(None, fastest)) + _left_out(reasons) + unreadable
     return best_here
+
+
+def _left_out(reasons: Mapping[str, str]) -> str:
+    """Names of engines that were left out, each reason once."""
+    names: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        if reason:
+            names.setdefault(reason, []).append(name)
+    return "".join(
+        f"; {' and '.join(of)} {'was' if len(of) == 1 else 'were'} left out: {reason}"
+        for reason, of in names.items()
+    )
 
 
 class _Opener:

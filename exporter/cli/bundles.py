@@ -188,11 +188,18 @@ def _verify_emulated(
     count = emulation.IMAGES if images is None else images
     found, failures, not_run, saturating = [], [], [], False
     for cpu in chosen:
-        with reporter.stage("emulate") as stage:
-            total = emulation.images_run(manifest, cpu, count)
-            with reporter.bar(f"verify on {cpu.name}", total) as progress:
-                attestation, path = emulation.verify_on(bundle, cpu, images=count, progress=progress)
-            stage.detail = f"{bundle}: {len(attestation.engines)} engine(s) on {attestation.machine}"
+        try:
+            with reporter.stage("emulate") as stage:
+                total = emulation.images_run(manifest, cpu, count)
+                with reporter.bar(f"verify on {cpu.name}", total) as progress:
+                    attestation, path = emulation.verify_on(bundle, cpu, images=count, progress=progress)
+                stage.detail = f"{bundle}: {len(attestation.engines)} engine(s) on {attestation.machine}"
+        except TargetUnavailableError as error:
+            if len(chosen) == 1:
+                raise
+            reporter.warn(f"{error.message}: {error.hint}")
+            not_run.append(f"every engine on {cpu.name}")
+            continue
         for warning in attestation.warnings:
             reporter.warn(warning)
         found.append({"attestation": str(path) if path else None, **attestation.model_dump(mode="json")})

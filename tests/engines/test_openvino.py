@@ -198,7 +198,8 @@ def test_a_broken_installation_is_no_defect_and_others_engines_run(bundle, monke
     (copy / "manifest.json").write_text(json.dumps(document))
     loaded = export_zoo.load(copy)
     assert loaded.name == "onnxruntime-fp32"
-    assert "openvino-fp32 was left out: openvino" in loaded.why
+    assert "left out: openvino" in loaded.why
+    assert loaded.why.count("left out: openvino") == 1  # the reason once, for all of its engines
     done = cli("verify", copy, "--no-latency")
     assert done.code == 4
     assert [*done.json["engines"]] == ["onnxruntime-fp32"]
@@ -249,6 +250,12 @@ def test_a_bundle_of_int8_alone_is_not_run_on_arm64(bundle, tmp_path, cli, monke
         "no engine of onnxruntime or openvino that runs there; OpenVINO's INT8 is wrong on aarch64"
         in done.err
     )
+    done = cli("verify", copy, "--cpu", "neoverse-n1", "--cpu", "cortex-a53")
+    assert done.code == 4
+    assert (
+        "every engine on neoverse-n1, every engine on cortex-a53 cannot be run: see the warning" in done.err
+    )
+    assert done.err.count("INT8 is wrong on aarch64: docs/cpu.md: export with --target onnxruntime") == 2
 
 
 def test_engines_are_not_bound_to_cores(bundle):

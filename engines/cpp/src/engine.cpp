@@ -231,7 +231,16 @@ std::string why_chosen(const EngineInfo& info, const std::string& measured, cons
   if (options.engine.empty()) {
     why = std::string("fastest ") + name(info.state) + " engine that may be loaded here";
     if (!measured.empty()) why += ", " + measured;
-    for (const auto& other : left_out) why += "; " + other.name + " was left out: " + other.reason;
+    for (std::size_t i = 0; i < left_out.size(); ++i) {  // each reason once
+      const auto same = [&](const LeftOut& other) { return other.reason == left_out[i].reason; };
+      const auto end = left_out.begin() + static_cast<std::ptrdiff_t>(i);
+      if (std::any_of(left_out.begin(), end, same)) continue;
+      std::string names;
+      for (const auto& other : left_out) {
+        if (same(other)) names += (names.empty() ? "" : " and ") + other.name;
+      }
+      why += "; " + names + (names == left_out[i].name ? " was" : " were") + " left out: " + left_out[i].reason;
+    }
   }
   for (const auto& file : attested.unreadable) why += "; " + file + " cannot be read, and is not used";
   return why;
@@ -258,10 +267,10 @@ Engine Engine::load(const std::filesystem::path& bundle, const Options& options)
   }
   std::optional<std::string> capability;
 #ifdef EXPORT_ZOO_WITH_TENSORRT
-  const auto on_gpu = [&](const EngineInfo& info) {
+  const auto may_need_gpu = [&](const EngineInfo& info) {
     return detail::target_of(info).on_gpu && (options.engine.empty() || info.name == options.engine);
   };
-  if (std::any_of(manifest.metadata.engines.begin(), manifest.metadata.engines.end(), on_gpu)) {
+  if (std::any_of(manifest.metadata.engines.begin(), manifest.metadata.engines.end(), may_need_gpu)) {
     capability = detail::compute_capability(options);
   }
 #endif
