@@ -62,31 +62,18 @@ std::string& last_error() {
   return message;
 }
 
-int code_of(ez::ErrorCode code) {
-  switch (code) {
-    case ez::ErrorCode::bundle:
-      return EXPORT_ZOO_ERROR_BUNDLE;
-    case ez::ErrorCode::checksum:
-      return EXPORT_ZOO_ERROR_CHECKSUM;
-    case ez::ErrorCode::state:
-      return EXPORT_ZOO_ERROR_STATE;
-    case ez::ErrorCode::backend_missing:
-      return EXPORT_ZOO_ERROR_BACKEND_MISSING;
-    case ez::ErrorCode::backend_version:
-      return EXPORT_ZOO_ERROR_BACKEND_VERSION;
-    case ez::ErrorCode::device:
-      return EXPORT_ZOO_ERROR_DEVICE;
-    case ez::ErrorCode::shape:
-      return EXPORT_ZOO_ERROR_SHAPE;
-    case ez::ErrorCode::image:
-      return EXPORT_ZOO_ERROR_IMAGE;
-    case ez::ErrorCode::runtime:
-      return EXPORT_ZOO_ERROR_RUNTIME;
-    case ez::ErrorCode::cpu:
-      return EXPORT_ZOO_ERROR_CPU;
-  }
-  return EXPORT_ZOO_ERROR_RUNTIME;
-}
+// The numbers of C follow from the order of ErrorCode, which may only be appended to.
+constexpr int code_of(ez::ErrorCode code) { return static_cast<int>(code) + 1; }
+static_assert(code_of(ez::ErrorCode::bundle) == EXPORT_ZOO_ERROR_BUNDLE);
+static_assert(code_of(ez::ErrorCode::checksum) == EXPORT_ZOO_ERROR_CHECKSUM);
+static_assert(code_of(ez::ErrorCode::state) == EXPORT_ZOO_ERROR_STATE);
+static_assert(code_of(ez::ErrorCode::backend_missing) == EXPORT_ZOO_ERROR_BACKEND_MISSING);
+static_assert(code_of(ez::ErrorCode::backend_version) == EXPORT_ZOO_ERROR_BACKEND_VERSION);
+static_assert(code_of(ez::ErrorCode::device) == EXPORT_ZOO_ERROR_DEVICE);
+static_assert(code_of(ez::ErrorCode::shape) == EXPORT_ZOO_ERROR_SHAPE);
+static_assert(code_of(ez::ErrorCode::image) == EXPORT_ZOO_ERROR_IMAGE);
+static_assert(code_of(ez::ErrorCode::runtime) == EXPORT_ZOO_ERROR_RUNTIME);
+static_assert(code_of(ez::ErrorCode::cpu) == EXPORT_ZOO_ERROR_CPU);
 
 int fail(int code, const char* message) noexcept {
   try {
@@ -377,7 +364,7 @@ int export_zoo_infer(export_zoo_context* context, const float* input, size_t inp
     check(context, "context", "what export_zoo_context_create() made");
     check(input, "input", "the preprocessed images");
     check(output, "output", "memory for export_zoo_engine_output_count() values");
-    context->context.infer_into({output, output_count}, {input, input_count}, batch,
+    context->context.infer_into(std::span(output, output_count), std::span(input, input_count), batch,
                                 size_or(context->size_opt, height, width));
   });
 }
