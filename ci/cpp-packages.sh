@@ -4,7 +4,7 @@ set -euo pipefail
 # libjpeg-turbo's headers: Debian and Ubuntu name them differently.
 jpeg=libjpeg62-turbo-dev
 apt-cache show "$jpeg" >/dev/null 2>&1 || jpeg=libjpeg-turbo8-dev
-packages=(g++ cmake ninja-build "$jpeg" libpng-dev libssl-dev nlohmann-json3-dev libcli11-dev libcpp-httplib-dev libgtest-dev libgmock-dev
+packages=(g++ cmake ninja-build "$jpeg" libpng-dev libssl-dev nlohmann-json3-dev libcli11-dev libcpp-httplib-dev libgtest-dev libgmock-dev pkgconf
   debian-archive-keyring)
 missing=()
 for package in "${packages[@]}"; do

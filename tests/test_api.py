@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from support.paths import ROOT
 
 import export_zoo
 from export_zoo.base.errors import EnvironmentFailureError
@@ -49,6 +50,11 @@ def test_every_public_name_is_there():
     assert set(export_zoo.__all__) <= set(dir(export_zoo))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         export_zoo.nothing  # noqa: B018
+
+
+def test_c_and_cpp_have_the_same_version():
+    header = (ROOT / "engines" / "cpp" / "include" / "export_zoo" / "version.h").read_text()
+    assert f'#define EXPORT_ZOO_VERSION "{export_zoo.__version__}"\n' in header
 
 
 @pytest.mark.slow

@@ -33,6 +33,7 @@
 #include <export_zoo/error.hpp>
 #include <export_zoo/postprocess.hpp>
 #include <export_zoo/preprocess.hpp>
+#include <export_zoo/version.h>
 
 #include "batcher.hpp"
 #include "connection.hpp"
