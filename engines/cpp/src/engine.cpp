@@ -287,10 +287,10 @@ std::shared_ptr<const detail::EngineState> load(const detail::BundleFiles& bundl
   }
   std::optional<std::string> capability;
 #ifdef EXPORT_ZOO_WITH_TENSORRT
-  const auto on_gpu = [&](const EngineInfo& info) {
+  const auto needs_gpu = [&](const EngineInfo& info) {
     return detail::target_of(info).on_gpu && (options.engine.empty() || info.name == options.engine);
   };
-  if (std::any_of(manifest.metadata.engines.begin(), manifest.metadata.engines.end(), on_gpu)) {
+  if (std::any_of(manifest.metadata.engines.begin(), manifest.metadata.engines.end(), needs_gpu)) {
     capability = detail::compute_capability(options);
   }
 #endif
