@@ -18,20 +18,16 @@ namespace export_zoo::detail {
 namespace {
 
 using nlohmann::json;
-namespace fs = std::filesystem;
 
 struct Attestation {
   std::string name;  // its path within the bundle
   json document;
 };
 
-// JSON files of a directory, newest first: their names sort by time.
-std::vector<fs::path> newest_first(const fs::path& directory) {
-  std::vector<fs::path> found;
-  std::error_code error;
-  for (fs::directory_iterator entry(directory, error), end; !error && entry != end; entry.increment(error)) {
-    if (entry->path().extension() == ".json") found.push_back(entry->path());
-  }
+// Paths of the bundle's attestations, newest first: their names sort by time.
+std::vector<std::string> newest_first(const BundleFiles& bundle) {
+  auto found = bundle.list("attestations");
+  std::erase_if(found, [](const std::string& file) { return std::filesystem::path(file).extension() != ".json"; });
   std::sort(found.rbegin(), found.rend());
   return found;
 }
@@ -44,11 +40,10 @@ const json& entry(const json& document, const char* key) {
 }
 
 // Reads an attestation; nullopt if the file is not one that this version can read.
-std::optional<json> read_attestation(const fs::path& path) {
-  std::error_code error;
-  if (!fs::is_regular_file(path, error)) return std::nullopt;  // reading a pipe would block
+std::optional<json> read_attestation(const std::optional<Source>& source) {
+  if (!source) return std::nullopt;
   try {
-    auto document = read_json(path);
+    auto document = read_json(*source);
     if (document.is_object() && entry(document, "schema_version") == 1 && entry(document, "manifest_sha256").is_string() &&
         entry(document, "engines").is_object()) {
       return document;
@@ -94,22 +89,21 @@ std::optional<State> state_of(const json& attestation, const std::string& engine
 
 }  // namespace
 
-Attested apply_attestations(const fs::path& bundle, const std::optional<std::string>& compute_capability,
+Attested apply_attestations(const BundleFiles& bundle, const std::optional<std::string>& compute_capability,
                             std::vector<EngineInfo>& engines) {
   Attested attested;
   attested.sources.resize(engines.size());
-  const auto files = newest_first(bundle / "attestations");
+  const auto files = newest_first(bundle);
   if (files.empty()) return attested;
-  const auto manifest_sha256 = sha256_of(bundle / "manifest.json");
+  const auto manifest = manifest_sha256(bundle);
   const auto instructions = instruction_set();
   std::vector<Attestation> attestations;
-  for (const auto& path : files) {
-    auto file = "attestations/" + path.filename().string();
-    auto document = read_attestation(path);
+  for (const auto& file : files) {
+    auto document = read_attestation(bundle.find(file));
     if (!document) {
-      attested.unreadable.push_back(std::move(file));
-    } else if (entry(*document, "manifest_sha256") == manifest_sha256) {
-      attestations.push_back({std::move(file), std::move(*document)});
+      attested.unreadable.push_back(file);
+    } else if (entry(*document, "manifest_sha256") == manifest) {
+      attestations.push_back({file, std::move(*document)});
     }
   }
   // Attestations of real machines come before those of emulated CPUs.

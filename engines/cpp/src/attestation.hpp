@@ -1,13 +1,14 @@
 // Attestations that `export-zoo verify` wrote on machines like this one.
 #pragma once
 
-#include <filesystem>
 #include <map>
 #include <optional>
 #include <string>
 #include <vector>
 
 #include <export_zoo/metadata.hpp>
+
+#include "bundle_files.hpp"
 
 namespace export_zoo::detail {
 
@@ -30,7 +31,7 @@ struct Attested {
 // Sets each engine's state from the newest attestation of a machine like this one that ran the engine, if there is one.
 // `compute_capability` is that of the GPU that would run TensorRT's engines. Attestations of another manifest are
 // ignored.
-Attested apply_attestations(const std::filesystem::path& bundle, const std::optional<std::string>& compute_capability,
+Attested apply_attestations(const BundleFiles& bundle, const std::optional<std::string>& compute_capability,
                             std::vector<EngineInfo>& engines);
 
 }  // namespace export_zoo::detail

@@ -2,8 +2,8 @@
 #pragma once
 
 #include <cstdint>
-#include <filesystem>
 #include <functional>
+#include <map>
 #include <memory>
 #include <numeric>
 #include <optional>
@@ -13,7 +13,15 @@
 
 #include <export_zoo/engine.hpp>
 
+#include "files.hpp"
+
 namespace export_zoo::detail {
+
+// An engine's file. Its checksum and those of the weight files were checked.
+struct EngineSource {
+  Source file;
+  std::map<std::string, Source> weights;  // weight files, by the names that the graph gives them
+};
 
 // A port's shape for a batch of images of this size.
 inline std::vector<std::int64_t> shape_of(const Port& port, std::int64_t batch, InputSize size) {
@@ -71,11 +79,12 @@ class Backend {
 };
 
 // Throws Error: backend_missing, backend_version, runtime, cpu.
-std::unique_ptr<Backend> open_onnxruntime(const std::filesystem::path& engine, const EngineInfo& info,
+std::unique_ptr<Backend> open_onnxruntime(const EngineSource& engine, const EngineInfo& info,
                                           const Metadata& metadata, const Options& options);
 
-// Exists only where EXPORT_ZOO_WITH_OPENVINO is defined. Throws Error: backend_missing, backend_version, runtime.
-std::unique_ptr<Backend> open_openvino(const std::filesystem::path& engine, const EngineInfo& info,
+// Exists only where EXPORT_ZOO_WITH_OPENVINO is defined. It takes no weight files in memory. Throws Error:
+// backend_missing, backend_version, runtime.
+std::unique_ptr<Backend> open_openvino(const EngineSource& engine, const EngineInfo& info,
                                        const Metadata& metadata, const Options& options);
 
 // The functions below exist only where EXPORT_ZOO_WITH_TENSORRT is defined.
@@ -84,7 +93,7 @@ std::unique_ptr<Backend> open_openvino(const std::filesystem::path& engine, cons
 std::optional<std::string> compute_capability(const Options& options);
 
 // Throws Error: as open_onnxruntime, and device.
-std::unique_ptr<Backend> open_tensorrt(const std::filesystem::path& plan, const EngineInfo& info,
+std::unique_ptr<Backend> open_tensorrt(const EngineSource& plan, const EngineInfo& info,
                                        const Metadata& metadata, const Options& options);
 
 }  // namespace export_zoo::detail

@@ -31,10 +31,14 @@ constexpr int kMostThreads = 1024;
 
 // Why an engine cannot be loaded, judged by its description alone; empty if it can. `source` is the attestation that
 // its state comes from; empty if the state is the manifest's. `capability` is the compute capability of the GPU here.
-std::string why_not(const EngineInfo& info, const std::string& source, const std::optional<std::string>& capability,
-                    const Options& options) {
+// `weights_in_memory`: it has weight files, and they are in memory.
+std::string why_not(const EngineInfo& info, const std::string& source, bool weights_in_memory,
+                    const std::optional<std::string>& capability, const Options& options) {
   const auto& target = detail::target_of(info);
   if (target.open == nullptr) return "this library was built without " + std::string(target.library);
+  if (weights_in_memory && !target.weights_in_memory) {
+    return std::string(target.library) + " reads weights in other files from a directory only";
+  }
 #if !defined(__x86_64__)
   if (target.int8_on_x86_only && detail::precision_of(info).integer_sums) {
     return std::string(target.library) + "'s INT8 is wrong on this CPU: docs/cpu.md";
@@ -65,16 +69,18 @@ struct LeftOut {
 
 // Indices of the engines whose description allows loading them here, or of the one that is asked for. Other engines are
 // added to `left_out`. Throws Error.
-std::vector<std::size_t> loadable(const std::filesystem::path& bundle, const Metadata& metadata,
+std::vector<std::size_t> loadable(const detail::BundleFiles& bundle, const detail::Manifest& manifest,
                                   const detail::Attested& attested, const std::optional<std::string>& capability,
                                   const Options& options, std::vector<LeftOut>& left_out) {
+  const auto& metadata = manifest.metadata;
   std::string reasons;
   bool lower = false;  // whether a lower Options::least would help
   std::vector<std::size_t> found;
   for (std::size_t i = 0; i < metadata.engines.size(); ++i) {
     const auto& info = metadata.engines[i];
     if (!options.engine.empty() && info.name != options.engine) continue;
-    const auto reason = why_not(info, attested.sources[i], capability, options);
+    const bool weights_in_memory = bundle.in_memory() && !manifest.files[i].beside.empty();
+    const auto reason = why_not(info, attested.sources[i], weights_in_memory, capability, options);
     if (reason.empty()) {
       found.push_back(i);
     } else {
@@ -87,38 +93,46 @@ std::vector<std::size_t> loadable(const std::filesystem::path& bundle, const Met
   if (reasons.empty()) {
     std::string names;
     for (const auto& info : metadata.engines) names += (names.empty() ? "" : ", ") + info.name;
-    throw Error(ErrorCode::bundle, bundle.string() + ": no engine '" + options.engine + "': it has " + names);
+    throw Error(ErrorCode::bundle, bundle.name() + ": no engine '" + options.engine + "': it has " + names);
   }
-  throw Error(ErrorCode::state, bundle.string() + ": no engine that may be loaded here: " + reasons +
+  throw Error(ErrorCode::state, bundle.name() + ": no engine that may be loaded here: " + reasons +
                                     (lower ? ": run `export-zoo verify` here, or lower Options::least (--state)"
                                            : ": choose another engine"));
 }
 
-// Files that the manifest does not list have no checksum: anything may be in them.
-void check_weights(const std::filesystem::path& bundle, const std::filesystem::path& graph,
-                   const std::vector<detail::File>& beside) {
+// The weight files that a graph refers to, by the names in it. `beside` are those that the manifest lists, checked.
+// Others are refused: they have no checksum, so anything may be in them.
+std::map<std::string, detail::Source> weights_of(const detail::Source& graph, const detail::EngineFiles& files,
+                                                 const std::vector<detail::Source>& beside) {
   std::set<std::string> names;
   try {
     names = detail::weight_files(graph);
   } catch (const std::runtime_error& error) {
-    throw Error(ErrorCode::bundle, graph.string() + ' ' + error.what() + ": export the bundle again");
+    throw Error(ErrorCode::bundle, graph.path.string() + ' ' + error.what() + ": export the bundle again");
   }
+  std::map<std::string, detail::Source> found;
   for (const auto& name : names) {
-    const auto wanted = (graph.parent_path() / name).lexically_normal();
-    const auto is_it = [&](const detail::File& file) { return (bundle / file.path).lexically_normal() == wanted; };
-    if (std::none_of(beside.begin(), beside.end(), is_it)) {
-      throw Error(ErrorCode::bundle, graph.string() + ": has weights in '" + name +
+    const auto wanted = (std::filesystem::path(files.engine.path).parent_path() / name).lexically_normal();
+    const auto is_it = [&](const detail::File& file) {
+      return std::filesystem::path(file.path).lexically_normal() == wanted;
+    };
+    const auto listed = std::find_if(files.beside.begin(), files.beside.end(), is_it);
+    if (listed == files.beside.end()) {
+      throw Error(ErrorCode::bundle, graph.path.string() + ": has weights in '" + name +
                                          "', which the manifest does not list: export the bundle again");
     }
+    found.emplace(name, beside[static_cast<std::size_t>(listed - files.beside.begin())]);
   }
+  return found;
 }
 
-std::unique_ptr<detail::Backend> open(const std::filesystem::path& bundle, const detail::EngineFiles& files,
+std::unique_ptr<detail::Backend> open(const detail::BundleFiles& bundle, const detail::EngineFiles& files,
                                       const EngineInfo& info, const Metadata& metadata, const Options& options) {
-  for (const auto& file : files.beside) detail::checked(bundle, file);
-  const auto path = detail::checked(bundle, files.engine);
-  if (!detail::target_of(info).on_gpu) check_weights(bundle, path, files.beside);
-  return detail::target_of(info).open(path, info, metadata, options);
+  std::vector<detail::Source> beside;
+  for (const auto& file : files.beside) beside.push_back(detail::checked(bundle, file));
+  detail::EngineSource engine{detail::checked(bundle, files.engine), {}};
+  if (!detail::target_of(info).on_gpu) engine.weights = weights_of(engine.file, files, beside);
+  return detail::target_of(info).open(engine, info, metadata, options);
 }
 
 // Whether the error is due to this machine, so that another engine may run.
@@ -130,7 +144,7 @@ bool is_of_the_machine(ErrorCode code) {
 // Opens engines of a bundle, each at most once.
 class Opener {
  public:
-  Opener(const std::filesystem::path& bundle, const detail::Manifest& manifest, const Options& options,
+  Opener(const detail::BundleFiles& bundle, const detail::Manifest& manifest, const Options& options,
          std::vector<LeftOut>& left_out)
       : bundle_(bundle), manifest_(manifest), options_(options), left_out_(left_out) {}
 
@@ -159,7 +173,7 @@ class Opener {
   [[noreturn]] void fail() const { throw Error(code_.value_or(ErrorCode::runtime), reasons_); }
 
  private:
-  const std::filesystem::path& bundle_;
+  const detail::BundleFiles& bundle_;
   const detail::Manifest& manifest_;
   const Options& options_;
   std::vector<LeftOut>& left_out_;
@@ -246,11 +260,8 @@ std::string why_chosen(const EngineInfo& info, const std::string& measured, cons
   return why;
 }
 
-}  // namespace
-
-Engine::Engine(std::shared_ptr<const detail::EngineState> state) : state_(std::move(state)) {}
-
-Engine Engine::load(const std::filesystem::path& bundle, const Options& options) {
+// Engine::load, from a directory or from memory.
+std::shared_ptr<const detail::EngineState> load(const detail::BundleFiles& bundle, const Options& options) {
   if (options.threads < 0 || options.threads > kMostThreads) {
     throw Error(ErrorCode::runtime, "Options::threads is " + std::to_string(options.threads) + ": give 0 (all cores) to " +
                                         std::to_string(kMostThreads));
@@ -261,7 +272,7 @@ Engine Engine::load(const std::filesystem::path& bundle, const Options& options)
   }
   auto manifest = detail::read_manifest(bundle);
   if (!manifest.metadata.ok && !options.allow_failed) {
-    throw Error(ErrorCode::state, bundle.string() +
+    throw Error(ErrorCode::state, bundle.name() +
                                       ": this bundle failed its parity gate, or an engine did not reach the state asked "
                                       "for: export again, or set Options::allow_failed to inspect it");
   }
@@ -284,13 +295,13 @@ Engine Engine::load(const std::filesystem::path& bundle, const Options& options)
   std::vector<LeftOut> left_out;
   for (const auto& unknown : manifest.unknown) {
     if (unknown == options.engine) {
-      throw Error(ErrorCode::bundle, bundle.string() + ": engine '" + unknown +
+      throw Error(ErrorCode::bundle, bundle.name() + ": engine '" + unknown +
                                          "' is of a target or precision that this version does not know: update the library");
     }
     left_out.push_back({unknown, "this version does not know it"});
   }
   const auto& metadata = manifest.metadata;
-  const auto candidates = loadable(bundle, metadata, attested, capability, options, left_out);
+  const auto candidates = loadable(bundle, manifest, attested, capability, options, left_out);
   Opener opener(bundle, manifest, options, left_out);
   // The state comes before the speed.
   for (const auto level : {State::verified, State::graph_verified, State::built}) {
@@ -317,10 +328,22 @@ Engine Engine::load(const std::filesystem::path& bundle, const Options& options)
       state->why = why_chosen(state->info, measured.told(state->info.name), left_out, attested, options);
       state->backend = opener.take(index);
       state->metadata = std::move(manifest.metadata);
-      return Engine(std::move(state));
+      return state;
     }
   }
   opener.fail();
+}
+
+}  // namespace
+
+Engine::Engine(std::shared_ptr<const detail::EngineState> state) : state_(std::move(state)) {}
+
+Engine Engine::load(const std::filesystem::path& bundle, const Options& options) {
+  return Engine(export_zoo::load(detail::DirectoryFiles(bundle), options));
+}
+
+Engine Engine::load(const Files& bundle, const Options& options) {
+  return Engine(export_zoo::load(detail::MemoryFiles(bundle), options));
 }
 
 Context Engine::context() const {

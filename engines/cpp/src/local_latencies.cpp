@@ -10,7 +10,6 @@
 
 #include "checksum.hpp"
 #include "cpu.hpp"
-#include "files.hpp"
 
 namespace export_zoo::detail {
 
@@ -36,11 +35,11 @@ std::optional<fs::path> cache_directory() {
 
 }  // namespace
 
-std::optional<fs::path> latencies_file(const fs::path& bundle, const std::optional<std::string>& gpu, int threads) {
+std::optional<fs::path> latencies_file(const BundleFiles& bundle, const std::optional<std::string>& gpu, int threads) {
   const auto directory = cache_directory();
   if (!directory) return std::nullopt;
   const auto machine = instruction_set() + (gpu ? "-" + *gpu : "");
-  const auto manifest = sha256_of(bundle / "manifest.json").substr(0, 32);
+  const auto manifest = manifest_sha256(bundle).substr(0, 32);
   return *directory / "latencies" / (manifest + "-" + machine + "-" + std::to_string(threads) + ".json");
 }
 
@@ -48,7 +47,7 @@ Medians read_latencies(const std::optional<fs::path>& path) {
   Medians found;
   if (!path) return found;
   try {
-    const auto document = read_json(*path);
+    const auto document = read_json({*path});
     for (const auto& [engine, median] : document.at("median_ms").items()) {
       if (median.is_number() && median.get<double>() > 0) found.emplace(engine, median.get<double>());
     }

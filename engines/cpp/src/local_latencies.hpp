@@ -7,6 +7,8 @@
 #include <optional>
 #include <string>
 
+#include "bundle_files.hpp"
+
 namespace export_zoo::detail {
 
 // Median latency in milliseconds, by engine.
@@ -14,8 +16,8 @@ using Medians = std::map<std::string, double>;
 
 // The file of a bundle's latencies on machines like this one, with this number of threads (0: all cores). `gpu` is the
 // compute capability of the GPU that would run the bundle's engines. nullopt if the user has no home directory.
-std::optional<std::filesystem::path> latencies_file(const std::filesystem::path& bundle,
-                                                    const std::optional<std::string>& gpu, int threads);
+std::optional<std::filesystem::path> latencies_file(const BundleFiles& bundle, const std::optional<std::string>& gpu,
+                                                    int threads);
 
 // Empty if there is no file, or if it is damaged.
 Medians read_latencies(const std::optional<std::filesystem::path>& path);

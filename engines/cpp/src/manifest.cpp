@@ -316,19 +316,13 @@ const char* name(State state) noexcept {
   return "unknown";
 }
 
-detail::Manifest detail::read_manifest(const fs::path& bundle) {
-  const auto path = bundle / "manifest.json";
-  std::error_code unknown;
-  if (!fs::exists(path, unknown)) {
-    const auto why = fs::is_directory(bundle, unknown) ? "no manifest.json in it"
-                     : fs::exists(bundle, unknown)     ? "it is a file"
-                                                       : "there is no such directory";
-    throw Error(ErrorCode::bundle, bundle.string() + ": not a bundle (" + why +
-                                       "): pass the directory that `export-zoo export` wrote");
-  }
+detail::Manifest detail::read_manifest(const BundleFiles& bundle) {
+  const auto source = bundle.find("manifest.json");
+  if (!source) throw Error(ErrorCode::bundle, bundle.name() + ": not a bundle (" + bundle.why_no_bundle());
+  const auto& path = source->path;
   json document;
   try {
-    document = detail::read_json(path);
+    document = detail::read_json(*source);
   } catch (const std::runtime_error& damage) {
     refuse(path, damage.what());
   }
@@ -346,6 +340,8 @@ detail::Manifest detail::read_manifest(const fs::path& bundle) {
   }
 }
 
-Metadata read_metadata(const fs::path& bundle) { return detail::read_manifest(bundle).metadata; }
+Metadata read_metadata(const fs::path& bundle) { return detail::read_manifest(detail::DirectoryFiles(bundle)).metadata; }
+
+Metadata read_metadata(const Files& bundle) { return detail::read_manifest(detail::MemoryFiles(bundle)).metadata; }
 
 }  // namespace export_zoo

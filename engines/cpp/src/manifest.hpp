@@ -2,11 +2,12 @@
 #pragma once
 
 #include <cstdint>
-#include <filesystem>
 #include <string>
 #include <vector>
 
 #include <export_zoo/metadata.hpp>
+
+#include "bundle_files.hpp"
 
 namespace export_zoo::detail {
 
@@ -28,9 +29,9 @@ struct Manifest {
 };
 
 // Throws Error (bundle).
-Manifest read_manifest(const std::filesystem::path& bundle);
+Manifest read_manifest(const BundleFiles& bundle);
 
-// Checks the size and SHA-256 of a bundle's file and returns its path. Throws Error (checksum).
-std::filesystem::path checked(const std::filesystem::path& bundle, const File& file);
+// Checks the size and SHA-256 of a bundle's file and returns it. Throws Error (checksum).
+Source checked(const BundleFiles& bundle, const File& file);
 
 }  // namespace export_zoo::detail

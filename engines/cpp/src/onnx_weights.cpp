@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
-#include <fstream>
 #include <stdexcept>
 
 namespace export_zoo::detail {
@@ -44,7 +43,7 @@ constexpr std::uint64_t kMostText = 1 << 16;
 // Reads protobuf's wire format, and of it only what leads to external data: weights are skipped.
 class Reader {
  public:
-  explicit Reader(const std::filesystem::path& path) : file_(path, std::ios::binary), size_(std::filesystem::file_size(path)) {}
+  explicit Reader(const Source& graph) : file_(graph.open()), size_(graph.size().value_or(0)) {}
 
   std::set<std::string> found() {
     walk(Message::model, size_, 0);
@@ -57,8 +56,8 @@ class Reader {
   std::uint64_t varint() {
     std::uint64_t value = 0;
     for (unsigned shift = 0; shift < 64; shift += 7) {
-      const auto byte = file_.get();
-      if (byte == std::ifstream::traits_type::eof()) fail();
+      const auto byte = file_->get();
+      if (byte == std::istream::traits_type::eof()) fail();
       ++at_;
       value |= static_cast<std::uint64_t>(byte & 0x7F) << shift;
       if ((byte & 0x80) == 0) return value;
@@ -71,9 +70,9 @@ class Reader {
     at_ += bytes;
     constexpr std::uint64_t kBuffered = 4096;  // a seek empties the buffer
     if (bytes < kBuffered) {
-      file_.ignore(static_cast<std::streamsize>(bytes));
+      file_->ignore(static_cast<std::streamsize>(bytes));
     } else {
-      file_.seekg(static_cast<std::streamoff>(at_));
+      file_->seekg(static_cast<std::streamoff>(at_));
     }
   }
 
@@ -116,14 +115,14 @@ class Reader {
     fields(end, [&](std::uint64_t number, std::uint64_t length) {
       if (length > kMostText) fail();
       std::string text(length, '\0');
-      if (!file_.read(text.data(), static_cast<std::streamsize>(length))) fail();
+      if (!file_->read(text.data(), static_cast<std::streamsize>(length))) fail();
       at_ += length;
       (number == 1 ? key : value) = text;
     });
     if (key == "location") found_.insert(value);
   }
 
-  std::ifstream file_;
+  std::unique_ptr<std::istream> file_;
   std::uint64_t size_;
   std::uint64_t at_ = 0;
   std::set<std::string> found_;
@@ -131,6 +130,6 @@ class Reader {
 
 }  // namespace
 
-std::set<std::string> weight_files(const std::filesystem::path& graph) { return Reader(graph).found(); }
+std::set<std::string> weight_files(const Source& graph) { return Reader(graph).found(); }
 
 }  // namespace export_zoo::detail

@@ -95,14 +95,37 @@ bool refuses_shared_tensor(std::string_view message) {
 }
 
 // Error message that names the engine that cannot be exact here, and the next step.
-std::string not_exact(const std::filesystem::path& engine, const std::string& library, const Metadata& metadata,
+std::string not_exact(const EngineSource& engine, const std::string& library, const Metadata& metadata,
                       const Options& options) {
   constexpr std::string_view kOther = "onnxruntime-fp32";
   const auto is_other = [&](const EngineInfo& info) { return info.name == kOther; };
   const bool other = !options.engine.empty() && std::any_of(metadata.engines.begin(), metadata.engines.end(), is_other);
-  return engine.string() + ": INT8 sums saturate on this CPU, and " + library + " refuses " + kExactEntry +
+  return engine.file.path.string() + ": INT8 sums saturate on this CPU, and " + library + " refuses " + kExactEntry +
          ", which makes them exact, because nodes of the graph share an INT8 tensor: export the bundle again" +
          (other ? ", or load " + std::string(kOther) : "");
+}
+
+std::unique_ptr<Ort::Session> session_of(const EngineSource& engine, const Ort::Env& env, Ort::SessionOptions& options) {
+  if (!engine.file.bytes) return std::make_unique<Ort::Session>(env, engine.file.path.c_str(), options);
+  return std::make_unique<Ort::Session>(env, engine.file.bytes->data(), engine.file.bytes->size(), options);
+}
+
+// Options of sessions from memory.
+void add_memory(const EngineSource& engine, Ort::SessionOptions& options) {
+  // ONNX Runtime takes only the weights of the main graph from memory. It would read others from the working directory,
+  // unchecked; in this one there is no file.
+  options.AddConfigEntry("session.model_external_initializers_file_folder_path", "/dev/null");
+  // Otherwise, by an entry of the manifest, sessions might refer to bytes that are freed.
+  options.AddConfigEntry("session.use_ort_model_bytes_directly", "0");
+  std::vector<std::string> names;
+  std::vector<char*> buffers;
+  std::vector<std::size_t> sizes;
+  for (const auto& [name, file] : engine.weights) {
+    names.push_back(name);
+    buffers.push_back(const_cast<char*>(reinterpret_cast<const char*>(file.bytes->data())));  // only read
+    sizes.push_back(file.bytes->size());
+  }
+  if (!names.empty()) options.AddExternalInitializersFromFilesInMemory(names, buffers, sizes);
 }
 
 class OnnxRuntimeRunner final : public Runner {
@@ -176,7 +199,7 @@ void set_up(Ort::SessionOptions& session, const OnnxRuntimeOptions& given) {
 
 class OnnxRuntimeBackend final : public Backend {
  public:
-  OnnxRuntimeBackend(const std::filesystem::path& engine, const EngineInfo& info, const Metadata& metadata,
+  OnnxRuntimeBackend(const EngineSource& engine, const EngineInfo& info, const Metadata& metadata,
                      const Options& options)
       : metadata_(metadata) {
     const auto& here = runtime(options.onnxruntime);
@@ -194,17 +217,18 @@ class OnnxRuntimeBackend final : public Backend {
         session.AddConfigEntry(kDisabled, "NchwcTransformer");
       }
       for (const auto& [key, value] : entries) session.AddConfigEntry(key.c_str(), value.c_str());
+      if (engine.file.bytes) add_memory(engine, session);
       if (exact) session.SetLogSeverityLevel(ORT_LOGGING_LEVEL_FATAL);  // a refusal is thrown, not logged
       // A session of one thread computes in the thread that calls it. Another one has threads that its callers share.
       const int sessions = threads == 1 ? 1 : options.streams;
       for (int i = 0; i < sessions; ++i) {
-        sessions_.push_back(std::make_unique<Ort::Session>(here.env, engine.c_str(), session));
+        sessions_.push_back(session_of(engine, here.env, session));
       }
     } catch (const Ort::Exception& error) {
       if (exact && refuses_shared_tensor(error.what())) {
         throw Error(ErrorCode::cpu, not_exact(engine, description_, metadata, options));
       }
-      throw Error(ErrorCode::runtime, engine.string() + ": " + description_ + " cannot load it: " + error.what() +
+      throw Error(ErrorCode::runtime, engine.file.path.string() + ": " + description_ + " cannot load it: " + error.what() +
                                           ": it was verified with " + info.built_by +
                                           ": use that version, or another engine of the bundle");
     }
@@ -222,7 +246,7 @@ class OnnxRuntimeBackend final : public Backend {
 
  private:
   // Buffers have the manifest's sizes, so the engine must match it.
-  void check_ports(const std::filesystem::path& engine) const {
+  void check_ports(const EngineSource& engine) const {
     const auto same = [](const Ort::TypeInfo& type, const Port& port) {
       if (type.GetONNXType() != ONNX_TYPE_TENSOR) return false;
       const auto info = type.GetTensorTypeAndShapeInfo();
@@ -245,7 +269,7 @@ class OnnxRuntimeBackend final : public Backend {
     } catch (const Ort::Exception&) {
     }
     if (!good) {
-      throw Error(ErrorCode::bundle, engine.string() +
+      throw Error(ErrorCode::bundle, engine.file.path.string() +
                                          ": its input and output are not those of the manifest: export the bundle again");
     }
   }
@@ -258,7 +282,7 @@ class OnnxRuntimeBackend final : public Backend {
 
 }  // namespace
 
-std::unique_ptr<Backend> open_onnxruntime(const std::filesystem::path& engine, const EngineInfo& info,
+std::unique_ptr<Backend> open_onnxruntime(const EngineSource& engine, const EngineInfo& info,
                                           const Metadata& metadata, const Options& options) {
   return std::make_unique<OnnxRuntimeBackend>(engine, info, metadata, options);
 }

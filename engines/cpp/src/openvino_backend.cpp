@@ -36,6 +36,7 @@ struct Functions {
   EXPORT_ZOO_OPENVINO(ov_free);
   EXPORT_ZOO_OPENVINO(ov_core_create);
   EXPORT_ZOO_OPENVINO(ov_core_read_model);
+  EXPORT_ZOO_OPENVINO(ov_core_read_model_from_memory_buffer);
   EXPORT_ZOO_OPENVINO(ov_core_compile_model);
   EXPORT_ZOO_OPENVINO(ov_model_free);
   EXPORT_ZOO_OPENVINO(ov_model_inputs_size);
@@ -189,7 +190,7 @@ class OpenVinoRunner final : public Runner {
 
 class OpenVinoBackend final : public Backend {
  public:
-  OpenVinoBackend(const std::filesystem::path& engine, const EngineInfo& info, const Metadata& metadata,
+  OpenVinoBackend(const EngineSource& engine, const EngineInfo& info, const Metadata& metadata,
                   const Options& options)
       : runtime_(runtime(options.openvino)),
         metadata_(metadata),
@@ -198,12 +199,17 @@ class OpenVinoBackend final : public Backend {
     const auto& call = runtime_.call;
     const auto loaded = [&](ov_status_e status) {
       if (status == OK) return;
-      throw Error(ErrorCode::runtime, engine.string() + ": " + description_ + " cannot load it: " + call.reason() +
+      throw Error(ErrorCode::runtime, engine.file.path.string() + ": " + description_ + " cannot load it: " + call.reason() +
                                           ": it was verified with " + info.built_by +
                                           ": use that version, or another engine of the bundle");
     };
     ov_model_t* read = nullptr;
-    loaded(call.ov_core_read_model(runtime_.core, engine.c_str(), nullptr, &read));
+    if (const auto& bytes = engine.file.bytes) {
+      loaded(call.ov_core_read_model_from_memory_buffer(runtime_.core, reinterpret_cast<const char*>(bytes->data()),
+                                                        bytes->size(), nullptr, &read));
+    } else {
+      loaded(call.ov_core_read_model(runtime_.core, engine.file.path.c_str(), nullptr, &read));
+    }
     const Owned<ov_model_t> model(read, call.ov_model_free);
     check_ports(engine, model.get());
     // As in Python (engines/targets/openvino/engine.py). Without the first entry, CPUs with AMX compute floats in
@@ -228,7 +234,7 @@ class OpenVinoBackend final : public Backend {
 
  private:
   // Buffers have the manifest's sizes, so the engine must match it.
-  void check_ports(const std::filesystem::path& engine, const ov_model_t* model) const {
+  void check_ports(const EngineSource& engine, const ov_model_t* model) const {
     const auto& call = runtime_.call;
     std::size_t inputs = 0;
     std::size_t outputs = 0;
@@ -247,7 +253,7 @@ class OpenVinoBackend final : public Backend {
       }
     }
     if (good) return;
-    throw Error(ErrorCode::bundle, engine.string() +
+    throw Error(ErrorCode::bundle, engine.file.path.string() +
                                        ": its input and output are not those of the manifest: export the bundle again");
   }
 
@@ -282,7 +288,7 @@ class OpenVinoBackend final : public Backend {
 
 }  // namespace
 
-std::unique_ptr<Backend> open_openvino(const std::filesystem::path& engine, const EngineInfo& info,
+std::unique_ptr<Backend> open_openvino(const EngineSource& engine, const EngineInfo& info,
                                        const Metadata& metadata, const Options& options) {
   return std::make_unique<OpenVinoBackend>(engine, info, metadata, options);
 }

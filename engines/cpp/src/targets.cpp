@@ -20,10 +20,10 @@ constexpr Target::Open* kOpenTensorRT = nullptr;
 #endif
 
 constexpr std::array kTargets{
-    Target{"onnxruntime", "ONNX Runtime", false, false, open_onnxruntime},
-    Target{"openvino", "OpenVINO", false, true, kOpenOpenVino},
-    Target{"tensorrt", "TensorRT", true, false, kOpenTensorRT},
-    Target{"tensorrt-rtx", "TensorRT", true, false, kOpenTensorRT},
+    Target{"onnxruntime", "ONNX Runtime", false, false, true, open_onnxruntime},
+    Target{"openvino", "OpenVINO", false, true, false, kOpenOpenVino},
+    Target{"tensorrt", "TensorRT", true, false, true, kOpenTensorRT},
+    Target{"tensorrt-rtx", "TensorRT", true, false, true, kOpenTensorRT},
 };
 
 // The most exact first, as in Python.

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cstddef>
-#include <filesystem>
 #include <memory>
 #include <optional>
 #include <string_view>
@@ -15,13 +14,14 @@
 namespace export_zoo::detail {
 
 struct Target {
-  using Open = std::unique_ptr<Backend>(const std::filesystem::path& engine, const EngineInfo& info,
+  using Open = std::unique_ptr<Backend>(const EngineSource& engine, const EngineInfo& info,
                                         const Metadata& metadata, const Options& options);
 
   std::string_view name;
   std::string_view library;  // library that runs its engines
   bool on_gpu;  // engines are plans, compiled for GPUs, and attested by compute capability
   bool int8_on_x86_only;  // on other CPUs, INT8 was wrong: docs/cpu.md
+  bool weights_in_memory;  // opens engines with weight files from memory
   Open* open;   // nullptr: this library was built without it
 };
 

@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
-#include <fstream>
 #include <iterator>
 #include <mutex>
 #include <vector>
@@ -289,7 +288,7 @@ class TensorRTRunner final : public Runner {
 
 class TensorRTBackend final : public Backend {
  public:
-  TensorRTBackend(const std::filesystem::path& path, const EngineInfo& info, const Metadata& metadata,
+  TensorRTBackend(const EngineSource& source, const EngineInfo& info, const Metadata& metadata,
                   const Options& options)
       : metadata_(metadata),
         device_(options.device),
@@ -305,9 +304,14 @@ class TensorRTBackend final : public Backend {
       throw Error(ErrorCode::runtime, description_ + " does not start: " + logger_.last() +
                                           ": check nvidia-smi, or load an engine of onnxruntime");
     }
-    std::ifstream file(path, std::ios::binary);
-    const std::vector<char> plan((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
-    if (!file) throw Error(ErrorCode::runtime, path.string() + ": cannot be read: check its permissions");
+    std::vector<char> read;
+    auto plan = source.file.bytes.value_or(std::span<const std::byte>());
+    if (!source.file.bytes) {
+      const auto file = source.file.open();
+      read.assign(std::istreambuf_iterator<char>(*file), std::istreambuf_iterator<char>());
+      if (!*file) throw Error(ErrorCode::runtime, source.file.path.string() + ": cannot be read: check its permissions");
+      plan = std::as_bytes(std::span(read));
+    }
     // Such a plan contains host code, which TensorRT loads only if allowed. The plan's hash was checked.
     if (info.version_compatible) runtime_->setEngineHostCodeAllowed(true);
     engine_.reset(runtime_->deserializeCudaEngine(plan.data(), plan.size()));
@@ -315,7 +319,7 @@ class TensorRTBackend final : public Backend {
       throw Error(ErrorCode::runtime, description_ + " cannot load " + info.name + ": " + logger_.last() +
                                           ": export again on this machine, or load an engine of onnxruntime");
     }
-    check_ports(path);
+    check_ports(source.file.path);
   }
 
   std::unique_ptr<Runner> runner() const override {
@@ -406,7 +410,7 @@ std::optional<std::string> compute_capability(const Options& options) {
   }
 }
 
-std::unique_ptr<Backend> open_tensorrt(const std::filesystem::path& plan, const EngineInfo& info,
+std::unique_ptr<Backend> open_tensorrt(const EngineSource& plan, const EngineInfo& info,
                                        const Metadata& metadata, const Options& options) {
   return std::make_unique<TensorRTBackend>(plan, info, metadata, options);
 }

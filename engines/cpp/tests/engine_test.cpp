@@ -607,6 +607,14 @@ TEST_F(FakeTensorRT, ReplaysAGraphUntilTheShapeChanges) {
   EXPECT_EQ(launches() - before, 5) << "from the second run in a row on";
 }
 
+TEST_F(FakeTensorRT, IsLoadedFromMemory) {
+  const auto manifest = support::read(bundle_ / "manifest.json");
+  const std::string path = nlohmann::json::parse(manifest)["artifacts"]["engines"][1]["file"]["path"];
+  const auto plan = support::read(bundle_ / path);
+  const ez::Files files{{"manifest.json", std::as_bytes(std::span(manifest))}, {path, std::as_bytes(std::span(plan))}};
+  EXPECT_EQ(ez::Engine::load(files).info().name, "tensorrt-int8");
+}
+
 TEST_F(FakeTensorRT, WhosePortsAreNotThoseOfTheManifestIsRefused) {
   for (const auto& [variable, value] : std::vector<std::pair<const char*, const char*>>{
            {"FAKE_OUTPUT", "1001"}, {"FAKE_OUTPUT", "1000x1"}, {"FAKE_INPUT", "3x64x65"}, {"FAKE_INPUT", "3x64x-1"}}) {

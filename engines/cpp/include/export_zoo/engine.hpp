@@ -137,6 +137,11 @@ class EXPORT_ZOO_API Engine {
   /// Throws Error.
   [[nodiscard]] static Engine load(const std::filesystem::path& bundle, const Options& options = {});
 
+  /// The same from memory, with the same checks. The bytes must not change until it returns, and may be freed then: the
+  /// runtimes keep copies. OpenVINO's engines with weights in files of their own (`weights-*.bin`, of graphs that are
+  /// too large for one file) are left out.
+  [[nodiscard]] static Engine load(const Files& bundle, const Options& options = {});
+
   /// Creates a context for one thread. The context keeps the engine alive. Throws Error (runtime, device).
   [[nodiscard]] Context context() const;
 

@@ -1,9 +1,11 @@
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <filesystem>
 #include <map>
 #include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -96,7 +98,12 @@ struct Metadata {
   std::vector<EngineInfo> engines;
 };
 
+/// Files of a bundle in memory, by their paths within it: "manifest.json", "files/resnet50.onnx",
+/// "attestations/x.json". The functions that take them do not keep them: the bytes may be freed afterwards.
+using Files = std::map<std::string, std::span<const std::byte>>;
+
 /// Reads a bundle's manifest. The states are those at export. Throws Error (bundle).
 [[nodiscard]] EXPORT_ZOO_API Metadata read_metadata(const std::filesystem::path& bundle);
+[[nodiscard]] EXPORT_ZOO_API Metadata read_metadata(const Files& bundle);
 
 }  // namespace export_zoo
