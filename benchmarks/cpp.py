@@ -203,7 +203,8 @@ def serve(
     cores = os.cpu_count() or 1
     program = build / "examples" / "zoo-serve" / "zoo-serve"
     ways: dict[str, tuple[list[object], dict[str, object]]] = {
-        "zoo-serve": ([program, bundle, "--engine", engine["name"]], {}),
+        # FastAPI has no deadline. With one, 64 connections to a slow network would be refused instead of answered late.
+        "zoo-serve": ([program, bundle, "--engine", engine["name"], "--deadline", 60000], {}),
     }
     for workers, threads in ((1, cores), (cores, 1)):
         ways[f"FastAPI, {workers} workers of {threads} threads"] = (

@@ -48,7 +48,7 @@ using nlohmann::json;
 
 // Later versions append fields. Bytes of padding would be values of theirs that older programs never set.
 static_assert(std::is_standard_layout_v<export_zoo_options>);
-static_assert(sizeof(export_zoo_options) == offsetof(export_zoo_options, device) + sizeof(export_zoo_options::device));
+static_assert(sizeof(export_zoo_options) == offsetof(export_zoo_options, no_arena) + sizeof(export_zoo_options::no_arena));
 
 constexpr std::size_t kMostBytesOfOptions = 4096;
 
@@ -153,6 +153,8 @@ ez::Options checked(const export_zoo_options* options) {
   found.threads = given.threads;
   if (given.streams != 0) found.streams = given.streams;
   found.device = given.device;
+  found.onnxruntime_session.spinning = given.no_spinning == 0;
+  found.onnxruntime_session.arena = given.no_arena == 0;
   return found;
 }
 
@@ -247,6 +249,8 @@ std::int64_t number_of(const ez::Metadata& metadata, int key) {
       return metadata.size_max.width;
     case EXPORT_ZOO_NUMBER_LABELS:
       return static_cast<std::int64_t>(metadata.labels.size());
+    case EXPORT_ZOO_NUMBER_OUTPUTS:
+      return static_cast<std::int64_t>(1 + metadata.further_outputs.size());
     default:
       throw ArgumentError("there is no number " + std::to_string(key) + ": give an export_zoo_number");
   }
@@ -341,10 +345,21 @@ int export_zoo_engine_input_count(const export_zoo_engine* engine, int64_t batch
 
 int export_zoo_engine_output_count(const export_zoo_engine* engine, int64_t batch, int64_t height, int64_t width,
                                    size_t* count) {
+  return export_zoo_engine_output_count_of(engine, 0, batch, height, width, count);
+}
+
+int export_zoo_engine_output_count_of(const export_zoo_engine* engine, size_t output, int64_t batch, int64_t height,
+                                      int64_t width, size_t* count) {
   return guarded([&] {
     const auto& metadata = checked(engine).metadata();
     check(count, "count", "the address of a size_t");
-    *count = values_of(metadata.output, metadata, batch, size_or(metadata.size_opt, height, width));
+    const auto& further = metadata.further_outputs;
+    if (output > further.size()) {
+      throw ArgumentError("there is no output " + std::to_string(output) + ": the network has " +
+                          std::to_string(1 + further.size()) + " (EXPORT_ZOO_NUMBER_OUTPUTS)");
+    }
+    const auto& port = output == 0 ? metadata.output : further[output - 1];
+    *count = values_of(port, metadata, batch, size_or(metadata.size_opt, height, width));
   });
 }
 
@@ -371,6 +386,23 @@ int export_zoo_infer(export_zoo_context* context, const float* input, size_t inp
     check(output, "output", "memory for export_zoo_engine_output_count() values");
     context->context.infer_into(std::span(output, output_count), std::span(input, input_count), batch,
                                 size_or(context->size_opt, height, width));
+  });
+}
+
+int export_zoo_infer_all(export_zoo_context* context, const float* input, size_t input_count, int64_t batch,
+                         int64_t height, int64_t width, float* const* outputs, const size_t* output_counts,
+                         size_t outputs_count) {
+  return guarded([&] {
+    check(context, "context", "what export_zoo_context_create() made");
+    check(input, "input", "the preprocessed images");
+    check(outputs, "outputs", "a pointer for each output");
+    check(output_counts, "output_counts", "the number of values of each output");
+    std::vector<std::span<float>> memory;
+    for (size_t i = 0; i < outputs_count; ++i) {
+      check(outputs[i], "a pointer in outputs", "memory for export_zoo_engine_output_count_of() values");
+      memory.emplace_back(outputs[i], output_counts[i]);
+    }
+    context->context.infer_into(memory, std::span(input, input_count), batch, size_or(context->size_opt, height, width));
   });
 }
 

@@ -183,7 +183,7 @@ static void test_metadata(void) {
   CHECK(export_zoo_engine_text(engine, 11) == NULL && told("there is no text 11: give an export_zoo_text"));
   CHECK(export_zoo_engine_text(engine, -1) == NULL);
   CHECK(export_zoo_engine_text(NULL, EXPORT_ZOO_TEXT_JSON) == NULL && told("engine is NULL"));
-  FAILS(EXPORT_ZOO_ERROR_ARGUMENT, "there is no number 10", export_zoo_engine_number(engine, 10, &found));
+  FAILS(EXPORT_ZOO_ERROR_ARGUMENT, "there is no number 99", export_zoo_engine_number(engine, 99, &found));
   FAILS(EXPORT_ZOO_ERROR_ARGUMENT, "number is NULL", export_zoo_engine_number(engine, 0, NULL));
   FAILS(EXPORT_ZOO_ERROR_ARGUMENT, "engine is NULL", export_zoo_engine_number(NULL, 0, &found));
   export_zoo_engine_free(engine);
@@ -299,6 +299,60 @@ static void test_errors_of_inference(void) {
   export_zoo_preprocessor_free(NULL);
 }
 
+static void test_all_outputs(void) {
+  export_zoo_engine *engine = load("Pixels.bundle", "onnxruntime-fp32");
+  CHECK(number(engine, EXPORT_ZOO_NUMBER_OUTPUTS) == 2);
+  size_t in = 0;
+  size_t counts[2] = {0, 0};
+  float *found[2] = {NULL, NULL};
+  CHECK(export_zoo_engine_input_count(engine, 4, 0, 0, &in) == EXPORT_ZOO_OK);
+  for (size_t i = 0; i < 2; ++i) {
+    CHECK(export_zoo_engine_output_count_of(engine, i, 4, 0, 0, &counts[i]) == EXPORT_ZOO_OK);
+    found[i] = malloc(counts[i] * sizeof(float));
+  }
+  FAILS(EXPORT_ZOO_ERROR_ARGUMENT, "there is no output 2: the network has 2",
+        export_zoo_engine_output_count_of(engine, 2, 4, 0, 0, &in));
+  size_t in_file = 0;
+  float *inputs = read_npy("Pixels-inputs.npy", &in_file);
+  export_zoo_context *context = NULL;
+  CHECK(export_zoo_context_create(engine, &context) == EXPORT_ZOO_OK);
+  CHECK(export_zoo_infer_all(context, inputs, in, 4, 0, 0, found, counts, 2) == EXPORT_ZOO_OK);
+  const char *files[2] = {"Pixels-onnxruntime-fp32.npy", "Pixels-onnxruntime-fp32-output1.npy"};
+  for (size_t i = 0; i < 2; ++i) {
+    size_t count = 0;
+    float *want = read_npy(files[i], &count);
+    CHECK(counts[i] * 4 == count);
+    CHECK(memcmp(found[i], want, counts[i] * sizeof(float)) == 0);
+    free(want);
+  }
+  FAILS(EXPORT_ZOO_ERROR_SHAPE, "memory of 0 outputs", export_zoo_infer_all(context, inputs, in, 4, 0, 0, found, counts, 0));
+  FAILS(EXPORT_ZOO_ERROR_ARGUMENT, "outputs is NULL", export_zoo_infer_all(context, inputs, in, 4, 0, 0, NULL, counts, 2));
+  FAILS(EXPORT_ZOO_ERROR_ARGUMENT, "output_counts is NULL",
+        export_zoo_infer_all(context, inputs, in, 4, 0, 0, found, NULL, 2));
+  float *none[2] = {found[0], NULL};
+  FAILS(EXPORT_ZOO_ERROR_ARGUMENT, "a pointer in outputs is NULL",
+        export_zoo_infer_all(context, inputs, in, 4, 0, 0, none, counts, 2));
+  export_zoo_context_cancel(context); /* nothing runs */
+  export_zoo_context_cancel(NULL);
+  CHECK(export_zoo_infer_all(context, inputs, in, 4, 0, 0, found, counts, 2) == EXPORT_ZOO_OK);
+  export_zoo_context_free(context);
+  export_zoo_engine_free(engine);
+  free(inputs);
+  free(found[0]);
+  free(found[1]);
+}
+
+static void test_sessions(void) {
+  export_zoo_options options = EXPORT_ZOO_OPTIONS_INIT;
+  options.engine = "onnxruntime-int8";
+  options.no_spinning = 1;
+  options.no_arena = 1;
+  export_zoo_engine *engine = NULL;
+  CHECK(export_zoo_engine_load(path_of("resnet18.bundle"), &options, &engine) == EXPORT_ZOO_OK);
+  check_values(engine, 4, 0, 0, "resnet18-inputs.npy", "resnet18-onnxruntime-int8.npy");
+  export_zoo_engine_free(engine);
+}
+
 static void test_version(void) {
   char version[32];
   snprintf(version, sizeof(version), "%d.%d.%d", EXPORT_ZOO_VERSION_MAJOR, EXPORT_ZOO_VERSION_MINOR,
@@ -314,6 +368,8 @@ int main(int argc, char **argv) {
   if (argc != 2) return 2;
   snprintf(directory, sizeof(directory), "%s", argv[1]);
   test_version();
+  test_all_outputs();
+  test_sessions();
   test_values();
   test_preprocessing();
   test_metadata();

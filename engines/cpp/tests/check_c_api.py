@@ -41,7 +41,16 @@ class Options(ctypes.Structure):
         *((name, c_char_p) for name in ("engine", "onnxruntime", "openvino", "tensorrt")),
         *(
             (name, c_int32)
-            for name in ("least", "allow_failed", "no_measure", "threads", "streams", "device")
+            for name in (
+                "least",
+                "allow_failed",
+                "no_measure",
+                "threads",
+                "streams",
+                "device",
+                "no_spinning",
+                "no_arena",
+            )
         ),
     ]
 

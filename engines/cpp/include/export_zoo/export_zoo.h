@@ -64,9 +64,11 @@ typedef struct export_zoo_options {
   int32_t threads;         /* of each stream; 0: the cores that this process may use, shared by the streams */
   int32_t streams;         /* contexts that compute at the same time; 0: one */
   int32_t device;          /* CUDA device of TensorRT */
+  int32_t no_spinning;     /* 1: ONNX Runtime's threads that wait within a call leave their core to others */
+  int32_t no_arena;        /* 1: ONNX Runtime gives its memory back after each call */
 } export_zoo_options;
 
-#define EXPORT_ZOO_OPTIONS_INIT {sizeof(export_zoo_options), NULL, NULL, NULL, NULL, 0, 0, 0, 0, 0, 0}
+#define EXPORT_ZOO_OPTIONS_INIT {sizeof(export_zoo_options), NULL, NULL, NULL, NULL, 0, 0, 0, 0, 0, 0, 0, 0}
 
 /* Version of the loaded library, such as "0.1.0"; EXPORT_ZOO_VERSION is that of the header. Any thread. */
 EXPORT_ZOO_API const char *export_zoo_version(void);
@@ -120,7 +122,8 @@ typedef enum export_zoo_number {
   EXPORT_ZOO_NUMBER_WIDTH_MIN = 6,
   EXPORT_ZOO_NUMBER_WIDTH_OPT = 7,
   EXPORT_ZOO_NUMBER_WIDTH_MAX = 8,
-  EXPORT_ZOO_NUMBER_LABELS = 9      /* count of class names; 0 if they are unknown */
+  EXPORT_ZOO_NUMBER_LABELS = 9,     /* count of class names; 0 if they are unknown */
+  EXPORT_ZOO_NUMBER_OUTPUTS = 10    /* count of the network's outputs */
 } export_zoo_number;
 
 /* A text about the bundle and the engine, in UTF-8, which is valid while the engine is. Any thread. */
@@ -139,6 +142,10 @@ EXPORT_ZOO_API int export_zoo_engine_input_count(const export_zoo_engine *engine
 EXPORT_ZOO_API int export_zoo_engine_output_count(const export_zoo_engine *engine, int64_t batch, int64_t height,
                                                   int64_t width, size_t *count);
 
+/* The same of any of the EXPORT_ZOO_NUMBER_OUTPUTS outputs; 0 is the first one. Any thread. */
+EXPORT_ZOO_API int export_zoo_engine_output_count_of(const export_zoo_engine *engine, size_t output, int64_t batch,
+                                                     int64_t height, int64_t width, size_t *count);
+
 /* Creates a context; each thread needs its own. Free it with export_zoo_context_free(). On an error, *context is NULL.
  * Any thread. */
 EXPORT_ZOO_API int export_zoo_context_create(const export_zoo_engine *engine, export_zoo_context **context);
@@ -151,6 +158,12 @@ EXPORT_ZOO_API void export_zoo_context_free(export_zoo_context *context);
  * EXPORT_ZOO_ERROR_SHAPE. One thread at a time for each context. */
 EXPORT_ZOO_API int export_zoo_infer(export_zoo_context *context, const float *input, size_t input_count, int64_t batch,
                                     int64_t height, int64_t width, float *output, size_t output_count);
+
+/* The same of all outputs: `outputs` are EXPORT_ZOO_NUMBER_OUTPUTS pointers, `output_counts` the numbers of values
+ * there. */
+EXPORT_ZOO_API int export_zoo_infer_all(export_zoo_context *context, const float *input, size_t input_count,
+                                        int64_t batch, int64_t height, int64_t width, float *const *outputs,
+                                        const size_t *output_counts, size_t outputs_count);
 
 /* Makes the call of this context that runs now, if there is one, end soon with EXPORT_ZOO_ERROR_CANCELLED. Any thread.
  * NULL does nothing. */
