@@ -19,7 +19,10 @@ std::string text(InputSize size) { return std::to_string(size.height) + "x" + st
 }  // namespace
 
 ContextState::ContextState(std::shared_ptr<const EngineState> from)
-    : engine(std::move(from)), runner_(engine->backend->runner()), ports_(outputs_of(engine->metadata)), values_(ports_.size()) {}
+    : engine(std::move(from)),
+      runner_(engine->backend->runner()),
+      ports_(outputs_of(engine->metadata)),
+      values_(ports_.size()) {}
 
 ContextState::~ContextState() {
   cancel();

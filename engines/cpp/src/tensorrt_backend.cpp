@@ -196,8 +196,8 @@ class TensorRTRunner final : public Runner {
                                         ": export the bundle again");
   }
 
-  // A CUDA graph is valid for one shape, and copies one number of outputs. If it were replayed after the context was set to another shape, it might use
-  // that shape's state.
+  // A CUDA graph is valid for one shape, and copies the outputs that were wanted. If it were replayed after the context was
+  // set to another shape, it might use that shape's state.
   void forget() {
     if (graph_ != nullptr) static_cast<void>(cuda_.cudaGraphExecDestroy(graph_));
     graph_ = nullptr;
@@ -277,7 +277,7 @@ class TensorRTRunner final : public Runner {
   Buffer in_;
   std::vector<Port> ports_;  // outputs
   std::vector<std::unique_ptr<Buffer>> device_out_;  // by output
-  std::vector<std::unique_ptr<Buffer>> host_out_;    // of those that were wanted
+  std::vector<std::unique_ptr<Buffer>> host_out_;    // those that were wanted
   Stream stream_;
   std::unique_ptr<nvinfer1::IExecutionContext> context_;
   Shape shape_{};  // shape that the context is set to; zeros: none

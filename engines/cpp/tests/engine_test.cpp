@@ -615,6 +615,26 @@ TEST_F(FakeTensorRT, IsLoadedFromMemory) {
   EXPECT_EQ(ez::Engine::load(files).info().name, "tensorrt-int8");
 }
 
+TEST_F(FakeTensorRT, GivesAllOutputsOrTheFirstOne) {
+  const Variable further("FAKE_FURTHER", "3");
+  change(bundle_, "/recipe/further_outputs",
+         nlohmann::json::array({{{"name", "further"}, {"dtype", "float32"}, {"shape", {"batch", 3}}, {"layout", "NC"},
+                                 {"task", "classification"}, {"scores", "logits"}}}));
+  auto context = ez::Engine::load(bundle_).context();
+  const std::vector<float> input(std::size_t{2} * 3 * 64 * 64);
+  const auto before = launches();
+  for (const bool all : {false, true, true, true, false, false, true}) {
+    const auto found = all ? context.infer_all(input, 2) : std::vector{context.infer(input, 2)};
+    ASSERT_EQ(found.size(), all ? 2U : 1U);
+    EXPECT_EQ(found[0].size(), 2000U);
+    EXPECT_THAT(found[0], testing::Each(2064.0F));
+    if (!all) continue;
+    EXPECT_EQ(found[1].size(), 6U);
+    EXPECT_THAT(found[1], testing::Each(2064.5F));
+  }
+  EXPECT_EQ(launches() - before, 3) << "a graph copies what was wanted when it was recorded";
+}
+
 TEST_F(FakeTensorRT, WhosePortsAreNotThoseOfTheManifestIsRefused) {
   for (const auto& [variable, value] : std::vector<std::pair<const char*, const char*>>{
            {"FAKE_OUTPUT", "1001"}, {"FAKE_OUTPUT", "1000x1"}, {"FAKE_INPUT", "3x64x65"}, {"FAKE_INPUT", "3x64x-1"}}) {

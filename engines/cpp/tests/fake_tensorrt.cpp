@@ -1,7 +1,9 @@
 // A CUDA runtime and a TensorRT in one library, for machines without a GPU: one device, of compute capability 8.9, whose
 // memory is the host's. Any plan gives batch * 1000 + height, over and over; its ports are those of FAKE_INPUT and
-// FAKE_OUTPUT, "3x64x64". As NVIDIA's, a graph must not be launched after its context was given another shape.
+// FAKE_OUTPUT, "3x64x64". With FAKE_FURTHER it has a second output, "further", of half more. As NVIDIA's, a graph must not
+// be launched after its context was given another shape.
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
@@ -25,6 +27,8 @@ nvinfer1::Dims64 dims_of(const char* variable, std::int64_t batch) {
   return dims;
 }
 
+bool has_further() { return std::getenv("FAKE_FURTHER") != nullptr; }
+
 using Step = std::function<bool()>;
 std::vector<Step> recorded;
 bool recording = false;
@@ -40,7 +44,8 @@ class Context : public nothing::ExecutionContext, public nvinfer1::IExecutionCon
   Context() { nvinfer1::IExecutionContext::mImpl = this; }
   nvinfer1::IExecutionContext* getPImpl() noexcept override { return this; }
   bool setTensorAddress(char const* name, void* data) noexcept override {
-    if (std::string(name) != "input") out_ = static_cast<float*>(data);
+    if (std::string(name) == "logits") out_ = static_cast<float*>(data);
+    if (std::string(name) == "further") further_ = static_cast<float*>(data);
     return true;
   }
   bool setInputShape(char const*, nvinfer1::Dims const& dims) noexcept override {
@@ -48,22 +53,31 @@ class Context : public nothing::ExecutionContext, public nvinfer1::IExecutionCon
     ++changes_;
     return true;
   }
-  nvinfer1::Dims getTensorShape(char const*) const noexcept override { return dims_of("FAKE_ROOM", dims_.d[0]); }
+  nvinfer1::Dims getTensorShape(char const* name) const noexcept override {
+    return dims_of(std::string(name) == "further" ? "FAKE_FURTHER" : "FAKE_ROOM", dims_.d[0]);
+  }
   bool enqueueV3(cudaStream_t) noexcept override {
     return execute([this, changes = changes_] {
       if (changes != changes_) return false;
-      const auto dims = dims_of("FAKE_ROOM", dims_.d[0]);
-      std::int64_t values = 1;
-      for (int i = 0; i < dims.nbDims; ++i) values *= dims.d[i];
-      for (std::int64_t i = 0; i < values; ++i) out_[i] = static_cast<float>(dims_.d[0] * 1000 + dims_.d[2]);
+      const auto value = static_cast<float>(dims_.d[0] * 1000 + dims_.d[2]);
+      fill(out_, "logits", value);
+      if (further_ != nullptr) fill(further_, "further", value + 0.5F);
       return true;
     });
   }
 
  private:
+  void fill(float* to, const char* name, float value) const {
+    const auto dims = getTensorShape(name);
+    std::int64_t values = 1;
+    for (int i = 0; i < dims.nbDims; ++i) values *= dims.d[i];
+    std::fill_n(to, values, value);
+  }
+
   nvinfer1::Dims dims_{};
   int changes_ = 0;
   float* out_ = nullptr;
+  float* further_ = nullptr;
 };
 
 class Engine : public nothing::CudaEngine, public nvinfer1::ICudaEngine {
@@ -73,16 +87,17 @@ class Engine : public nothing::CudaEngine, public nvinfer1::ICudaEngine {
   nvinfer1::IExecutionContext* createExecutionContext(nvinfer1::ExecutionContextAllocationStrategy) noexcept override {
     return new Context;
   }
-  int32_t getNbIOTensors() const noexcept override { return 2; }
+  int32_t getNbIOTensors() const noexcept override { return has_further() ? 3 : 2; }
   nvinfer1::TensorIOMode getTensorIOMode(char const* name) const noexcept override {
     const std::string text = name;
-    return text == "input"    ? nvinfer1::TensorIOMode::kINPUT
-           : text == "logits" ? nvinfer1::TensorIOMode::kOUTPUT
-                              : nvinfer1::TensorIOMode::kNONE;
+    return text == "input" ? nvinfer1::TensorIOMode::kINPUT
+           : text == "logits" || (text == "further" && has_further()) ? nvinfer1::TensorIOMode::kOUTPUT
+                                                                      : nvinfer1::TensorIOMode::kNONE;
   }
   nvinfer1::DataType getTensorDataType(char const*) const noexcept override { return nvinfer1::DataType::kFLOAT; }
   nvinfer1::Dims getTensorShape(char const* name) const noexcept override {
-    return dims_of(std::string(name) == "input" ? "FAKE_INPUT" : "FAKE_OUTPUT", -1);
+    const std::string text = name;
+    return dims_of(text == "input" ? "FAKE_INPUT" : text == "further" ? "FAKE_FURTHER" : "FAKE_OUTPUT", -1);
   }
 };
 

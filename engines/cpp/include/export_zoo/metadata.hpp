@@ -84,7 +84,8 @@ struct Metadata {
   std::string model;  ///< "resnet50"
   bool ok = false;    ///< false: the bundle failed its parity gate and must not be served
   Port input;
-  /// The first output, which Context::infer returns: [N], [N, classes], [N, tokens, classes], or for each pixel [N, classes, height, width].
+  /// The first output, which Context::infer returns: [N], [N, classes], [N, tokens, classes], or for each pixel
+  /// [N, classes, height, width].
   Port output;
   std::vector<Port> further_outputs;  ///< of networks with several outputs, which Context::infer_all returns
   std::int64_t batch_min = 1;  ///< verified batch sizes
