@@ -620,7 +620,9 @@ TEST_F(FakeTensorRT, GivesAllOutputsOrTheFirstOne) {
   change(bundle_, "/recipe/further_outputs",
          nlohmann::json::array({{{"name", "further"}, {"dtype", "float32"}, {"shape", {"batch", 3}}, {"layout", "NC"},
                                  {"task", "classification"}, {"scores", "logits"}}}));
-  auto context = ez::Engine::load(bundle_).context();
+  ez::Options options;
+  options.engine = "tensorrt-int8";
+  auto context = ez::Engine::load(bundle_, options).context();
   const std::vector<float> input(std::size_t{2} * 3 * 64 * 64);
   const auto before = launches();
   for (const bool all : {false, true, true, true, false, false, true}) {
