@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Install what the C++ library is built and tested with, on Debian or Ubuntu. Does nothing where all is there.
+# Install what the C++ library is built and tested with, on Debian or Ubuntu, and the packages given: ci/cpp-packages.sh
+# [PACKAGE ...]. Does nothing where all is there.
 set -euo pipefail
 # libjpeg-turbo's headers: Debian and Ubuntu name them differently.
 jpeg=libjpeg62-turbo-dev
 apt-cache show "$jpeg" >/dev/null 2>&1 || jpeg=libjpeg-turbo8-dev
 packages=(g++ cmake ninja-build "$jpeg" libpng-dev libssl-dev nlohmann-json3-dev libcli11-dev libcpp-httplib-dev libgtest-dev libgmock-dev pkgconf
-  debian-archive-keyring)
+  debian-archive-keyring "$@")
 missing=()
 for package in "${packages[@]}"; do
   [ "$(dpkg-query -W -f '${db:Status-Status}' "$package" 2>/dev/null)" = installed ] || missing+=("$package")

@@ -153,7 +153,7 @@ def make(root: Path, *, onnxruntime: str | None = None, mirror: str | None = Non
         raise UsageError(
             f"{root}: exists, and is not a usable ARM64 root", hint="remove it, or give another folder"
         )
-    programs = _programs()
+    _programs()
     wheels = {"numpy": NUMPY, "onnxruntime": onnxruntime or _installed("onnxruntime") or ONNXRUNTIME}
     if openvino:
         wheels["openvino"] = openvino
@@ -167,7 +167,7 @@ def make(root: Path, *, onnxruntime: str | None = None, mirror: str | None = Non
             work = Path(temporary) / "work"
             made.mkdir()
             work.mkdir()
-            _unpack_debian(made / "root", work, mirror or mirror_of_apt(), programs)
+            unpack_debian(made / "root", work, mirror or mirror_of_apt(), PACKAGES)
             _unpack_wheels(made / "site", work, wheels)
             _add_cpus(made)
             for name in UNUSED:
@@ -254,8 +254,14 @@ def _run(arguments: Sequence[str], what: str, hint: str, *, cwd: Path, **variabl
     return done.stdout
 
 
-def _unpack_debian(target: Path, work: Path, mirror: str, programs: dict[str, str]) -> None:
-    """Download Debian's packages for ARM64 and unpack them to `target`."""
+def unpack_debian(target: Path, work: Path, mirror: str, packages: Sequence[str]) -> None:
+    """Download Debian's packages for ARM64 and unpack them to `target`, a new folder. `work` is an empty folder.
+
+    Raises:
+        TargetUnavailableError: a program or Debian's keys are missing.
+        EnvironmentFailureError: the network or the disk failed.
+    """
+    programs = _programs()
     for name in ("lists/partial", "archives/partial", "packages"):
         (work / name).mkdir(parents=True)
     sources = work / "sources.list"
@@ -279,8 +285,8 @@ def _unpack_debian(target: Path, work: Path, mirror: str, programs: dict[str, st
     apt = [programs["apt-get"], "-q", *(f"-o{key}={value}" for key, value in settings.items())]
     hint = f"check that {mirror} can be reached, or give another mirror with --mirror"
     _run([*apt, "update"], "apt-get update", hint, cwd=work / "packages")
-    _run([*apt, "download", *PACKAGES], "apt-get download", hint, cwd=work / "packages")
-    target.mkdir()
+    _run([*apt, "download", *packages], "apt-get download", hint, cwd=work / "packages")
+    target.mkdir(parents=True)
     for package in sorted((work / "packages").glob("*.deb")):
         _run([programs["dpkg-deb"], "-x", str(package), str(target)], "dpkg-deb", "try again", cwd=work)
 
