@@ -24,12 +24,12 @@ ContextState::ContextState(std::shared_ptr<const EngineState> from)
       ports_(outputs_of(engine->metadata)),
       values_(ports_.size()) {}
 
-ContextState::~ContextState() {
-  cancel();
+void ContextState::close() {
   {
     const std::lock_guard lock(mutex_);
     closing_ = true;
   }
+  cancel();
   changed_.notify_all();
   if (thread_.joinable()) thread_.join();
 }
@@ -89,7 +89,7 @@ void ContextState::begin() {
     throw Error(ErrorCode::runtime, "this context has a call that has not ended: wait for it, or create another context");
   }
   busy_ = true;
-  cancelled_ = closing_;  // Done may start another call while the destructor waits for the last one
+  cancelled_ = closing_;
   if (cancelled_) runner_->cancel();
 }
 
@@ -151,8 +151,17 @@ void ContextState::work() {
 
 Context::Context(std::unique_ptr<detail::ContextState> state) : state_(std::move(state)) {}
 Context::Context(Context&&) noexcept = default;
-Context& Context::operator=(Context&&) noexcept = default;
-Context::~Context() = default;
+
+Context& Context::operator=(Context&& other) noexcept {
+  if (state_ && this != &other) state_->close();
+  state_ = std::move(other.state_);
+  return *this;
+}
+
+// Closed first: while the pointer is destroyed, Done must not find it empty.
+Context::~Context() {
+  if (state_) state_->close();
+}
 
 std::span<const float> Context::infer(std::span<const float> input, std::int64_t batch, InputSize size) {
   const auto call = state_->own(input, batch, size, false);

@@ -40,7 +40,10 @@ class ContextState {
   explicit ContextState(std::shared_ptr<const EngineState> engine);
   ContextState(const ContextState&) = delete;
   ContextState& operator=(const ContextState&) = delete;
-  ~ContextState();
+  ~ContextState() { close(); }
+
+  // Cancels the call that runs, and waits for its end. Calls that Done starts meanwhile end as cancelled.
+  void close();
 
   // The call, whose outputs go to the context's own memory: the first one, or all. Throws Error (shape).
   [[nodiscard]] Call own(std::span<const float> input, std::int64_t batch, InputSize size, bool all);

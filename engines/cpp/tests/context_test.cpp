@@ -183,6 +183,7 @@ TEST_F(Contexts, EndACallThatIsCancelledAndGoOn) {
     const auto eight = std::span(inputs).first(8 * kImage);
     const auto want = wanted("mobilenet_v2", name, 8);
     std::vector<float> logits(8000);
+    int cancelled = 0;
     context.cancel();  // nothing runs: nothing happens
     EXPECT_EQ(copied(context.infer(eight, 8)), want) << name;
     for (int i = 0; i < 20; ++i) {
@@ -194,13 +195,11 @@ TEST_F(Contexts, EndACallThatIsCancelledAndGoOn) {
         EXPECT_EQ(logits, want) << name;
       } catch (const ez::Error& error) {
         EXPECT_EQ(error.code(), ez::ErrorCode::cancelled) << error.what();
+        ++cancelled;
       }
       EXPECT_EQ(copied(context.infer(eight, 8)), want) << name << ": the next call is not cancelled";
     }
-    // At once: it cannot have ended.
-    auto end = context.infer_async(logits, eight, 8);
-    context.cancel();
-    EXPECT_EQ(error_of([&] { end.get(); }).first, ez::ErrorCode::cancelled) << name;
+    EXPECT_GT(cancelled, 0) << name;
   }
 }
 
