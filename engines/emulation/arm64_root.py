@@ -153,7 +153,7 @@ def make(root: Path, *, onnxruntime: str | None = None, mirror: str | None = Non
         raise UsageError(
             f"{root}: exists, and is not a usable ARM64 root", hint="remove it, or give another folder"
         )
-    _programs()
+    _programs()  # what is missing is told before anything is made
     wheels = {"numpy": NUMPY, "onnxruntime": onnxruntime or _installed("onnxruntime") or ONNXRUNTIME}
     if openvino:
         wheels["openvino"] = openvino

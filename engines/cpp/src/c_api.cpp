@@ -25,6 +25,7 @@
 #include <export_zoo/preprocess.hpp>
 
 #include "backend.hpp"
+#include "context.hpp"
 
 namespace ez = export_zoo;
 
@@ -35,7 +36,6 @@ struct export_zoo_engine {
 
 struct export_zoo_context {
   ez::Context context;
-  ez::InputSize size_opt;
 };
 
 struct export_zoo_preprocessor {
@@ -158,10 +158,6 @@ ez::Options checked(const export_zoo_options* options) {
   return found;
 }
 
-ez::InputSize size_or(ez::InputSize size_opt, std::int64_t height, std::int64_t width) {
-  return height == 0 && width == 0 ? size_opt : ez::InputSize{height, width};
-}
-
 json to_json(const ez::Port& port) {
   json found{{"name", port.name}, {"dtype", port.dtype}, {"layout", port.layout}, {"shape", port.shape}};
   if (!port.task.empty()) found.update({{"task", port.task}, {"scores", port.scores}});
@@ -257,15 +253,8 @@ std::int64_t number_of(const ez::Metadata& metadata, int key) {
 }
 
 std::size_t values_of(const ez::Port& port, const ez::Metadata& metadata, std::int64_t batch, ez::InputSize size) {
-  const auto& low = metadata.size_min;
-  const auto& high = metadata.size_max;
-  if (batch < metadata.batch_min || batch > metadata.batch_max || size.height < low.height ||
-      size.height > high.height || size.width < low.width || size.width > high.width) {
-    throw ez::Error(ez::ErrorCode::shape, "batch " + std::to_string(batch) + " of " + std::to_string(size.height) +
-                                              "x" + std::to_string(size.width) +
-                                              " is outside this bundle's range: see export_zoo_engine_number()");
-  }
-  return static_cast<std::size_t>(batch) * ez::detail::values_of_image(port, size);
+  const auto real = ez::detail::verified_size(metadata, batch, size);
+  return static_cast<std::size_t>(batch) * ez::detail::values_of_image(port, real);
 }
 
 }  // namespace
@@ -339,7 +328,7 @@ int export_zoo_engine_input_count(const export_zoo_engine* engine, int64_t batch
   return guarded([&] {
     const auto& metadata = checked(engine).metadata();
     check(count, "count", "the address of a size_t");
-    *count = values_of(metadata.input, metadata, batch, size_or(metadata.size_opt, height, width));
+    *count = values_of(metadata.input, metadata, batch, {height, width});
   });
 }
 
@@ -359,7 +348,7 @@ int export_zoo_engine_output_count_of(const export_zoo_engine* engine, size_t ou
                           std::to_string(1 + further.size()) + " (EXPORT_ZOO_NUMBER_OUTPUTS)");
     }
     const auto& port = output == 0 ? metadata.output : further[output - 1];
-    *count = values_of(port, metadata, batch, size_or(metadata.size_opt, height, width));
+    *count = values_of(port, metadata, batch, {height, width});
   });
 }
 
@@ -367,8 +356,7 @@ int export_zoo_context_create(const export_zoo_engine* engine, export_zoo_contex
   return guarded([&] {
     check(context, "context", "the address of an export_zoo_context*");
     *context = nullptr;
-    const auto& loaded = checked(engine);
-    *context = new export_zoo_context{loaded.context(), loaded.metadata().size_opt};
+    *context = new export_zoo_context{checked(engine).context()};
   });
 }
 
@@ -385,7 +373,7 @@ int export_zoo_infer(export_zoo_context* context, const float* input, size_t inp
     check(input, "input", "the preprocessed images");
     check(output, "output", "memory for export_zoo_engine_output_count() values");
     context->context.infer_into(std::span(output, output_count), std::span(input, input_count), batch,
-                                size_or(context->size_opt, height, width));
+                                {height, width});
   });
 }
 
@@ -402,7 +390,7 @@ int export_zoo_infer_all(export_zoo_context* context, const float* input, size_t
       check(outputs[i], "a pointer in outputs", "memory for export_zoo_engine_output_count_of() values");
       memory.emplace_back(outputs[i], output_counts[i]);
     }
-    context->context.infer_into(memory, std::span(input, input_count), batch, size_or(context->size_opt, height, width));
+    context->context.infer_into(memory, std::span(input, input_count), batch, {height, width});
   });
 }
 
@@ -412,8 +400,9 @@ int export_zoo_preprocessor_create(const export_zoo_engine* engine, int64_t heig
     check(preprocessor, "preprocessor", "the address of an export_zoo_preprocessor*");
     *preprocessor = nullptr;
     const auto& metadata = checked(engine).metadata();
-    const auto size = size_or(metadata.size_opt, height, width);
-    const auto options = size == metadata.size_opt ? metadata.preprocess : ez::at_size(metadata.preprocess, size);
+    const ez::InputSize size{height, width};
+    const bool own = size == ez::InputSize{} || size == metadata.size_opt;
+    const auto options = own ? metadata.preprocess : ez::at_size(metadata.preprocess, size);
     *preprocessor = new export_zoo_preprocessor{ez::Preprocessor(options)};
   });
 }

@@ -18,6 +18,23 @@ std::string text(InputSize size) { return std::to_string(size.height) + "x" + st
 
 }  // namespace
 
+InputSize verified_size(const Metadata& metadata, std::int64_t batch, InputSize size) {
+  if (size == InputSize{}) size = metadata.size_opt;
+  if (batch < metadata.batch_min || batch > metadata.batch_max) {
+    throw Error(ErrorCode::shape, "batch " + std::to_string(batch) + " is outside this bundle's range " +
+                                      std::to_string(metadata.batch_min) + " to " +
+                                      std::to_string(metadata.batch_max) +
+                                      ": split it, or export with a wider --batch MIN:OPT:MAX");
+  }
+  const auto& low = metadata.size_min;
+  const auto& high = metadata.size_max;
+  if (size.height < low.height || size.height > high.height || size.width < low.width || size.width > high.width) {
+    throw Error(ErrorCode::shape, "size " + text(size) + " is outside this bundle's range " + text(low) + " to " +
+                                      text(high) + ": resize, or export with a wider --dynamic-size MIN:OPT:MAX");
+  }
+  return size;
+}
+
 ContextState::ContextState(std::shared_ptr<const EngineState> from)
     : engine(std::move(from)),
       runner_(engine->backend->runner()),
@@ -36,19 +53,7 @@ void ContextState::close() {
 
 Call ContextState::checked(std::span<const float> input, std::int64_t batch, InputSize size) const {
   const auto& metadata = engine->metadata;
-  if (size == InputSize{}) size = metadata.size_opt;
-  if (batch < metadata.batch_min || batch > metadata.batch_max) {
-    throw Error(ErrorCode::shape, "batch " + std::to_string(batch) + " is outside this bundle's range " +
-                                      std::to_string(metadata.batch_min) + " to " +
-                                      std::to_string(metadata.batch_max) +
-                                      ": split it, or export with a wider --batch MIN:OPT:MAX");
-  }
-  const auto& low = metadata.size_min;
-  const auto& high = metadata.size_max;
-  if (size.height < low.height || size.height > high.height || size.width < low.width || size.width > high.width) {
-    throw Error(ErrorCode::shape, "size " + text(size) + " is outside this bundle's range " + text(low) + " to " +
-                                      text(high) + ": resize, or export with a wider --dynamic-size MIN:OPT:MAX");
-  }
+  size = verified_size(metadata, batch, size);
   const auto wanted = static_cast<std::size_t>(batch) * values_of_image(metadata.input, size);
   if (input.size() != wanted) {
     throw Error(ErrorCode::shape, "input has " + std::to_string(input.size()) + " values, batch " +
@@ -216,11 +221,8 @@ void Context::cancel() noexcept { state_->cancel(); }
 
 void Context::warm_up(std::int64_t batch, InputSize size) {
   const auto& metadata = state_->engine->metadata;
-  const auto real = size == InputSize{} ? metadata.size_opt : size;
-  std::vector<float> zeros;
-  if (batch > 0 && batch <= metadata.batch_max) {  // otherwise, infer() says what is wrong
-    zeros.resize(static_cast<std::size_t>(batch) * detail::values_of_image(metadata.input, real));
-  }
+  const auto real = detail::verified_size(metadata, batch, size);
+  const std::vector<float> zeros(static_cast<std::size_t>(batch) * detail::values_of_image(metadata.input, real));
   for (int i = 0; i < 2; ++i) static_cast<void>(infer(zeros, batch, real));
 }
 

@@ -26,6 +26,10 @@ class EngineState {
   std::unique_ptr<Backend> backend;
 };
 
+// The size of a batch's images: zeros are Metadata::size_opt. Throws Error (shape) if the batch or the size is outside the
+// bundle's range.
+InputSize verified_size(const Metadata& metadata, std::int64_t batch, InputSize size);
+
 // A batch, and where its outputs go. The arguments were checked.
 struct Call {
   std::span<const float> input;

@@ -232,6 +232,7 @@ TEST_F(Contexts, AreWarmedUp) {
     EXPECT_EQ(error_of([&] { context.warm_up(9); }).first, ez::ErrorCode::shape);
     EXPECT_EQ(error_of([&] { context.warm_up(0); }).first, ez::ErrorCode::shape);
     EXPECT_EQ(error_of([&] { context.warm_up(1, {47, 64}); }).first, ez::ErrorCode::shape);
+    EXPECT_EQ(error_of([&] { context.warm_up(1, {1 << 30, 1 << 30}); }).first, ez::ErrorCode::shape) << "without memory";
   }
 }
 
